@@ -1,0 +1,208 @@
+"""The public operations: shapes, dtypes and errors are settled here, the arithmetic in the backend that `ops` chooses.
+
+    from semimoe_fast import functional as F
+
+Everything takes CPU or CUDA tensors in any memory layout. Masks may also be anything that speaks DLPack (NumPy, CuPy,
+Numba, JAX), of bool or any integer dtype, where every non-zero value is foreground; results are torch tensors on the
+device of the input. Losses accumulate in at least float32 whatever the dtype of the logits.
+
+Source of the formulas: Semi-MoE, arXiv 2509.13834.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import ops
+
+INT32_MAX = 2**31 - 1
+
+
+def squared_distance(mask: Any) -> Tensor:
+    """Exact squared Euclidean distance of every pixel to the nearest pixel of the opposite class, in pixels squared.
+
+    mask: (B, H, W) or (H, W), bool or integer, diagonal up to 46,340 -> int32 of the same shape; -1 in constant images.
+    Raises TypeError for floating-point masks, ValueError for other shapes.
+    """
+    masks, restore = _mask_batch(mask)
+    return restore(ops.implementation("squared_distance", masks.device)(masks))
+
+
+def distance_targets(mask: Any, ring_radius: float = 2) -> tuple[Tensor, Tensor]:
+    """Training targets of the sdf and the boundary expert.
+
+    mask: (B, H, W) or (H, W), bool or integer -> (sdf, boundary), shaped like mask.
+    sdf: float32 in [-1, 1]: distance inside over the image's largest, minus distance outside over its largest, and 0 on
+    foreground pixels that touch the background by an edge. Constant masks give -1 (background) or +1 everywhere.
+    boundary: uint8, 1 on background pixels at most `ring_radius` pixels from the foreground.
+    Raises TypeError for floating-point masks, ValueError for other shapes or a negative radius.
+    """
+    if not ring_radius >= 0:
+        raise ValueError(f"ring_radius is {ring_radius}: give a radius of at least 0 pixels")
+    masks, restore = _mask_batch(mask)
+    sdf, boundary = ops.implementation("distance_targets", masks.device)(masks, float(ring_radius))
+    return restore(sdf), restore(boundary)
+
+
+def multi_gate(
+    features: Sequence[Tensor], gate_weights: Tensor, head_weights: Sequence[Tensor], head_biases: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Mix the experts' features with per-image, per-task weights and apply each task's 1x1 head.
+
+    out_k = H_k (sum over e of gate_weights[:, k, e] X_e) + c_k.
+
+    features: E tensors (B, C, H, W); gate_weights: (B, T, E); head_weights: T tensors (O_k, C) or (O_k, C, 1, 1);
+    head_biases: T tensors (O_k,) -> T tensors (B, O_k, H, W) in the dtype of the features. Differentiable in all.
+    """
+    matrices = _check_gate(features, gate_weights, head_weights, head_biases)
+    return ops.implementation("multi_gate", features[0].device)(features, gate_weights, matrices, head_biases)
+
+
+def pseudo_labels(
+    features: Sequence[Tensor], gate_weights: Tensor, head_weights: Sequence[Tensor], head_biases: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pseudo-labels from the gated mask, sdf and boundary outputs: argmax, tanh, argmax. No gradient flows.
+
+    Arguments as `multi_gate` with T = 3 -> mask uint8 (B, H, W), sdf (B, 1, H, W) in the dtype of the features,
+    boundary uint8 (B, H, W).
+    """
+    matrices = _check_gate(features, gate_weights, head_weights, head_biases)
+    if len(matrices) != 3 or matrices[1].shape[0] != 1:
+        raise ValueError(
+            f"pseudo_labels takes the heads of mask (K), sdf (1) and boundary (2 rows), got rows {_rows(matrices)}"
+        )
+    return ops.implementation("pseudo_labels", features[0].device)(features, gate_weights, matrices, head_biases)
+
+
+def squared_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over images and classes of 1 - (2 sum P T + 1) / (sum (P^2 + T^2) + 1), P = softmax(logits), T one-hot.
+
+    logits: (B, K, H, W); target: (B, H, W) integer classes, a value outside 0 .. K-1 belongs to none -> scalar.
+    """
+    _check_classes("squared_dice_loss", logits, target)
+    return ops.implementation("squared_dice_loss", logits.device)(logits, target)
+
+
+def soft_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over images and classes of 1 - (2 sum P T + e) / (sum P + sum T + e), e = 1e-8.
+
+    Shapes as `squared_dice_loss`.
+    """
+    _check_classes("soft_dice_loss", logits, target)
+    return ops.implementation("soft_dice_loss", logits.device)(logits, target)
+
+
+def tanh_mse_loss(raw: Tensor, sdf: Tensor) -> Tensor:
+    """Mean of (tanh(raw) - sdf)^2 over all elements, compared element by element.
+
+    raw: (B, 1, H, W); sdf: (B, 1, H, W) or (B, H, W) -> scalar.
+    """
+    _check_sdf(raw, sdf)
+    return ops.implementation("tanh_mse_loss", raw.device)(raw, sdf)
+
+
+def objective_terms(
+    mask_logits: Tensor, raw_sdf: Tensor, boundary_logits: Tensor, mask: Tensor, sdf: Tensor, boundary: Tensor
+) -> Tensor:
+    """squared_dice_loss, tanh_mse_loss and soft_dice_loss of one set of predictions, in this order.
+
+    (B, K, H, W), (B, 1, H, W), (B, 2, H, W) against (B, H, W), (B, 1, H, W) or (B, H, W), (B, H, W) -> (3,).
+    """
+    _check_classes("objective_terms: mask", mask_logits, mask)
+    _check_sdf(raw_sdf, sdf)
+    _check_classes("objective_terms: boundary", boundary_logits, boundary)
+    compute = ops.implementation("objective_terms", mask_logits.device)
+    return compute(mask_logits, raw_sdf, boundary_logits, mask, sdf, boundary)
+
+
+def adaptive_loss(
+    terms: Tensor, log_vars: Tensor, coefficients: Sequence[float] = (1.0, 0.5, 1.0), regularizer: float = 0.4
+) -> Tensor:
+    """Adaptive multi-objective loss: sum over j of c_j exp(-s_j) L_j + regularizer exp(s_j).
+
+    terms, log_vars (s): (T,); coefficients (c): T numbers -> scalar.
+    """
+    if terms.ndim != 1 or terms.shape != log_vars.shape or len(coefficients) != terms.shape[0]:
+        raise ValueError(
+            f"adaptive_loss needs as many terms as log_vars and coefficients, got {tuple(terms.shape)}, "
+            f"{tuple(log_vars.shape)} and {len(coefficients)}"
+        )
+    return ops.implementation("adaptive_loss", terms.device)(terms, log_vars, coefficients, regularizer)
+
+
+def _mask_batch(mask: Any) -> tuple[Tensor, Any]:
+    """The mask as a contiguous uint8 or bool (B, H, W) tensor, and the function that restores the caller's shape."""
+    tensor = _mask_tensor(mask)
+    if tensor.ndim not in (2, 3):
+        raise ValueError(f"a mask is (B, H, W) or (H, W), got shape {tuple(tensor.shape)}")
+    height, width = tensor.shape[-2:]
+    if (height - 1) ** 2 + (width - 1) ** 2 > INT32_MAX:
+        raise ValueError(
+            f"a mask of {height} x {width} pixels is too large: int32 holds squared distances up to diagonals of 46,340 "
+            "pixels; cut it into tiles"
+        )
+    if tensor.ndim == 3:
+        return tensor.contiguous(), lambda result: result
+    return tensor[None].contiguous(), lambda result: result[0]
+
+
+def _mask_tensor(mask: Any) -> Tensor:
+    if isinstance(mask, Tensor):
+        if mask.is_floating_point() or mask.is_complex():
+            raise TypeError(f"a mask of dtype {mask.dtype} is ambiguous: threshold it first, for example mask > 0.5")
+        return mask if mask.dtype in (torch.uint8, torch.bool) else mask != 0
+    if isinstance(mask, np.ndarray):
+        if mask.dtype.kind not in "biu":
+            raise TypeError(f"a mask of dtype {mask.dtype} is ambiguous: threshold it first, for example mask > 0.5")
+        return torch.from_numpy(mask != 0)  # a fresh array: read-only memory and negative strides need no special case
+    if hasattr(mask, "__dlpack__"):
+        return _mask_tensor(torch.from_dlpack(mask))
+    raise TypeError(f"a mask is a tensor or an array that speaks DLPack, got {type(mask).__name__}")
+
+
+def _rows(matrices: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(matrix.shape[0] for matrix in matrices)
+
+
+def _check_gate(
+    features: Sequence[Tensor], gate_weights: Tensor, head_weights: Sequence[Tensor], head_biases: Sequence[Tensor]
+) -> list[Tensor]:
+    """Raise ValueError where shapes disagree; the head weights as (O_k, C) matrices."""
+    if not features or features[0].ndim != 4 or any(x.shape != features[0].shape for x in features):
+        raise ValueError(f"features are E tensors of one shape (B, C, H, W), got {[tuple(x.shape) for x in features]}")
+    batch, channels = features[0].shape[:2]
+    expected = (batch, len(head_weights), len(features))
+    if gate_weights.shape != expected:
+        raise ValueError(f"gate_weights is (B, T, E) = {expected} here, got {tuple(gate_weights.shape)}")
+    matrices = [weight.flatten(1) for weight in head_weights]
+    if any(matrix.shape[1] != channels for matrix in matrices):
+        raise ValueError(
+            f"head_weights are (O_k, {channels}) for these features, got {[tuple(w.shape) for w in head_weights]}"
+        )
+    if [tuple(bias.shape) for bias in head_biases] != [(rows,) for rows in _rows(matrices)]:
+        raise ValueError(
+            f"head_biases match the rows {_rows(matrices)} of head_weights, got {[tuple(b.shape) for b in head_biases]}"
+        )
+    return matrices
+
+
+def _check_classes(name: str, logits: Tensor, target: Tensor) -> None:
+    if logits.ndim != 4 or target.shape != (logits.shape[0], *logits.shape[2:]):
+        raise ValueError(
+            f"{name}: logits (B, K, H, W) and target (B, H, W) disagree: {tuple(logits.shape)}, {tuple(target.shape)}"
+        )
+    if target.is_floating_point():
+        raise TypeError(f"{name}: the target holds class numbers, got dtype {target.dtype}; use target.long()")
+
+
+def _check_sdf(raw: Tensor, sdf: Tensor) -> None:
+    per_image = (raw.shape[0], *raw.shape[2:])
+    if raw.ndim != 4 or raw.shape[1] != 1 or tuple(sdf.shape) not in (tuple(raw.shape), per_image):
+        raise ValueError(
+            f"raw (B, 1, H, W) and sdf (B, 1, H, W) or (B, H, W) disagree: {tuple(raw.shape)}, {tuple(sdf.shape)}"
+        )

@@ -1,0 +1,113 @@
+"""Choice of backend for every operation, and the custom ops through which torch.compile sees the native ones.
+
+Three backends stand behind each public name: `reference` (obvious), `portable` (fast plain PyTorch) and `fused`
+(native or Triton). The environment variable SEMIMOE_BACKEND forces one, and fails where it cannot serve.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native, portable, reference
+
+logger = logging.getLogger("semimoe_fast")
+
+BACKENDS = ("reference", "portable", "fused")
+OPERATIONS = (
+    "squared_distance",
+    "distance_targets",
+    "multi_gate",
+    "pseudo_labels",
+    "squared_dice_loss",
+    "soft_dice_loss",
+    "tanh_mse_loss",
+    "objective_terms",
+    "adaptive_loss",
+)
+
+
+@torch.library.custom_op("semimoe_fast::squared_distance", mutates_args=())
+def native_squared_distance(mask: Tensor) -> Tensor:
+    """uint8 or bool (B, H, W), contiguous, CPU or CUDA -> int32 (B, H, W)."""
+    out = torch.empty_like(mask, dtype=torch.int32)
+    _native.squared_distance(mask, out)
+    return out
+
+
+@native_squared_distance.register_fake
+def _(mask: Tensor) -> Tensor:
+    return torch.empty_like(mask, dtype=torch.int32)
+
+
+@torch.library.custom_op("semimoe_fast::distance_targets", mutates_args=())
+def native_distance_targets(mask: Tensor, ring_radius: float) -> tuple[Tensor, Tensor]:
+    """uint8 or bool (B, H, W), contiguous, CPU or CUDA -> float32 and uint8 (B, H, W)."""
+    sdf = torch.empty_like(mask, dtype=torch.float32)
+    boundary = torch.empty_like(mask, dtype=torch.uint8)
+    _native.distance_targets(mask, sdf, boundary, ring_radius)
+    return sdf, boundary
+
+
+@native_distance_targets.register_fake
+def _(mask: Tensor, ring_radius: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(mask, dtype=torch.float32), torch.empty_like(mask, dtype=torch.uint8)
+
+
+FUSED: dict[str, Callable[..., Any]] = {
+    "squared_distance": native_squared_distance,
+    "distance_targets": native_distance_targets,
+}
+
+
+def implementation(operation: str, device: torch.device) -> Callable[..., Any]:
+    """The function that computes an operation on a device, as `choose` decides."""
+    backend = _chosen(operation, device.type, os.environ.get("SEMIMOE_BACKEND"))
+    if backend == "fused":
+        return FUSED[operation]
+    return getattr(reference if backend == "reference" else portable, operation)
+
+
+def choose(operation: str, device_type: str) -> tuple[str, str]:
+    """Backend for an operation on "cpu" or "cuda" tensors, and the reason in one line.
+
+    Raises ValueError for an unknown SEMIMOE_BACKEND, RuntimeError where the forced backend cannot serve.
+    """
+    forced = os.environ.get("SEMIMOE_BACKEND")
+    missing = why_not_fused(operation, device_type)
+    if forced is None:
+        return ("portable", missing) if missing else ("fused", "the fastest available")
+    if forced not in BACKENDS:
+        raise ValueError(f"SEMIMOE_BACKEND={forced!r}: choose one of {', '.join(BACKENDS)}, or unset it")
+    if forced == "fused" and missing:
+        raise RuntimeError(f"SEMIMOE_BACKEND=fused cannot serve {operation} on {device_type}: {missing}")
+    return forced, f"SEMIMOE_BACKEND={forced}"
+
+
+def why_not_fused(operation: str, device_type: str) -> str | None:
+    """Why an operation has no fused implementation on a device, or None where it has one."""
+    if operation not in OPERATIONS:
+        raise ValueError(f"unknown operation {operation!r}: choose one of {', '.join(OPERATIONS)}")
+    if operation not in FUSED:
+        return "no fused kernel is written for it yet"
+    return _native.why_unavailable(device_type)
+
+
+@torch.compiler.assume_constant_result
+def _chosen(operation: str, device_type: str, forced: str | None) -> str:
+    """`choose` for the traced path; `forced` is an argument so that a change of the environment is seen."""
+    return _choose_and_say(operation, device_type, forced)
+
+
+@functools.cache
+def _choose_and_say(operation: str, device_type: str, forced: str | None) -> str:
+    backend, reason = choose(operation, device_type)
+    if forced is None and backend == "portable" and (operation in FUSED or device_type != "cpu"):
+        logger.warning("%s on %s falls back to the portable backend: %s", operation, device_type, reason)
+    return backend

@@ -1,0 +1,145 @@
+"""The operations in fast plain PyTorch, on any device: same results as `reference`, in few passes over memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .reference import targets_from_distance
+
+FAR = 2**15  # a column without the opposite class: beyond any side a dense search can handle, and its square fits
+ROW_CHUNK = 2**24  # candidates (row pixels x row pixels) that the row search holds in memory at once
+
+
+def squared_distance(mask: Tensor) -> Tensor:
+    """See `reference.squared_distance`. Exact, one column pass for both classes, without a host synchronisation.
+
+    Within a row only pixels of the same class can pass a distance on, and pixels of the opposite class are at 0:
+    d^2(x) = min over x' of (x - x')^2 + (g(x')^2 if x' has the class of x, else 0), g the distance within the column.
+    """
+    foreground = mask != 0
+    batch, height, width = foreground.shape
+    if foreground.numel() == 0:
+        return torch.zeros_like(foreground, dtype=torch.int32)
+    column = _column_distance(foreground).to(torch.int64).square().reshape(-1, width)
+    rows = foreground.reshape(-1, width)
+    x = torch.arange(width, device=mask.device)
+    parabola = (x[:, None] - x).square()
+    chunk = max(1, ROW_CHUNK // (width * width))
+    best = torch.cat(
+        [
+            torch.where(
+                is_foreground,
+                (torch.where(is_foreground, cost, 0)[:, None] + parabola).amin(-1),
+                (torch.where(is_foreground, 0, cost)[:, None] + parabola).amin(-1),
+            )
+            for is_foreground, cost in zip(rows.split(chunk), column.split(chunk), strict=True)
+        ]
+    )
+    return torch.where(best < FAR * FAR, best, -1).to(torch.int32).reshape(batch, height, width)
+
+
+def _column_distance(foreground: Tensor) -> Tensor:
+    """Distance within the column to the nearest pixel of the opposite class, FAR where the column has none.
+
+    A run of equal pixels that starts at row s and is followed by one starting at row n has its opposite
+    neighbours at s - 1 and n.
+    """
+    height = foreground.shape[1]
+    y = torch.arange(height, device=foreground.device)[:, None]
+    starts = torch.zeros_like(foreground)
+    starts[:, 1:] = foreground[:, 1:] != foreground[:, :-1]
+    above = torch.where(starts, y - 1, -FAR).cummax(1).values
+    following = torch.full_like(above, height + FAR)
+    following[:, :-1] = torch.where(starts[:, 1:], y[1:], height + FAR)
+    below = following.flip(1).cummin(1).values.flip(1)
+    return torch.minimum(y - above, below - y).clamp(max=FAR)
+
+
+def distance_targets(mask: Tensor, ring_radius: float = 2) -> tuple[Tensor, Tensor]:
+    """See `reference.distance_targets`."""
+    return targets_from_distance(mask != 0, squared_distance(mask), ring_radius)
+
+
+def multi_gate(
+    features: Sequence[Tensor], gate_weights: Tensor, head_weights: Sequence[Tensor], head_biases: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """See `reference.multi_gate`. Gate and head fold into one (O, C) matrix per image and expert:
+
+    out = sum over e of (w[k(o), e] H[o]) X_e + c, with the rows o of all heads stacked. The mixed features are never
+    formed, and each expert's features are read once, in whatever memory layout they have.
+    """
+    batch, _, height, width = features[0].shape
+    dtype = features[0].dtype
+    folded = torch.cat([gate_weights[:, k, :, None, None] * weight for k, weight in enumerate(head_weights)], 2)
+    out = torch.cat(list(head_biases)).to(dtype)[:, None].expand(batch, -1, height * width)
+    for matrix, feature in zip(folded.to(dtype).unbind(1), features, strict=True):
+        out = torch.baddbmm(out, matrix, feature.flatten(2))
+    return out.unflatten(2, (height, width)).split([weight.shape[0] for weight in head_weights], 1)
+
+
+def pseudo_labels(
+    features: Sequence[Tensor], gate_weights: Tensor, head_weights: Sequence[Tensor], head_biases: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.pseudo_labels`."""
+    with torch.no_grad():
+        mask, sdf, boundary = multi_gate(features, gate_weights, head_weights, head_biases)
+        return mask.argmax(1).to(torch.uint8), sdf.tanh(), boundary.argmax(1).to(torch.uint8)
+
+
+def squared_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """See `reference.squared_dice_loss`; at least float32 inside."""
+    p, t = _probabilities(logits, target)
+    overlap, mass = _dot(p, t), _dot(p, p) + t.sum(-1)
+    return (1 - (2 * overlap + 1) / (mass + 1)).mean()
+
+
+def soft_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """See `reference.soft_dice_loss`; at least float32 inside."""
+    p, t = _probabilities(logits, target)
+    return (1 - (2 * _dot(p, t) + 1e-8) / (p.sum(-1) + t.sum(-1) + 1e-8)).mean()
+
+
+def _probabilities(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax and one-hot target, both (B, K, pixels)."""
+    p = logits.to(_accumulation_dtype(logits)).softmax(1).flatten(2)
+    classes = torch.arange(logits.shape[1], device=logits.device, dtype=target.dtype)
+    return p, (target.flatten(1)[:, None] == classes[:, None]).to(p.dtype)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of products over the pixels, (B, K, pixels) x 2 -> (B, K), without storing the products."""
+    return torch.linalg.vecdot(a, b)
+
+
+def tanh_mse_loss(raw: Tensor, sdf: Tensor) -> Tensor:
+    """See `reference.tanh_mse_loss`; at least float32 inside."""
+    dtype = _accumulation_dtype(raw)
+    return torch.nn.functional.mse_loss(raw.to(dtype).tanh(), sdf.reshape(raw.shape).to(dtype))
+
+
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def objective_terms(
+    mask_logits: Tensor, raw_sdf: Tensor, boundary_logits: Tensor, mask: Tensor, sdf: Tensor, boundary: Tensor
+) -> Tensor:
+    """See `reference.objective_terms`."""
+    return torch.stack(
+        [
+            squared_dice_loss(mask_logits, mask),
+            tanh_mse_loss(raw_sdf, sdf),
+            soft_dice_loss(boundary_logits, boundary),
+        ]
+    )
+
+
+def adaptive_loss(
+    terms: Tensor, log_vars: Tensor, coefficients: Sequence[float] = (1.0, 0.5, 1.0), regularizer: float = 0.4
+) -> Tensor:
+    """See `reference.adaptive_loss`."""
+    weighted = torch.stack([c * term for c, term in zip(coefficients, terms.unbind(), strict=True)])
+    return torch.dot(weighted, torch.exp(-log_vars)) + regularizer * torch.exp(log_vars).sum()

@@ -1,0 +1,44 @@
+"""Fixtures of every test: the golden archives, and poisoned uninitialised memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+SHARED = Path(os.environ.get("SEMIMOE_SHARED", Path(__file__).parents[1] / ".." / "shared"))
+RESEARCH_ONLY = {"targets_glas"}  # holds GlaS content, which may not be distributed with the project
+
+torch.utils.deterministic.fill_uninitialized_memory = True
+torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN, so that unwritten outputs show
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict[str, np.ndarray]]:
+    """Load a golden archive, written by the published implementation, as a dict of arrays."""
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        folder = SHARED / "golden" if name in RESEARCH_ONLY else GOLDEN
+        path = folder / f"{name}.npz"
+        if name in RESEARCH_ONLY and not path.is_file():
+            pytest.skip(
+                f"{name}.npz holds GlaS data and is not distributed; set SEMIMOE_SHARED to the folder that has it"
+            )
+        with np.load(path) as archive:
+            return {key: archive[key] for key in archive.files}
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def glas_folder() -> Path:
+    """GlaS at 256 x 256 in the training layout (research use only, not distributed)."""
+    path = SHARED / "data" / "GlaS256"
+    if not path.is_dir():
+        pytest.skip("GlaS256 is not distributed; set SEMIMOE_SHARED to the folder that has data/GlaS256")
+    return path

@@ -1,0 +1,426 @@
+"""Every operation and backend against the golden archives and the float64 reference; gradients, layouts, errors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from semimoe_fast import functional as F
+from semimoe_fast import ops, portable, reference
+
+BACKENDS = ("reference", "portable")
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+LOSSES = ("squared_dice_loss", "soft_dice_loss")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("SEMIMOE_BACKEND", request.param)
+    return request.param
+
+
+def gate_inputs(
+    batch: int = 2,
+    experts: int = 3,
+    heads: tuple[int, ...] = (2, 1, 2),
+    channels: int = 5,
+    size: tuple[int, int] = (4, 6),
+) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor]]:
+    """Random arguments of multi_gate, float64, that ask for gradients."""
+    random = torch.Generator().manual_seed(batch + 10 * experts + 100 * len(heads) + 1000 * channels)
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=random).requires_grad_()  # noqa: E731
+    features = [draw(batch, channels, *size) for _ in range(experts)]
+    return features, draw(batch, len(heads), experts), [draw(o, channels) for o in heads], [draw(o) for o in heads]
+
+
+def flat(arguments: tuple) -> list[Tensor]:
+    features, gates, weights, biases = arguments
+    return [*features, gates, *weights, *biases]
+
+
+def cast(arguments: tuple, convert) -> tuple:
+    """The arguments of multi_gate, each tensor converted and made a leaf of its own."""
+    features, gates, weights, biases = arguments
+    leaf = lambda t: convert(t.detach()).requires_grad_()  # noqa: E731
+    return [leaf(x) for x in features], leaf(gates), [leaf(w) for w in weights], [leaf(b) for b in biases]
+
+
+# ------------------------------------------------------------------------------------------------------ golden archives
+
+
+@pytest.mark.parametrize("case", ["a", "b"])
+def test_golden_gating(case: str, backend: str, golden) -> None:
+    """Gates, outputs and every gradient of the published gating module (dropout off)."""
+    from semimoe_fast.model import MultiGating
+    from semimoe_fast.published import rename_gating
+
+    archive = golden("gating")
+    gating = MultiGating(64, 3, (2, 1, 2), dropout=0.0)
+    parameters = {k.removeprefix("param/"): torch.from_numpy(v) for k, v in archive.items() if k.startswith("param/")}
+    gating.load_state_dict({rename_gating(k): v for k, v in parameters.items()})
+    features = torch.from_numpy(archive[f"{case}/features"]).requires_grad_()
+    *outputs, gates = gating(features.split(64, 1))
+
+    # float32 sums of 192 terms, in another order than the published code's
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    tasks = ("mask", "sdf", "boundary")
+    for k, task in enumerate(tasks):
+        np.testing.assert_allclose(outputs[k].detach(), archive[f"{case}/out_{task}"], **close)
+        np.testing.assert_allclose(gates[:, k].detach(), archive[f"{case}/gate_{task}"], **close)
+    torch.autograd.backward(outputs, [torch.from_numpy(archive[f"{case}/grad_out_{task}"]) for task in tasks])
+    np.testing.assert_allclose(features.grad, archive[f"{case}/grad_features"], **close)
+    ours = dict(gating.named_parameters())
+    for key in parameters:
+        expected = archive[f"{case}/grad_param/{key}"]
+        scale = np.abs(expected).max()  # sums over all pixels cancel, so the largest entry sets the rounding error
+        np.testing.assert_allclose(ours[rename_gating(key)].grad, expected, rtol=1e-4, atol=1e-5 * scale, err_msg=key)
+
+
+@pytest.mark.parametrize("case", ["a", "b"])
+def test_golden_losses(case: str, backend: str, golden) -> None:
+    archive = {
+        k.removeprefix(f"{case}/"): torch.from_numpy(v) for k, v in golden("losses").items() if k.startswith(case)
+    }
+    terms = []
+    for loss, logits, target, name in (
+        (F.squared_dice_loss, "seg_logits", "target", "seg_dice"),
+        (F.tanh_mse_loss, "sdf_raw", "sdf_target", "sdf_mse"),
+        (F.soft_dice_loss, "boundary_logits", "boundary_target", "boundary_dice"),
+    ):
+        prediction = archive[logits].clone().requires_grad_()
+        value = loss(prediction, archive[target])
+        value.backward()
+        terms.append(value.detach())
+        # float32 sums of up to 4,096 terms against the published float32 sums
+        torch.testing.assert_close(value.detach().double(), archive[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(prediction.grad, archive[f"{name}_grad"], rtol=1e-4, atol=1e-8)
+    log_vars = archive["log_vars"].clone().requires_grad_()
+    total = F.adaptive_loss(torch.stack(terms), log_vars)
+    total.backward()
+    torch.testing.assert_close(total.detach().double(), archive["total"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(log_vars.grad, archive["log_vars_grad"], rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------- against the float64 oracle
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)]
+)
+def test_multi_gate_equals_reference(
+    dtype: torch.dtype, tolerance: float, layout: torch.memory_format, device: str
+) -> None:
+    """Tolerances are the relative error of a sum of 15 products in the dtype; bf16 keeps 8 bits and rounds E times."""
+    exact = gate_inputs()
+    features, gates, weights, biases = cast(exact, lambda t: t.to(device, dtype))
+    features = [x.detach().contiguous(memory_format=layout).requires_grad_() for x in features]
+    results = F.multi_gate(features, gates, weights, biases)
+    expected = reference.multi_gate(*exact)
+    weighting = [torch.randn_like(e) for e in expected]
+    torch.autograd.backward(expected, weighting)
+    torch.autograd.backward(results, [w.to(device, dtype) for w in weighting])
+    for result, oracle in zip(results, expected, strict=True):
+        assert result.dtype == dtype
+        assert relative_error(result, oracle) < tolerance
+    for tensor, oracle in zip(flat((features, gates, weights, biases)), flat(exact), strict=True):
+        assert relative_error(tensor.grad, oracle.grad) < tolerance
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(0, 3),
+    experts=st.integers(1, 4),
+    heads=st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    channels=st.integers(1, 9),
+    height=st.sampled_from([1, 2, 7, 8, 9, 17]),
+    width=st.sampled_from([1, 3, 15, 16]),
+)
+def test_multi_gate_over_shapes(batch, experts, heads, channels, height, width) -> None:
+    arguments = gate_inputs(batch, experts, tuple(heads), channels, (height, width))
+    for result, oracle in zip(F.multi_gate(*arguments), reference.multi_gate(*arguments), strict=True):
+        torch.testing.assert_close(result, oracle, rtol=1e-10, atol=1e-12)  # float64 against float64
+
+
+def test_pseudo_labels_equal_reference_and_carry_no_gradient() -> None:
+    arguments = gate_inputs(size=(16, 16))
+    results, expected = F.pseudo_labels(*arguments), reference.pseudo_labels(*arguments)
+    for result, oracle in zip(results, expected, strict=True):
+        assert not result.requires_grad
+        torch.testing.assert_close(result, oracle)
+    assert [r.dtype for r in results] == [torch.uint8, torch.float64, torch.uint8]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    classes=st.integers(1, 5),
+    height=st.sampled_from([1, 5, 8, 17]),
+    width=st.sampled_from([1, 4, 13]),
+    seed=st.integers(0, 2**16),
+)
+def test_losses_over_shapes(batch, classes, height, width, seed) -> None:
+    random = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(batch, classes, height, width, dtype=torch.float64, generator=random)
+    target = torch.randint(0, classes, (batch, height, width), generator=random)
+    raw, sdf = logits[:, :1], torch.rand(batch, height, width, dtype=torch.float64, generator=random) * 2 - 1
+    for name in LOSSES:
+        check_loss(name, logits, target)
+    check_loss("tanh_mse_loss", raw, sdf)
+    check_loss("tanh_mse_loss", raw, sdf[:, None])
+
+
+def check_loss(name: str, prediction: Tensor, target: Tensor) -> None:
+    """Portable in float64 and float32, value and gradient, against the reference in float64."""
+    oracle_input = prediction.clone().requires_grad_()
+    oracle = getattr(reference, name)(oracle_input, target)
+    oracle.backward()
+    # float32: probabilities carry 1e-7, sums of up to 221 of them 1e-6; gradients divide by sums of at least 1
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        leaf = prediction.detach().to(dtype, copy=True).requires_grad_()
+        value = getattr(F, name)(leaf, target.to(dtype) if target.is_floating_point() else target)
+        value.backward()
+        torch.testing.assert_close(value.double(), oracle.detach(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(leaf.grad.double(), oracle_input.grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_do_not_hide_bad_logits(name: str, value: float) -> None:
+    logits = torch.randn(2, 2, 4, 4)
+    logits[1, 0, 2, 2] = value
+    target = torch.zeros(2, 4, 4, dtype=torch.uint8)
+    assert getattr(F, name)(logits, target).isnan() == getattr(reference, name)(logits, target).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_accumulate_in_float32(dtype: torch.dtype) -> None:
+    """A sum of 65,536 probabilities overflows float16 and stalls in bf16: the loss must not follow."""
+    logits = torch.randn(1, 2, 256, 256).to(dtype)
+    target = torch.randint(0, 2, (1, 256, 256))
+    for name in LOSSES:
+        expected = getattr(reference, name)(logits.double(), target)
+        # the same rounded logits on both sides, so only float32 sums of 65,536 terms remain
+        torch.testing.assert_close(getattr(F, name)(logits, target).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_objective_terms_are_the_three_losses(backend: str) -> None:
+    mask_logits, raw, boundary_logits = torch.randn(2, 3, 8, 8), torch.randn(2, 1, 8, 8), torch.randn(2, 2, 8, 8)
+    mask, boundary = torch.randint(0, 3, (2, 8, 8)), torch.randint(0, 2, (2, 8, 8))
+    sdf = torch.rand(2, 8, 8)
+    terms = F.objective_terms(mask_logits, raw, boundary_logits, mask, sdf, boundary)
+    expected = [
+        F.squared_dice_loss(mask_logits, mask),
+        F.tanh_mse_loss(raw, sdf),
+        F.soft_dice_loss(boundary_logits, boundary),
+    ]
+    torch.testing.assert_close(terms, torch.stack(expected))
+
+
+@pytest.mark.parametrize("tasks", [1, 3, 5])
+def test_adaptive_loss_of_any_number_of_terms(tasks: int) -> None:
+    terms, log_vars = torch.rand(tasks).double(), torch.randn(tasks).double()
+    coefficients = [0.5 + k for k in range(tasks)]
+    expected = reference.adaptive_loss(terms, log_vars, coefficients, 0.3)
+    torch.testing.assert_close(F.adaptive_loss(terms, log_vars, coefficients, 0.3), expected)
+
+
+# ------------------------------------------------------------------------------------------------- gradcheck and compile
+
+
+@pytest.mark.parametrize("module", [reference, portable])
+def test_gradcheck_gates(module) -> None:
+    features, gates, weights, biases = gate_inputs(2, 2, (2, 1), 3, (2, 3))
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return module.multi_gate(tensors[:2], tensors[2], tensors[3:5], tensors[5:])
+
+    assert torch.autograd.gradcheck(function, [*features, gates, *weights, *biases])
+
+
+@pytest.mark.parametrize("module", [reference, portable])
+def test_gradcheck_losses(module) -> None:
+    logits = torch.randn(2, 3, 3, 2, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 3, (2, 3, 2))
+    for name in LOSSES:
+        assert torch.autograd.gradcheck(getattr(module, name), (logits, target))
+    raw = torch.randn(2, 1, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(module.tanh_mse_loss, (raw, torch.rand(2, 3, 2, dtype=torch.float64)))
+    terms, log_vars = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(module.adaptive_loss, (terms, log_vars))
+
+
+def test_operations_compile_without_graph_breaks() -> None:
+    arguments = cast(gate_inputs(), lambda t: t.float())
+    mask = torch.rand(2, 4, 6) > 0.5
+
+    def step(features, gates, weights, biases, mask: Tensor) -> Tensor:
+        sdf, boundary = F.distance_targets(mask)
+        gated = F.multi_gate(features, gates, weights, biases)
+        return F.adaptive_loss(F.objective_terms(*gated, mask.to(torch.uint8), sdf, boundary), torch.ones(3))
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments, mask), step(*arguments, mask))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device: str) -> None:
+    mask = (torch.rand(2, 7, 9, device=device) > 0.5).to(torch.uint8)
+    torch.library.opcheck(torch.ops.semimoe_fast.squared_distance.default, (mask,))
+    torch.library.opcheck(torch.ops.semimoe_fast.distance_targets.default, (mask, 2.0))
+
+
+# -------------------------------------------------------------------------------------------------------- targets, masks
+
+
+@pytest.fixture(params=[*BACKENDS, "fused"])
+def any_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("SEMIMOE_BACKEND", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("archive", ["targets", "targets_glas"])
+def test_golden_targets(archive: str, any_backend: str, golden) -> None:
+    masks = golden(archive)
+    for name in sorted({key.split("/")[0] for key in masks}):
+        sdf, boundary = F.distance_targets(masks[f"{name}/mask"])
+        np.testing.assert_array_equal(boundary, masks[f"{name}/boundary"], err_msg=name)
+        np.testing.assert_allclose(sdf, masks[f"{name}/sdf"], rtol=0, atol=1e-6, err_msg=name)  # a float32 quotient
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(0, 3), st.integers(1, 20), st.integers(1, 20)),
+    density=st.sampled_from([0.0, 0.02, 0.3, 0.5, 0.98, 1.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_backends_agree_on_targets(shape, density, seed) -> None:
+    masks = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
+    expected = reference.squared_distance(masks)
+    torch.testing.assert_close(portable.squared_distance(masks), expected, rtol=0, atol=0)
+    torch.testing.assert_close(F.squared_distance(masks), expected, rtol=0, atol=0)
+    sdf, boundary = F.distance_targets(masks, 1.5)
+    for mask, squared, field, ring in zip(masks, expected, sdf, boundary, strict=True):
+        check_target_rules(mask, squared, field, ring, 1.5)
+
+
+def check_target_rules(mask: Tensor, squared: Tensor, sdf: Tensor, ring: Tensor, radius: float) -> None:
+    if (squared < 0).all():
+        assert (sdf == (1.0 if mask.all() else -1.0)).all()
+        assert not ring.any()
+        return
+    assert ((sdf >= 0) == mask).all()
+    assert (sdf[~mask].min() == -1) and (sdf[mask & (squared == 1)] == 0).all()
+    assert sdf.max() == (1 if (squared[mask] > 1).any() else 0)
+    assert ((ring != 0) == (~mask & (squared <= radius * radius))).all()
+
+
+MASK = np.random.default_rng(0).random((3, 6, 10)) < 0.4
+
+
+def read_only(mask: np.ndarray) -> np.ndarray:
+    mask = mask.copy()
+    mask.flags.writeable = False
+    return mask
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda m: torch.from_numpy(m),
+        lambda m: torch.from_numpy(m.astype(np.uint8) * 255),
+        lambda m: torch.from_numpy(m.astype(np.int64) * -7),
+        lambda m: torch.from_numpy(m.astype(np.int32) * 65536),
+        lambda m: torch.from_numpy(np.ascontiguousarray(m.transpose(2, 1, 0))).permute(2, 1, 0),
+        lambda m: m,
+        lambda m: m.astype(np.uint16) * 4096,
+        lambda m: m.astype(np.uint64) * 2**40,
+        lambda m: np.asfortranarray(m),
+        lambda m: m[:, ::-1, ::-1].copy()[:, ::-1, ::-1],
+        read_only,
+    ],
+    ids="bool 0/255 negative int32 permuted numpy uint16 uint64 fortran negative-strides read-only".split(),
+)
+def test_any_integer_mask(convert) -> None:
+    expected = reference.squared_distance(torch.from_numpy(MASK))
+    torch.testing.assert_close(F.squared_distance(convert(MASK)), expected, rtol=0, atol=0)
+    torch.testing.assert_close(F.squared_distance(convert(MASK)[1]), expected[1], rtol=0, atol=0)
+
+
+class Exchange:
+    """An array of some other library, known by DLPack alone."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __dlpack__(self, **arguments):
+        return self.array.__dlpack__(**arguments)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+def test_mask_through_dlpack() -> None:
+    mask = MASK.astype(np.int32)
+    torch.testing.assert_close(F.squared_distance(Exchange(mask)), F.squared_distance(mask), rtol=0, atol=0)
+
+
+def test_every_operation_names_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    for operation in ops.OPERATIONS:
+        backend, reason = ops.choose(operation, "cpu")
+        assert backend in ops.BACKENDS and reason
+        assert hasattr(F, operation) and hasattr(reference, operation) and hasattr(portable, operation)
+    monkeypatch.setenv("SEMIMOE_BACKEND", "fused")
+    with pytest.raises(RuntimeError, match="SEMIMOE_BACKEND=fused cannot serve multi_gate on cpu"):
+        F.multi_gate(*gate_inputs())
+    monkeypatch.setenv("SEMIMOE_BACKEND", "fastest")
+    with pytest.raises(ValueError, match="SEMIMOE_BACKEND='fastest': choose one of reference, portable, fused"):
+        F.multi_gate(*gate_inputs())
+
+
+def test_fallback_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(ops._native, "why_unavailable", lambda device_type: "not built here")
+    ops._choose_and_say.cache_clear()
+    for _ in range(3):
+        F.squared_distance(MASK)
+    ops._choose_and_say.cache_clear()
+    assert [r.getMessage() for r in caplog.records] == [
+        "squared_distance on cpu falls back to the portable backend: not built here"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: F.squared_distance(torch.rand(4, 4)), TypeError, "float32 is ambiguous: threshold it first"),
+        (lambda: F.squared_distance(np.full((4, 4), np.nan)), TypeError, "float64 is ambiguous"),
+        (lambda: F.squared_distance([[0, 1]]), TypeError, "speaks DLPack, got list"),
+        (lambda: F.squared_distance(torch.zeros(4, dtype=torch.uint8)), ValueError, "(B, H, W) or (H, W)"),
+        (lambda: F.squared_distance(torch.zeros(1, dtype=torch.bool).expand(40000, 40000)), ValueError, "too large"),
+        (lambda: F.distance_targets(MASK, ring_radius=-1), ValueError, "ring_radius is -1"),
+        (lambda: F.squared_dice_loss(torch.rand(1, 2, 4, 4), torch.zeros(1, 4, 5).long()), ValueError, "disagree"),
+        (lambda: F.soft_dice_loss(torch.rand(1, 2, 4, 4), torch.zeros(1, 4, 4)), TypeError, "class numbers"),
+        (lambda: F.tanh_mse_loss(torch.rand(2, 1, 4, 4), torch.zeros(1, 4, 4)), ValueError, "disagree"),
+        (lambda: F.tanh_mse_loss(torch.rand(2, 2, 4, 4), torch.zeros(2, 4, 4)), ValueError, "disagree"),
+        (lambda: F.adaptive_loss(torch.rand(3), torch.rand(2)), ValueError, "as many terms"),
+        (lambda: F.multi_gate([torch.rand(1, 2, 4, 4)], torch.rand(1, 1, 2), [torch.rand(2, 2)], [torch.rand(2)]), ValueError, "gate_weights"),
+        (lambda: F.multi_gate([], torch.rand(1, 1, 2), [], []), ValueError, "features are E tensors"),
+        (lambda: F.multi_gate([torch.rand(1, 2, 4, 4)], torch.rand(1, 1, 1), [torch.rand(2, 3)], [torch.rand(2)]), ValueError, "head_weights"),
+        (lambda: F.multi_gate([torch.rand(1, 2, 4, 4)], torch.rand(1, 1, 1), [torch.rand(2, 2)], [torch.rand(3)]), ValueError, "head_biases"),
+        (lambda: F.pseudo_labels([torch.rand(1, 2, 4, 4)], torch.rand(1, 1, 1), [torch.rand(2, 2)], [torch.rand(2)]), ValueError, "pseudo_labels takes"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_get_one_clear_line(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    result = result.detach().cpu().double()
+    return ((result - expected.detach()).norm() / expected.detach().norm()).item()
