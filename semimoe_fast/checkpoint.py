@@ -1,0 +1,122 @@
+"""Checkpoints: one safetensors file with the tensors, and JSON beside them in its header. No pickle anywhere.
+
+A file holds the model under `model.`, whatever else a run must keep under other prefixes, and the metadata that
+rebuilds the model: its configuration, the normalisation of its images and the image size it was trained at.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import UserError
+from .model import SemiMoE
+from .published import export_published, import_published
+
+__all__ = ["Checkpoint", "Preprocessing", "export_published", "import_published", "load", "read", "save"]
+
+FORMAT = 1
+METADATA_KEY = "semimoe_fast"
+
+
+class Checkpoint(NamedTuple):
+    model: SemiMoE  # in eval mode
+    metadata: dict[str, Any]  # what `save` was given, and "model": the arguments of SemiMoE
+    state: dict[str, Tensor]  # the tensors beside the model
+
+
+class Preprocessing(NamedTuple):
+    """What a model expects of its images, and the targets it learned."""
+
+    image_size: int
+    mean: tuple[float, ...]  # of the channels, images in [0, 1]
+    std: tuple[float, ...]
+    ring_radius: float = 2.0
+
+    @classmethod
+    def of(cls, path: Path, metadata: Mapping[str, Any]) -> Preprocessing:
+        """From the metadata of a training run's checkpoint. Raises UserError where they hold none."""
+        values = metadata.get("preprocessing")
+        if values is None:
+            raise UserError(f"{path}: holds no image size and statistics; take a checkpoint of a training run")
+        return cls(values["image_size"], tuple(values["mean"]), tuple(values["std"]), values["ring_radius"])
+
+
+def save(
+    path: str | Path,
+    model: SemiMoE,
+    metadata: Mapping[str, Any] | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a checkpoint so that `path` holds, at any moment, the old file or the new one, whole and on the disk.
+
+    metadata must be JSON; state holds further tensors (optimisers, random states), on any device.
+    """
+    arguments = {
+        "in_channels": model.in_channels,
+        "num_classes": model.num_classes,
+        "width": model.width,
+        "expert_tasks": list(model.expert_tasks),
+    }
+    header = {"format": FORMAT, "model": arguments, **(metadata or {})}
+    tensors = {f"model.{key}": value for key, value in model.state_dict().items()} | dict(state or {})
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    write_atomically(Path(path), lambda part: save_file(tensors, part, {METADATA_KEY: json.dumps(header)}))
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+    """Read a checkpoint and rebuild its model. Raises UserError where the file is missing, damaged or another's."""
+    metadata, tensors = read(path, device)
+    model = SemiMoE(**metadata["model"]).to(device)
+    weights = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path}: the weights do not fit its own configuration {metadata['model']}") from error
+    state = {key: value for key, value in tensors.items() if not key.startswith("model.")}
+    return Checkpoint(model.eval(), metadata, state)
+
+
+def read(path: str | Path, device: str | torch.device = "cpu") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Metadata and all tensors of a checkpoint, without building the model."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; give the best.safetensors or last.safetensors of a run folder")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            header = (file.metadata() or {}).get(METADATA_KEY)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+    except (SafetensorError, struct.error, OSError) as error:
+        raise UserError(f"{path}: not a readable checkpoint ({error}); take another, this one is damaged") from error
+    if header is None:
+        raise UserError(f"{path}: a safetensors file, but not a checkpoint of semimoe_fast")
+    metadata = json.loads(header)
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path}: checkpoint format {metadata.get('format')}, this version reads {FORMAT}")
+    return metadata, tensors
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call write(temporary path), sync it and move it over `path`: a crash leaves the old file or the new one."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        write(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

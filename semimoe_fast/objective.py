@@ -1,0 +1,63 @@
+"""The loss of one training step (arXiv 2509.13834): supervised, and from pseudo-labels unsupervised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import functional as F
+from .model import AdaptiveMultiObjectiveLoss, SemiMoE
+
+
+class StepLosses(NamedTuple):
+    """total carries the gradient; the rest is for the record. Terms are (3,): mask, sdf, boundary."""
+
+    total: Tensor
+    supervised_total: Tensor
+    unsupervised_total: Tensor  # already weighted by u
+    supervised_terms: Tensor
+    unsupervised_terms: Tensor
+    gate_weights: Tensor  # (T, E), mean over the labelled batch
+
+
+def objective(
+    model: SemiMoE,
+    adaptive: AdaptiveMultiObjectiveLoss,
+    labelled: Tensor,
+    targets: Sequence[Tensor],
+    unlabelled: Tensor | None,
+    unsupervised_weight: float,
+) -> StepLosses:
+    """Losses of one step.
+
+    labelled, unlabelled: normalised images (B, 3, H, W); targets: mask (B, H, W), sdf (B, H, W) or (B, 1, H, W),
+    boundary (B, H, W); unsupervised_weight: u. Without unlabelled images the loss is the supervised part alone.
+    BN sees the unlabelled batch first, and both batches apart.
+    """
+    weighted, pseudo_terms = _unsupervised(model, adaptive, unlabelled, unsupervised_weight)
+    output = model(labelled)
+    terms = F.objective_terms(*output.own, *targets)
+    terms = terms + F.objective_terms(output.mask, output.sdf, output.boundary, *targets)
+    supervised = adaptive(terms)
+    return StepLosses(
+        total=supervised + weighted,
+        supervised_total=supervised.detach(),
+        unsupervised_total=weighted.detach(),
+        supervised_terms=terms.detach(),
+        unsupervised_terms=pseudo_terms.detach(),
+        gate_weights=output.gate_weights.detach().mean(0),
+    )
+
+
+def _unsupervised(
+    model: SemiMoE, adaptive: AdaptiveMultiObjectiveLoss, images: Tensor | None, weight: float
+) -> tuple[Tensor, Tensor]:
+    """u times the adaptive loss of every expert against its pseudo-label, and its terms."""
+    if images is None:
+        return torch.zeros_like(adaptive.log_vars[0]), torch.zeros_like(adaptive.log_vars)
+    features, own = model.run_experts(images)
+    terms = F.objective_terms(*own, *model.gating.pseudo_labels(features))
+    return adaptive(terms) * weight, terms
