@@ -1,0 +1,123 @@
+"""The compiled module: loads it, checks that it fits, and calls it on tensors.
+
+It takes addresses, not tensors, so what it may assume is checked here and nowhere else: device, dtype, shape, layout.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+ABI = 1  # of csrc/bindings.cpp
+REMEDY = "run `pip install .` in the project's folder"
+INT32_MAX = 2**31 - 1
+
+
+def module() -> ModuleType | None:
+    """The compiled module, or None where it is missing or of another ABI."""
+    return _load()[0]
+
+
+def why_missing() -> str:
+    """Why `module` is None, and the remedy, in one line; empty where it is not None."""
+    return _load()[1]
+
+
+def why_unavailable(device_type: str) -> str | None:
+    """Why the native operations cannot serve tensors on "cpu" or "cuda", in one line; None where they can."""
+    native = module()
+    if native is None:
+        return why_missing()
+    if device_type == "cpu":
+        return None
+    if device_type != "cuda":
+        return f"the compiled module serves cpu and cuda tensors, not {device_type}"
+    if native.built_with["cuda"] is None:
+        return f"the compiled module was built without CUDA: {REMEDY} where nvcc is installed"
+    return None if torch.cuda.is_available() else "PyTorch finds no CUDA device"
+
+
+def squared_distance(mask: Tensor, out: Tensor) -> None:
+    """Write the squared distance of every pixel to the nearest pixel of the opposite class, -1 where there is none.
+
+    mask: uint8 or bool (B, H, W), non-zero is foreground; out: int32 (B, H, W). Both contiguous, on the CPU or one GPU.
+    On a GPU the work is queued on the current stream. Raises ValueError where the image diagonal exceeds 46,340 pixels.
+    """
+    native = _native_for(mask)
+    _check(mask, out=(out, torch.int32))
+    if mask.is_cuda:
+        gaps = torch.empty(mask.shape, dtype=torch.int16, device=mask.device)
+        with torch.cuda.device(mask.device):
+            native.squared_distance_cuda(mask.data_ptr(), *mask.shape, gaps.data_ptr(), out.data_ptr(), _stream())
+    else:
+        native.squared_distance(mask.data_ptr(), *mask.shape, out.data_ptr(), torch.get_num_threads())
+
+
+def distance_targets(mask: Tensor, sdf: Tensor, boundary: Tensor, ring_radius: float) -> None:
+    """Write the normalised signed distance, and the ring of background at most `ring_radius` pixels off the foreground.
+
+    mask: uint8 or bool (B, H, W), non-zero is foreground; sdf: float32 (B, H, W); boundary: uint8 (B, H, W). All
+    contiguous, on the CPU or one GPU. Work and errors as `squared_distance`.
+    """
+    native = _native_for(mask)
+    _check(mask, sdf=(sdf, torch.float32), boundary=(boundary, torch.uint8))
+    outputs = sdf.data_ptr(), boundary.data_ptr()
+    if mask.is_cuda:
+        scratch = [
+            torch.empty(mask.shape, dtype=torch.int16, device=mask.device),
+            torch.empty(mask.shape, dtype=torch.int32, device=mask.device),
+            torch.empty((len(mask), 2), dtype=torch.int32, device=mask.device),
+        ]
+        addresses = [tensor.data_ptr() for tensor in scratch]
+        with torch.cuda.device(mask.device):
+            native.distance_targets_cuda(
+                mask.data_ptr(), *mask.shape, squared_radius(ring_radius), *addresses, *outputs, _stream()
+            )
+    else:
+        native.distance_targets(
+            mask.data_ptr(), *mask.shape, squared_radius(ring_radius), *outputs, torch.get_num_threads()
+        )
+
+
+def squared_radius(radius: float) -> int:
+    """The largest squared distance, an integer of 32 bits, that is within a radius."""
+    return math.floor(min(radius * radius, INT32_MAX))
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        native = importlib.import_module("_semimoe_fast")
+    except ImportError as error:
+        return None, f"the compiled module cannot be imported ({error}): {REMEDY}"
+    if native.abi != ABI:
+        return None, f"the compiled module has ABI {native.abi}, this package needs {ABI}: {REMEDY}"
+    return native, ""
+
+
+def _native_for(mask: Tensor) -> ModuleType:
+    reason = why_unavailable(mask.device.type)
+    if reason is not None:
+        raise RuntimeError(reason)
+    return _load()[0]
+
+
+def _check(mask: Tensor, **outputs: tuple[Tensor, torch.dtype]) -> None:
+    if mask.ndim != 3 or mask.dtype not in (torch.uint8, torch.bool) or not mask.is_contiguous():
+        raise ValueError(f"mask is contiguous uint8 or bool (B, H, W), got {mask.dtype} {tuple(mask.shape)}")
+    for name, (output, dtype) in outputs.items():
+        if output.shape != mask.shape or output.dtype != dtype or not output.is_contiguous():
+            raise ValueError(
+                f"{name} is contiguous {dtype} {tuple(mask.shape)}, got {output.dtype} {tuple(output.shape)}"
+            )
+        if output.device != mask.device:
+            raise ValueError(f"{name} is on {output.device}, mask on {mask.device}: put them on one device")
+
+
+def _stream() -> int:
+    return torch.cuda.current_stream().cuda_stream

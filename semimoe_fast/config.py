@@ -1,0 +1,183 @@
+"""The configuration of a training run: one dataclass, from which the command line is generated.
+
+The run folder keeps it as config.json and every checkpoint carries it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from .device import Precision
+from .errors import UserError
+from .model import STRIDE
+
+NONE = "none"
+CONFIG_FILE = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Train Semi-MoE (arXiv 2509.13834) on few labelled and many unlabelled gland images.
+
+    Without --data it trains on synthetic glands that it draws itself, small enough for a CPU; with --data the defaults
+    are the published recipe (add --data DIR to --help to see them).
+    """
+
+    data: Path | None = None
+    """Folder with the parts below, each PART/image and PART/mask; none: synthetic glands."""
+    labeled: str | None = None
+    """Labelled part; by default the only train_sup_* of the folder."""
+    unlabeled: str | None = None
+    """Unlabelled part (its masks are ignored); by default the only train_unsup_*; `none`: the supervised baseline."""
+    val: str = "val"
+    """Validation part."""
+    synthetic: tuple[int, int, int] = (8, 64, 24)
+    """Synthetic images: labelled, unlabelled, validation."""
+    out: Path | None = None
+    """Run folder, new; by default runs/NAME-DATE-TIME."""
+    resume: Path | None = None
+    """Run folder to continue; it brings its own configuration."""
+
+    image_size: int = 256
+    """Side in pixels to which images are resized, a multiple of 16."""
+    normalization: Literal["measured", "glas", "crag"] = "measured"
+    """Mean and std of the images: measured on the training images, or the published ones of GlaS or CRAG."""
+    ring_radius: float = 2.0
+    """Width in pixels of the boundary target."""
+
+    width: int = 64
+    """Channels of the U-Nets' first level; the deepest has 16 times as many."""
+
+    epochs: int = 200
+    steps_per_epoch: int | None = None
+    """Steps of an epoch; by default one pass over the unlabelled part (of the labelled, if alone)."""
+    labeled_batch: int = 2
+    unlabeled_batch: int = 2
+    lr: float = 0.5
+    """Learning rate of SGD after the warm-up."""
+    momentum: float = 0.9
+    weight_decay: float = 5e-5
+    """Of both optimisers."""
+    warmup_epochs: int = 20
+    decay_epochs: int = 50
+    """Epochs between two decays of the learning rate."""
+    decay: float = 0.5
+    log_var_lr: float = 0.05
+    """Learning rate of Adam for the loss weights s."""
+    unsupervised_weight: float = 0.5
+    """u of the last epoch; it grows linearly from 0."""
+    coefficients: tuple[float, float, float] = (1.0, 0.5, 1.0)
+    """Weights of the mask, sdf and boundary objectives ahead of exp(-s)."""
+    regularizer: float = 0.4
+    """Factor of exp(s) in the adaptive loss."""
+    initial_log_var: float = 1.0
+    """s at the start."""
+    dropout: float = 0.1
+    """In the gates."""
+
+    val_every: int = 1
+    """Epochs between two validations; the last epoch is always validated."""
+    save_every: int = 1
+    """Epochs between two checkpoints."""
+    precision: Precision = "auto"
+    """auto: bf16 autocast on CUDA, fp32 on the CPU."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; auto takes CUDA where there is one."""
+    seed: int = 0
+
+    @property
+    def semi_supervised(self) -> bool:
+        return self.unlabeled != NONE
+
+    def check(self) -> None:
+        """Raise UserError for values that cannot be trained with, before anything is read or written."""
+        positive = (
+            "image_size width epochs labeled_batch unlabeled_batch decay_epochs val_every save_every lr log_var_lr"
+        ).split()
+        for name in (*positive, *(["steps_per_epoch"] if self.steps_per_epoch is not None else [])):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{flag(name)} is {getattr(self, name)}: give a positive number")
+        for name in ("momentum", "weight_decay", "warmup_epochs", "unsupervised_weight", "ring_radius", "seed"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{flag(name)} is {getattr(self, name)}: give 0 or more")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--dropout is {self.dropout}: give a number from 0 to below 1")
+        if self.image_size % STRIDE:
+            below = max(STRIDE, self.image_size // STRIDE * STRIDE)
+            raise UserError(
+                f"--image-size is {self.image_size}, not a multiple of {STRIDE}: try {below} or {below + STRIDE}"
+            )
+        if self.data is None and (min(self.synthetic) < 0 or min(self.synthetic[0], self.synthetic[2]) < 1):
+            raise UserError(f"--synthetic is {self.synthetic}: give at least one labelled and one validation image")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; the run folder's own place (out, resume) is not part of a configuration."""
+        values = dataclasses.asdict(self)
+        for name in ("out", "resume"):
+            del values[name]
+        return values | {"data": None if self.data is None else str(self.data)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        tuples = {name: tuple(values[name]) for name in ("synthetic", "coefficients")}
+        return cls(**values | tuples | {"data": None if values["data"] is None else Path(values["data"])})
+
+
+SYNTHETIC = TrainConfig(
+    image_size=96,
+    width=8,
+    epochs=30,
+    warmup_epochs=3,
+    decay_epochs=8,
+    labeled_batch=2,
+    unlabeled_batch=2,
+)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
+    """The configuration that a command line asks for, checked. Raises UserError; exits by itself for --help."""
+    config = _parse(arguments, SYNTHETIC)
+    if config.resume is not None:
+        stored = dataclasses.replace(read_config(config.resume), resume=config.resume)
+        config = _parse(arguments, stored)
+        _refuse_changes(stored, config)
+    elif config.data is not None:
+        config = _parse(arguments, TrainConfig())
+    config.check()
+    return config
+
+
+def read_config(run: Path) -> TrainConfig:
+    """The configuration of an existing run folder."""
+    path = run / CONFIG_FILE
+    try:
+        return TrainConfig.from_dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UserError(f"{run}: holds no run to resume ({CONFIG_FILE} is missing); give the folder of a run") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: is not the configuration of this version ({error})") from error
+
+
+def _parse(arguments: Sequence[str] | None, default: TrainConfig) -> TrainConfig:
+    return tyro.cli(TrainConfig, args=arguments, default=default, prog="python -m semimoe_fast.train")
+
+
+def _refuse_changes(stored: TrainConfig, config: TrainConfig) -> None:
+    """A resumed run keeps its configuration; only the place of the data and the device may differ."""
+    for field in dataclasses.fields(TrainConfig):
+        before, now = getattr(stored, field.name), getattr(config, field.name)
+        if before != now and field.name not in ("data", "device"):
+            raise UserError(
+                f"{flag(field.name)} is {now}, but the run in {stored.resume} was started with {before}: "
+                "leave it out, or start a new run"
+            )

@@ -1,0 +1,71 @@
+"""`python -m semimoe_fast.info`: versions, how the native module was built, and the backend of every operation here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+
+import torch
+
+from . import __version__, _native, ops
+from .errors import UserError, run_command
+
+
+def versions() -> list[tuple[str, str]]:
+    """What is installed, as (name, version)."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [
+        ("semimoe_fast", __version__),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+        ("torch", torch.__version__),
+        ("triton", importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed"),
+        ("CUDA of torch", torch.version.cuda or "none, a CPU build"),
+        ("GPU", ", ".join(gpus) or "none"),
+        ("CPU threads", str(torch.get_num_threads())),
+    ]
+
+
+def native_build() -> list[tuple[str, str]]:
+    """What the compiled module was built with, as (name, version)."""
+    native = _native.module()
+    if native is None:
+        return [("native module", _native.why_missing())]
+    build = native.built_with
+    cuda = f"{build['cuda']} for sm {build['cuda_archs']}" if build["cuda"] else "left out"
+    return [
+        ("native module", f"{native.__file__}, ABI {native.abi}"),
+        ("  compiler", build["compiler"]),
+        ("  pybind11", build["pybind11"]),
+        ("  CUDA", cuda),
+    ]
+
+
+def backends() -> list[tuple[str, str, str, str]]:
+    """Which backend serves each operation here, as (operation, device, backend, reason)."""
+    rows = []
+    for operation in ops.OPERATIONS:
+        for device_type in ("cpu", "cuda"):
+            try:
+                rows.append((operation, device_type, *ops.choose(operation, device_type)))
+            except RuntimeError as error:  # a forced backend that cannot serve
+                rows.append((operation, device_type, "none", str(error)))
+            except ValueError as error:
+                raise UserError(str(error)) from None
+    return rows
+
+
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def main() -> None:
+    print_table([*versions(), *native_build()])
+    print()
+    print_table([("operation", "tensors", "backend", "why"), *backends()])
+
+
+if __name__ == "__main__":
+    run_command(main)

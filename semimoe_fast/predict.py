@@ -1,0 +1,88 @@
+"""Segment images with a checkpoint: `python -m semimoe_fast.predict --checkpoint C --input FILE_OR_DIR --out DIR`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+from . import augment, checkpoint
+from .checkpoint import Preprocessing
+from .data import list_images, read_image, resize_image
+from .device import Precision, autocast, choose_device
+from .errors import UserError, run_command
+from .evaluate import GATED, foreground
+from .model import SemiMoE
+from .report import outline
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictConfig:
+    """Write a mask for every image: a PNG of the image's own size, 255 on glands and 0 elsewhere."""
+
+    checkpoint: Path
+    """best.safetensors or last.safetensors of a run folder."""
+    input: Path
+    """An image, or a folder of images."""
+    out: Path
+    """Folder for the masks, NAME.png; created if missing."""
+    overlay: bool = False
+    """Also draw the outline on the image, NAME_overlay.png."""
+    threshold: float = 0.5
+    """Foreground probability above which a pixel is gland."""
+    device: str = "auto"
+    precision: Precision = "auto"
+
+
+@torch.no_grad()
+def segment(
+    model: SemiMoE,
+    image: np.ndarray,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    threshold: float = 0.5,
+    precision: Precision = "auto",
+) -> np.ndarray:
+    """Mask of one image: uint8 (H, W, 3) -> bool (H, W).
+
+    The image is resized to the size the model was trained at, the probability back, bilinearly.
+    """
+    pixels = resize_image(image, preprocessing.image_size)[None].to(device)
+    with autocast(precision, device):
+        output = model(augment.normalize(pixels, preprocessing.mean, preprocessing.std))
+    probability = torch.nn.functional.interpolate(
+        foreground(output)[GATED][:, None], image.shape[:2], mode="bilinear", align_corners=False
+    )
+    return (probability[0, 0] > threshold).cpu().numpy()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    config = tyro.cli(PredictConfig, args=arguments, prog="python -m semimoe_fast.predict")
+    if not 0 <= config.threshold < 1:
+        raise UserError(f"--threshold is {config.threshold}: give a number from 0 to below 1")
+    if config.input.resolve().is_dir() and config.input.resolve() == config.out.resolve():
+        raise UserError(f"--out is the folder of the images, {config.out}: masks would replace them, give another")
+    device = choose_device(config.device)
+    model, metadata, _ = checkpoint.load(config.checkpoint, device)
+    preprocessing = Preprocessing.of(config.checkpoint, metadata)
+    paths = list_images(config.input) if config.input.is_dir() else [config.input]
+    if not paths[0].exists():
+        raise UserError(f"{config.input}: no such file or folder; give an image or a folder of images")
+    config.out.mkdir(parents=True, exist_ok=True)
+    for path in tqdm(paths, "predict"):
+        image = read_image(path)
+        mask = segment(model, image, preprocessing, device, config.threshold, config.precision)
+        Image.fromarray(mask.astype(np.uint8) * 255).save(config.out / f"{path.stem}.png")
+        if config.overlay:
+            Image.fromarray(outline(image, torch.from_numpy(mask))).save(config.out / f"{path.stem}_overlay.png")
+    print(f"{len(paths)} masks in {config.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,137 @@
+"""What a run looks like: curves, overlays, TensorBoard, and the summary printed at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+
+from . import augment
+from . import functional as F
+from .checkpoint import Preprocessing
+from .data import Dataset
+from .evaluate import GATED, foreground
+from .model import SemiMoE
+
+matplotlib.use("Agg")
+
+Records = Sequence[dict[str, Any]]
+
+
+def draw_curves(records: Records, tasks: Sequence[str], path: Path) -> None:
+    """Losses, their terms, the learned weights exp(-s), the mean gate weights and the validation scores, by epoch."""
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    losses, supervised, pseudo, weights, gates, scores = figure.subplots(2, 3).flat
+    epochs = [r["epoch"] for r in records]
+    for name in ("total", "supervised_total", "unsupervised_total"):
+        losses.plot(epochs, [r[name] for r in records], label=name.replace("_", " "))
+    for axis, name in ((supervised, "supervised_terms"), (pseudo, "unsupervised_terms"), (weights, "loss_weights")):
+        for k, task in enumerate(tasks):
+            axis.plot(epochs, [r[name][k] for r in records], label=task)
+    for k, task in enumerate(tasks):
+        for e in range(len(records[0]["gate_weights"][k])):
+            style = {"color": f"C{k}", "linestyle": ("-", "--", ":", "-.")[e % 4]}
+            gates.plot(epochs, [r["gate_weights"][k][e] for r in records], label=f"{task}, expert {e + 1}", **style)
+    validated = [r for r in records if "val" in r]
+    for k, name in enumerate(validated[0]["val"]):
+        for score, style in (("dice", "-"), ("jaccard", "--")):
+            values = [r["val"][name][score] for r in validated]
+            label = f"{name}, {score.capitalize()}" if name == GATED or score == "dice" else None
+            scores.plot([r["epoch"] for r in validated], values, style, color=f"C{k}", label=label)
+    titles = {
+        losses: "loss",
+        supervised: "supervised terms (own + gated)",
+        pseudo: "unsupervised terms (own, pseudo-labels)",
+        weights: "learned loss weights exp(-s)",
+        gates: "gate weights, mean over labelled images",
+        scores: "validation at threshold 0.5 (dashed: Jaccard)",
+    }
+    for axis, title in titles.items():
+        axis.set_title(title)
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    gates.set_ylim(0, 1)
+    scores.set_ylim(0, 1)
+    figure.savefig(path, dpi=100)
+
+
+@torch.no_grad()
+def draw_overlays(
+    model: SemiMoE, val: Dataset, preprocessing: Preprocessing, device: torch.device, path: Path, rows: int = 6
+) -> None:
+    """For some validation images: image, true outline, gated mask, gated sdf and gated boundary."""
+    model.eval()
+    chosen = torch.linspace(0, len(val) - 1, min(rows, len(val))).round().long()
+    images, masks = val.images[chosen], val.masks[chosen]
+    output = model(augment.normalize(images.to(device), preprocessing.mean, preprocessing.std))
+    predicted = (foreground(output)[GATED] > 0.5).cpu()
+    sdf = output.sdf[:, 0].float().tanh().cpu()
+    ring = output.boundary.float().softmax(1)[:, 1].cpu()
+    figure = Figure(figsize=(12.5, 2.5 * len(chosen)), layout="constrained")
+    axes = figure.subplots(len(chosen), 5, squeeze=False)
+    for title, axis in zip(("image", "truth", "prediction", "sdf", "boundary"), axes[0], strict=True):
+        axis.set_title(title)
+    for row, index in enumerate(chosen.tolist()):
+        image = images[row].permute(1, 2, 0).numpy()
+        axes[row, 0].set_ylabel(val.names[index], fontsize=7)
+        axes[row, 0].imshow(image)
+        for axis, mask in ((axes[row, 1], masks[row] != 0), (axes[row, 2], predicted[row])):
+            axis.imshow(outline(image, mask))
+        axes[row, 3].imshow(sdf[row], cmap="RdBu_r", vmin=-1, vmax=1)
+        axes[row, 4].imshow(ring[row], cmap="gray", vmin=0, vmax=1)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    figure.savefig(path, dpi=100)
+
+
+def outline(image: Any, mask: torch.Tensor, color: tuple[int, int, int] = (0, 255, 0), thickness: float = 1.5) -> Any:
+    """A copy of an (H, W, 3) uint8 array with the inner border of an (H, W) mask painted on it."""
+    squared = F.squared_distance(mask)
+    border = (mask != 0) & (squared > 0) & (squared <= thickness * thickness)
+    painted = image.copy()
+    painted[border.numpy()] = color
+    return painted
+
+
+def write_tensorboard(records: Records, tasks: Sequence[str], folder: Path) -> None:
+    """The records as TensorBoard scalars, where TensorBoard is installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return
+    with SummaryWriter(str(folder / "tensorboard")) as writer:
+        for record in records:
+            epoch = record["epoch"]
+            for name in ("total", "supervised_total", "unsupervised_total", "lr", "images_per_second"):
+                writer.add_scalar(name, record[name], epoch)
+            for name in ("supervised_terms", "unsupervised_terms", "loss_weights"):
+                for task, value in zip(tasks, record[name], strict=True):
+                    writer.add_scalar(f"{name}/{task}", value, epoch)
+            for task, gates in zip(tasks, record["gate_weights"], strict=True):
+                for expert, value in enumerate(gates):
+                    writer.add_scalar(f"gates/{task}/expert_{expert + 1}", value, epoch)
+            for predictor, scores in record.get("val", {}).items():
+                for score, value in scores.items():
+                    writer.add_scalar(f"val/{predictor.replace(' ', '_')}/{score}", value, epoch)
+
+
+def summary(records: Records, folder: Path) -> str:
+    """The last and the best validated epoch, and where everything lies."""
+    validated = [r for r in records if "val" in r]
+    best = max(validated, key=lambda r: r["val"][GATED]["dice"])
+    lines = [f"{'validation':<22}{'Dice':>8}{'Jaccard':>9}{'swept Dice':>12}{'Jaccard':>9}{'threshold':>11}"]
+    for title, record in (("last", validated[-1]), ("best", best)):
+        for name, s in record["val"].items():
+            if title == "last" or name == GATED:
+                lines.append(
+                    f"{f'{title}, {name}':<22}{s['dice']:8.4f}{s['jaccard']:9.4f}"
+                    f"{s['swept_dice']:12.4f}{s['swept_jaccard']:9.4f}{s['swept_threshold']:11.2f}"
+                )
+    lines.append(f"best epoch {best['epoch']} of {len(records)}; run folder {folder}: curves.png, overlays.png,")
+    lines.append("metrics.jsonl, config.json, best.safetensors, last.safetensors")
+    return "\n".join(lines)

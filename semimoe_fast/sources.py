@@ -1,0 +1,83 @@
+"""The data of a training run, as its configuration asks for it: from a folder, or synthetic glands."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from .checkpoint import Preprocessing
+from .config import NONE, TrainConfig
+from .data import NORMALIZATION, Dataset, channel_statistics, load_part
+from .errors import UserError
+from .synthetic import glands
+from .trainer import TrainingData
+
+
+def load_data(config: TrainConfig) -> tuple[TrainingData, Dataset]:
+    """Training and validation sets, checked against the configuration. Raises UserError."""
+    labelled, unlabelled, val = synthetic_data(config) if config.data is None else folder_data(config)
+    for flag, part, batch in (
+        ("--unlabeled-batch", unlabelled, config.unlabeled_batch),
+        ("--labeled-batch", labelled if unlabelled is None else None, config.labeled_batch),
+    ):
+        if part is not None and batch > len(part):
+            raise UserError(f"{flag} is {batch}, but the part has {len(part)} images: give at most {len(part)}")
+    if config.normalization == "measured":
+        images = labelled.images if unlabelled is None else torch.cat([labelled.images, unlabelled.images])
+        mean, std = channel_statistics(images)
+    else:
+        mean, std = NORMALIZATION[config.normalization]
+    preprocessing = Preprocessing(config.image_size, tuple(mean), tuple(std), config.ring_radius)
+    return TrainingData(labelled, unlabelled, preprocessing), val
+
+
+def synthetic_data(config: TrainConfig) -> tuple[Dataset, Dataset | None, Dataset]:
+    """Synthetic glands cut into parts; the validation part is the same with and without unlabelled images."""
+    images, masks = glands(sum(config.synthetic), config.image_size, config.seed)
+    names = [f"synthetic_{i}" for i in range(len(images))]
+    parts = []
+    for part_images, part_masks in zip(images.split(config.synthetic), masks.split(config.synthetic), strict=True):
+        start = sum(len(part) for part in parts)
+        sizes = [(config.image_size, config.image_size)] * len(part_images)
+        parts.append(Dataset(part_images, part_masks, names[start : start + len(part_images)], sizes))
+    labelled, unlabelled, val = parts
+    return labelled, unlabelled if config.semi_supervised and len(unlabelled) else None, val
+
+
+def folder_data(config: TrainConfig) -> tuple[Dataset, Dataset | None, Dataset]:
+    labelled = config.labeled or only_part(config.data, "train_sup_", "--labeled")
+    unlabelled = None
+    if config.semi_supervised:
+        name = config.unlabeled or only_part(config.data, "train_unsup_", "--unlabeled")
+        unlabelled = load_part(config.data, name, config.image_size, with_masks=False)
+    return (
+        load_part(config.data, labelled, config.image_size, with_masks=True),
+        unlabelled,
+        load_part(config.data, config.val, config.image_size, with_masks=True),
+    )
+
+
+def only_part(root: Path, prefix: str, flag: str) -> str:
+    """The one part of a data folder whose name starts so."""
+    parts = sorted(path.parent.name for path in root.glob("*/image"))
+    found = [part for part in parts if part.startswith(prefix)]
+    if len(found) != 1:
+        hint = f", or {flag} {NONE} for the supervised baseline" if flag == "--unlabeled" else ""
+        raise UserError(
+            f"{root}: {len(found)} parts are named {prefix}*; choose one with {flag} NAME{hint} "
+            f"(parts of this folder: {', '.join(parts) or NONE})"
+        )
+    return found[0]
+
+
+def fingerprint(dataset: Dataset | None) -> str:
+    """Names and decoded content of a data set."""
+    if dataset is None:
+        return NONE
+    digest = hashlib.sha256("\n".join(dataset.names).encode())
+    for tensor in (dataset.images, dataset.masks):
+        if tensor is not None:
+            digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()

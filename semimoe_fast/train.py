@@ -1,0 +1,213 @@
+"""Train Semi-MoE: `python -m semimoe_fast.train`, `--help` for everything it takes.
+
+A run folder holds config.json, metrics.jsonl (a line an epoch), best.safetensors and last.safetensors, curves.png and
+overlays.png. A run that was interrupted or killed continues with `--resume FOLDER` and ends as if it had not been.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import checkpoint, report
+from .checkpoint import Preprocessing
+from .config import CONFIG_FILE, TrainConfig, parse
+from .data import Dataset
+from .device import choose_device
+from .errors import UserError, run_command
+from .evaluate import GATED, count_set, score_set
+from .sources import fingerprint, load_data
+from .trainer import Trainer, TrainingData
+
+METRICS_FILE = "metrics.jsonl"
+BEST, LAST = "best.safetensors", "last.safetensors"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    config = parse(arguments)
+    device = choose_device(config.device)
+    data, val = load_data(config)
+    run = Run.resume(config, data, val, device) if config.resume else Run.start(config, data, val, device)
+    with Interruption() as interruption:
+        finished = run.train(interruption)
+    if not finished:
+        print(f"interrupted by {interruption.name}; continue with: python -m semimoe_fast.train --resume {run.folder}")
+        sys.exit(128 + interruption.received)
+    run.report()
+
+
+class Interruption:
+    """Remembers the first SIGINT or SIGTERM, so that the step under way can finish; a second one ends the process."""
+
+    received = 0
+
+    def __enter__(self) -> Interruption:
+        self.previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def __call__(self) -> bool:
+        return self.received != 0
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.received).name
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self.received = number
+        signal.signal(number, self.previous[number])
+
+
+@dataclass
+class Run:
+    """A run folder and the trainer that fills it."""
+
+    config: TrainConfig
+    folder: Path
+    trainer: Trainer
+    val: Dataset
+    best_dice: float = -1.0
+
+    @classmethod
+    def start(cls, config: TrainConfig, data: TrainingData, val: Dataset, device: torch.device) -> Run:
+        trainer = Trainer(config, data, device)
+        folder = config.out or default_folder(config)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder}: is not empty; give another --out, or --resume {folder} to continue its run")
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_atomically(
+            folder / CONFIG_FILE, lambda part: part.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        )
+        return cls(config, folder, trainer, val)
+
+    @classmethod
+    def resume(cls, config: TrainConfig, data: TrainingData, val: Dataset, device: torch.device) -> Run:
+        run = cls(config, config.resume, Trainer(config, data, device), val)
+        path = run.folder / LAST
+        if not path.is_file():
+            return run  # killed before its first checkpoint: the seed makes it start over as it did
+        metadata, tensors = checkpoint.read(path, device)
+        expected = run.metadata()
+        for key, remedy in (("config", "start a new run"), ("data", "give the --data it was trained on")):
+            if without_place(metadata[key]) != without_place(expected[key]):
+                raise UserError(f"{path}: is of another {key} than {run.folder}; {remedy}")
+        run.trainer.restore(tensors, metadata["epoch"], metadata["step"])
+        run.best_dice = metadata["best_dice"]
+        return run
+
+    def train(self, interruption: Interruption) -> bool:
+        """Train to the last epoch; False if interrupted, with the checkpoint written."""
+        trainer, steps = self.trainer, self.trainer.steps_per_epoch
+        self._truncate_metrics()
+        done = trainer.epoch * steps + trainer.step
+        with tqdm(total=self.config.epochs * steps, initial=done, desc="train", unit="step") as bar:
+            while trainer.epoch < self.config.epochs:
+                started, first = time.perf_counter(), trainer.step
+                finished = trainer.train_epoch(interruption, bar.update)
+                if not finished:
+                    self.save(LAST)
+                    return False
+                images = (trainer.step - first) * trainer.images_per_step
+                record = self._finish_epoch(images / (time.perf_counter() - started))
+                bar.set_postfix_str(summary_of(record))
+        return True
+
+    def _finish_epoch(self, images_per_second: float) -> dict[str, Any]:
+        """Validate, record and save the epoch just trained, in an order that a kill at any point leaves repeatable."""
+        trainer, config = self.trainer, self.config
+        record = {
+            "epoch": trainer.epoch,
+            "lr": trainer.learning_rate,
+            "unsupervised_weight": trainer.unsupervised_weight if trainer.unlabelled is not None else 0.0,
+            **trainer.epoch_means(),
+            "images_per_second": images_per_second,
+        }
+        if not math.isfinite(record["total"]):
+            raise UserError(f"the loss became {record['total']} in epoch {trainer.epoch}; restart with a smaller --lr")
+        last = trainer.epoch == config.epochs - 1
+        if last or trainer.epoch % config.val_every == config.val_every - 1:
+            counts = count_set(trainer.model, self.val, self._preprocessing, trainer.device, config.precision)
+            record["val"] = {name: scores._asdict() for name, scores in score_set(counts).items()}
+        trainer.next_epoch()
+        if "val" in record and record["val"][GATED]["dice"] > self.best_dice:
+            self.best_dice = record["val"][GATED]["dice"]
+            self.save(BEST)
+        with (self.folder / METRICS_FILE).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if last or trainer.epoch % config.save_every == 0:
+            self.save(LAST)
+        return record
+
+    def save(self, name: str) -> None:
+        state = self.trainer.state() if name == LAST else {}
+        checkpoint.save(self.folder / name, self.trainer.model, self.metadata(), state)
+
+    def metadata(self) -> dict[str, Any]:
+        data = self.trainer.data
+        return {
+            "config": self.config.to_dict(),
+            "preprocessing": self._preprocessing._asdict(),
+            "data": [fingerprint(part) for part in (data.labelled, data.unlabelled, self.val)],
+            "epoch": self.trainer.epoch,
+            "step": self.trainer.step,
+            "best_dice": self.best_dice,
+        }
+
+    def records(self) -> list[dict[str, Any]]:
+        path = self.folder / METRICS_FILE
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def report(self) -> None:
+        """Draw the pictures and print what came out."""
+        records = self.records()
+        report.draw_curves(records, self.trainer.model.tasks, self.folder / "curves.png")
+        report.draw_overlays(
+            self.trainer.model, self.val, self._preprocessing, self.trainer.device, self.folder / "overlays.png"
+        )
+        report.write_tensorboard(records, self.trainer.model.tasks, self.folder)
+        print(report.summary(records, self.folder))
+
+    @property
+    def _preprocessing(self) -> Preprocessing:
+        return self.trainer.data.preprocessing
+
+    def _truncate_metrics(self) -> None:
+        """Drop records of epochs that will be trained again, and a line that a kill left unfinished."""
+        path = self.folder / METRICS_FILE
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)[: self.trainer.epoch]
+            checkpoint.write_atomically(path, lambda part: part.write_text("".join(lines)))
+
+
+def default_folder(config: TrainConfig) -> Path:
+    name = "synthetic" if config.data is None else config.data.resolve().name
+    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def without_place(value: Any) -> Any:
+    """A stored configuration without what a resumed run may change."""
+    return {k: v for k, v in value.items() if k not in ("data", "device")} if isinstance(value, dict) else value
+
+
+def summary_of(record: dict[str, Any]) -> str:
+    text = f"loss {record['total']:.3f}"
+    return text + (f", val Dice {record['val'][GATED]['dice']:.4f}" if "val" in record else "")
+
+
+if __name__ == "__main__":
+    run_command(main)
