@@ -121,7 +121,8 @@ class TrainConfig:
         values = dataclasses.asdict(self)
         for name in ("out", "resume"):
             del values[name]
-        return values | {"data": None if self.data is None else str(self.data)}
+        lists = {name: list(values[name]) for name in ("synthetic", "coefficients")}
+        return values | lists | {"data": None if self.data is None else str(self.data)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:

@@ -143,8 +143,8 @@ def _mask_batch(mask: Any) -> tuple[Tensor, Any]:
     height, width = tensor.shape[-2:]
     if (height - 1) ** 2 + (width - 1) ** 2 > INT32_MAX:
         raise ValueError(
-            f"a mask of {height} x {width} pixels is too large: int32 holds squared distances up to diagonals of 46,340 "
-            "pixels; cut it into tiles"
+            f"a mask of {height} x {width} pixels is too large: int32 holds squared distances up to diagonals "
+            "of 46,340 pixels; cut it into tiles"
         )
     if tensor.ndim == 3:
         return tensor.contiguous(), lambda result: result

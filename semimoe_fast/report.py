@@ -70,8 +70,8 @@ def draw_overlays(
     images, masks = val.images[chosen], val.masks[chosen]
     output = model(augment.normalize(images.to(device), preprocessing.mean, preprocessing.std))
     predicted = (foreground(output)[GATED] > 0.5).cpu()
-    sdf = output.sdf[:, 0].float().tanh().cpu()
-    ring = output.boundary.float().softmax(1)[:, 1].cpu()
+    sdf = output.sdf[:, 0].float().tanh().cpu().numpy()
+    ring = output.boundary.float().softmax(1)[:, 1].cpu().numpy()
     figure = Figure(figsize=(12.5, 2.5 * len(chosen)), layout="constrained")
     axes = figure.subplots(len(chosen), 5, squeeze=False)
     for title, axis in zip(("image", "truth", "prediction", "sdf", "boundary"), axes[0], strict=True):

@@ -24,7 +24,8 @@ def unsupervised_weight(epoch: int, epochs: int, final: float) -> float:
 
 def generator(seed: int, *key: int) -> torch.Generator:
     """A CPU random generator that depends on the seed and the key alone, so that nothing need be saved to resume it."""
-    state = np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)[0]
+    # the length tells (1,) from (1, 0), which SeedSequence takes for the same
+    state = np.random.SeedSequence([seed, len(key), *key]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> 1))
 
 

@@ -147,8 +147,7 @@ class Run:
         if "val" in record and record["val"][GATED]["dice"] > self.best_dice:
             self.best_dice = record["val"][GATED]["dice"]
             self.save(BEST)
-        with (self.folder / METRICS_FILE).open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        self.record(record)
         if last or trainer.epoch % config.save_every == 0:
             self.save(LAST)
         return record
@@ -156,6 +155,10 @@ class Run:
     def save(self, name: str) -> None:
         state = self.trainer.state() if name == LAST else {}
         checkpoint.save(self.folder / name, self.trainer.model, self.metadata(), state)
+
+    def record(self, record: dict[str, Any]) -> None:
+        with (self.folder / METRICS_FILE).open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
     def metadata(self) -> dict[str, Any]:
         data = self.trainer.data

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on a busy machine, threads that spin at barriers starve each other
+
 import numpy as np
 import pytest
 import torch

@@ -49,7 +49,7 @@ def cast(arguments: tuple, convert) -> tuple:
     return [leaf(x) for x in features], leaf(gates), [leaf(w) for w in weights], [leaf(b) for b in biases]
 
 
-# ------------------------------------------------------------------------------------------------------ golden archives
+# golden archives
 
 
 @pytest.mark.parametrize("case", ["a", "b"])
@@ -105,7 +105,7 @@ def test_golden_losses(case: str, backend: str, golden) -> None:
     torch.testing.assert_close(log_vars.grad, archive["log_vars_grad"], rtol=1e-5, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------- against the float64 oracle
+# against the float64 oracle
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -230,7 +230,7 @@ def test_adaptive_loss_of_any_number_of_terms(tasks: int) -> None:
     torch.testing.assert_close(F.adaptive_loss(terms, log_vars, coefficients, 0.3), expected)
 
 
-# ------------------------------------------------------------------------------------------------- gradcheck and compile
+# gradcheck and compile
 
 
 @pytest.mark.parametrize("module", [reference, portable])
@@ -275,7 +275,7 @@ def test_opcheck(device: str) -> None:
     torch.library.opcheck(torch.ops.semimoe_fast.distance_targets.default, (mask, 2.0))
 
 
-# -------------------------------------------------------------------------------------------------------- targets, masks
+# targets, masks
 
 
 @pytest.fixture(params=[*BACKENDS, "fused"])
@@ -315,7 +315,8 @@ def check_target_rules(mask: Tensor, squared: Tensor, sdf: Tensor, ring: Tensor,
         assert not ring.any()
         return
     assert ((sdf >= 0) == mask).all()
-    assert (sdf[~mask].min() == -1) and (sdf[mask & (squared == 1)] == 0).all()
+    assert sdf[~mask].min() == -1
+    assert (sdf[mask & (squared == 1)] == 0).all()
     assert sdf.max() == (1 if (squared[mask] > 1).any() else 0)
     assert ((ring != 0) == (~mask & (squared <= radius * radius))).all()
 
@@ -373,8 +374,11 @@ def test_mask_through_dlpack() -> None:
 def test_every_operation_names_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     for operation in ops.OPERATIONS:
         backend, reason = ops.choose(operation, "cpu")
-        assert backend in ops.BACKENDS and reason
-        assert hasattr(F, operation) and hasattr(reference, operation) and hasattr(portable, operation)
+        assert backend in ops.BACKENDS
+        assert reason
+        assert hasattr(F, operation)
+        assert hasattr(reference, operation)
+        assert hasattr(portable, operation)
     monkeypatch.setenv("SEMIMOE_BACKEND", "fused")
     with pytest.raises(RuntimeError, match="SEMIMOE_BACKEND=fused cannot serve multi_gate on cpu"):
         F.multi_gate(*gate_inputs())
@@ -394,31 +398,44 @@ def test_fallback_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     ]
 
 
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape)
+
+
+def gate_of(gates: tuple[int, ...], weight: tuple[int, ...], bias: int) -> None:
+    """multi_gate on one expert of two channels, with one head."""
+    F.multi_gate([zeros(1, 2, 4, 4)], zeros(*gates), [zeros(*weight)], [zeros(bias)])
+
+
+ONE_HEAD = ([zeros(1, 2, 4, 4)], zeros(1, 1, 1), [zeros(2, 2)], [zeros(2)])
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: F.squared_distance(torch.rand(4, 4)), TypeError, "float32 is ambiguous: threshold it first"),
+        (lambda: F.squared_distance(zeros(4, 4)), TypeError, "float32 is ambiguous: threshold it first"),
         (lambda: F.squared_distance(np.full((4, 4), np.nan)), TypeError, "float64 is ambiguous"),
         (lambda: F.squared_distance([[0, 1]]), TypeError, "speaks DLPack, got list"),
-        (lambda: F.squared_distance(torch.zeros(4, dtype=torch.uint8)), ValueError, "(B, H, W) or (H, W)"),
-        (lambda: F.squared_distance(torch.zeros(1, dtype=torch.bool).expand(40000, 40000)), ValueError, "too large"),
+        (lambda: F.squared_distance(zeros(4).bool()), ValueError, "(B, H, W) or (H, W)"),
+        (lambda: F.squared_distance(zeros(1).bool().expand(40000, 40000)), ValueError, "too large"),
         (lambda: F.distance_targets(MASK, ring_radius=-1), ValueError, "ring_radius is -1"),
-        (lambda: F.squared_dice_loss(torch.rand(1, 2, 4, 4), torch.zeros(1, 4, 5).long()), ValueError, "disagree"),
-        (lambda: F.soft_dice_loss(torch.rand(1, 2, 4, 4), torch.zeros(1, 4, 4)), TypeError, "class numbers"),
-        (lambda: F.tanh_mse_loss(torch.rand(2, 1, 4, 4), torch.zeros(1, 4, 4)), ValueError, "disagree"),
-        (lambda: F.tanh_mse_loss(torch.rand(2, 2, 4, 4), torch.zeros(2, 4, 4)), ValueError, "disagree"),
-        (lambda: F.adaptive_loss(torch.rand(3), torch.rand(2)), ValueError, "as many terms"),
-        (lambda: F.multi_gate([torch.rand(1, 2, 4, 4)], torch.rand(1, 1, 2), [torch.rand(2, 2)], [torch.rand(2)]), ValueError, "gate_weights"),
-        (lambda: F.multi_gate([], torch.rand(1, 1, 2), [], []), ValueError, "features are E tensors"),
-        (lambda: F.multi_gate([torch.rand(1, 2, 4, 4)], torch.rand(1, 1, 1), [torch.rand(2, 3)], [torch.rand(2)]), ValueError, "head_weights"),
-        (lambda: F.multi_gate([torch.rand(1, 2, 4, 4)], torch.rand(1, 1, 1), [torch.rand(2, 2)], [torch.rand(3)]), ValueError, "head_biases"),
-        (lambda: F.pseudo_labels([torch.rand(1, 2, 4, 4)], torch.rand(1, 1, 1), [torch.rand(2, 2)], [torch.rand(2)]), ValueError, "pseudo_labels takes"),
+        (lambda: F.squared_dice_loss(zeros(1, 2, 4, 4), zeros(1, 4, 5).long()), ValueError, "disagree"),
+        (lambda: F.soft_dice_loss(zeros(1, 2, 4, 4), zeros(1, 4, 4)), TypeError, "class numbers"),
+        (lambda: F.tanh_mse_loss(zeros(2, 1, 4, 4), zeros(1, 4, 4)), ValueError, "disagree"),
+        (lambda: F.tanh_mse_loss(zeros(2, 2, 4, 4), zeros(2, 4, 4)), ValueError, "disagree"),
+        (lambda: F.adaptive_loss(zeros(3), zeros(2)), ValueError, "as many terms"),
+        (lambda: F.multi_gate([], zeros(1, 1, 2), [], []), ValueError, "features are E tensors"),
+        (lambda: gate_of((1, 1, 2), (2, 2), 2), ValueError, "gate_weights"),
+        (lambda: gate_of((1, 1, 1), (2, 3), 2), ValueError, "head_weights"),
+        (lambda: gate_of((1, 1, 1), (2, 2), 3), ValueError, "head_biases"),
+        (lambda: F.pseudo_labels(*ONE_HEAD), ValueError, "pseudo_labels takes"),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments_get_one_clear_line(call, error: type[Exception], message: str) -> None:
     with pytest.raises(error) as caught:
         call()
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:

@@ -1,0 +1,64 @@
+# Every target sets itself up in .venv; a second call finds it done.
+#   make train ARGS="--data DIR"    PYTHON=python3.12 make test    PIP_EXTRA_INDEX_URL=... make test
+PYTHON ?= python3
+ARGS ?=
+OUT ?= benchmarks/results/gpu_check.json
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+NATIVE := setup.py CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*)
+
+.PHONY: help train test lint bench gpu-check clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make train      train Semi-MoE; ARGS="--help" lists the options, without ARGS it trains on synthetic glands'
+	@echo 'make test       run the tests; ARGS goes to pytest'
+	@echo 'make lint       check the style of the Python and the C++ code'
+	@echo 'make bench      measure the operations beside their peers; ARGS goes to pytest'
+	@echo 'make gpu-check  tests and benchmarks on this machine'"'"'s GPU with the PyTorch of $$(PYTHON), into the JSON file $$(OUT)'
+	@echo 'make clean      remove .venv and everything built'
+
+train: $(VENV)/train.done
+	$(RUN) -m semimoe_fast.train $(ARGS)
+
+test: $(VENV)/test.done
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/lint.done
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/* $(wildcard tests/cuda_on_cpu/*)
+
+bench: $(VENV)/bench.done
+	$(RUN) -m pytest benchmarks --benchmark-only --benchmark-sort=name --benchmark-columns=min,median,iqr,rounds $(ARGS)
+
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py --out '$(OUT)'
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info _semimoe_fast*.so
+
+# The install is editable: Python sources are always the current ones, and a change of the native ones builds anew.
+$(VENV)/train.done: $(NATIVE) | $(VENV)
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/test.done: $(NATIVE) | $(VENV)
+	$(INSTALL) --editable '.[test]'
+	@touch $@ $(VENV)/train.done
+
+$(VENV)/bench.done: $(NATIVE) | $(VENV)
+	$(INSTALL) --editable '.[test,bench]'
+	@touch $@ $(VENV)/test.done $(VENV)/train.done
+
+# Not '.[lint]', which would install PyTorch too.
+$(VENV)/lint.done: constraints.txt | $(VENV)
+	$(INSTALL) ruff clang-format
+	@touch $@
+
+$(VENV):
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else \
+	  "error: Python %d.%d is not supported: set PYTHON to Python 3.11, 3.12 or 3.13, as in make PYTHON=python3.12" % v)'
+	$(PYTHON) -m venv $@

@@ -1,0 +1,92 @@
+// The Python module _semimoe_fast. It knows no tensors: Python checks, allocates and passes addresses, so that the
+// module neither needs PyTorch to build nor breaks when PyTorch is upgraded.
+#include <pybind11/pybind11.h>
+
+#include "distance.hpp"
+#ifdef SEMIMOE_CUDA_VERSION
+#include "distance_cuda.hpp"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+constexpr int kAbi = 1;  // raise it with every change of a signature below, together with semimoe_fast/_native.py
+
+template <class T>
+T* at(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void squared_distance(std::uintptr_t mask, std::int64_t batch, std::int64_t height, std::int64_t width,
+                      std::uintptr_t out, int threads) {
+  semimoe::squared_distance(at<const std::uint8_t>(mask), batch, height, width, at<std::int32_t>(out), threads);
+}
+
+void distance_targets(std::uintptr_t mask, std::int64_t batch, std::int64_t height, std::int64_t width,
+                      std::int32_t squared_ring_radius, std::uintptr_t sdf, std::uintptr_t boundary, int threads) {
+  semimoe::distance_targets(at<const std::uint8_t>(mask), batch, height, width, squared_ring_radius, at<float>(sdf),
+                            at<std::uint8_t>(boundary), threads);
+}
+
+#ifdef SEMIMOE_CUDA_VERSION
+void squared_distance_cuda(std::uintptr_t mask, std::int64_t batch, std::int64_t height, std::int64_t width,
+                           std::uintptr_t gaps, std::uintptr_t out, std::uintptr_t stream) {
+  semimoe::check_size(batch, height, width);
+  semimoe::Problem problem{};
+  problem.mask = at<const std::uint8_t>(mask);
+  problem.batch = batch;
+  problem.height = static_cast<int>(height);
+  problem.width = static_cast<int>(width);
+  problem.gaps = at<semimoe::Gap>(gaps);
+  problem.squared = at<std::int32_t>(out);
+  semimoe::launch_squared_distance(problem, at<void>(stream));
+}
+
+void distance_targets_cuda(std::uintptr_t mask, std::int64_t batch, std::int64_t height, std::int64_t width,
+                           std::int32_t squared_ring_radius, std::uintptr_t gaps, std::uintptr_t squared,
+                           std::uintptr_t deepest, std::uintptr_t sdf, std::uintptr_t boundary, std::uintptr_t stream) {
+  semimoe::check_size(batch, height, width);
+  semimoe::launch_distance_targets(
+      {at<const std::uint8_t>(mask), batch, static_cast<int>(height), static_cast<int>(width), at<semimoe::Gap>(gaps),
+       at<std::int32_t>(squared), at<std::int32_t>(deepest), squared_ring_radius, at<float>(sdf),
+       at<std::uint8_t>(boundary)},
+      at<void>(stream));
+}
+#endif
+
+py::dict built_with() {
+  py::dict result;
+  result["compiler"] = SEMIMOE_COMPILER;
+  result["pybind11"] = PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(
+      PYBIND11_VERSION_MINOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_PATCH);
+#ifdef SEMIMOE_CUDA_VERSION
+  result["cuda"] = SEMIMOE_CUDA_VERSION;
+  result["cuda_archs"] = SEMIMOE_CUDA_ARCHS;
+#else
+  result["cuda"] = py::none();
+  result["cuda_archs"] = "";
+#endif
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_semimoe_fast, module) {
+  const py::call_guard<py::gil_scoped_release> without_gil;
+  module.doc() = "Native operations of semimoe_fast on raw addresses; semimoe_fast._native is the way to call them.";
+  module.attr("abi") = kAbi;
+  module.attr("built_with") = built_with();
+  module.def("squared_distance", &squared_distance, py::arg("mask"), py::arg("batch"), py::arg("height"),
+             py::arg("width"), py::arg("out"), py::arg("threads"), without_gil);
+  module.def("distance_targets", &distance_targets, py::arg("mask"), py::arg("batch"), py::arg("height"),
+             py::arg("width"), py::arg("squared_ring_radius"), py::arg("sdf"), py::arg("boundary"), py::arg("threads"),
+             without_gil);
+#ifdef SEMIMOE_CUDA_VERSION
+  module.def("squared_distance_cuda", &squared_distance_cuda, py::arg("mask"), py::arg("batch"), py::arg("height"),
+             py::arg("width"), py::arg("gaps"), py::arg("out"), py::arg("stream"), without_gil);
+  module.def("distance_targets_cuda", &distance_targets_cuda, py::arg("mask"), py::arg("batch"), py::arg("height"),
+             py::arg("width"), py::arg("squared_ring_radius"), py::arg("gaps"), py::arg("squared"), py::arg("deepest"),
+             py::arg("sdf"), py::arg("boundary"), py::arg("stream"), without_gil);
+#endif
+}

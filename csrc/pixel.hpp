@@ -1,0 +1,55 @@
+// What the CPU and the CUDA code compute alike for one pixel.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#ifdef __CUDACC__
+#define SEMIMOE_HOST_DEVICE __host__ __device__
+#else
+#define SEMIMOE_HOST_DEVICE
+#endif
+
+namespace semimoe {
+
+// A gap is the distance to the nearest pixel of the opposite class in the same column.
+using Gap = std::uint16_t;
+constexpr Gap kNoGap = UINT16_MAX;  // the whole column is of one class
+
+// The squared distance of a pixel whose image holds no pixel of the opposite class.
+constexpr std::int32_t kNoDistance = -1;
+
+// Up to this size every squared distance, and every sum the algorithms form on the way to it, fits into 32 bits.
+inline void check_size(std::int64_t batch, std::int64_t height, std::int64_t width) {
+  constexpr std::int64_t kMaxSide = 46340;  // floor(sqrt(2^31))
+  if (batch < 0 || height < 0 || width < 0) throw std::invalid_argument("a mask cannot have a negative size");
+  const bool sides_fit = height <= kMaxSide && width <= kMaxSide;
+  if (!sides_fit || (height - 1) * (height - 1) + (width - 1) * (width - 1) > INT32_MAX)
+    throw std::invalid_argument("a mask of " + std::to_string(height) + " x " + std::to_string(width) +
+                                " pixels is too large: squared distances fit into 32 bits up to a diagonal of " +
+                                std::to_string(kMaxSide) + " pixels; cut it into tiles");
+}
+
+// Gap of a pixel as seen from its vertical neighbour, one step further from whatever lies beyond that one.
+SEMIMOE_HOST_DEVICE inline Gap next_gap(Gap neighbour_gap, bool same_class) {
+  const Gap grown = static_cast<Gap>(neighbour_gap + (neighbour_gap != kNoGap));
+  return same_class ? grown : Gap{1};
+}
+
+// Distance over the largest of the same sign in the image, negative outside, 0 on the inner boundary. Single-precision
+// roots and quotients are correctly rounded on every CPU and GPU: all agree to the last bit.
+SEMIMOE_HOST_DEVICE inline float signed_distance(std::int32_t squared, bool foreground, float largest) {
+  const float share = sqrtf(static_cast<float>(squared)) / largest;
+  const float magnitude = squared == kNoDistance ? 1.0f : foreground && squared == 1 ? 0.0f : share;
+  return foreground ? magnitude : -magnitude;
+}
+
+// The ring is the background around the foreground: dilation by a disk, minus the mask.
+SEMIMOE_HOST_DEVICE inline std::uint8_t on_ring(std::int32_t squared, bool foreground,
+                                                std::int32_t squared_ring_radius) {
+  return !foreground & (squared != kNoDistance) & (squared <= squared_ring_radius);
+}
+
+}  // namespace semimoe

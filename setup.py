@@ -1,0 +1,58 @@
+"""Builds the native module with CMake. What else there is to say about the package stands in pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def find_tool(name: str) -> str:
+    """A tool on the path, or the one that pip has put beside Python."""
+    found = shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+    if found is None:
+        raise SystemExit(f"error: {name} was not found: run `pip install cmake ninja`, or build with isolation")
+    return found
+
+
+class CMakeBuild(build_ext):
+    """Configure and build in a temporary folder: a cache of another build environment could only mislead."""
+
+    def build_extension(self, ext: Extension) -> None:
+        cmake, ninja = find_tool("cmake"), find_tool("ninja")
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        settings = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_MAKE_PROGRAM": ninja,
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target,
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "SEMIMOE_CUDA": os.environ.get("SEMIMOE_CUDA", "AUTO"),
+            "SEMIMOE_CUDA_ARCHS": os.environ.get("SEMIMOE_CUDA_ARCHS", ""),
+        }
+        with tempfile.TemporaryDirectory(prefix="semimoe_fast-") as build:
+            definitions = [f"-D{name}={value}" for name, value in settings.items()]
+            self._run(cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *definitions)
+            self._run(cmake, "--build", build)
+
+    @staticmethod
+    def _run(*command: str | Path) -> None:
+        if subprocess.run(command, check=False).returncode != 0:
+            raise SystemExit("error: the native module could not be built; CMake says why above")
+
+
+sources = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").iterdir())
+setup(
+    ext_modules=[Extension("_semimoe_fast", sources=[], depends=["CMakeLists.txt", *sources])],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,179 @@
+"""Checkpoints: what is saved comes back, nothing is executed, a crash leaves the old file or the new one."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from semimoe_fast import checkpoint
+from semimoe_fast.checkpoint import Preprocessing, export_published, import_published, load, save
+from semimoe_fast.errors import UserError
+from semimoe_fast.model import SemiMoE
+
+
+def same_state(a: SemiMoE, b: SemiMoE) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("tasks", [("mask", "sdf", "boundary"), ("mask", "mask", "sdf")])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_round_trip(tmp_path: Path, tasks: tuple[str, ...], layout: torch.memory_format) -> None:
+    model = SemiMoE(1, 3, 2, tasks).to(memory_format=layout)
+    extra = {"optim.x": torch.arange(5), "random": torch.get_rng_state()}
+    save(tmp_path / "c.safetensors", model, {"epoch": 7, "note": "é"}, extra)
+    loaded, metadata, state = load(tmp_path / "c.safetensors")
+    assert same_state(model, loaded)
+    assert not loaded.training
+    assert (metadata["epoch"], metadata["note"]) == (7, "é")
+    assert all(torch.equal(state[key], extra[key]) for key in extra)
+    assert os.listdir(tmp_path) == ["c.safetensors"]  # noqa: PTH208 - hidden files too
+
+
+def test_preprocessing_is_kept(tmp_path: Path) -> None:
+    preprocessing = Preprocessing(96, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 1.5)
+    save(tmp_path / "with", SemiMoE(width=2), {"preprocessing": preprocessing._asdict()})
+    save(tmp_path / "without", SemiMoE(width=2))
+    assert Preprocessing.of(tmp_path / "with", load(tmp_path / "with").metadata) == preprocessing
+    with pytest.raises(UserError, match="without: holds no image size"):
+        Preprocessing.of(tmp_path / "without", load(tmp_path / "without").metadata)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def damaged(path: Path, keep: float) -> None:
+    save(path, SemiMoE(width=2))
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: None, "no such checkpoint"),
+        (lambda path: path.mkdir(), "no such checkpoint"),
+        (lambda path: write_bytes(path, b""), "not a readable checkpoint"),
+        (lambda path: write_bytes(path, b"\x80\x04 pickle?"), "not a readable checkpoint"),
+        (lambda path: damaged(path, 0.5), "not a readable checkpoint"),
+        (lambda path: damaged(path, 0.001), "not a readable checkpoint"),
+        (lambda path: save_file({"x": torch.zeros(1)}, path), "not a checkpoint of semimoe_fast"),
+        (lambda path: save(path, SemiMoE(width=2), {"format": 99}), "checkpoint format 99, this version reads 1"),
+        (lambda path: save(path, SemiMoE(width=2), {"model": {"width": 4}}), "do not fit its own configuration"),
+    ],
+    ids="missing folder empty pickle half header foreign format mismatch".split(),
+)
+def test_bad_checkpoints_are_refused_by_name(tmp_path: Path, write, message: str) -> None:
+    path = tmp_path / "c.safetensors"
+    write(path)
+    with pytest.raises(UserError) as caught:
+        load(path)
+    assert str(caught.value).startswith(str(path))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+from pathlib import Path
+from semimoe_fast import checkpoint
+
+def write(part):
+    part.write_bytes(b"new" * 1000)
+    if sys.argv[2] == "inside":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+replace = Path.replace
+def kill_before_replacing(self, target):
+    if sys.argv[2] == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(self, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Path.replace = kill_before_replacing
+checkpoint.write_atomically(Path(sys.argv[1]), write)
+"""
+
+
+@pytest.mark.parametrize(("moment", "left"), [("inside", b"old"), ("before", b"old"), ("after", b"new" * 1000)])
+def test_kill_while_saving_leaves_the_old_file_or_the_new_one(tmp_path: Path, moment: str, left: bytes) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    process = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, str(path), moment], check=False)
+    assert process.returncode == -signal.SIGKILL
+    assert path.read_bytes() == left
+    checkpoint.write_atomically(path, lambda part: part.write_bytes(b"again"))  # whatever it left is in nobody's way
+    assert path.read_bytes() == b"again"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
+    def fail(part: Path) -> None:
+        part.write_bytes(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write_atomically(tmp_path / "file", fail)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_published_round_trip(tmp_path: Path, prefix: str) -> None:
+    torch.manual_seed(0)
+    model = SemiMoE(num_classes=3, width=4)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    parts = export_published(model)
+    parts = {part: {prefix + key: value for key, value in state.items()} for part, state in parts.items()}
+    assert same_state(import_published(parts), model)
+    torch.save(parts, tmp_path / "published.pth")
+    assert same_state(import_published(tmp_path / "published.pth"), model)
+
+
+def test_export_has_the_published_keys_and_shapes() -> None:
+    import json
+
+    golden = json.loads((Path(__file__).parent / "golden" / "official_checkpoint_keys.json").read_text())
+    exported = export_published(SemiMoE())
+    assert {part: {key: list(value.shape) for key, value in exported[part].items()} for part in exported} == golden
+
+
+class Payload:
+    def __reduce__(self):
+        return (Path.touch, (Path(self.target),))
+
+
+def test_published_file_with_code_is_refused_unexecuted(tmp_path: Path) -> None:
+    payload = Payload()
+    payload.target = str(tmp_path / "executed")
+    path = tmp_path / "evil.pth"
+    torch.save({"segment_model": payload}, path)
+    with pytest.raises(UserError, match=r"evil\.pth: not a torch file of plain tensors"):
+        import_published(path)
+    path.write_bytes(pickle.dumps(payload))
+    with pytest.raises(UserError, match=r"evil\.pth: not a torch file of plain tensors"):
+        import_published(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_incomplete_published_checkpoints_are_refused(tmp_path: Path) -> None:
+    parts = export_published(SemiMoE(width=2))
+    with pytest.raises(UserError, match="has no gating_model"):
+        import_published({part: parts[part] for part in ("segment_model", "sdf_model", "boundary_model")})
+    del parts["sdf_model"]["Conv3.conv.0.weight"]
+    with pytest.raises(UserError, match="not a published Semi-MoE checkpoint"):
+        import_published(parts)
+    with pytest.raises(UserError, match=r"nothing\.pth: no such file"):
+        import_published(tmp_path / "nothing.pth")
+    with pytest.raises(ValueError, match="the published layout has experts for mask, sdf, boundary"):
+        export_published(SemiMoE(width=2, expert_tasks=("mask", "sdf")))

@@ -1,0 +1,105 @@
+"""Shapes for any number of experts, tasks, classes and any width; initialisation; layouts; compilation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from semimoe_fast.model import AdaptiveMultiObjectiveLoss, ExpertUNet, Gate, MultiGating, SemiMoE
+
+
+@pytest.mark.parametrize(
+    ("tasks", "classes", "width", "channels", "size"),
+    [
+        (("mask", "sdf", "boundary"), 2, 4, 3, (32, 48)),
+        (("mask", "sdf", "boundary"), 5, 3, 1, (17, 31)),
+        (("mask", "mask", "sdf", "boundary"), 2, 2, 4, (16, 16)),
+        (("sdf", "mask"), 3, 2, 3, (1, 5)),
+        (("boundary",), 2, 2, 3, (33, 16)),
+    ],
+)
+def test_output_shapes(tasks, classes, width, channels, size) -> None:
+    model = SemiMoE(channels, classes, width, tasks).eval()
+    output = model(torch.randn(2, channels, *size))
+    rows = {"mask": classes, "sdf": 1, "boundary": 2}
+    for task, count in rows.items():
+        prediction = getattr(output, task)
+        assert prediction is None if task not in tasks else prediction.shape == (2, count, *size)
+    assert [own.shape for own in output.own] == [(2, rows[task], *size) for task in tasks]
+    assert output.gate_weights.shape == (2, len(set(tasks)), len(tasks))
+    torch.testing.assert_close(output.gate_weights.sum(2), torch.ones(2, len(set(tasks))))
+
+
+def test_padding_repeats_the_border_and_is_cropped() -> None:
+    expert = ExpertUNet(3, 2, 2).eval()
+    image = torch.randn(1, 3, 20, 37)
+    padded = torch.nn.functional.pad(image, (0, 11, 0, 12), mode="replicate")
+    for result, whole in zip(expert(image), expert(padded), strict=True):
+        torch.testing.assert_close(result, whole[..., :20, :37])
+
+
+def test_initialisation() -> None:
+    torch.manual_seed(0)
+    expert = ExpertUNet(3, 2, 16)
+    convolution, norm = expert.decoder[0][0], expert.decoder[0][1]
+    fan_in = convolution.weight[0].numel()
+    # 128 x 256 x 9 and 128 draws: their sample std is known to about 0.1 % and 6 %
+    assert convolution.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.01)
+    assert norm.weight.std().item() == pytest.approx(0.02, rel=0.25)
+    assert norm.weight.mean().item() == pytest.approx(1, abs=0.01)
+    gating = MultiGating(16, 3)
+    assert gating.gates[0].linear1.weight.std().item() == pytest.approx((2 / 48) ** 0.5, rel=0.1)
+    biases = [p for m in (expert, gating) for name, p in m.named_parameters() if name.endswith("bias")]
+    assert biases
+    assert all((bias == 0).all() for bias in biases)
+
+
+def test_channels_last_changes_the_layout_only() -> None:
+    model = SemiMoE(width=2).eval()
+    image = torch.randn(1, 3, 32, 32)
+    expected = model(image).mask
+    model = model.to(memory_format=torch.channels_last)
+    result = model(image.contiguous(memory_format=torch.channels_last)).mask
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)  # float32, other order of summation
+
+
+def test_gate_follows_its_formula() -> None:
+    gate = Gate(6, 3, dropout=0.0)
+    means = torch.randn(2, 6)
+    hidden = torch.relu(means @ gate.linear1.weight.T + gate.linear1.bias)
+    attention = torch.softmax(hidden @ gate.attention.weight.T + gate.attention.bias, 1)
+    expected = torch.softmax((hidden * attention) @ gate.linear2.weight.T + gate.linear2.bias, 1)
+    torch.testing.assert_close(gate(means), expected)
+
+
+def test_pseudo_labels_use_the_gated_predictions() -> None:
+    gating = MultiGating(4, 3).eval()
+    features = [torch.randn(2, 4, 8, 8, requires_grad=True) for _ in range(3)]
+    mask, sdf, boundary, _ = gating(features)
+    labels = gating.pseudo_labels(features)
+    torch.testing.assert_close(labels[0], mask.argmax(1).to(torch.uint8))
+    torch.testing.assert_close(labels[1], sdf.detach().tanh())
+    torch.testing.assert_close(labels[2], boundary.argmax(1).to(torch.uint8))
+    assert not any(label.requires_grad for label in labels)
+
+
+@pytest.mark.parametrize("terms", [1, 3, 4])
+def test_adaptive_loss_module(terms: int) -> None:
+    adaptive = AdaptiveMultiObjectiveLoss([1.0] * terms, regularizer=0.4, initial=1.0)
+    total = adaptive(torch.ones(terms))
+    e = torch.tensor(1.0).exp()
+    torch.testing.assert_close(total, terms * (1 / e + 0.4 * e))
+    total.backward()
+    assert adaptive.log_vars.grad.shape == (terms,)
+
+
+def test_unknown_task_is_refused() -> None:
+    with pytest.raises(ValueError, match="'contour': choose from mask, sdf, boundary"):
+        SemiMoE(expert_tasks=("mask", "contour"))
+
+
+def test_model_compiles_without_graph_breaks() -> None:
+    model = SemiMoE(width=1).eval()
+    image = torch.randn(1, 3, 16, 16)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(image).mask, model(image).mask)
