@@ -15,6 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+CUDA = os.environ.get("SEMIMOE_CUDA", "AUTO")
 
 
 def find_tool(name: str) -> str:
@@ -37,7 +38,7 @@ class CMakeBuild(build_ext):
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target,
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
-            "SEMIMOE_CUDA": os.environ.get("SEMIMOE_CUDA", "AUTO"),
+            "SEMIMOE_CUDA": CUDA,
             "SEMIMOE_CUDA_ARCHS": os.environ.get("SEMIMOE_CUDA_ARCHS", ""),
         }
         with tempfile.TemporaryDirectory(prefix="semimoe_fast-") as build:
@@ -48,7 +49,8 @@ class CMakeBuild(build_ext):
     @staticmethod
     def _run(*command: str | Path) -> None:
         if subprocess.run(command, check=False).returncode != 0:
-            raise SystemExit("error: the native module could not be built; CMake says why above")
+            remedy = "" if CUDA == "OFF" else ": mend that, or set SEMIMOE_CUDA=OFF to build without CUDA"
+            raise SystemExit(f"error: the native module could not be built, CMake says why above{remedy}")
 
 
 sources = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").iterdir())

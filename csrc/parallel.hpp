@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -34,8 +33,8 @@ void parallel_for(std::int64_t count, int threads, const Body& body) {
   const auto wanted = std::min<std::int64_t>(threads, count) - 1;
   try {
     while (static_cast<std::int64_t>(helpers.size()) < wanted) helpers.emplace_back(work);
-  } catch (const std::system_error&) {
-    // A thread the system refuses costs speed, not the result.
+  } catch (const std::exception&) {
+    // A thread for which the system has no room (system_error, bad_alloc) costs speed, not the result.
   }
   work();
   for (std::thread& helper : helpers) helper.join();

@@ -39,7 +39,26 @@ def why_unavailable(device_type: str) -> str | None:
         return f"the compiled module serves cpu and cuda tensors, not {device_type}"
     if native.built_with["cuda"] is None:
         return f"the compiled module was built without CUDA: {REMEDY} where nvcc is installed"
-    return None if torch.cuda.is_available() else "PyTorch finds no CUDA device"
+    return _why_no_gpu(native.built_with["cuda_archs"])
+
+
+def runs_on(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether kernels built for `archs`, such as "80 90", run on a GPU of a compute capability, such as (8, 6).
+
+    Machine code runs on its own major version, from its minor upwards, and the PTX of the last one from there upwards;
+    what was built for "90a" (one architecture) or "100f" (one family) stays there.
+    """
+
+    def version(arch: str) -> tuple[int, int]:
+        return divmod(int(arch.rstrip("af")), 10)
+
+    def has_machine_code(arch: str) -> bool:
+        if arch.endswith("a"):
+            return capability == version(arch)
+        return version(arch) <= capability < (version(arch)[0] + 1, 0)
+
+    *_, last = built = archs.split()
+    return any(map(has_machine_code, built)) or (last.isdecimal() and capability >= version(last))
 
 
 def squared_distance(mask: Tensor, out: Tensor) -> None:
@@ -98,6 +117,22 @@ def _load() -> tuple[ModuleType | None, str]:
     if native.abi != ABI:
         return None, f"the compiled module has ABI {native.abi}, this package needs {ABI}: {REMEDY}"
     return native, ""
+
+
+@functools.cache
+def _why_no_gpu(archs: str) -> str | None:
+    """Why kernels built for `archs` cannot serve every GPU that PyTorch may use; None where they can."""
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    try:
+        capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    except RuntimeError as error:
+        return f"PyTorch cannot use CUDA: {str(error).splitlines()[0]}"
+    for major, minor in capabilities:
+        if not runs_on(archs, (major, minor)):
+            gpu = f"{major}{minor}"
+            return f"the compiled module was built for sm {archs}, not {gpu}: {REMEDY} with {gpu} in SEMIMOE_CUDA_ARCHS"
+    return None
 
 
 def _native_for(mask: Tensor) -> ModuleType:

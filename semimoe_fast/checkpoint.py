@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,16 +58,21 @@ def save(
 ) -> None:
     """Write a checkpoint so that `path` holds, at any moment, the old file or the new one, whole and on the disk.
 
-    metadata must be JSON; state holds further tensors (optimisers, random states), on any device.
+    metadata must be JSON; state holds further tensors (optimisers, random states), on any device. Raises ValueError
+    where they use the names kept for the model.
     """
+    metadata, state = dict(metadata or {}), dict(state or {})
+    taken = [name for name in metadata if name in ("format", "model")] + [k for k in state if k.startswith("model.")]
+    if taken:
+        raise ValueError(f"{taken[0]!r} is a name that checkpoints keep for the model itself: choose another")
     arguments = {
         "in_channels": model.in_channels,
         "num_classes": model.num_classes,
         "width": model.width,
         "expert_tasks": list(model.expert_tasks),
     }
-    header = {"format": FORMAT, "model": arguments, **(metadata or {})}
-    tensors = {f"model.{key}": value for key, value in model.state_dict().items()} | dict(state or {})
+    header = {"format": FORMAT, "model": arguments, **metadata}
+    tensors = {f"model.{key}": value for key, value in model.state_dict().items()} | state
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     write_atomically(Path(path), lambda part: save_file(tensors, part, {METADATA_KEY: json.dumps(header)}))
 
@@ -76,14 +80,15 @@ def save(
 def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     """Read a checkpoint and rebuild its model. Raises UserError where the file is missing, damaged or another's."""
     metadata, tensors = read(path, device)
-    model = SemiMoE(**metadata["model"]).to(device)
     weights = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
+    with torch.device("meta"):  # nothing to initialise, no random number drawn
+        model = SemiMoE(**metadata["model"])
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise UserError(f"{path}: the weights do not fit its own configuration {metadata['model']}") from error
     state = {key: value for key, value in tensors.items() if not key.startswith("model.")}
-    return Checkpoint(model.eval(), metadata, state)
+    return Checkpoint(model.to(memory_format=torch.channels_last).eval(), metadata, state)
 
 
 def read(path: str | Path, device: str | torch.device = "cpu") -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -95,13 +100,13 @@ def read(path: str | Path, device: str | torch.device = "cpu") -> tuple[dict[str
         with safe_open(path, framework="pt", device=str(device)) as file:
             header = (file.metadata() or {}).get(METADATA_KEY)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-    except (SafetensorError, struct.error, OSError) as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable checkpoint ({error}); take another, this one is damaged") from error
     if header is None:
         raise UserError(f"{path}: a safetensors file, but not a checkpoint of semimoe_fast")
     metadata = json.loads(header)
     if metadata.get("format") != FORMAT:
-        raise UserError(f"{path}: checkpoint format {metadata.get('format')}, this version reads {FORMAT}")
+        raise UserError(f"{path}: has checkpoint format {metadata.get('format')}, this version reads format {FORMAT}")
     return metadata, tensors
 
 

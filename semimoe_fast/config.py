@@ -5,8 +5,10 @@ The run folder keeps it as config.json and every checkpoint carries it.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +36,8 @@ class TrainConfig:
     labeled: str | None = None
     """Labelled part; by default the only train_sup_* of the folder."""
     unlabeled: str | None = None
-    """Unlabelled part (its masks are ignored); by default the only train_unsup_*; `none`: the supervised baseline."""
+    """Unlabelled part (its masks are ignored); by default the only train_unsup_*; `none`: the supervised baseline (give
+    it as many steps with --steps-per-epoch)."""
     val: str = "val"
     """Validation part."""
     synthetic: tuple[int, int, int] = (8, 64, 24)
@@ -97,21 +100,33 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise UserError for values that cannot be trained with, before anything is read or written."""
+        for field in dataclasses.fields(self):
+            values = getattr(self, field.name)
+            for value in values if isinstance(values, tuple) else [values]:
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise UserError(f"{flag(field.name)} is {value}: give a finite number")
         positive = (
             "image_size width epochs labeled_batch unlabeled_batch decay_epochs val_every save_every lr log_var_lr"
         ).split()
         for name in (*positive, *(["steps_per_epoch"] if self.steps_per_epoch is not None else [])):
             if not getattr(self, name) > 0:
                 raise UserError(f"{flag(name)} is {getattr(self, name)}: give a positive number")
-        for name in ("momentum", "weight_decay", "warmup_epochs", "unsupervised_weight", "ring_radius", "seed"):
+        for name in "momentum weight_decay warmup_epochs unsupervised_weight regularizer ring_radius seed".split():
             if not getattr(self, name) >= 0:
                 raise UserError(f"{flag(name)} is {getattr(self, name)}: give 0 or more")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout is {self.dropout}: give a number from 0 to below 1")
+        if not 0 < self.decay <= 1:
+            raise UserError(f"--decay is {self.decay}: give a factor above 0 and up to 1")
         if self.image_size % STRIDE:
             below = max(STRIDE, self.image_size // STRIDE * STRIDE)
             raise UserError(
                 f"--image-size is {self.image_size}, not a multiple of {STRIDE}: try {below} or {below + STRIDE}"
+            )
+        batches = [self.labeled_batch, *([self.unlabeled_batch] if self.semi_supervised else [])]
+        if self.image_size == STRIDE and min(batches) == 1:
+            raise UserError(
+                f"--image-size is {STRIDE} and a batch 1: batch normalisation then sees a single pixel; enlarge either"
             )
         if self.data is None and (min(self.synthetic) < 0 or min(self.synthetic[0], self.synthetic[2]) < 1):
             raise UserError(f"--synthetic is {self.synthetic}: give at least one labelled and one validation image")
@@ -122,7 +137,7 @@ class TrainConfig:
         for name in ("out", "resume"):
             del values[name]
         lists = {name: list(values[name]) for name in ("synthetic", "coefficients")}
-        return values | lists | {"data": None if self.data is None else str(self.data)}
+        return values | lists | {"data": None if self.data is None else str(self.data.resolve())}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
@@ -147,13 +162,17 @@ def flag(name: str) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
     """The configuration that a command line asks for, checked. Raises UserError; exits by itself for --help."""
-    config = _parse(arguments, SYNTHETIC)
+    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # these two decide on the defaults
+    first_look.add_argument("--data", nargs="?")
+    first_look.add_argument("--resume", nargs="?", type=Path)
+    given, _ = first_look.parse_known_args(arguments)
+    if given.resume is not None:
+        default = dataclasses.replace(read_config(given.resume), resume=given.resume)
+    else:
+        default = SYNTHETIC if given.data is None else TrainConfig()
+    config = tyro.cli(TrainConfig, args=arguments, default=default, prog="python -m semimoe_fast.train")
     if config.resume is not None:
-        stored = dataclasses.replace(read_config(config.resume), resume=config.resume)
-        config = _parse(arguments, stored)
-        _refuse_changes(stored, config)
-    elif config.data is not None:
-        config = _parse(arguments, TrainConfig())
+        _refuse_changes(default, config)
     config.check()
     return config
 
@@ -169,14 +188,12 @@ def read_config(run: Path) -> TrainConfig:
         raise UserError(f"{path}: is not the configuration of this version ({error})") from error
 
 
-def _parse(arguments: Sequence[str] | None, default: TrainConfig) -> TrainConfig:
-    return tyro.cli(TrainConfig, args=arguments, default=default, prog="python -m semimoe_fast.train")
-
-
 def _refuse_changes(stored: TrainConfig, config: TrainConfig) -> None:
     """A resumed run keeps its configuration; only the place of the data and the device may differ."""
     for field in dataclasses.fields(TrainConfig):
         before, now = getattr(stored, field.name), getattr(config, field.name)
+        if before != now and field.name == "out":
+            raise UserError(f"--out is {now}, but --resume {stored.resume} continues in its own folder: leave one out")
         if before != now and field.name not in ("data", "device"):
             raise UserError(
                 f"{flag(field.name)} is {now}, but the run in {stored.resume} was started with {before}: "

@@ -36,7 +36,6 @@ class Dataset:
     images: Tensor  # uint8 (N, 3, S, S)
     masks: Tensor | None  # uint8 0/1 (N, S, S)
     names: list[str]  # file names without suffix
-    original_sizes: list[tuple[int, int]]  # height and width of each file, before resizing
 
     def __len__(self) -> int:
         return len(self.images)
@@ -51,30 +50,29 @@ def load_part(root: Path, part: str, size: int, with_masks: bool) -> Dataset:
     images = list_images(_part_folder(root, part, "image"))
     masks = _masks_of(images, _part_folder(root, part, "mask")) if with_masks else [None] * len(images)
 
-    def read(image_path: Path, mask_path: Path | None) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+    def read(image_path: Path, mask_path: Path | None) -> tuple[Tensor, Tensor | None]:
         image = read_image(image_path)
         height, width = image.shape[:2]
         if mask_path is None:
-            return resize_image(image, size), None, (height, width)
+            return resize_image(image, size), None
         mask = read_mask(mask_path)
         if mask.shape != (height, width):
             raise UserError(
                 f"{image_path} is {width} x {height} pixels but its mask {mask_path} is {mask.shape[1]} x "
                 f"{mask.shape[0]}: give the mask the size of its image"
             )
-        return resize_image(image, size), resize_mask(mask, size), (height, width)
+        return resize_image(image, size), resize_mask(mask, size)
 
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
         pairs = tqdm(pool.map(read, images, masks), part, len(images), leave=False, disable=None)
-        read_images, read_masks, sizes = zip(*pairs, strict=True)
+        read_images, read_masks = zip(*pairs, strict=True)
     finally:
         pool.shutdown(cancel_futures=True)  # the first bad file ends it
     return Dataset(
         images=torch.stack(read_images),
         masks=torch.stack(read_masks) if with_masks else None,
         names=[path.stem for path in images],
-        original_sizes=list(sizes),
     )
 
 

@@ -11,9 +11,17 @@ class UserError(Exception):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command-line entry point: a UserError becomes one line on stderr and exit status 2, without a traceback."""
+    """Run a command-line entry point; what the user or the system can cause becomes one line, without a traceback."""
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(f"error: {error}", 2)
+    except OSError as error:
+        _leave(f"error: {error.filename or 'the system'}: {error.strerror or error}; give a place that can be used", 2)
+    except KeyboardInterrupt:
+        _leave("interrupted", 130)
+
+
+def _leave(message: str, status: int) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(status)

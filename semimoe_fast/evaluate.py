@@ -28,9 +28,9 @@ GATED = "gated"
 class EvaluateConfig:
     """Score a checkpoint on a labelled part of a data folder, image by image and over all pixels.
 
-    Predictors: the gated mask, each expert's own mask (the sdf expert's is where its field is positive), and the
-    boundary expert's ring against the true ring. The swept threshold is the one with the best Jaccard on these very
-    images, as the published code reports it.
+    Prints a table, then everything as one line of JSON. Predictors: the gated mask, each expert's own mask (the sdf
+    expert's is where its field is positive), and the boundary expert's ring against the true ring. The swept threshold
+    is the one with the best Jaccard on these very images, as the published code reports it.
     """
 
     checkpoint: Path
@@ -45,19 +45,22 @@ class EvaluateConfig:
     precision: Precision = "auto"
 
 
-def foreground(output: Output) -> dict[str, Tensor]:
-    """Foreground probability (B, H, W) of the gated mask and of each expert's own prediction, float32."""
-    mask, sdf, boundary = (own.float() for own in output.own)
-    return {
-        GATED: _foreground_of(output.mask.float()),
-        "mask expert": _foreground_of(mask),
-        "sdf expert": (sdf[:, 0].tanh() + 1) / 2,
-        "boundary expert": _foreground_of(boundary),
-    }
+def gated_foreground(output: Output) -> Tensor:
+    """Foreground probability (B, H, W) of the gated mask, float32."""
+    return _not_background(output.mask)
 
 
-def _foreground_of(logits: Tensor) -> Tensor:
-    return logits.softmax(1)[:, 1:].sum(1)
+def foreground(output: Output, expert_tasks: Sequence[str]) -> dict[str, Tensor]:
+    """Foreground probability (B, H, W), float32, of the gated mask and of each expert's own prediction, by name."""
+    probabilities = {GATED: gated_foreground(output)}
+    for number, (task, own) in enumerate(zip(expert_tasks, output.own, strict=True), 1):
+        name = f"{task} expert" if expert_tasks.count(task) == 1 else f"{task} expert {number}"
+        probabilities[name] = (own[:, 0].float().tanh() + 1) / 2 if task == "sdf" else _not_background(own)
+    return probabilities
+
+
+def _not_background(logits: Tensor) -> Tensor:
+    return logits.float().softmax(1)[:, 1:].sum(1)
 
 
 @torch.no_grad()
@@ -79,8 +82,8 @@ def count_set(
         _, ring = F.distance_targets(masks, preprocessing.ring_radius)
         with autocast(precision, device):
             output = model(augment.normalize(images.to(device), preprocessing.mean, preprocessing.std))
-        for name, probability in foreground(output).items():
-            truth = ring if name == "boundary expert" else masks
+        for name, probability in foreground(output, model.expert_tasks).items():
+            truth = ring if name.startswith("boundary") else masks
             counts.setdefault(name, []).append(metrics.count(probability, truth))
     return {name: torch.cat(parts).cpu() for name, parts in counts.items()}
 
@@ -91,16 +94,19 @@ def score_set(counts: dict[str, Tensor]) -> dict[str, metrics.Scores]:
 
 
 def table(counts: dict[str, Tensor], names: Sequence[str]) -> str:
-    """The scores as text: gated image by image, then every predictor over the set."""
-    header = f"{'':<28}{'Dice':>8}{'Jaccard':>9}   {'swept: Dice':>12}{'Jaccard':>9}{'threshold':>11}"
-    rows = [header, *(_row(name, metrics.score(image)) for name, image in zip(names, counts[GATED], strict=True))]
-    rows += ["-" * len(header), *(_row(f"all, {name}", scores) for name, scores in score_set(counts).items())]
-    return "\n".join(rows)
+    """The scores as text: for each predictor, image by image and over all pixels."""
+    header = f"{'':<36}{'Dice':>8}{'Jaccard':>9}   {'swept: Dice':>12}{'Jaccard':>9}{'threshold':>11}"
+    rows = [header]
+    for predictor, images in counts.items():
+        for name, image in zip(names, images, strict=True):
+            rows.append(_row(f"{predictor}, {name}", metrics.score(image)))
+        rows += [_row(f"{predictor}, all", metrics.score(images.sum(0))), "-" * len(header)]
+    return "\n".join(rows[:-1])
 
 
 def _row(name: str, s: metrics.Scores) -> str:
     swept = f"{s.swept_dice:12.4f}{s.swept_jaccard:9.4f}{s.swept_threshold:11.2f}"
-    return f"{name[:27]:<28}{s.dice:8.4f}{s.jaccard:9.4f}   {swept}"
+    return f"{name[:35]:<36}{s.dice:8.4f}{s.jaccard:9.4f}   {swept}"
 
 
 def as_json(counts: dict[str, Tensor], names: Sequence[str]) -> dict[str, Any]:
@@ -111,21 +117,30 @@ def as_json(counts: dict[str, Tensor], names: Sequence[str]) -> dict[str, Any]:
     return {"all": {name: s._asdict() for name, s in score_set(counts).items()}, "images": per_image}
 
 
+def require_mask(path: Path, model: SemiMoE) -> None:
+    """Raise UserError for a checkpoint whose experts learn no mask."""
+    if "mask" not in model.tasks:
+        raise UserError(f"{path}: its experts learn {', '.join(model.tasks)}, no mask; take a checkpoint with one")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     config = tyro.cli(EvaluateConfig, args=arguments, prog="python -m semimoe_fast.evaluate")
     if config.batch < 1:
         raise UserError(f"--batch is {config.batch}: give a positive number")
     device = choose_device(config.device)
+    if config.json is not None and not config.json.parent.is_dir():
+        raise UserError(f"--json is {config.json}, but there is no folder {config.json.parent}: create it first")
     model, metadata, _ = checkpoint.load(config.checkpoint, device)
+    require_mask(config.checkpoint, model)
     preprocessing = Preprocessing.of(config.checkpoint, metadata)
     dataset = load_part(config.data, config.part, preprocessing.image_size, with_masks=True)
     counts = count_set(model, dataset, preprocessing, device, config.precision, config.batch, progress=True)
-    scores = as_json(counts, dataset.names)
+    about = {"checkpoint": str(config.checkpoint), "data": str(config.data), "part": config.part}
+    scores = about | as_json(counts, dataset.names)
     print(table(counts, dataset.names))
-    print(json.dumps(scores["all"]))
+    print(json.dumps(scores))
     if config.json is not None:
-        about = {"checkpoint": str(config.checkpoint), "data": str(config.data), "part": config.part}
-        config.json.write_text(json.dumps(about | scores, indent=2) + "\n")
+        config.json.write_text(json.dumps(scores, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import platform
 
 import torch
@@ -19,11 +17,20 @@ def versions() -> list[tuple[str, str]]:
         ("semimoe_fast", __version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         ("torch", torch.__version__),
-        ("triton", importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed"),
+        ("triton", triton_version()),
         ("CUDA of torch", torch.version.cuda or "none, a CPU build"),
         ("GPU", ", ".join(gpus) or "none"),
         ("CPU threads", str(torch.get_num_threads())),
     ]
+
+
+def triton_version() -> str:
+    """By import, since the package that brings the module has several names."""
+    try:
+        import triton
+    except ImportError:
+        return "not installed"
+    return triton.__version__
 
 
 def native_build() -> list[tuple[str, str]]:

@@ -153,7 +153,7 @@ class AdaptiveMultiObjectiveLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.coefficients, self.regularizer = tuple(coefficients), regularizer
-        self.log_vars = nn.Parameter(torch.full((len(self.coefficients),), initial))
+        self.log_vars = nn.Parameter(torch.full((len(self.coefficients),), float(initial)))
 
     def forward(self, terms: Tensor) -> Tensor:
         return F.adaptive_loss(terms, self.log_vars, self.coefficients, self.regularizer)

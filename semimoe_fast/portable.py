@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .reference import targets_from_distance
+from .reference import one_hot, targets_from_distance
 
-FAR = 2**15  # a column without the opposite class: beyond any side a dense search can handle, and its square fits
+FAR = 2**16  # a column without the opposite class: longer than any diagonal whose square fits into int32
 ROW_CHUNK = 2**24  # candidates (row pixels x row pixels) that the row search holds in memory at once
 
 
@@ -105,13 +105,12 @@ def soft_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
 def _probabilities(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax and one-hot target, both (B, K, pixels)."""
     p = logits.to(_accumulation_dtype(logits)).softmax(1).flatten(2)
-    classes = torch.arange(logits.shape[1], device=logits.device, dtype=target.dtype)
-    return p, (target.flatten(1)[:, None] == classes[:, None]).to(p.dtype)
+    return p, one_hot(target, logits.shape[1], p.dtype).flatten(2)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of products over the pixels, (B, K, pixels) x 2 -> (B, K), without storing the products."""
-    return torch.linalg.vecdot(a, b)
+    """Sum of products over the pixels. Not as a matrix product, which autocast would round to bf16."""
+    return (a * b).sum(-1)
 
 
 def tanh_mse_loss(raw: Tensor, sdf: Tensor) -> Tensor:
@@ -142,4 +141,4 @@ def adaptive_loss(
 ) -> Tensor:
     """See `reference.adaptive_loss`."""
     weighted = torch.stack([c * term for c, term in zip(coefficients, terms.unbind(), strict=True)])
-    return torch.dot(weighted, torch.exp(-log_vars)) + regularizer * torch.exp(log_vars).sum()
+    return (weighted * torch.exp(-log_vars)).sum() + regularizer * torch.exp(log_vars).sum()

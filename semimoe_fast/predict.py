@@ -17,9 +17,9 @@ from .checkpoint import Preprocessing
 from .data import list_images, read_image, resize_image
 from .device import Precision, autocast, choose_device
 from .errors import UserError, run_command
-from .evaluate import GATED, foreground
+from .evaluate import gated_foreground, require_mask
 from .model import SemiMoE
-from .report import outline
+from .overlay import outline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ def segment(
     with autocast(precision, device):
         output = model(augment.normalize(pixels, preprocessing.mean, preprocessing.std))
     probability = torch.nn.functional.interpolate(
-        foreground(output)[GATED][:, None], image.shape[:2], mode="bilinear", align_corners=False
+        gated_foreground(output)[:, None], image.shape[:2], mode="bilinear", align_corners=False
     )
     return (probability[0, 0] > threshold).cpu().numpy()
 
@@ -66,14 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = tyro.cli(PredictConfig, args=arguments, prog="python -m semimoe_fast.predict")
     if not 0 <= config.threshold < 1:
         raise UserError(f"--threshold is {config.threshold}: give a number from 0 to below 1")
-    if config.input.resolve().is_dir() and config.input.resolve() == config.out.resolve():
-        raise UserError(f"--out is the folder of the images, {config.out}: masks would replace them, give another")
     device = choose_device(config.device)
     model, metadata, _ = checkpoint.load(config.checkpoint, device)
+    require_mask(config.checkpoint, model)
     preprocessing = Preprocessing.of(config.checkpoint, metadata)
     paths = list_images(config.input) if config.input.is_dir() else [config.input]
     if not paths[0].exists():
         raise UserError(f"{config.input}: no such file or folder; give an image or a folder of images")
+    if paths[0].parent.resolve() == config.out.resolve():
+        raise UserError(f"--out is the folder of the images, {config.out}: masks would replace them, give another")
     config.out.mkdir(parents=True, exist_ok=True)
     for path in tqdm(paths, "predict"):
         image = read_image(path)

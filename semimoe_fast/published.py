@@ -41,10 +41,12 @@ def import_published(source: str | Path | Mapping[str, StateDict]) -> SemiMoE:
     parts = {part: {key.removeprefix("module."): v for key, v in parts[part].items()} for part in PARTS}
     try:
         stem, head = (parts["segment_model"][key] for key in ("Conv1.conv.0.weight", "Conv_1x1.weight"))
-        model = SemiMoE(in_channels=stem.shape[1], num_classes=head.shape[0], width=stem.shape[0])
+        with torch.device("meta"):  # nothing to initialise, no random number drawn
+            model = SemiMoE(in_channels=stem.shape[1], num_classes=head.shape[0], width=stem.shape[0])
         for part, expert in zip(EXPERT_PARTS, model.experts, strict=True):
-            expert.load_state_dict(_import_expert(parts[part]))
-        model.gating.load_state_dict({rename_gating(key): v for key, v in parts[GATING_PART].items()})
+            expert.load_state_dict(_import_expert(parts[part]), assign=True)
+        gating = {rename_gating(key): value.clone() for key, value in parts[GATING_PART].items()}
+        model.gating.load_state_dict(gating, assign=True)
     except (KeyError, RuntimeError) as error:
         detail = " ".join(str(error).split())
         raise UserError(f"{name}: is not a published Semi-MoE checkpoint: {detail}") from error
@@ -80,7 +82,7 @@ def _read_torch_file(path: Path) -> dict[str, Any]:
 
 
 def _import_expert(state: StateDict) -> dict[str, Tensor]:
-    state = dict(state)
+    state = {key: value.clone() for key, value in state.items()}
     for key in [key for key in state if key.endswith(".bias")]:
         module = key.removesuffix(".bias")
         block, _, layer = module.partition(".")

@@ -1,7 +1,9 @@
 """The operations as their formulas read: slow, obvious, and the oracle of every test.
 
-Nothing here is optimised and nothing of the package is imported. Every floating-point function follows the dtype of
-its inputs, so that float64 inputs give a float64 oracle, and differentiates through autograd.
+Nothing here is optimised and nothing of the package is imported. (`portable` borrows what has no faster form: the
+one-hot target and the normalisation of distances, which the golden archives hold to the published code.) Every
+floating-point function follows the dtype of its inputs, so that float64 inputs give a float64 oracle, and
+differentiates through autograd.
 
 Symbols (arXiv 2509.13834): B images, E experts, T tasks, C feature channels, K classes, H x W pixels.
 """
@@ -96,19 +98,19 @@ def pseudo_labels(
 
 def squared_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Mean over images and classes of 1 - (2 sum P T + 1) / (sum (P^2 + T^2) + 1). (B, K, H, W), (B, H, W) -> ()."""
-    p, t = logits.softmax(1), _one_hot(logits, target)
+    p, t = logits.softmax(1), one_hot(target, logits.shape[1], logits.dtype)
     return (1 - (2 * (p * t).sum((2, 3)) + 1) / ((p**2 + t**2).sum((2, 3)) + 1)).mean()
 
 
 def soft_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Mean over images and classes of 1 - (2 sum P T + e) / (sum P + sum T + e), e = 1e-8."""
-    p, t = logits.softmax(1), _one_hot(logits, target)
+    p, t = logits.softmax(1), one_hot(target, logits.shape[1], logits.dtype)
     return (1 - (2 * (p * t).sum((2, 3)) + 1e-8) / (p.sum((2, 3)) + t.sum((2, 3)) + 1e-8)).mean()
 
 
-def _one_hot(logits: Tensor, target: Tensor) -> Tensor:
-    """T[b, k] = 1 where the target is class k, in the shape and dtype of the logits; always K classes."""
-    return torch.stack([target == k for k in range(logits.shape[1])], 1).to(logits.dtype)
+def one_hot(target: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """T[b, k] = 1 where the target is class k: (B, H, W) -> (B, classes, H, W)."""
+    return torch.stack([target == k for k in range(classes)], 1).to(dtype)
 
 
 def tanh_mse_loss(raw: Tensor, sdf: Tensor) -> Tensor:
@@ -132,7 +134,7 @@ def objective_terms(
 def adaptive_loss(
     terms: Tensor, log_vars: Tensor, coefficients: Sequence[float] = (1.0, 0.5, 1.0), regularizer: float = 0.4
 ) -> Tensor:
-    """sum over j of c_j exp(-s_j) L_j + 0.4 exp(s_j). (T,), (T,) -> ()."""
+    """sum over j of c_j exp(-s_j) L_j + regularizer exp(s_j). (T,), (T,) -> ()."""
     return sum(
         c * torch.exp(-s) * term + regularizer * torch.exp(s)
         for c, s, term in zip(coefficients, log_vars, terms, strict=True)

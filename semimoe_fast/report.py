@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from matplotlib.figure import Figure
 
 from . import augment
-from . import functional as F
 from .checkpoint import Preprocessing
 from .data import Dataset
-from .evaluate import GATED, foreground
+from .evaluate import GATED, gated_foreground
 from .model import SemiMoE
-
-matplotlib.use("Agg")
+from .overlay import outline
 
 Records = Sequence[dict[str, Any]]
 
@@ -69,7 +66,7 @@ def draw_overlays(
     chosen = torch.linspace(0, len(val) - 1, min(rows, len(val))).round().long()
     images, masks = val.images[chosen], val.masks[chosen]
     output = model(augment.normalize(images.to(device), preprocessing.mean, preprocessing.std))
-    predicted = (foreground(output)[GATED] > 0.5).cpu()
+    predicted = (gated_foreground(output) > 0.5).cpu()
     sdf = output.sdf[:, 0].float().tanh().cpu().numpy()
     ring = output.boundary.float().softmax(1)[:, 1].cpu().numpy()
     figure = Figure(figsize=(12.5, 2.5 * len(chosen)), layout="constrained")
@@ -89,35 +86,44 @@ def draw_overlays(
     figure.savefig(path, dpi=100)
 
 
-def outline(image: Any, mask: torch.Tensor, color: tuple[int, int, int] = (0, 255, 0), thickness: float = 1.5) -> Any:
-    """A copy of an (H, W, 3) uint8 array with the inner border of an (H, W) mask painted on it."""
-    squared = F.squared_distance(mask)
-    border = (mask != 0) & (squared > 0) & (squared <= thickness * thickness)
-    painted = image.copy()
-    painted[border.numpy()] = color
-    return painted
+class TensorBoard:
+    """The records as TensorBoard scalars while the run goes on; does nothing where TensorBoard is not installed.
 
+    Scalars of a resumed run from `first_epoch` on replace those an earlier attempt wrote.
+    """
 
-def write_tensorboard(records: Records, tasks: Sequence[str], folder: Path) -> None:
-    """The records as TensorBoard scalars, where TensorBoard is installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return
-    with SummaryWriter(str(folder / "tensorboard")) as writer:
-        for record in records:
-            epoch = record["epoch"]
-            for name in ("total", "supervised_total", "unsupervised_total", "lr", "images_per_second"):
-                writer.add_scalar(name, record[name], epoch)
-            for name in ("supervised_terms", "unsupervised_terms", "loss_weights"):
-                for task, value in zip(tasks, record[name], strict=True):
-                    writer.add_scalar(f"{name}/{task}", value, epoch)
-            for task, gates in zip(tasks, record["gate_weights"], strict=True):
-                for expert, value in enumerate(gates):
-                    writer.add_scalar(f"gates/{task}/expert_{expert + 1}", value, epoch)
-            for predictor, scores in record.get("val", {}).items():
-                for score, value in scores.items():
-                    writer.add_scalar(f"val/{predictor.replace(' ', '_')}/{score}", value, epoch)
+    def __init__(self, folder: Path, tasks: Sequence[str], first_epoch: int) -> None:
+        self.tasks = tasks
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.writer = None
+        else:
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
+
+    def write(self, record: dict[str, Any]) -> None:
+        if self.writer is None:
+            return
+        for name, value in self._scalars(record):
+            self.writer.add_scalar(name, value, record["epoch"])
+        self.writer.flush()
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    def _scalars(self, record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+        for name in ("total", "supervised_total", "unsupervised_total", "lr", "images_per_second"):
+            yield name, record[name]
+        for name in ("supervised_terms", "unsupervised_terms", "loss_weights"):
+            for task, value in zip(self.tasks, record[name], strict=True):
+                yield f"{name}/{task}", value
+        for task, gates in zip(self.tasks, record["gate_weights"], strict=True):
+            for expert, value in enumerate(gates, 1):
+                yield f"gates/{task}/expert_{expert}", value
+        for predictor, scores in record.get("val", {}).items():
+            for score, value in scores.items():
+                yield f"val/{predictor.replace(' ', '_')}/{score}", value
 
 
 def summary(records: Records, folder: Path) -> str:
@@ -132,6 +138,6 @@ def summary(records: Records, folder: Path) -> str:
                     f"{f'{title}, {name}':<22}{s['dice']:8.4f}{s['jaccard']:9.4f}"
                     f"{s['swept_dice']:12.4f}{s['swept_jaccard']:9.4f}{s['swept_threshold']:11.2f}"
                 )
-    lines.append(f"best epoch {best['epoch']} of {len(records)}; run folder {folder}: curves.png, overlays.png,")
-    lines.append("metrics.jsonl, config.json, best.safetensors, last.safetensors")
+    lines.append(f"best: epoch {best['epoch']} of 0 to {len(records) - 1}; curves.png, overlays.png, metrics.jsonl,")
+    lines.append(f"best.safetensors and last.safetensors are in {folder}")
     return "\n".join(lines)

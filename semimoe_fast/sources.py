@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -18,12 +19,10 @@ from .trainer import TrainingData
 def load_data(config: TrainConfig) -> tuple[TrainingData, Dataset]:
     """Training and validation sets, checked against the configuration. Raises UserError."""
     labelled, unlabelled, val = synthetic_data(config) if config.data is None else folder_data(config)
-    for flag, part, batch in (
-        ("--unlabeled-batch", unlabelled, config.unlabeled_batch),
-        ("--labeled-batch", labelled if unlabelled is None else None, config.labeled_batch),
-    ):
-        if part is not None and batch > len(part):
-            raise UserError(f"{flag} is {batch}, but the part has {len(part)} images: give at most {len(part)}")
+    if unlabelled is not None and config.unlabeled_batch > len(unlabelled):
+        _refuse_batch("unlabeled", config.unlabeled_batch, len(unlabelled))
+    if unlabelled is None and config.labeled_batch > len(labelled):
+        _refuse_batch("labeled", config.labeled_batch, len(labelled))
     if config.normalization == "measured":
         images = labelled.images if unlabelled is None else torch.cat([labelled.images, unlabelled.images])
         mean, std = channel_statistics(images)
@@ -33,6 +32,10 @@ def load_data(config: TrainConfig) -> tuple[TrainingData, Dataset]:
     return TrainingData(labelled, unlabelled, preprocessing), val
 
 
+def _refuse_batch(kind: str, batch: int, images: int) -> NoReturn:
+    raise UserError(f"--{kind}-batch is {batch}, but there are {images} {kind} images: give at most {images}")
+
+
 def synthetic_data(config: TrainConfig) -> tuple[Dataset, Dataset | None, Dataset]:
     """Synthetic glands cut into parts; the validation part is the same with and without unlabelled images."""
     images, masks = glands(sum(config.synthetic), config.image_size, config.seed)
@@ -40,8 +43,7 @@ def synthetic_data(config: TrainConfig) -> tuple[Dataset, Dataset | None, Datase
     parts = []
     for part_images, part_masks in zip(images.split(config.synthetic), masks.split(config.synthetic), strict=True):
         start = sum(len(part) for part in parts)
-        sizes = [(config.image_size, config.image_size)] * len(part_images)
-        parts.append(Dataset(part_images, part_masks, names[start : start + len(part_images)], sizes))
+        parts.append(Dataset(part_images, part_masks, names[start : start + len(part_images)]))
     labelled, unlabelled, val = parts
     return labelled, unlabelled if config.semi_supervised and len(unlabelled) else None, val
 

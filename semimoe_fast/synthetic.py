@@ -304,7 +304,7 @@ def _mix(
 def _photograph(rng: Generator, stain: np.ndarray) -> np.ndarray:
     """Light through the two stains (Beer-Lambert), then lamp, lens and noise: uint8 (3, size, size)."""
     size = stain.shape[-1]
-    strength, hue = np.exp(rng.normal(0, 0.22, (2, 1))), np.exp(rng.normal(0, 0.13, (2, 3)))
+    strength, hue = np.exp(rng.normal(0, 0.1, (2, 1))), np.exp(rng.normal(0, 0.05, (2, 3)))
     density = np.tensordot(strength * hue * DENSITIES, np.maximum(stain, 0), axes=(0, 0))  # (3, size, size)
     lamp = rng.uniform(0.9, 1.0, (3, 1, 1)) * (1 + 0.04 * _texture(rng, size, 0.3))
     light = _blur((lamp * np.exp(-density)).astype(np.float32), rng.uniform(0.1, 1.0) * size / 160)

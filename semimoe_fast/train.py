@@ -6,12 +6,15 @@ overlays.png. A run that was interrupted or killed continues with `--resume FOLD
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -86,10 +89,7 @@ class Run:
     @classmethod
     def start(cls, config: TrainConfig, data: TrainingData, val: Dataset, device: torch.device) -> Run:
         trainer = Trainer(config, data, device)
-        folder = config.out or default_folder(config)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder}: is not empty; give another --out, or --resume {folder} to continue its run")
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = new_folder(config)
         checkpoint.write_atomically(
             folder / CONFIG_FILE, lambda part: part.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         )
@@ -101,7 +101,7 @@ class Run:
         path = run.folder / LAST
         if not path.is_file():
             return run  # killed before its first checkpoint: the seed makes it start over as it did
-        metadata, tensors = checkpoint.read(path, device)
+        metadata, tensors = checkpoint.read(path)
         expected = run.metadata()
         for key, remedy in (("config", "start a new run"), ("data", "give the --data it was trained on")):
             if without_place(metadata[key]) != without_place(expected[key]):
@@ -115,16 +115,22 @@ class Run:
         trainer, steps = self.trainer, self.trainer.steps_per_epoch
         self._truncate_metrics()
         done = trainer.epoch * steps + trainer.step
-        with tqdm(total=self.config.epochs * steps, initial=done, desc="train", unit="step") as bar:
+        pace = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines; a log file needs few
+        tensorboard = report.TensorBoard(self.folder, trainer.model.tasks, trainer.epoch)
+        with (
+            closing(tensorboard),
+            tqdm(None, "train", self.config.epochs * steps, initial=done, unit="step", mininterval=pace) as progress,
+        ):
             while trainer.epoch < self.config.epochs:
                 started, first = time.perf_counter(), trainer.step
-                finished = trainer.train_epoch(interruption, bar.update)
+                finished = trainer.train_epoch(interruption, progress.update)
                 if not finished:
                     self.save(LAST)
                     return False
                 images = (trainer.step - first) * trainer.images_per_step
                 record = self._finish_epoch(images / (time.perf_counter() - started))
-                bar.set_postfix_str(summary_of(record))
+                tensorboard.write(record)
+                progress.set_postfix_str(summary_of(record))
         return True
 
     def _finish_epoch(self, images_per_second: float) -> dict[str, Any]:
@@ -159,6 +165,8 @@ class Run:
     def record(self, record: dict[str, Any]) -> None:
         with (self.folder / METRICS_FILE).open("a") as file:
             file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # ahead of the checkpoint that counts on it
 
     def metadata(self) -> dict[str, Any]:
         data = self.trainer.data
@@ -173,7 +181,10 @@ class Run:
 
     def records(self) -> list[dict[str, Any]]:
         path = self.folder / METRICS_FILE
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        try:
+            return [json.loads(line) for line in path.read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); without it there is nothing to report") from error
 
     def report(self) -> None:
         """Draw the pictures and print what came out."""
@@ -182,7 +193,6 @@ class Run:
         report.draw_overlays(
             self.trainer.model, self.val, self._preprocessing, self.trainer.device, self.folder / "overlays.png"
         )
-        report.write_tensorboard(records, self.trainer.model.tasks, self.folder)
         print(report.summary(records, self.folder))
 
     @property
@@ -197,9 +207,26 @@ class Run:
             checkpoint.write_atomically(path, lambda part: part.write_text("".join(lines)))
 
 
-def default_folder(config: TrainConfig) -> Path:
+def new_folder(config: TrainConfig) -> Path:
+    """Create the run folder: --out, which must be new or empty, or runs/NAME-DATE-TIME."""
+    folder = config.out
+    if folder is not None:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: is a file; give a folder as --out")
+        if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            remedy = f", or --resume {folder} to continue its run" if (folder / CONFIG_FILE).exists() else ""
+            raise UserError(f"{folder}: is not empty; give another --out{remedy}")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
     name = "synthetic" if config.data is None else config.data.resolve().name
-    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    stem = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    for folder in (stem, *(stem.with_name(f"{stem.name}-{n}") for n in itertools.count(2))):
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:  # another run started within the same second
+            continue
+        return folder
+    raise AssertionError("unreachable: the names do not end")
 
 
 def without_place(value: Any) -> Any:

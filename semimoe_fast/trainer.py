@@ -131,7 +131,8 @@ class Trainer:
         self.model.load_state_dict(with_prefix(state, "model."))
         self.adaptive.load_state_dict(with_prefix(state, "adaptive."))
         for name, parameter, optimiser in self._optimised():
-            optimiser.state[parameter] = with_prefix(state, f"optim.{name}.")
+            moments = with_prefix(state, f"optim.{name}.")
+            optimiser.state[parameter] = {key: _like(parameter, value) for key, value in moments.items()}
         self.sums = {name: state[f"sums.{name}"].to(self.device) for name in self.sums}
         torch.set_rng_state(state["random.cpu"].cpu())
         if self.device.type == "cuda" and "random.cuda" in state:
@@ -183,6 +184,11 @@ class Trainer:
     def _add(self, losses: StepLosses) -> None:
         for name, total in self.sums.items():
             total += getattr(losses, name).detach()
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A moment on the device and in the layout of its parameter; a step counter stays on the CPU, as Adam keeps it."""
+    return value.cpu() if value.ndim == 0 else torch.empty_like(parameter).copy_(value)
 
 
 def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on a busy machine, threads that spin at barriers starve each other
+# On a busy machine, threads that spin at barriers starve each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import pytest
 import torch
+
+from semimoe_fast import train
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(os.environ.get("SEMIMOE_SHARED", Path(__file__).parents[1] / ".." / "shared"))
@@ -44,3 +49,27 @@ def glas_folder() -> Path:
     if not path.is_dir():
         pytest.skip("GlaS256 is not distributed; set SEMIMOE_SHARED to the folder that has data/GlaS256")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny() -> list[str]:
+    """Options of a training run of six steps."""
+    sizes = "--synthetic 2 4 2 --image-size 32 --width 2 --epochs 3"
+    return f"{sizes} --warmup-epochs 1 --lr 0.1 --device cpu --seed 3".split()
+
+
+@pytest.fixture(scope="session")
+def finished(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of such a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    train.main([*tiny, "--out", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def glands_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The GlaS layout: one labelled image, four unlabelled, two for validation."""
+    folder = tmp_path_factory.mktemp("data") / "glands"
+    command = [sys.executable, "-m", "semimoe_fast.synthetic", "--out", str(folder)]
+    subprocess.run([*command, *"--labeled 1 --unlabeled 4 --val 2 --size 40".split()], check=True, capture_output=True)
+    return folder

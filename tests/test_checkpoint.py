@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
@@ -56,6 +57,13 @@ def damaged(path: Path, keep: float) -> None:
     path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
 
 
+def rewritten(path: Path, changes: dict) -> None:
+    """A whole checkpoint, but for its metadata."""
+    save(path, SemiMoE(width=2))
+    metadata, tensors = checkpoint.read(path)
+    save_file(tensors, path, {checkpoint.METADATA_KEY: json.dumps(metadata | changes)})
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
@@ -66,8 +74,8 @@ def damaged(path: Path, keep: float) -> None:
         (lambda path: damaged(path, 0.5), "not a readable checkpoint"),
         (lambda path: damaged(path, 0.001), "not a readable checkpoint"),
         (lambda path: save_file({"x": torch.zeros(1)}, path), "not a checkpoint of semimoe_fast"),
-        (lambda path: save(path, SemiMoE(width=2), {"format": 99}), "checkpoint format 99, this version reads 1"),
-        (lambda path: save(path, SemiMoE(width=2), {"model": {"width": 4}}), "do not fit its own configuration"),
+        (lambda path: rewritten(path, {"format": 99}), "has checkpoint format 99, this version reads format 1"),
+        (lambda path: rewritten(path, {"model": {"width": 4}}), "do not fit its own configuration"),
     ],
     ids="missing folder empty pickle half header foreign format mismatch".split(),
 )
@@ -79,6 +87,31 @@ def test_bad_checkpoints_are_refused_by_name(tmp_path: Path, write, message: str
     assert str(caught.value).startswith(str(path))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_names_of_the_model_are_kept(tmp_path: Path) -> None:
+    for arguments in ({"metadata": {"format": 2}}, {"metadata": {"model": {}}}, {"state": {"model.x": torch.ones(1)}}):
+        with pytest.raises(ValueError, match="is a name that checkpoints keep"):
+            save(tmp_path / "c", SemiMoE(width=2), **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_loading_leaves_the_random_numbers_alone(tmp_path: Path) -> None:
+    model = SemiMoE(width=2)
+    save(tmp_path / "c", model)
+    parts = export_published(model)
+    before = torch.get_rng_state()
+    load(tmp_path / "c")
+    import_published(parts)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_imported_weights_are_a_copy() -> None:
+    parts = export_published(SemiMoE(width=2))
+    model = import_published(parts)
+    for parameter in model.parameters():
+        parameter.data.fill_(7)
+    assert not any((value == 7).any() for state in parts.values() for value in state.values())
 
 
 KILLED_WHILE_WRITING = """
@@ -141,8 +174,6 @@ def test_published_round_trip(tmp_path: Path, prefix: str) -> None:
 
 
 def test_export_has_the_published_keys_and_shapes() -> None:
-    import json
-
     golden = json.loads((Path(__file__).parent / "golden" / "official_checkpoint_keys.json").read_text())
     exported = export_published(SemiMoE())
     assert {part: {key: list(value.shape) for key, value in exported[part].items()} for part in exported} == golden

@@ -61,7 +61,6 @@ def test_part_pairs_by_stem(root):
     part = load_part(root, "train", 16, with_masks=True)
     assert len(part) == 3
     assert part.names == ["1", "10", "2"]
-    assert part.original_sizes == [(20, 30)] * 3
     assert part.images.shape == (3, 3, 16, 16)
     assert part.images.is_contiguous()
     assert part.masks.shape == (3, 16, 16)

@@ -39,6 +39,10 @@ print(json.dumps({
 """
 
 
+# What these tests are run with must not reach the environments under test.
+VARIABLES = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources, so that building leaves nothing in the real ones."""
@@ -68,14 +72,14 @@ class Environment:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # cmake and ninja from pip
         return subprocess.run(
             [sys.executable, "-m", "pip", "--python", self.python, *arguments, "--no-deps"],
-            env={**os.environ, "PATH": path, **variables},
+            env={**VARIABLES, "PATH": path, **variables},
             capture_output=True,
             text=True,
         )
 
     def run(self, *arguments: str, cwd: Path) -> str:
         """Standard output of Python in a folder, which `-c` and `-m` put first on the path."""
-        done = subprocess.run([self.python, *arguments], cwd=cwd, capture_output=True, text=True)
+        done = subprocess.run([self.python, *arguments], cwd=cwd, env=VARIABLES, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -157,6 +161,10 @@ def test_chosen_cuda_architectures(tree: Path, environment: Environment, tmp_pat
             "SEMIMOE_CUDA=ON, but nvcc was not found: install the CUDA toolkit, "
             "or set CUDACXX to nvcc's path or SEMIMOE_CUDA=OFF.",
         ),
+        (
+            {"SEMIMOE_CUDA": "AUTO", "CUDACXX": shutil.which("false")},
+            "CMake says why above: mend that, or set SEMIMOE_CUDA=OFF to build without CUDA",
+        ),
         ({"SEMIMOE_CUDA": "maybe"}, "SEMIMOE_CUDA=maybe is not known: set it to AUTO, ON or OFF."),
         pytest.param(
             {"SEMIMOE_CUDA_ARCHS": "80;1"},
@@ -164,7 +172,7 @@ def test_chosen_cuda_architectures(tree: Path, environment: Environment, tmp_pat
             marks=NEEDS_NVCC,
         ),
     ],
-    ids=["CUDA without nvcc", "neither AUTO nor ON nor OFF", "unknown architecture"],
+    ids=["CUDA without nvcc", "broken nvcc", "neither AUTO nor ON nor OFF", "unknown architecture"],
 )
 def test_builds_that_cannot_be_are_refused(
     tree: Path, environment: Environment, variables: dict[str, str], line: str
