@@ -40,7 +40,7 @@ class TrainConfig:
     it as many steps with --steps-per-epoch)."""
     val: str = "val"
     """Validation part."""
-    synthetic: tuple[int, int, int] = (8, 64, 24)
+    synthetic: tuple[int, int, int] = (5, 64, 40)
     """Synthetic images: labelled, unlabelled, validation."""
     out: Path | None = None
     """Run folder, new; by default runs/NAME-DATE-TIME."""
@@ -145,14 +145,15 @@ class TrainConfig:
         return cls(**values | tuples | {"data": None if values["data"] is None else Path(values["data"])})
 
 
-SYNTHETIC = TrainConfig(
-    image_size=96,
+SYNTHETIC = TrainConfig(  # few steps, so a shorter schedule; larger batches steady the statistics of small images
+    image_size=64,
     width=8,
-    epochs=30,
-    warmup_epochs=3,
-    decay_epochs=8,
-    labeled_batch=2,
-    unlabeled_batch=2,
+    epochs=40,
+    warmup_epochs=5,
+    decay_epochs=7,
+    labeled_batch=4,
+    unlabeled_batch=4,
+    val_every=4,
 )
 
 

@@ -16,6 +16,9 @@ def run_command(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         _leave(f"error: {error}", 2)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.stderr.close()
+        sys.exit(1)
     except OSError as error:
         _leave(f"error: {error.filename or 'the system'}: {error.strerror or error}; give a place that can be used", 2)
     except KeyboardInterrupt:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
 
 import torch
 
 from . import __version__, _native, ops
-from .errors import UserError, run_command
+from .errors import run_command
 
 
 def versions() -> list[tuple[str, str]]:
@@ -54,11 +55,12 @@ def backends() -> list[tuple[str, str, str, str]]:
     for operation in ops.OPERATIONS:
         for device_type in ("cpu", "cuda"):
             try:
-                rows.append((operation, device_type, *ops.choose(operation, device_type)))
-            except RuntimeError as error:  # a forced backend that cannot serve
-                rows.append((operation, device_type, "none", str(error)))
-            except ValueError as error:
-                raise UserError(str(error)) from None
+                choice = ops.choose(operation, device_type, os.environ.get("SEMIMOE_BACKEND"))
+            except ops.BackendError as error:
+                choice = ("none", str(error))
+            if device_type == "cuda" and not torch.cuda.is_available():
+                choice = ("none", "PyTorch finds no CUDA device")
+            rows.append((operation, device_type, *choice))
     return rows
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _native, portable, reference
+from .errors import UserError
 
 logger = logging.getLogger("semimoe_fast")
 
@@ -31,6 +32,10 @@ OPERATIONS = (
     "objective_terms",
     "adaptive_loss",
 )
+
+
+class BackendError(UserError, RuntimeError):
+    """SEMIMOE_BACKEND asks for a backend that is unknown or cannot serve here."""
 
 
 @torch.library.custom_op("semimoe_fast::squared_distance", mutates_args=())
@@ -74,19 +79,18 @@ def implementation(operation: str, device: torch.device) -> Callable[..., Any]:
     return getattr(reference if backend == "reference" else portable, operation)
 
 
-def choose(operation: str, device_type: str) -> tuple[str, str]:
-    """Backend for an operation on "cpu" or "cuda" tensors, and the reason in one line.
+def choose(operation: str, device_type: str, forced: str | None = None) -> tuple[str, str]:
+    """Backend for an operation on "cpu" or "cuda" tensors, and the reason in one line; `forced` is SEMIMOE_BACKEND.
 
-    Raises ValueError for an unknown SEMIMOE_BACKEND, RuntimeError where the forced backend cannot serve.
+    Raises BackendError where the forced backend is unknown or cannot serve.
     """
-    forced = os.environ.get("SEMIMOE_BACKEND")
     missing = why_not_fused(operation, device_type)
     if forced is None:
         return ("portable", missing) if missing else ("fused", "the fastest available")
     if forced not in BACKENDS:
-        raise ValueError(f"SEMIMOE_BACKEND={forced!r}: choose one of {', '.join(BACKENDS)}, or unset it")
+        raise BackendError(f"SEMIMOE_BACKEND={forced!r}: choose one of {', '.join(BACKENDS)}, or unset it")
     if forced == "fused" and missing:
-        raise RuntimeError(f"SEMIMOE_BACKEND=fused cannot serve {operation} on {device_type}: {missing}")
+        raise BackendError(f"SEMIMOE_BACKEND=fused cannot serve {operation} on {device_type}: {missing}")
     return forced, f"SEMIMOE_BACKEND={forced}"
 
 
@@ -99,15 +103,15 @@ def why_not_fused(operation: str, device_type: str) -> str | None:
     return _native.why_unavailable(device_type)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # so that a compiled caller traces past the log and the cache
 def _chosen(operation: str, device_type: str, forced: str | None) -> str:
-    """`choose` for the traced path; `forced` is an argument so that a change of the environment is seen."""
     return _choose_and_say(operation, device_type, forced)
 
 
 @functools.cache
 def _choose_and_say(operation: str, device_type: str, forced: str | None) -> str:
-    backend, reason = choose(operation, device_type)
+    """`choose`, and a line in the log the first time that it falls back."""
+    backend, reason = choose(operation, device_type, forced)
     if forced is None and backend == "portable" and (operation in FUSED or device_type != "cpu"):
         logger.warning("%s on %s falls back to the portable backend: %s", operation, device_type, reason)
     return backend

@@ -220,13 +220,14 @@ def new_folder(config: TrainConfig) -> Path:
         return folder
     name = "synthetic" if config.data is None else config.data.resolve().name
     stem = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    for folder in (stem, *(stem.with_name(f"{stem.name}-{n}") for n in itertools.count(2))):
+    for attempt in itertools.count(1):
+        folder = stem if attempt == 1 else stem.with_name(f"{stem.name}-{attempt}")
         try:
             folder.mkdir(parents=True)
         except FileExistsError:  # another run started within the same second
             continue
-        return folder
-    raise AssertionError("unreachable: the names do not end")
+        break
+    return folder
 
 
 def without_place(value: Any) -> Any:

@@ -54,8 +54,8 @@ def glas_folder() -> Path:
 @pytest.fixture(scope="session")
 def tiny() -> list[str]:
     """Options of a training run of six steps."""
-    sizes = "--synthetic 2 4 2 --image-size 32 --width 2 --epochs 3"
-    return f"{sizes} --warmup-epochs 1 --lr 0.1 --device cpu --seed 3".split()
+    sizes = "--synthetic 2 4 2 --image-size 32 --width 2 --epochs 3 --labeled-batch 2 --unlabeled-batch 2"
+    return f"{sizes} --warmup-epochs 1 --lr 0.1 --val-every 1 --device cpu --seed 3".split()
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from semimoe_fast.data import read_image, read_mask
 from semimoe_fast.errors import UserError
 from semimoe_fast.model import SemiMoE
 
-
 SMALL = "--image-size 32 --width 2 --epochs 1 --warmup-epochs 0 --lr 0.1 --device cpu".split()
 
 
