@@ -180,6 +180,7 @@ def test_diverged_loss_ends_the_run_with_a_remedy(tiny: list[str], tmp_path: Pat
     assert "restart with a smaller --lr" in message
 
 
+@pytest.mark.slow
 def test_command_line_shows_one_line_and_no_traceback(tiny: list[str], tmp_path: Path) -> None:
     missing = str(tmp_path / "nothing")
     (tmp_path / "nothing.file").touch()

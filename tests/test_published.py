@@ -16,6 +16,8 @@ from semimoe_fast.model import AdaptiveMultiObjectiveLoss, SemiMoE
 from semimoe_fast.objective import StepLosses, objective
 from semimoe_fast.published import EXPERT_PARTS, published_expert_key, rename_gating
 
+pytestmark = pytest.mark.slow  # the network at its published width
+
 GOLDEN = Path(__file__).parent / "golden"
 Parts = dict[str, dict[str, Tensor]]
 

@@ -190,6 +190,7 @@ def test_signals(tiny: list[str], tmp_path: Path, number: signal.Signals) -> Non
     assert metadata["epoch"] >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0, 0.2])
 def test_sigkill_and_resume_as_processes(tiny: list[str], tmp_path: Path, delay: float) -> None:
     """Killed by the system at no chosen moment, resumed by the command: as the run that was left alone."""
