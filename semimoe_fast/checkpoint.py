@@ -101,7 +101,9 @@ def read(path: str | Path, device: str | torch.device = "cpu") -> tuple[dict[str
             header = (file.metadata() or {}).get(METADATA_KEY)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({error}); take another, this one is damaged") from error
+        raise UserError(
+            f"{path}: not a readable checkpoint ({error}); it is damaged, or another kind of file"
+        ) from error
     if header is None:
         raise UserError(f"{path}: a safetensors file, but not a checkpoint of semimoe_fast")
     metadata = json.loads(header)

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -31,20 +31,20 @@ class TrainConfig:
     are the published recipe (add --data DIR to --help to see them).
     """
 
-    data: Path | None = None
+    data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder with the parts below, each PART/image and PART/mask; none: synthetic glands."""
-    labeled: str | None = None
+    labeled: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Labelled part; by default the only train_sup_* of the folder."""
-    unlabeled: str | None = None
+    unlabeled: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Unlabelled part (its masks are ignored); by default the only train_unsup_*; `none`: the supervised baseline (give
     it as many steps with --steps-per-epoch)."""
     val: str = "val"
     """Validation part."""
-    synthetic: tuple[int, int, int] = (5, 64, 40)
+    synthetic: tuple[int, int, int] = (8, 64, 40)
     """Synthetic images: labelled, unlabelled, validation."""
-    out: Path | None = None
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Run folder, new; by default runs/NAME-DATE-TIME."""
-    resume: Path | None = None
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
     """Run folder to continue; it brings its own configuration."""
 
     image_size: int = 256
@@ -58,19 +58,25 @@ class TrainConfig:
     """Channels of the U-Nets' first level; the deepest has 16 times as many."""
 
     epochs: int = 200
-    steps_per_epoch: int | None = None
+    """Epochs of the whole run; the schedules below follow it."""
+    steps_per_epoch: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Steps of an epoch; by default one pass over the unlabelled part (of the labelled, if alone)."""
     labeled_batch: int = 2
+    """Labelled images of a step; a small labelled part is repeated."""
     unlabeled_batch: int = 2
+    """Unlabelled images of a step."""
     lr: float = 0.5
     """Learning rate of SGD after the warm-up."""
     momentum: float = 0.9
+    """Of SGD."""
     weight_decay: float = 5e-5
     """Of both optimisers."""
     warmup_epochs: int = 20
+    """Epochs in which the learning rate grows from 0."""
     decay_epochs: int = 50
     """Epochs between two decays of the learning rate."""
     decay: float = 0.5
+    """Factor on the learning rate at each decay."""
     log_var_lr: float = 0.05
     """Learning rate of Adam for the loss weights s."""
     unsupervised_weight: float = 0.5
@@ -92,7 +98,10 @@ class TrainConfig:
     """auto: bf16 autocast on CUDA, fp32 on the CPU."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; auto takes CUDA where there is one."""
+    threads: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """CPU threads; by default as many as torch takes. Runs are bitwise equal at equal numbers of threads."""
     seed: int = 0
+    """Of weights, order, augmentation, dropout and synthetic images."""
 
     @property
     def semi_supervised(self) -> bool:
@@ -108,7 +117,7 @@ class TrainConfig:
         positive = (
             "image_size width epochs labeled_batch unlabeled_batch decay_epochs val_every save_every lr log_var_lr"
         ).split()
-        for name in (*positive, *(["steps_per_epoch"] if self.steps_per_epoch is not None else [])):
+        for name in (*positive, *(n for n in ("steps_per_epoch", "threads") if getattr(self, n) is not None)):
             if not getattr(self, name) > 0:
                 raise UserError(f"{flag(name)} is {getattr(self, name)}: give a positive number")
         for name in "momentum weight_decay warmup_epochs unsupervised_weight regularizer ring_radius seed".split():
@@ -154,6 +163,7 @@ SYNTHETIC = TrainConfig(  # few steps, so a shorter schedule; larger batches ste
     labeled_batch=4,
     unlabeled_batch=4,
     val_every=4,
+    threads=1,  # at this size a second one gains nothing
 )
 
 
@@ -190,12 +200,12 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def _refuse_changes(stored: TrainConfig, config: TrainConfig) -> None:
-    """A resumed run keeps its configuration; only the place of the data and the device may differ."""
+    """A resumed run keeps its configuration; only the place of the data, device and threads may differ."""
     for field in dataclasses.fields(TrainConfig):
         before, now = getattr(stored, field.name), getattr(config, field.name)
         if before != now and field.name == "out":
             raise UserError(f"--out is {now}, but --resume {stored.resume} continues in its own folder: leave one out")
-        if before != now and field.name not in ("data", "device"):
+        if before != now and field.name not in ("data", "device", "threads"):
             raise UserError(
                 f"{flag(field.name)} is {now}, but the run in {stored.resume} was started with {before}: "
                 "leave it out, or start a new run"

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -38,11 +38,15 @@ class EvaluateConfig:
     data: Path
     """Folder with PART/image and PART/mask."""
     part: str = "val"
-    json: Path | None = None
+    """Part of the folder to score."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the scores to this file too."""
     batch: int = 8
+    """Images at a time."""
     device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
+    """auto: bf16 autocast on CUDA, fp32 on the CPU."""
 
 
 def gated_foreground(output: Output) -> Tensor:
@@ -98,10 +102,10 @@ def table(counts: dict[str, Tensor], names: Sequence[str]) -> str:
     header = f"{'':<36}{'Dice':>8}{'Jaccard':>9}   {'swept: Dice':>12}{'Jaccard':>9}{'threshold':>11}"
     rows = [header]
     for predictor, images in counts.items():
-        for name, image in zip(names, images, strict=True):
-            rows.append(_row(f"{predictor}, {name}", metrics.score(image)))
-        rows += [_row(f"{predictor}, all", metrics.score(images.sum(0))), "-" * len(header)]
-    return "\n".join(rows[:-1])
+        rows += [_row(f"{predictor}, {name}", metrics.score(image)) for name, image in zip(names, images, strict=True)]
+    rows.append("-" * len(header))
+    rows += [_row(f"{predictor}, all", scores) for predictor, scores in score_set(counts).items()]
+    return "\n".join(rows)
 
 
 def _row(name: str, s: metrics.Scores) -> str:

@@ -173,6 +173,8 @@ def _check_gate(
     features: Sequence[Tensor], gate_weights: Tensor, head_weights: Sequence[Tensor], head_biases: Sequence[Tensor]
 ) -> list[Tensor]:
     """Raise ValueError where shapes disagree; the head weights as (O_k, C) matrices."""
+    if isinstance(features, Tensor):
+        raise TypeError(f"features is a sequence of E tensors (B, C, H, W), got one tensor {tuple(features.shape)}")
     if not features or features[0].ndim != 4 or any(x.shape != features[0].shape for x in features):
         raise ValueError(f"features are E tensors of one shape (B, C, H, W), got {[tuple(x.shape) for x in features]}")
     batch, channels = features[0].shape[:2]

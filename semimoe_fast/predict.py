@@ -24,7 +24,10 @@ from .overlay import outline
 
 @dataclasses.dataclass(frozen=True)
 class PredictConfig:
-    """Write a mask for every image: a PNG of the image's own size, 255 on glands and 0 elsewhere."""
+    """Write a mask for every image: a PNG of the image's own size, 255 on glands and 0 elsewhere.
+
+    An earlier mask of the same name is replaced.
+    """
 
     checkpoint: Path
     """best.safetensors or last.safetensors of a run folder."""
@@ -37,7 +40,9 @@ class PredictConfig:
     threshold: float = 0.5
     """Foreground probability above which a pixel is gland."""
     device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
+    """auto: bf16 autocast on CUDA, fp32 on the CPU."""
 
 
 @torch.no_grad()
@@ -82,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Image.fromarray(mask.astype(np.uint8) * 255).save(config.out / f"{path.stem}.png")
         if config.overlay:
             Image.fromarray(outline(image, torch.from_numpy(mask))).save(config.out / f"{path.stem}_overlay.png")
-    print(f"{len(paths)} masks in {config.out}")
+    print(f"masks written to {config.out}: {len(paths)}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from . import augment
 from .checkpoint import Preprocessing
@@ -17,6 +18,7 @@ from .model import SemiMoE
 from .overlay import outline
 
 Records = Sequence[dict[str, Any]]
+TITLES = ("image", "truth", "prediction", "signed distance (red: inside)", "boundary")
 
 
 def draw_curves(records: Records, tasks: Sequence[str], path: Path) -> None:
@@ -24,7 +26,8 @@ def draw_curves(records: Records, tasks: Sequence[str], path: Path) -> None:
     figure = Figure(figsize=(15, 8), layout="constrained")
     losses, supervised, pseudo, weights, gates, scores = figure.subplots(2, 3).flat
     epochs = [r["epoch"] for r in records]
-    for name in ("total", "supervised_total", "unsupervised_total"):
+    semi_supervised = any(r["unsupervised_weight"] for r in records)
+    for name in ("total", "supervised_total", "unsupervised_total") if semi_supervised else ("supervised_total",):
         losses.plot(epochs, [r[name] for r in records], label=name.replace("_", " "))
     for axis, name in ((supervised, "supervised_terms"), (pseudo, "unsupervised_terms"), (weights, "loss_weights")):
         for k, task in enumerate(tasks):
@@ -32,13 +35,14 @@ def draw_curves(records: Records, tasks: Sequence[str], path: Path) -> None:
     for k, task in enumerate(tasks):
         for e in range(len(records[0]["gate_weights"][k])):
             style = {"color": f"C{k}", "linestyle": ("-", "--", ":", "-.")[e % 4]}
-            gates.plot(epochs, [r["gate_weights"][k][e] for r in records], label=f"{task}, expert {e + 1}", **style)
+            label = f"{task} from {tasks[e]} expert"
+            gates.plot(epochs, [r["gate_weights"][k][e] for r in records], label=label, **style)
     validated = [r for r in records if "val" in r]
     for k, name in enumerate(validated[0]["val"]):
         for score, style in (("dice", "-"), ("jaccard", "--")):
             values = [r["val"][name][score] for r in validated]
             label = f"{name}, {score.capitalize()}" if name == GATED or score == "dice" else None
-            scores.plot([r["epoch"] for r in validated], values, style, color=f"C{k}", label=label)
+            scores.plot([r["epoch"] for r in validated], values, style, marker=".", color=f"C{k}", label=label)
     titles = {
         losses: "loss",
         supervised: "supervised terms (own + gated)",
@@ -51,9 +55,12 @@ def draw_curves(records: Records, tasks: Sequence[str], path: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(fontsize=7)
-    gates.set_ylim(0, 1)
+    gates.set_ylim(0, 1.3)
+    gates.legend(fontsize=7, ncols=3, loc="upper center")
     scores.set_ylim(0, 1)
+    pseudo.set_visible(semi_supervised)
     figure.savefig(path, dpi=100)
 
 
@@ -71,7 +78,7 @@ def draw_overlays(
     ring = output.boundary.float().softmax(1)[:, 1].cpu().numpy()
     figure = Figure(figsize=(12.5, 2.5 * len(chosen)), layout="constrained")
     axes = figure.subplots(len(chosen), 5, squeeze=False)
-    for title, axis in zip(("image", "truth", "prediction", "sdf", "boundary"), axes[0], strict=True):
+    for title, axis in zip(TITLES, axes[0], strict=True):
         axis.set_title(title)
     for row, index in enumerate(chosen.tolist()):
         image = images[row].permute(1, 2, 0).numpy()
@@ -138,6 +145,7 @@ def summary(records: Records, folder: Path) -> str:
                     f"{f'{title}, {name}':<22}{s['dice']:8.4f}{s['jaccard']:9.4f}"
                     f"{s['swept_dice']:12.4f}{s['swept_jaccard']:9.4f}{s['swept_threshold']:11.2f}"
                 )
-    lines.append(f"best: epoch {best['epoch']} of 0 to {len(records) - 1}; curves.png, overlays.png, metrics.jsonl,")
+    lines.append("swept: at the threshold with the best Jaccard on these very images")
+    lines.append(f"best: epoch {best['epoch'] + 1} of {len(records)}; curves.png, overlays.png, metrics.jsonl,")
     lines.append(f"best.safetensors and last.safetensors are in {folder}")
     return "\n".join(lines)

@@ -49,6 +49,8 @@ def synthetic_data(config: TrainConfig) -> tuple[Dataset, Dataset | None, Datase
 
 
 def folder_data(config: TrainConfig) -> tuple[Dataset, Dataset | None, Dataset]:
+    if not config.data.is_dir():
+        raise UserError(f"--data is {config.data}, which is no folder: correct the path")
     labelled = config.labeled or only_part(config.data, "train_sup_", "--labeled")
     unlabelled = None
     if config.semi_supervised:

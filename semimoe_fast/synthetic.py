@@ -356,7 +356,7 @@ def _save(folder: Path, pictures: torch.Tensor) -> None:
 
 
 def main() -> None:
-    write(tyro.cli(Folder))
+    write(tyro.cli(Folder, prog="python -m semimoe_fast.synthetic"))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ BEST, LAST = "best.safetensors", "last.safetensors"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     config = parse(arguments)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     device = choose_device(config.device)
     data, val = load_data(config)
     run = Run.resume(config, data, val, device) if config.resume else Run.start(config, data, val, device)
@@ -212,10 +214,10 @@ def new_folder(config: TrainConfig) -> Path:
     folder = config.out
     if folder is not None:
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder}: is a file; give a folder as --out")
+            raise UserError(f"{folder} is a file; give a folder as --out")
         if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
             remedy = f", or --resume {folder} to continue its run" if (folder / CONFIG_FILE).exists() else ""
-            raise UserError(f"{folder}: is not empty; give another --out{remedy}")
+            raise UserError(f"{folder} is not empty; give another --out{remedy}")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     name = "synthetic" if config.data is None else config.data.resolve().name
@@ -232,7 +234,9 @@ def new_folder(config: TrainConfig) -> Path:
 
 def without_place(value: Any) -> Any:
     """A stored configuration without what a resumed run may change."""
-    return {k: v for k, v in value.items() if k not in ("data", "device")} if isinstance(value, dict) else value
+    return (
+        {k: v for k, v in value.items() if k not in ("data", "device", "threads")} if isinstance(value, dict) else value
+    )
 
 
 def summary_of(record: dict[str, Any]) -> str:
