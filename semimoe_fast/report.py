@@ -35,7 +35,7 @@ def draw_curves(records: Records, tasks: Sequence[str], path: Path) -> None:
     for k, task in enumerate(tasks):
         for e in range(len(records[0]["gate_weights"][k])):
             style = {"color": f"C{k}", "linestyle": ("-", "--", ":", "-.")[e % 4]}
-            label = f"{task} from {tasks[e]} expert"
+            label = f"{task}: {tasks[e]}"
             gates.plot(epochs, [r["gate_weights"][k][e] for r in records], label=label, **style)
     validated = [r for r in records if "val" in r]
     for k, name in enumerate(validated[0]["val"]):
@@ -58,7 +58,7 @@ def draw_curves(records: Records, tasks: Sequence[str], path: Path) -> None:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(fontsize=7)
     gates.set_ylim(0, 1.3)
-    gates.legend(fontsize=7, ncols=3, loc="upper center")
+    gates.legend(title="task: expert", fontsize=7, title_fontsize=7, ncols=3, loc="upper center")
     scores.set_ylim(0, 1)
     pseudo.set_visible(semi_supervised)
     figure.savefig(path, dpi=100)
