@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -106,7 +107,7 @@ class Run:
         metadata, tensors = checkpoint.read(path)
         expected = run.metadata()
         for key, remedy in (("config", "start a new run"), ("data", "give the --data it was trained on")):
-            if without_place(metadata[key]) != without_place(expected[key]):
+            if without_place(metadata.get(key)) != without_place(expected[key]):
                 raise UserError(f"{path}: is of another {key} than {run.folder}; {remedy}")
         run.trainer.restore(tensors, metadata["epoch"], metadata["step"])
         run.best_dice = metadata["best_dice"]
@@ -170,12 +171,17 @@ class Run:
             file.flush()
             os.fsync(file.fileno())  # ahead of the checkpoint that counts on it
 
-    def metadata(self) -> dict[str, Any]:
+    @cached_property
+    def fingerprints(self) -> list[str]:
+        """Of the labelled, unlabelled and validation images; they are hashed once, not at every save."""
         data = self.trainer.data
+        return [fingerprint(part) for part in (data.labelled, data.unlabelled, self.val)]
+
+    def metadata(self) -> dict[str, Any]:
         return {
             "config": self.config.to_dict(),
             "preprocessing": self._preprocessing._asdict(),
-            "data": [fingerprint(part) for part in (data.labelled, data.unlabelled, self.val)],
+            "data": self.fingerprints,
             "epoch": self.trainer.epoch,
             "step": self.trainer.step,
             "best_dice": self.best_dice,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import signal
 import subprocess
@@ -36,7 +35,7 @@ def test_round_trip(tmp_path: Path, tasks: tuple[str, ...], layout: torch.memory
     assert not loaded.training
     assert (metadata["epoch"], metadata["note"]) == (7, "é")
     assert all(torch.equal(state[key], extra[key]) for key in extra)
-    assert os.listdir(tmp_path) == ["c.safetensors"]  # noqa: PTH208 - hidden files too
+    assert [path.name for path in tmp_path.iterdir()] == ["c.safetensors"]
 
 
 def test_preprocessing_is_kept(tmp_path: Path) -> None:

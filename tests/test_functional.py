@@ -11,6 +11,8 @@ from torch import Tensor
 
 from semimoe_fast import functional as F
 from semimoe_fast import ops, portable, reference
+from semimoe_fast.model import MultiGating
+from semimoe_fast.published import rename_gating
 
 BACKENDS = ("reference", "portable")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -32,7 +34,10 @@ def gate_inputs(
 ) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor]]:
     """Random arguments of multi_gate, float64, that ask for gradients."""
     random = torch.Generator().manual_seed(batch + 10 * experts + 100 * len(heads) + 1000 * channels)
-    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=random).requires_grad_()  # noqa: E731
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=random).requires_grad_()
+
     features = [draw(batch, channels, *size) for _ in range(experts)]
     return features, draw(batch, len(heads), experts), [draw(o, channels) for o in heads], [draw(o) for o in heads]
 
@@ -45,7 +50,10 @@ def flat(arguments: tuple) -> list[Tensor]:
 def cast(arguments: tuple, convert) -> tuple:
     """The arguments of multi_gate, each tensor converted and made a leaf of its own."""
     features, gates, weights, biases = arguments
-    leaf = lambda t: convert(t.detach()).requires_grad_()  # noqa: E731
+
+    def leaf(tensor: Tensor) -> Tensor:
+        return convert(tensor.detach()).requires_grad_()
+
     return [leaf(x) for x in features], leaf(gates), [leaf(w) for w in weights], [leaf(b) for b in biases]
 
 
@@ -55,9 +63,6 @@ def cast(arguments: tuple, convert) -> tuple:
 @pytest.mark.parametrize("case", ["a", "b"])
 def test_golden_gating(case: str, backend: str, golden) -> None:
     """Gates, outputs and every gradient of the published gating module (dropout off)."""
-    from semimoe_fast.model import MultiGating
-    from semimoe_fast.published import rename_gating
-
     archive = golden("gating")
     gating = MultiGating(64, 3, (2, 1, 2), dropout=0.0)
     parameters = {k.removeprefix("param/"): torch.from_numpy(v) for k, v in archive.items() if k.startswith("param/")}

@@ -133,12 +133,15 @@ def test_killed_run_resumes_bitwise(
 
         return call
 
-    in_second_epoch = lambda *_: (folder / train.LAST).exists()  # noqa: E731
+    def in_second_epoch(*_) -> bool:
+        return (folder / train.LAST).exists()
+
+    def saving_in_second_epoch(path: Path, *_) -> bool:
+        return path.name == (train.LAST if victim == "save last" else train.BEST) and in_second_epoch()
+
     with monkeypatch.context() as patch:
         if victim.startswith("save"):
-            name = train.LAST if victim == "save last" else train.BEST
-            when = lambda path, *_: path.name == name and in_second_epoch()  # noqa: E731
-            patch.setattr(checkpoint, "save", dying(checkpoint.save, when))
+            patch.setattr(checkpoint, "save", dying(checkpoint.save, saving_in_second_epoch))
         elif victim == "validation":
             patch.setattr(train, "count_set", dying(train.count_set, in_second_epoch))
         elif victim == "metrics":
