@@ -11,22 +11,30 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr int kAbi = 1;  // raise it with every change of a signature below, together with semimoe_fast/_native.py
+constexpr int kAbi = 2;  // raise it with every change of a signature below, together with semimoe_fast/_native.py
 
 template <class T>
 T* at(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+const semimoe::Kernels& kernels_named(const std::string& name) {
+  for (const semimoe::Kernels* kernels : semimoe::supported_kernels())
+    if (kernels->name == name) return *kernels;
+  throw std::invalid_argument("this processor or this build has no kernels for " + name);
+}
+
 void squared_distance(std::uintptr_t mask, std::int64_t batch, std::int64_t height, std::int64_t width,
-                      std::uintptr_t out, int threads) {
-  semimoe::squared_distance(at<const std::uint8_t>(mask), batch, height, width, at<std::int32_t>(out), threads);
+                      std::uintptr_t out, const std::string& instruction_set, int threads) {
+  semimoe::squared_distance(kernels_named(instruction_set), at<const std::uint8_t>(mask), batch, height, width,
+                            at<std::int32_t>(out), threads);
 }
 
 void distance_targets(std::uintptr_t mask, std::int64_t batch, std::int64_t height, std::int64_t width,
-                      std::int32_t squared_ring_radius, std::uintptr_t sdf, std::uintptr_t boundary, int threads) {
-  semimoe::distance_targets(at<const std::uint8_t>(mask), batch, height, width, squared_ring_radius, at<float>(sdf),
-                            at<std::uint8_t>(boundary), threads);
+                      std::int32_t squared_ring_radius, std::uintptr_t sdf, std::uintptr_t boundary,
+                      const std::string& instruction_set, int threads) {
+  semimoe::distance_targets(kernels_named(instruction_set), at<const std::uint8_t>(mask), batch, height, width,
+                            squared_ring_radius, at<float>(sdf), at<std::uint8_t>(boundary), threads);
 }
 
 #ifdef SEMIMOE_CUDA_VERSION
@@ -77,11 +85,14 @@ PYBIND11_MODULE(_semimoe_fast, module) {
   module.doc() = "Native operations of semimoe_fast on raw addresses; semimoe_fast._native is the way to call them.";
   module.attr("abi") = kAbi;
   module.attr("built_with") = built_with();
+  py::list instruction_sets;
+  for (const semimoe::Kernels* kernels : semimoe::supported_kernels()) instruction_sets.append(kernels->name);
+  module.attr("instruction_sets") = py::tuple(instruction_sets);
   module.def("squared_distance", &squared_distance, py::arg("mask"), py::arg("batch"), py::arg("height"),
-             py::arg("width"), py::arg("out"), py::arg("threads"), without_gil);
+             py::arg("width"), py::arg("out"), py::arg("instruction_set"), py::arg("threads"), without_gil);
   module.def("distance_targets", &distance_targets, py::arg("mask"), py::arg("batch"), py::arg("height"),
-             py::arg("width"), py::arg("squared_ring_radius"), py::arg("sdf"), py::arg("boundary"), py::arg("threads"),
-             without_gil);
+             py::arg("width"), py::arg("squared_ring_radius"), py::arg("sdf"), py::arg("boundary"),
+             py::arg("instruction_set"), py::arg("threads"), without_gil);
 #ifdef SEMIMOE_CUDA_VERSION
   module.def("squared_distance_cuda", &squared_distance_cuda, py::arg("mask"), py::arg("batch"), py::arg("height"),
              py::arg("width"), py::arg("gaps"), py::arg("out"), py::arg("stream"), without_gil);

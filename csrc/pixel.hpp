@@ -1,4 +1,4 @@
-// What the CPU and the CUDA code compute alike for one pixel.
+// What the CPU and the CUDA code compute alike for one pixel. `static`, for the sake of kernels.cpp.
 #pragma once
 
 #include <cmath>
@@ -33,22 +33,22 @@ inline void check_size(std::int64_t batch, std::int64_t height, std::int64_t wid
 }
 
 // Gap of a pixel as seen from its vertical neighbour, one step further from whatever lies beyond that one.
-SEMIMOE_HOST_DEVICE inline Gap next_gap(Gap neighbour_gap, bool same_class) {
+SEMIMOE_HOST_DEVICE static inline Gap next_gap(Gap neighbour_gap, bool same_class) {
   const Gap grown = static_cast<Gap>(neighbour_gap + (neighbour_gap != kNoGap));
   return same_class ? grown : Gap{1};
 }
 
 // Distance over the largest of the same sign in the image, negative outside, 0 on the inner boundary. Single-precision
 // roots and quotients are correctly rounded on every CPU and GPU: all agree to the last bit.
-SEMIMOE_HOST_DEVICE inline float signed_distance(std::int32_t squared, bool foreground, float largest) {
+SEMIMOE_HOST_DEVICE static inline float signed_distance(std::int32_t squared, bool foreground, float largest) {
   const float share = sqrtf(static_cast<float>(squared)) / largest;
   const float magnitude = squared == kNoDistance ? 1.0f : foreground && squared == 1 ? 0.0f : share;
   return foreground ? magnitude : -magnitude;
 }
 
 // The ring is the background around the foreground: dilation by a disk, minus the mask.
-SEMIMOE_HOST_DEVICE inline std::uint8_t on_ring(std::int32_t squared, bool foreground,
-                                                std::int32_t squared_ring_radius) {
+SEMIMOE_HOST_DEVICE static inline std::uint8_t on_ring(std::int32_t squared, bool foreground,
+                                                       std::int32_t squared_ring_radius) {
   return !foreground & (squared != kNoDistance) & (squared <= squared_ring_radius);
 }
 

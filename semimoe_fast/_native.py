@@ -8,12 +8,15 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import os
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-ABI = 1  # of csrc/bindings.cpp
+from .errors import UserError
+
+ABI = 2  # of csrc/bindings.cpp
 REMEDY = "run `pip install .` in the project's folder"
 INT32_MAX = 2**31 - 1
 
@@ -40,6 +43,18 @@ def why_unavailable(device_type: str) -> str | None:
     if native.built_with["cuda"] is None:
         return f"the compiled module was built without CUDA: {REMEDY} where nvcc is installed"
     return _why_no_gpu(native.built_with["cuda_archs"])
+
+
+def instruction_set() -> str:
+    """Which CPU kernels run: the best that this processor has, or what the environment variable SEMIMOE_SIMD asks for.
+
+    Raises UserError where they do not exist here.
+    """
+    available = _load()[0].instruction_sets
+    wanted = os.environ.get("SEMIMOE_SIMD", available[0])
+    if wanted not in available:
+        raise UserError(f"SEMIMOE_SIMD={wanted!r}: choose one of {', '.join(available)}, or unset it")
+    return wanted
 
 
 def runs_on(archs: str, capability: tuple[int, int]) -> bool:
@@ -74,7 +89,7 @@ def squared_distance(mask: Tensor, out: Tensor) -> None:
         with torch.cuda.device(mask.device):
             native.squared_distance_cuda(mask.data_ptr(), *mask.shape, gaps.data_ptr(), out.data_ptr(), _stream())
     else:
-        native.squared_distance(mask.data_ptr(), *mask.shape, out.data_ptr(), torch.get_num_threads())
+        native.squared_distance(mask.data_ptr(), *mask.shape, out.data_ptr(), instruction_set(), torch.get_num_threads())
 
 
 def distance_targets(mask: Tensor, sdf: Tensor, boundary: Tensor, ring_radius: float) -> None:
@@ -99,7 +114,12 @@ def distance_targets(mask: Tensor, sdf: Tensor, boundary: Tensor, ring_radius: f
             )
     else:
         native.distance_targets(
-            mask.data_ptr(), *mask.shape, squared_radius(ring_radius), *outputs, torch.get_num_threads()
+            mask.data_ptr(),
+            *mask.shape,
+            squared_radius(ring_radius),
+            *outputs,
+            instruction_set(),
+            torch.get_num_threads(),
         )
 
 

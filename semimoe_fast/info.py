@@ -45,6 +45,7 @@ def native_build() -> list[tuple[str, str]]:
         ("native module", f"{native.__file__}, ABI {native.abi}"),
         ("  compiler", build["compiler"]),
         ("  pybind11", build["pybind11"]),
+        ("  CPU kernels", f"{_native.instruction_set()} (here: {', '.join(native.instruction_sets)})"),
         ("  CUDA", cuda),
     ]
 

@@ -30,8 +30,17 @@ SDF_TOLERANCE = 5 * 2.0**-24
 Engine = Callable[[np.ndarray, float], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
-def on_device(device: str) -> Engine:
+INSTRUCTION_SETS = ["plain", "avx2", "avx512"]
+
+
+def on_device(device: str, instruction_set: str | None = None) -> Engine:
     def run(mask: np.ndarray, ring_radius: float = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        with pytest.MonkeyPatch.context() as patch:
+            if instruction_set is not None:
+                patch.setenv("SEMIMOE_SIMD", instruction_set)
+            return run_here(mask, ring_radius)
+
+    def run_here(mask: np.ndarray, ring_radius: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         masks = torch.from_numpy(mask).to(device)
         squared = torch.empty(masks.shape, dtype=torch.int32, device=device)
         sdf = torch.empty(masks.shape, dtype=torch.float32, device=device)
@@ -82,15 +91,19 @@ def cuda_phases_on_cpu(folder: Path) -> Engine:
     return run
 
 
-@pytest.fixture(scope="module", params=["cpu", "cuda phases on the cpu", "cuda"])
+@pytest.fixture(scope="module", params=[*INSTRUCTION_SETS, "cuda phases on the cpu", "cuda"])
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     if request.param == "cuda phases on the cpu":
         if shutil.which("g++") is None:
             pytest.skip("g++ was not found")
         return cuda_phases_on_cpu(tmp_path_factory.mktemp("phases"))
-    if request.param == "cuda" and _native.why_unavailable("cuda"):
-        pytest.skip(_native.why_unavailable("cuda"))
-    return on_device(request.param)
+    if request.param == "cuda":
+        if _native.why_unavailable("cuda"):
+            pytest.skip(_native.why_unavailable("cuda"))
+        return on_device("cuda")
+    if request.param not in _native.module().instruction_sets:
+        pytest.skip(f"the CPU kernels for {request.param} do not run here")
+    return on_device("cpu", request.param)
 
 
 def scipy_squared_distance(mask: np.ndarray) -> np.ndarray:
@@ -179,6 +192,24 @@ def test_foreground_without_an_interior_is_zero(engine: Engine) -> None:
 def test_empty(shape: tuple[int, int, int]) -> None:
     squared, sdf, boundary = on_device("cpu")(np.zeros(shape, np.uint8), 2)
     assert squared.shape == sdf.shape == boundary.shape == shape
+
+
+@pytest.mark.parametrize("dots", [1, 3, 8])
+@pytest.mark.parametrize("inverted", [False, True])
+def test_distances_about_the_reach_of_the_search(engine: Engine, dots: int, inverted: bool) -> None:
+    """The CPU kernels search up to 252 pixels, in 16-bit words, and leave what is farther to another algorithm."""
+    random = np.random.default_rng(dots)
+    mask = np.zeros((3, 530, 610), np.uint8)
+    for image in mask:
+        image.flat[random.choice(image.size, dots, replace=False)] = 1
+    check(engine, 1 - mask if inverted else mask)
+
+
+@pytest.mark.parametrize("radius", [251, 252, 253, 254])
+def test_discs_about_the_reach_of_the_search(engine: Engine, radius: int) -> None:
+    """The largest distance of the image, which scales all others, on either side of the reach."""
+    y, x = np.indices((1, 520, 530))[1:]
+    check(engine, ((y - 259) ** 2 + (x - 262) ** 2 <= radius**2).astype(np.uint8))
 
 
 @pytest.mark.parametrize("shape", [(1, 46_340), (46_340, 1), (3, 20_000), (20_000, 3)])

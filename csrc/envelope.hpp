@@ -1,0 +1,95 @@
+// Squared distances along a row in linear time, however far the search would have to go.
+//
+// A row falls into runs of equal class. Nothing beyond its run can be nearest to a pixel, because the run ends at
+// pixels of the opposite class, so with [a, b) its run
+//
+//     d^2(x) = min over x' in [a - 1, b] of (x - x')^2 + f(x'),   f = gap^2 in the run, 0 at its two neighbours,
+//
+// the lower envelope of parabolas, found in linear time and in integers (A. Meijster, J. Roerdink, W. Hesselink, "A
+// general algorithm for computing distance transforms in linear time", 2000).
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "kernels.hpp"
+#include "pixel.hpp"
+
+namespace semimoe {
+
+// The lower envelope of the parabolas (x - centre)^2 + height, restricted to the pixels [begin, end) of one run.
+class Envelope {
+ public:
+  explicit Envelope(int width) : pieces_(static_cast<std::size_t>(width) + 2) {}
+
+  void start(int begin, int end) {
+    begin_ = begin;
+    end_ = end;
+    count_ = 0;
+  }
+
+  // Centres come in increasing order.
+  void add(int centre, std::int32_t height) {
+    while (count_ > 0 && value(last(), last().from) > value({centre, height, 0}, last().from)) --count_;
+    const int from = count_ == 0 ? begin_ : first_pixel_won(last(), centre, height);
+    if (from < end_) pieces_[count_++] = {centre, height, from};
+  }
+
+  void evaluate(std::int32_t* out) const {
+    int end = end_;
+    for (std::size_t i = count_; i-- > 0;) {
+      const Piece piece = pieces_[i];
+      for (int x = piece.from; x < end; ++x) out[x] = value(piece, x);
+      end = piece.from;
+    }
+  }
+
+ private:
+  struct Piece {
+    int centre;
+    std::int32_t height;
+    int from;  // the first pixel where this parabola is the lowest
+  };
+
+  const Piece& last() const { return pieces_[count_ - 1]; }
+
+  static std::int32_t value(const Piece& piece, int x) {
+    return (x - piece.centre) * (x - piece.centre) + piece.height;
+  }
+
+  // The parabola on the right is below the left one from the pixel after their crossing on. The crossing is not left
+  // of left.from, hence not negative, and division rounds down.
+  static int first_pixel_won(const Piece& left, int centre, std::int32_t height) {
+    const std::int32_t rise = (centre * centre + height) - (left.centre * left.centre + left.height);
+    return rise / (2 * (centre - left.centre)) + 1;
+  }
+
+  std::vector<Piece> pieces_;
+  std::size_t count_ = 0;
+  int begin_ = 0;
+  int end_ = 0;
+};
+
+// Replaces the squared distances of a row in every run that holds one of at least `far`, and returns the row's largest.
+// The image is not constant, so each run has something to be near to.
+inline Deepest finish_row(const std::uint8_t* mask, const Gap* gaps, int width, std::int32_t far, Envelope& envelope,
+                          std::int32_t* squared) {
+  Deepest deepest;
+  for (int begin = 0, end; begin < width; begin = end) {
+    end = begin + 1;
+    while (end < width && (mask[end] != 0) == (mask[begin] != 0)) ++end;
+    const auto largest = [&] { return *std::max_element(squared + begin, squared + end); };
+    if (largest() >= far) {
+      envelope.start(begin, end);
+      if (begin > 0) envelope.add(begin - 1, 0);
+      for (int x = begin; x < end; ++x)
+        if (gaps[x] != kNoGap) envelope.add(x, static_cast<std::int32_t>(gaps[x]) * gaps[x]);
+      if (end < width) envelope.add(end, 0);
+      envelope.evaluate(squared);
+    }
+    deepest.include(mask[begin] ? Deepest{largest(), 0} : Deepest{0, largest()});
+  }
+  return deepest;
+}
+
+}  // namespace semimoe

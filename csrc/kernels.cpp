@@ -1,0 +1,164 @@
+// See kernels.hpp. Compiled once per instruction set, with SEMIMOE_SIMD as its name.
+//
+// Everything here has internal linkage, and nothing of the standard library is called: the linker keeps one copy of an
+// inline function, and it must not be one with instructions that the processor may lack.
+#include "kernels.hpp"
+
+#include <cstring>
+
+#include "lanes.hpp"
+#include "pixel.hpp"
+
+namespace semimoe {
+namespace SEMIMOE_SIMD {
+namespace {
+
+constexpr int kSteps = 6;  // of the search between two looks at the exit
+constexpr int kReach = 252;
+constexpr Word kFar = kReach * kReach;
+constexpr int kSafeSteps = 42;  // up to here k^2 + kFar fits into a word; beyond, sums have to saturate
+constexpr int kMargin = 256;    // words beside a row, for the search to run over
+
+static_assert(kReach % kSteps == 0 && kReach * kReach <= UINT16_MAX && kReach <= UINT8_MAX && kReach < kMargin);
+static_assert(kSafeSteps % kSteps == 0 && kSafeSteps * kSafeSteps + kFar <= UINT16_MAX);
+
+inline int round_up(int width) { return (width + kLanes - 1) / kLanes * kLanes; }
+
+// ------------------------------------------------------------------------------------------------------------ columns
+
+// One step away from the neighbour, which is `gap` away from the opposite class, or the opposite class itself.
+template <class Gap, Gap kMost>
+inline Gap next(Gap gap, std::uint8_t neighbour, std::uint8_t here) {
+  const Gap grown = static_cast<Gap>(gap + (gap != kMost));
+  return (neighbour != 0) == (here != 0) ? grown : Gap{1};
+}
+
+template <class Gap, Gap kMost>
+void column_gaps(const std::uint8_t* mask, int height, int width, int begin, int end, Gap* gaps) {
+  const std::int64_t stride = width;
+  for (int x = begin; x < end; ++x) gaps[x] = kMost;
+  for (int y = 1; y < height; ++y) {
+    const std::uint8_t *here = mask + y * stride, *above = here - stride;
+    Gap *gap = gaps + y * stride, *gap_above = gap - stride;
+    for (int x = begin; x < end; ++x) gap[x] = next<Gap, kMost>(gap_above[x], above[x], here[x]);
+  }
+  for (int y = height - 2; y >= 0; --y) {
+    const std::uint8_t *here = mask + y * stride, *below = here + stride;
+    Gap *gap = gaps + y * stride, *gap_below = gap + stride;
+    for (int x = begin; x < end; ++x) {
+      const Gap up = next<Gap, kMost>(gap_below[x], below[x], here[x]);
+      gap[x] = up < gap[x] ? up : gap[x];
+    }
+  }
+}
+
+// --------------------------------------------------------------------------------------------------------------- rows
+
+inline Word largest(Words words) {
+  Word lanes[kLanes], result = 0;
+  store(lanes, words);
+  for (int i = 0; i < kLanes; ++i) result = lanes[i] > result ? lanes[i] : result;
+  return result;
+}
+
+// nearest = min over k in [first, last] of k^2 + heights[x +- k], for the lanes x at `heights`, until k^2 alone is
+// more.
+template <Words (*plus)(Words, Words)>
+inline Words search(const Word* heights, int first, int last, Words nearest) {
+  for (int k = first; k <= last && any_above(nearest, broadcast(k * k)); k += kSteps) {
+    Words candidates[kSteps];
+    for (int i = 0; i < kSteps; ++i) {
+      const Words beside = minimum(load(heights - k - i), load(heights + k + i));
+      candidates[i] = plus(beside, broadcast((k + i) * (k + i)));
+    }
+    for (int i = 0; i < kSteps; i += 2) nearest = minimum(nearest, minimum(candidates[i], candidates[i + 1]));
+  }
+  return nearest;
+}
+
+// The heights of a row as one class sees it: the square of the gap in this class, 0 in the other, far beyond the row.
+class Heights {
+ public:
+  static std::int64_t words(int width) { return 2 * kMargin + 2 * round_up(width); }
+
+  Heights(int width, Word* memory) : heights_(memory + kMargin), above_(heights_ + round_up(width) + kMargin) {
+    for (int x = -kMargin; x < 0; ++x) heights_[x] = kFar;
+    for (int x = width; x < round_up(width) + kMargin; ++x) heights_[x] = kFar;
+    for (int x = 0; x < round_up(width); ++x) above_[x] = 0;
+  }
+
+  Word& operator[](int x) { return heights_[x]; }
+
+  // Squared distances of the lanes at x, 0 where `wanted` is 0.
+  Words nearest(int x, Words wanted) {
+    // Below lanes that were all too far, these are too, or nearly; to say so wrongly costs time alone.
+    if (!any_above(broadcast(kFar), load(above_ + x))) return broadcast(kFar);
+    const Words start = minimum(load(heights_ + x), wanted);
+    const Words near = search<add>(heights_ + x, 1, kSafeSteps, start);
+    const Words found = search<add_saturating>(heights_ + x, kSafeSteps + 1, kReach, near);
+    store(above_ + x, found);
+    return found;
+  }
+
+ private:
+  Word* heights_;
+  Word* above_;  // what was found in the row above
+};
+
+std::int64_t row_scratch(int width) { return 2 * Heights::words(width) + 2 * round_up(width); }
+
+void search_rows(const std::uint8_t* mask, const std::uint8_t* gaps, int rows, int width, Word* scratch,
+                 std::int32_t* squared, Deepest* deepest) {
+  Heights inside(width, scratch), outside(width, scratch + Heights::words(width));
+  Word* nearest = scratch + 2 * Heights::words(width);
+  Word* wanted = nearest + round_up(width);
+  for (int x = 0; x < round_up(width); ++x) wanted[x] = x < width ? UINT16_MAX : 0;
+
+  for (int y = 0; y < rows; ++y, mask += width, gaps += width, squared += width) {
+    for (int x = 0; x < width; ++x) {
+      const Word height = static_cast<Word>(gaps[x] * gaps[x]);
+      inside[x] = mask[x] ? height : Word{0};
+      outside[x] = mask[x] ? Word{0} : height;
+    }
+    Words deepest_inside = broadcast(0), deepest_outside = broadcast(0);
+    for (int x = 0; x < width; x += kLanes) {
+      const Words in = inside.nearest(x, load(wanted + x));
+      const Words out = outside.nearest(x, load(wanted + x));
+      deepest_inside = maximum(deepest_inside, in);
+      deepest_outside = maximum(deepest_outside, out);
+      store(nearest + x, maximum(in, out));  // the other one is 0
+    }
+    for (int x = 0; x < width; ++x) squared[x] = nearest[x];
+    deepest[y] = {largest(deepest_inside), largest(deepest_outside)};
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------ targets
+
+void write_targets(const std::uint8_t* mask, std::int64_t count, const Deepest& deepest,
+                   std::int32_t squared_ring_radius, void* squared_to_sdf, std::uint8_t* boundary) {
+  const float inside = sqrtf(static_cast<float>(deepest.inside));
+  const float outside = sqrtf(static_cast<float>(deepest.outside));
+  char* memory = static_cast<char*>(squared_to_sdf);
+  for (std::int64_t i = 0; i < count; ++i) {
+    std::int32_t squared;
+    std::memcpy(&squared, memory + 4 * i, 4);
+    const float sdf = signed_distance(squared, mask[i] != 0, mask[i] ? inside : outside);
+    boundary[i] = on_ring(squared, mask[i] != 0, squared_ring_radius);
+    std::memcpy(memory + 4 * i, &sdf, 4);
+  }
+}
+
+#define SEMIMOE_TEXT(name) #name
+#define SEMIMOE_NAME(name) SEMIMOE_TEXT(name)
+
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    SEMIMOE_NAME(SEMIMOE_SIMD),         kReach,      row_scratch,   column_gaps<std::uint8_t, kReach>,
+    column_gaps<std::uint16_t, kNoGap>, search_rows, write_targets,
+};
+
+}  // namespace SEMIMOE_SIMD
+}  // namespace semimoe
