@@ -89,7 +89,9 @@ def squared_distance(mask: Tensor, out: Tensor) -> None:
         with torch.cuda.device(mask.device):
             native.squared_distance_cuda(mask.data_ptr(), *mask.shape, gaps.data_ptr(), out.data_ptr(), _stream())
     else:
-        native.squared_distance(mask.data_ptr(), *mask.shape, out.data_ptr(), instruction_set(), torch.get_num_threads())
+        native.squared_distance(
+            mask.data_ptr(), *mask.shape, out.data_ptr(), instruction_set(), torch.get_num_threads()
+        )
 
 
 def distance_targets(mask: Tensor, sdf: Tensor, boundary: Tensor, ring_radius: float) -> None:
