@@ -40,8 +40,8 @@ class TrainConfig:
     it as many steps with --steps-per-epoch)."""
     val: str = "val"
     """Validation part."""
-    synthetic: tuple[int, int, int] = (5, 64, 40)
-    """Synthetic images: labelled, unlabelled, validation."""
+    synthetic: tuple[int, int, int] = (8, 64, 80)
+    """Synthetic images: labelled (of a laboratory that stains weakly), unlabelled, validation."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Run folder, new; by default runs/NAME-DATE-TIME."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None

@@ -38,7 +38,7 @@ def _refuse_batch(kind: str, batch: int, images: int) -> NoReturn:
 
 def synthetic_data(config: TrainConfig) -> tuple[Dataset, Dataset | None, Dataset]:
     """Synthetic glands cut into parts; the validation part is the same with and without unlabelled images."""
-    images, masks = glands(sum(config.synthetic), config.image_size, config.seed)
+    images, masks = glands(sum(config.synthetic), config.image_size, config.seed, weakly_stained=config.synthetic[0])
     names = [f"synthetic_{i}" for i in range(len(images))]
     parts = []
     for part_images, part_masks in zip(images.split(config.synthetic), masks.split(config.synthetic), strict=True):

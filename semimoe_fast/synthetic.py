@@ -7,6 +7,9 @@ the Beer-Lambert law turns the two stains into colour; a microscope blurs it and
 What makes it a task: stain, light and texture differ from image to image by more than gland and stroma differ within
 one, glands touch and leave the picture, and stroma has its own pale holes (vessels, the slide's edge) and its own
 dense nuclei (lymphocytes), so that only the arrangement, a palisade of nuclei around a lumen, tells a gland.
+
+What makes it a semi-supervised one: the labels come from a laboratory that stains weakly, all other images from one
+that does not. How glands look there, only the unlabelled images tell.
 """
 
 from __future__ import annotations
@@ -26,29 +29,33 @@ from .errors import UserError, run_command
 # Optical densities (red, green, blue) of one unit of haematoxylin and of eosin, as in the purple slides of GlaS.
 DENSITIES = np.array([[0.92, 1.38, 0.62], [0.24, 0.86, 0.28]])
 
+WEAK_STAIN = 0.5
 
-def glands(count: int, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw `count` square pictures of glands with their masks.
+
+def glands(count: int, size: int, seed: int, weakly_stained: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw `count` square pictures of glands with their masks, the first few of them weakly stained.
 
     Returns images, uint8 (count, 3, size, size), and masks, uint8 0/1 (count, size, size), 1 on glands, lumen included.
-    Image i depends on seed, size and i alone. Raises ValueError for count < 0, size < 16 or seed < 0.
+    Image i depends on seed, size, i and the strength of its stain alone. Raises ValueError for count < 0, size < 16 or
+    seed < 0.
     """
     if count < 0 or size < 16 or seed < 0:
         raise ValueError(f"glands need count >= 0, size >= 16 and seed >= 0; got {count}, {size} and {seed}")
     images = torch.empty(count, 3, size, size, dtype=torch.uint8)
     masks = torch.empty(count, size, size, dtype=torch.uint8)
     for index in range(count):
-        image, mask = _slide(np.random.default_rng([seed, index]), size)
+        strength = WEAK_STAIN if index < weakly_stained else 1.0
+        image, mask = _slide(np.random.default_rng([seed, index]), size, strength)
         images[index] = torch.from_numpy(image)
         masks[index] = torch.from_numpy(mask)
     return images, masks
 
 
-def _slide(rng: Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+def _slide(rng: Generator, size: int, strength: float) -> tuple[np.ndarray, np.ndarray]:
     """One image, uint8 (3, size, size), and its mask, uint8 (size, size)."""
     scene = _Scene.arrange(rng, size)
     stain = _stains(rng, scene, size)
-    return _photograph(rng, stain), (scene.depth > 0).astype(np.uint8)
+    return _photograph(rng, stain, strength), (scene.depth > 0).astype(np.uint8)
 
 
 def _points(size: int) -> np.ndarray:
@@ -301,11 +308,11 @@ def _mix(
 # ------------------------------------------------------------------------------------------------------------ camera
 
 
-def _photograph(rng: Generator, stain: np.ndarray) -> np.ndarray:
+def _photograph(rng: Generator, stain: np.ndarray, strength: float) -> np.ndarray:
     """Light through the two stains (Beer-Lambert), then lamp, lens and noise: uint8 (3, size, size)."""
     size = stain.shape[-1]
-    strength, hue = np.exp(rng.normal(0, 0.1, (2, 1))), np.exp(rng.normal(0, 0.05, (2, 3)))
-    density = np.tensordot(strength * hue * DENSITIES, np.maximum(stain, 0), axes=(0, 0))  # (3, size, size)
+    strengths, hue = strength * np.exp(rng.normal(0, 0.1, (2, 1))), np.exp(rng.normal(0, 0.05, (2, 3)))
+    density = np.tensordot(strengths * hue * DENSITIES, np.maximum(stain, 0), axes=(0, 0))  # (3, size, size)
     lamp = rng.uniform(0.9, 1.0, (3, 1, 1)) * (1 + 0.04 * _texture(rng, size, 0.3))
     light = _blur((lamp * np.exp(-density)).astype(np.float32), rng.uniform(0.1, 1.0) * size / 160)
     light += rng.uniform(0.005, 0.03) * rng.standard_normal(light.shape, np.float32)
@@ -339,8 +346,8 @@ def write(folder: Folder) -> None:
         raise UserError(f"{folder.out} exists and is not an empty folder: choose another --out")
     if min(folder.labeled, folder.unlabeled, folder.val, folder.seed) < 0 or folder.size < 16:
         raise UserError(f"counts and --seed must be at least 0 and --size at least 16, but got {folder}")
-    images, masks = glands(folder.labeled + folder.unlabeled + folder.val, folder.size, folder.seed)
     counts = [folder.labeled, folder.unlabeled, folder.val]
+    images, masks = glands(sum(counts), folder.size, folder.seed, weakly_stained=folder.labeled)
     names = [f"train_sup_{folder.labeled}", f"train_unsup_{folder.unlabeled}", "val"]
     with_masks = [True, False, True]
     for name, part, part_masks, keep in zip(names, images.split(counts), masks.split(counts), with_masks, strict=True):

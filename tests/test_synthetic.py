@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from scipy import ndimage
 
+from semimoe_fast.config import SYNTHETIC
 from semimoe_fast.data import load_part
 from semimoe_fast.errors import UserError
+from semimoe_fast.sources import synthetic_data
 from semimoe_fast.synthetic import Folder, glands, write
 
 SIZE = 64
@@ -99,10 +103,25 @@ def test_colour_alone_does_not_tell_glands(sample):
     assert max(dice) < 0.7
 
 
+def test_a_weak_stain_changes_the_colours_of_the_first_pictures_alone(sample):
+    images, masks = glands(6, SIZE, 0, weakly_stained=4)
+    assert torch.equal(masks, sample[1][:6])
+    assert torch.equal(images[4:], sample[0][4:6])
+    # half the optical density; noise and the microscope add to either
+    weak, usual = (-(part[:4].double().clamp(1) / 255).log().mean((1, 2, 3)) for part in (images, sample[0]))
+    assert torch.allclose(weak / usual, torch.full((4,), 0.5, dtype=torch.float64), atol=0.1), weak / usual
+
+
+def test_the_labelled_part_of_a_run_is_the_weakly_stained_one():
+    labelled, unlabelled, val = synthetic_data(replace(SYNTHETIC, synthetic=(2, 3, 1), image_size=32))
+    images, _ = glands(6, 32, 0, weakly_stained=2)
+    assert torch.equal(torch.cat([labelled.images, unlabelled.images, val.images]), images)
+
+
 def test_folder_holds_the_pictures(tmp_path):
     out = tmp_path / "data"
     write(Folder(out, labeled=2, unlabeled=1, val=1, size=32, seed=5))
-    images, masks = glands(4, 32, 5)
+    images, masks = glands(4, 32, 5, weakly_stained=2)
     assert sorted(path.name for path in out.iterdir()) == ["train_sup_2", "train_unsup_1", "val"]
     assert not (out / "train_unsup_1" / "mask").exists()
     labeled, unlabeled = load_part(out, "train_sup_2", 32, True), load_part(out, "train_unsup_1", 32, False)
