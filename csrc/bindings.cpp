@@ -38,28 +38,16 @@ void distance_targets(std::uintptr_t mask, std::int64_t batch, std::int64_t heig
 }
 
 #ifdef SEMIMOE_CUDA_VERSION
-void squared_distance_cuda(std::uintptr_t mask, std::int64_t batch, std::int64_t height, std::int64_t width,
-                           std::uintptr_t gaps, std::uintptr_t out, std::uintptr_t stream) {
+// Without sdf (0) the squared distances are the result; with it, squared may be its address.
+void distance_cuda(std::uintptr_t mask, int element_size, std::int64_t batch, std::int64_t height, std::int64_t width,
+                   std::uintptr_t bits, std::uintptr_t gaps, std::uintptr_t far, std::uintptr_t state,
+                   std::uintptr_t squared, std::int32_t squared_ring_radius, std::uintptr_t sdf,
+                   std::uintptr_t boundary, std::uintptr_t stream) {
   semimoe::check_size(batch, height, width);
-  semimoe::Problem problem{};
-  problem.mask = at<const std::uint8_t>(mask);
-  problem.batch = batch;
-  problem.height = static_cast<int>(height);
-  problem.width = static_cast<int>(width);
-  problem.gaps = at<semimoe::Gap>(gaps);
-  problem.squared = at<std::int32_t>(out);
-  semimoe::launch_squared_distance(problem, at<void>(stream));
-}
-
-void distance_targets_cuda(std::uintptr_t mask, std::int64_t batch, std::int64_t height, std::int64_t width,
-                           std::int32_t squared_ring_radius, std::uintptr_t gaps, std::uintptr_t squared,
-                           std::uintptr_t deepest, std::uintptr_t sdf, std::uintptr_t boundary, std::uintptr_t stream) {
-  semimoe::check_size(batch, height, width);
-  semimoe::launch_distance_targets(
-      {at<const std::uint8_t>(mask), batch, static_cast<int>(height), static_cast<int>(width), at<semimoe::Gap>(gaps),
-       at<std::int32_t>(squared), at<std::int32_t>(deepest), squared_ring_radius, at<float>(sdf),
-       at<std::uint8_t>(boundary)},
-      at<void>(stream));
+  semimoe::launch({at<void>(mask), element_size, batch, static_cast<int>(height), static_cast<int>(width),
+                   at<std::uint32_t>(bits), at<semimoe::Gap>(gaps), at<std::uint8_t>(far), at<std::int32_t>(state),
+                   at<std::int32_t>(squared), squared_ring_radius, at<float>(sdf), at<std::uint8_t>(boundary)},
+                  at<void>(stream));
 }
 #endif
 
@@ -94,10 +82,9 @@ PYBIND11_MODULE(_semimoe_fast, module) {
              py::arg("width"), py::arg("squared_ring_radius"), py::arg("sdf"), py::arg("boundary"),
              py::arg("instruction_set"), py::arg("threads"), without_gil);
 #ifdef SEMIMOE_CUDA_VERSION
-  module.def("squared_distance_cuda", &squared_distance_cuda, py::arg("mask"), py::arg("batch"), py::arg("height"),
-             py::arg("width"), py::arg("gaps"), py::arg("out"), py::arg("stream"), without_gil);
-  module.def("distance_targets_cuda", &distance_targets_cuda, py::arg("mask"), py::arg("batch"), py::arg("height"),
-             py::arg("width"), py::arg("squared_ring_radius"), py::arg("gaps"), py::arg("squared"), py::arg("deepest"),
-             py::arg("sdf"), py::arg("boundary"), py::arg("stream"), without_gil);
+  module.def("distance_cuda", &distance_cuda, py::arg("mask"), py::arg("element_size"), py::arg("batch"),
+             py::arg("height"), py::arg("width"), py::arg("bits"), py::arg("gaps"), py::arg("far"), py::arg("state"),
+             py::arg("squared"), py::arg("squared_ring_radius"), py::arg("sdf"), py::arg("boundary"), py::arg("stream"),
+             without_gil);
 #endif
 }

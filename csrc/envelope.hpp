@@ -87,7 +87,7 @@ inline Deepest finish_row(const std::uint8_t* mask, const Gap* gaps, int width, 
       if (end < width) envelope.add(end, 0);
       envelope.evaluate(squared);
     }
-    deepest.include(mask[begin] ? Deepest{largest(), 0} : Deepest{0, largest()});
+    deepest.include(largest(), mask[begin] != 0);
   }
   return deepest;
 }

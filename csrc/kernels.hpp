@@ -2,21 +2,11 @@
 // the best one that the processor has is chosen when the module is loaded.
 #pragma once
 
-#include <cstdint>
 #include <vector>
 
+#include "pixel.hpp"
+
 namespace semimoe {
-
-// What a row leaves behind: the largest squared distance of its foreground and of its background.
-struct Deepest {
-  std::int32_t inside = 0;
-  std::int32_t outside = 0;
-
-  void include(const Deepest& other) {
-    inside = inside > other.inside ? inside : other.inside;
-    outside = outside > other.outside ? outside : other.outside;
-  }
-};
 
 struct Kernels {
   const char* name;

@@ -58,6 +58,7 @@ inline Words broadcast(Word word) { return Words{} + word; }
 inline Words minimum(Words a, Words b) { return a < b ? a : b; }
 inline Words maximum(Words a, Words b) { return a > b ? a : b; }
 inline Words add(Words a, Words b) { return a + b; }
+inline Words add_saturating(Words a, Words b) { return a + minimum(b, ~a); }
 inline bool any_above(Words a, Words b) {
   std::uint64_t halves[2];
   const auto above = a > b;

@@ -21,6 +21,21 @@ constexpr Gap kNoGap = UINT16_MAX;  // the whole column is of one class
 // The squared distance of a pixel whose image holds no pixel of the opposite class.
 constexpr std::int32_t kNoDistance = -1;
 
+// The largest squared distance inside and outside the foreground.
+struct Deepest {
+  std::int32_t inside = 0;
+  std::int32_t outside = 0;
+
+  SEMIMOE_HOST_DEVICE void include(const Deepest& other) {
+    inside = inside > other.inside ? inside : other.inside;
+    outside = outside > other.outside ? outside : other.outside;
+  }
+
+  SEMIMOE_HOST_DEVICE void include(std::int32_t squared, bool foreground) {
+    include(foreground ? Deepest{squared, 0} : Deepest{0, squared});
+  }
+};
+
 // Up to this size every squared distance, and every sum the algorithms form on the way to it, fits into 32 bits.
 inline void check_size(std::int64_t batch, std::int64_t height, std::int64_t width) {
   constexpr std::int64_t kMaxSide = 46340;  // floor(sqrt(2^31))

@@ -19,6 +19,7 @@ from .errors import UserError
 ABI = 2  # of csrc/bindings.cpp
 REMEDY = "run `pip install .` in the project's folder"
 INT32_MAX = 2**31 - 1
+SLAB_ROWS, TILE_COLUMNS = 32, 256  # of csrc/distance_cuda.hpp
 
 
 def module() -> ModuleType | None:
@@ -79,15 +80,14 @@ def runs_on(archs: str, capability: tuple[int, int]) -> bool:
 def squared_distance(mask: Tensor, out: Tensor) -> None:
     """Write the squared distance of every pixel to the nearest pixel of the opposite class, -1 where there is none.
 
-    mask: uint8 or bool (B, H, W), non-zero is foreground; out: int32 (B, H, W). Both contiguous, on the CPU or one GPU.
-    On a GPU the work is queued on the current stream. Raises ValueError where the image diagonal exceeds 46,340 pixels.
+    mask: (B, H, W), non-zero is foreground, uint8 or bool on the CPU, any integer on a GPU; out: int32 (B, H, W). Both
+    contiguous and on one device. On a GPU the work is queued on the current stream. Raises ValueError where the image
+    diagonal exceeds 46,340 pixels.
     """
     native = _native_for(mask)
     _check(mask, out=(out, torch.int32))
     if mask.is_cuda:
-        gaps = torch.empty(mask.shape, dtype=torch.int16, device=mask.device)
-        with torch.cuda.device(mask.device):
-            native.squared_distance_cuda(mask.data_ptr(), *mask.shape, gaps.data_ptr(), out.data_ptr(), _stream())
+        _distance_cuda(native, mask, squared=out)
     else:
         native.squared_distance(
             mask.data_ptr(), *mask.shape, out.data_ptr(), instruction_set(), torch.get_num_threads()
@@ -97,32 +97,57 @@ def squared_distance(mask: Tensor, out: Tensor) -> None:
 def distance_targets(mask: Tensor, sdf: Tensor, boundary: Tensor, ring_radius: float) -> None:
     """Write the normalised signed distance, and the ring of background at most `ring_radius` pixels off the foreground.
 
-    mask: uint8 or bool (B, H, W), non-zero is foreground; sdf: float32 (B, H, W); boundary: uint8 (B, H, W). All
-    contiguous, on the CPU or one GPU. Work and errors as `squared_distance`.
+    mask: as `squared_distance`; sdf: float32 (B, H, W); boundary: uint8 (B, H, W). All contiguous and on one device.
+    Work and errors as `squared_distance`.
     """
     native = _native_for(mask)
     _check(mask, sdf=(sdf, torch.float32), boundary=(boundary, torch.uint8))
-    outputs = sdf.data_ptr(), boundary.data_ptr()
     if mask.is_cuda:
-        scratch = [
-            torch.empty(mask.shape, dtype=torch.int16, device=mask.device),
-            torch.empty(mask.shape, dtype=torch.int32, device=mask.device),
-            torch.empty((len(mask), 2), dtype=torch.int32, device=mask.device),
-        ]
-        addresses = [tensor.data_ptr() for tensor in scratch]
-        with torch.cuda.device(mask.device):
-            native.distance_targets_cuda(
-                mask.data_ptr(), *mask.shape, squared_radius(ring_radius), *addresses, *outputs, _stream()
-            )
+        _distance_cuda(native, mask, squared=sdf, ring_radius=ring_radius, sdf=sdf, boundary=boundary)
     else:
         native.distance_targets(
             mask.data_ptr(),
             *mask.shape,
             squared_radius(ring_radius),
-            *outputs,
+            sdf.data_ptr(),
+            boundary.data_ptr(),
             instruction_set(),
             torch.get_num_threads(),
         )
+
+
+def _distance_cuda(
+    native: ModuleType,
+    mask: Tensor,
+    squared: Tensor,
+    ring_radius: float = 0,
+    sdf: Tensor | None = None,
+    boundary: Tensor | None = None,
+) -> None:
+    scratch = [torch.empty(shape, dtype=dtype, device=mask.device) for shape, dtype in scratch_of(*mask.shape)]
+    with torch.cuda.device(mask.device):
+        native.distance_cuda(
+            mask.data_ptr(),
+            mask.element_size(),
+            *mask.shape,
+            *(tensor.data_ptr() for tensor in scratch),
+            squared.data_ptr(),
+            squared_radius(ring_radius),
+            sdf.data_ptr() if sdf is not None else 0,
+            boundary.data_ptr() if boundary is not None else 0,
+            torch.cuda.current_stream().cuda_stream,
+        )
+
+
+def scratch_of(batch: int, height: int, width: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of bits, gaps, far and state of csrc/distance_cuda.hpp."""
+    slabs, tiles = -(-height // SLAB_ROWS), -(-width // TILE_COLUMNS)
+    return [
+        ((batch, slabs, width), torch.int32),
+        ((batch, height, width), torch.int16),
+        ((batch, slabs, tiles), torch.uint8),
+        ((batch, 4), torch.int32),
+    ]
 
 
 def squared_radius(radius: float) -> int:
@@ -165,8 +190,11 @@ def _native_for(mask: Tensor) -> ModuleType:
 
 
 def _check(mask: Tensor, **outputs: tuple[Tensor, torch.dtype]) -> None:
-    if mask.ndim != 3 or mask.dtype not in (torch.uint8, torch.bool) or not mask.is_contiguous():
-        raise ValueError(f"mask is contiguous uint8 or bool (B, H, W), got {mask.dtype} {tuple(mask.shape)}")
+    integer = not (mask.is_floating_point() or mask.is_complex())
+    readable = integer if mask.is_cuda else mask.dtype in (torch.uint8, torch.bool)
+    if mask.ndim != 3 or not readable or not mask.is_contiguous():
+        kind = "any integer" if mask.is_cuda else "uint8 or bool"
+        raise ValueError(f"mask is contiguous {kind} (B, H, W), got {mask.dtype} {tuple(mask.shape)}")
     for name, (output, dtype) in outputs.items():
         if output.shape != mask.shape or output.dtype != dtype or not output.is_contiguous():
             raise ValueError(
@@ -174,7 +202,3 @@ def _check(mask: Tensor, **outputs: tuple[Tensor, torch.dtype]) -> None:
             )
         if output.device != mask.device:
             raise ValueError(f"{name} is on {output.device}, mask on {mask.device}: put them on one device")
-
-
-def _stream() -> int:
-    return torch.cuda.current_stream().cuda_stream

@@ -136,7 +136,7 @@ def adaptive_loss(
 
 
 def _mask_batch(mask: Any) -> tuple[Tensor, Any]:
-    """The mask as a contiguous uint8 or bool (B, H, W) tensor, and the function that restores the caller's shape."""
+    """The mask as contiguous (B, H, W), uint8 or bool on the CPU, and the function that restores the caller's shape."""
     tensor = _mask_tensor(mask)
     if tensor.ndim not in (2, 3):
         raise ValueError(f"a mask is (B, H, W) or (H, W), got shape {tuple(tensor.shape)}")
@@ -155,7 +155,8 @@ def _mask_tensor(mask: Any) -> Tensor:
     if isinstance(mask, Tensor):
         if mask.is_floating_point() or mask.is_complex():
             raise TypeError(f"a mask of dtype {mask.dtype} is ambiguous: threshold it first, for example mask > 0.5")
-        return mask if mask.dtype in (torch.uint8, torch.bool) else mask != 0
+        # kernels on a GPU read every integer type
+        return mask if mask.is_cuda or mask.dtype in (torch.uint8, torch.bool) else mask != 0
     if isinstance(mask, np.ndarray):
         if mask.dtype.kind not in "biu":
             raise TypeError(f"a mask of dtype {mask.dtype} is ambiguous: threshold it first, for example mask > 0.5")

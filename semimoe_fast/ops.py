@@ -40,7 +40,7 @@ class BackendError(UserError, RuntimeError):
 
 @torch.library.custom_op("semimoe_fast::squared_distance", mutates_args=())
 def native_squared_distance(mask: Tensor) -> Tensor:
-    """uint8 or bool (B, H, W), contiguous, CPU or CUDA -> int32 (B, H, W)."""
+    """uint8 or bool (on CUDA any integer) (B, H, W), contiguous -> int32 (B, H, W)."""
     out = torch.empty_like(mask, dtype=torch.int32)
     _native.squared_distance(mask, out)
     return out
@@ -53,7 +53,7 @@ def _(mask: Tensor) -> Tensor:
 
 @torch.library.custom_op("semimoe_fast::distance_targets", mutates_args=())
 def native_distance_targets(mask: Tensor, ring_radius: float) -> tuple[Tensor, Tensor]:
-    """uint8 or bool (B, H, W), contiguous, CPU or CUDA -> float32 and uint8 (B, H, W)."""
+    """uint8 or bool (on CUDA any integer) (B, H, W), contiguous -> float32 and uint8 (B, H, W)."""
     sdf = torch.empty_like(mask, dtype=torch.float32)
     boundary = torch.empty_like(mask, dtype=torch.uint8)
     _native.distance_targets(mask, sdf, boundary, ring_radius)

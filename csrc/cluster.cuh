@@ -1,0 +1,37 @@
+// What kernels need beyond threads and blocks: dynamic shared memory, and clusters of blocks that reach into each
+// other's. A compiler for the CPU finds the same names, and those of CUDA, in tests/cuda_on_cpu.
+#pragma once
+
+#ifdef __CUDACC__
+
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define SEMIMOE_CLUSTERS
+#endif
+
+namespace semimoe {
+
+template <class Memory>
+__device__ inline Memory& shared_memory() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return *reinterpret_cast<Memory*>(memory);
+}
+
+#ifdef SEMIMOE_CLUSTERS
+// All threads of all blocks of the cluster meet, and see what the others have written.
+__device__ inline void cluster_sync() { cooperative_groups::this_cluster().sync(); }
+
+// The same place in the shared memory of another block of the cluster.
+template <class T>
+__device__ inline T* in_block(unsigned rank, T* here) {
+  return cooperative_groups::this_cluster().map_shared_rank(here, rank);
+}
+#endif
+
+}  // namespace semimoe
+
+#else
+#include "cuda_on_cpu.hpp"
+#endif

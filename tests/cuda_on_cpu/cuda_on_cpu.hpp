@@ -1,0 +1,295 @@
+// CUDA on the CPU, as much of it as csrc/ uses, so that its kernels and launchers run where there is no GPU.
+//
+// Every thread of a cluster of blocks is a fiber; they take turns, each until its next barrier, in an order that a
+// seed shuffles. A missing barrier shows as a result that depends on the seed, a barrier that some threads miss as an
+// error. Shared memory starts as garbage.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+#define SEMIMOE_CLUSTERS
+#define __global__
+#define __device__
+#define __launch_bounds__(...)
+
+using std::max;
+using std::min;
+
+struct uint2 {
+  unsigned x, y;
+};
+struct int2 {
+  int x, y;
+};
+struct dim3 {
+  unsigned x, y = 1, z = 1;
+  dim3(unsigned size = 1) : x(size) {}
+};
+
+namespace emulated {
+
+inline int compute_capability_major = 9;
+inline unsigned seed = 0;
+
+constexpr std::size_t kStack = 64 << 10;
+constexpr int kWarp = 32;
+
+// Where `expected` threads wait for each other, and what they have to say.
+struct Barrier {
+  unsigned expected = 0, arrived = 0, generation = 0;
+  std::uint32_t votes = 0, result = 0;
+};
+
+struct Warp {
+  Barrier barrier;
+  int values[kWarp];
+};
+
+struct Block {
+  unsigned index = 0;
+  std::vector<unsigned char> memory;
+  std::vector<Warp> warps;
+  Barrier barrier;
+};
+
+struct Fiber {
+  jmp_buf place;  // where it waits; jumps, unlike swapcontext, need no system call
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  Block* block = nullptr;
+  unsigned thread = 0;
+  bool done = false;
+
+  Warp& warp() { return block->warps[thread / kWarp]; }
+};
+
+struct Cluster {
+  std::vector<Block> blocks;
+  Barrier barrier;
+};
+
+inline jmp_buf scheduler;
+inline Fiber* current = nullptr;
+inline Cluster* cluster = nullptr;
+inline void (*run_thread)() = nullptr;
+inline bool progress = false;
+
+// Lets the others run.
+inline void yield() {
+  if (!_setjmp(current->place)) _longjmp(scheduler, 1);
+}
+
+// Waits for the others and returns the bits that all have contributed, or-ed.
+inline std::uint32_t meet(Barrier& barrier, std::uint32_t bits = 0) {
+  const unsigned generation = barrier.generation;
+  barrier.votes |= bits;
+  if (++barrier.arrived == barrier.expected) {
+    barrier.result = barrier.votes;
+    barrier.votes = barrier.arrived = 0;
+    ++barrier.generation;
+  }
+  while (barrier.generation == generation) yield();
+  progress = true;
+  return barrier.result;
+}
+
+inline void run_fiber() {
+  yield();
+  run_thread();
+  current->done = progress = true;
+  yield();
+}
+
+// A context of its own stack, in which the fiber stands ready to be resumed.
+inline void start(Fiber& fiber) {
+  ucontext_t context, here;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack.get();
+  context.uc_stack.ss_size = kStack;
+  makecontext(&context, run_fiber, 0);
+  current = &fiber;
+  if (!_setjmp(scheduler)) swapcontext(&here, &context);
+}
+
+}  // namespace emulated
+
+struct Index {
+  unsigned x;
+};
+inline Index threadIdx, blockIdx;
+
+namespace emulated {
+
+inline void resume(Fiber& fiber) {
+  current = &fiber;
+  threadIdx.x = fiber.thread;
+  blockIdx.x = fiber.block->index;
+  if (!_setjmp(scheduler)) _longjmp(fiber.place, 1);
+}
+
+inline void run_cluster(unsigned first_block, unsigned blocks, unsigned threads, std::size_t memory,
+                        std::mt19937& random) {
+  static std::vector<Fiber> fibers;  // their stacks are worth keeping
+  if (fibers.size() < blocks * threads) fibers = std::vector<Fiber>(blocks * threads);
+  Cluster state;
+  cluster = &state;
+  state.barrier.expected = blocks * threads;
+  state.blocks.resize(blocks);
+  std::vector<Fiber*> waiting;
+  for (unsigned rank = 0; rank < blocks; ++rank) {
+    Block& block = state.blocks[rank];
+    block.index = first_block + rank;
+    block.memory.assign(memory, 0xA5);
+    block.warps.resize((threads + kWarp - 1) / kWarp);
+    block.barrier.expected = threads;
+    for (unsigned thread = 0; thread < threads; ++thread) {
+      Fiber& fiber = fibers[rank * threads + thread];
+      fiber.block = &block;
+      fiber.thread = thread;
+      fiber.done = false;
+      ++fiber.warp().barrier.expected;
+      start(fiber);
+      waiting.push_back(&fiber);
+    }
+  }
+  while (!waiting.empty()) {
+    std::shuffle(waiting.begin(), waiting.end(), random);
+    progress = false;
+    for (Fiber* fiber : waiting) resume(*fiber);
+    if (!progress) throw std::runtime_error("threads wait at a barrier that others never reach");
+    waiting.erase(std::remove_if(waiting.begin(), waiting.end(), [](Fiber* fiber) { return fiber->done; }),
+                  waiting.end());
+  }
+}
+
+}  // namespace emulated
+
+// ------------------------------------------------------------------------------------------------------ inside kernels
+
+inline void __syncthreads() { meet(emulated::current->block->barrier); }
+inline int __syncthreads_or(int condition) { return meet(emulated::current->block->barrier, condition != 0) != 0; }
+inline void __syncwarp() { meet(emulated::current->warp().barrier); }
+
+inline std::uint32_t __ballot_sync(std::uint32_t, int condition) {
+  return meet(emulated::current->warp().barrier, std::uint32_t{condition != 0} << (threadIdx.x % emulated::kWarp));
+}
+inline int __any_sync(std::uint32_t, int condition) { return __ballot_sync(UINT32_MAX, condition) != 0; }
+
+inline int __shfl_xor_sync(std::uint32_t, int value, int distance) {
+  emulated::Warp& warp = emulated::current->warp();
+  const unsigned lane = threadIdx.x % emulated::kWarp;
+  warp.values[lane] = value;
+  meet(warp.barrier);
+  const int other = warp.values[lane ^ distance];
+  meet(warp.barrier);
+  return other;
+}
+
+inline int __clz(std::uint32_t word) { return word ? __builtin_clz(word) : 32; }
+inline int __ffs(std::uint32_t word) { return __builtin_ffs(word); }
+inline int atomicMax(int* address, int value) {
+  const int before = *address;
+  *address = std::max(before, value);
+  return before;
+}
+
+// Two 16-bit words in one of 32 bits.
+template <class Operation>
+std::uint32_t halves(std::uint32_t a, std::uint32_t b, Operation operation) {
+  const auto low = static_cast<std::uint16_t>(operation(a & 0xffff, b & 0xffff));
+  const auto high = static_cast<std::uint16_t>(operation(a >> 16, b >> 16));
+  return low | std::uint32_t{high} << 16;
+}
+inline std::uint32_t __vminu2(std::uint32_t a, std::uint32_t b) {
+  return halves(a, b, [](std::uint32_t x, std::uint32_t y) { return std::min(x, y); });
+}
+inline std::uint32_t __vmaxu2(std::uint32_t a, std::uint32_t b) {
+  return halves(a, b, [](std::uint32_t x, std::uint32_t y) { return std::max(x, y); });
+}
+inline std::uint32_t __viaddmin_u16x2(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+  return __vminu2(halves(a, b, [](std::uint32_t x, std::uint32_t y) { return x + y; }), c);
+}
+
+namespace semimoe {
+
+template <class Memory>
+Memory& shared_memory() {
+  return *reinterpret_cast<Memory*>(emulated::current->block->memory.data());
+}
+
+inline void cluster_sync() { meet(emulated::cluster->barrier); }
+
+template <class T>
+T* in_block(unsigned rank, T* here) {
+  const auto offset = reinterpret_cast<unsigned char*>(here) - emulated::current->block->memory.data();
+  return reinterpret_cast<T*>(emulated::cluster->blocks.at(rank).memory.data() + offset);
+}
+
+}  // namespace semimoe
+
+// ---------------------------------------------------------------------------------------------------------- launching
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess };
+enum { cudaDevAttrComputeCapabilityMajor, cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum { cudaLaunchAttributeClusterDimension = 4 };
+
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+struct cudaLaunchAttribute {
+  int id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  std::size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+inline const char* cudaGetErrorString(cudaError_t) { return ""; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
+  return *value = emulated::compute_capability_major, cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+  return attributes->ptxVersion = 10 * emulated::compute_capability_major, cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, int, int) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* address, int value, std::size_t bytes, cudaStream_t) {
+  return std::memset(address, value, bytes), cudaSuccess;
+}
+
+template <class Argument>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Argument), const Argument& argument) {
+  static void (*running)(Argument);
+  static const Argument* given;
+  running = kernel;
+  given = &argument;
+  emulated::run_thread = [] { running(*given); };
+  const unsigned cluster = config->numAttrs ? config->attrs->val.clusterDim.x : 1;
+  const unsigned grid = config->gridDim.x;
+  if (grid % cluster) throw std::runtime_error("the grid is no multiple of the cluster");
+  std::mt19937 random(emulated::seed);
+  for (unsigned block = 0; block < grid; block += cluster)
+    emulated::run_cluster(block, cluster, config->blockDim.x, config->dynamicSmemBytes, random);
+  return cudaSuccess;
+}

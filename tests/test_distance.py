@@ -1,0 +1,264 @@
+"""The compiled distance operations, whole: on the CPU, the CUDA sources played on the CPU, and on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy.ndimage import distance_transform_edt
+
+from semimoe_fast import _native, reference
+
+# Relative roundings of up to 2^-24 each: the two roots, half as much for each square above 2^24 before its root, the
+# quotient, and the float64 reference's own rounding to float32. Values are at most 1.
+SDF_TOLERANCE = 5 * 2.0**-24
+
+# Runs both operations on a uint8 (B, H, W) array with a ring radius: squared distance, sdf, boundary.
+Engine = Callable[[np.ndarray, float], tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+INSTRUCTION_SETS = ["plain", "avx2", "avx512"]
+
+
+def on_device(device: str, instruction_set: str | None = None) -> Engine:
+    def run(mask: np.ndarray, ring_radius: float = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        with pytest.MonkeyPatch.context() as patch:
+            if instruction_set is not None:
+                patch.setenv("SEMIMOE_SIMD", instruction_set)
+            return run_here(mask, ring_radius)
+
+    def run_here(mask: np.ndarray, ring_radius: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        masks = torch.from_numpy(mask).to(device)
+        squared = torch.empty(masks.shape, dtype=torch.int32, device=device)
+        sdf = torch.empty(masks.shape, dtype=torch.float32, device=device)
+        boundary = torch.empty(masks.shape, dtype=torch.uint8, device=device)
+        _native.squared_distance(masks, squared)
+        _native.distance_targets(masks, sdf, boundary, ring_radius)
+        return squared.cpu().numpy(), sdf.cpu().numpy(), boundary.cpu().numpy()
+
+    return run
+
+
+class Problem(ctypes.Structure):
+    """semimoe::Problem of csrc/distance_cuda.hpp."""
+
+    _fields_ = (
+        ("mask", ctypes.c_void_p),
+        ("element_size", ctypes.c_int),
+        ("batch", ctypes.c_int64),
+        ("height", ctypes.c_int),
+        ("width", ctypes.c_int),
+        ("bits", ctypes.c_void_p),
+        ("gaps", ctypes.c_void_p),
+        ("far", ctypes.c_void_p),
+        ("state", ctypes.c_void_p),
+        ("squared", ctypes.c_void_p),
+        ("squared_ring_radius", ctypes.c_int32),
+        ("sdf", ctypes.c_void_p),
+        ("boundary", ctypes.c_void_p),
+    )
+
+
+@functools.cache
+def cuda_library() -> ctypes.CDLL:
+    """csrc/distance.cu as the CPU plays it."""
+    folder = Path(tempfile.mkdtemp(prefix="semimoe_fast-"))
+    sources = Path(__file__).parent / "cuda_on_cpu"
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered"]
+    flags += ["-fno-strict-aliasing", "-shared", "-fPIC", f"-I{sources}"]
+    subprocess.run(["g++", *flags, sources / "distance.cpp", "-o", folder / "distance.so"], check=True)
+    library = ctypes.CDLL(str(folder / "distance.so"))
+    shutil.rmtree(folder)
+    return library
+
+
+def cuda_on_cpu(compute_capability_major: int) -> Engine:
+    """From 9 on there are clusters. Threads take turns in two orders, which must not show."""
+
+    def filled(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.full(shape, 77, dtype=dtype)  # neither a likely result nor a harmless one
+
+    def run_once(mask: np.ndarray, ring_radius: float, seed: int) -> tuple[np.ndarray, ...]:
+        squared, sdf = filled(mask.shape, torch.int32), filled(mask.shape, torch.float32)
+        boundary = filled(mask.shape, torch.uint8)
+        for target in (squared, sdf):
+            scratch = [filled(*scratch) for scratch in _native.scratch_of(*mask.shape)]
+            ring = (sdf.data_ptr(), boundary.data_ptr()) if target is sdf else (None, None)
+            problem = Problem(
+                *(mask.ctypes.data, mask.itemsize, *mask.shape, *(tensor.data_ptr() for tensor in scratch)),
+                *(target.data_ptr(), _native.squared_radius(ring_radius), *ring),
+            )
+            assert cuda_library().run(ctypes.byref(problem), compute_capability_major, seed) == 0
+        return squared.numpy(), sdf.numpy(), boundary.numpy()
+
+    def run(mask: np.ndarray, ring_radius: float = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        one, other = (run_once(np.ascontiguousarray(mask), ring_radius, seed) for seed in (0, 1))
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_array_equal(a, b)
+        return one
+
+    return run
+
+
+CUDA_ON_CPU = {"cuda on the cpu, sm_80": 8, "cuda on the cpu, sm_90": 9}
+
+
+@pytest.fixture(scope="module", params=[*INSTRUCTION_SETS, *CUDA_ON_CPU, "cuda"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    if request.param in CUDA_ON_CPU:
+        if shutil.which("g++") is None:
+            pytest.skip("g++ was not found")
+        return cuda_on_cpu(CUDA_ON_CPU[request.param])
+    if request.param == "cuda":
+        if _native.why_unavailable("cuda"):
+            pytest.skip(_native.why_unavailable("cuda"))
+        return on_device("cuda")
+    if request.param not in _native.module().instruction_sets:
+        pytest.skip(f"the CPU kernels for {request.param} do not run here")
+    return on_device("cpu", request.param)
+
+
+def scipy_squared_distance(mask: np.ndarray) -> np.ndarray:
+    """SciPy's distances, whose squares are integers before the root, one image at a time."""
+
+    def of_image(foreground: np.ndarray) -> np.ndarray:
+        if foreground.all() or not foreground.any():
+            return np.full(foreground.shape, -1)
+        distance = distance_transform_edt(foreground) + distance_transform_edt(~foreground)
+        return np.rint(distance**2)
+
+    return np.stack([of_image(image != 0) for image in mask]).astype(np.int64)
+
+
+def check(engine: Engine, mask: np.ndarray, ring_radius: float = 2) -> None:
+    squared, sdf, boundary = engine(mask, ring_radius)
+    np.testing.assert_array_equal(squared, scipy_squared_distance(mask))
+    expected_sdf, expected_boundary = reference.targets_from_distance(
+        torch.from_numpy(mask != 0), torch.from_numpy(squared), ring_radius
+    )
+    np.testing.assert_allclose(sdf, expected_sdf.numpy(), rtol=0, atol=SDF_TOLERANCE)
+    np.testing.assert_array_equal(boundary, expected_boundary.numpy())
+
+
+def blobs(*shape: int, seed: int = 0, size: int = 8) -> np.ndarray:
+    """Random masks of blobs about `size` pixels wide."""
+    batch, height, width = shape
+    noise = torch.randn(batch, 1, height // size + 2, width // size + 2, generator=torch.Generator().manual_seed(seed))
+    smooth = torch.nn.functional.interpolate(noise, size=(height, width), mode="bilinear")
+    return (smooth[:, 0] > 0.2).to(torch.uint8).numpy()
+
+
+@pytest.mark.parametrize("archive_name", ["targets", "targets_glas"])
+def test_golden_targets(engine: Engine, golden: Callable[[str], dict[str, np.ndarray]], archive_name: str) -> None:
+    archive = golden(archive_name)
+    names = sorted({key.split("/")[0] for key in archive})
+    assert names
+    for name in names:
+        mask = archive[f"{name}/mask"][None]
+        squared, sdf, boundary = engine(mask, 2)
+        np.testing.assert_array_equal(squared, scipy_squared_distance(mask), err_msg=name)
+        np.testing.assert_array_equal(boundary[0], archive[f"{name}/boundary"], err_msg=name)
+        # 1e-6: the published code rounds its float64 roots to float32, as exact as can be, and so do we up to 2 ulp.
+        np.testing.assert_allclose(sdf[0], archive[f"{name}/sdf"], rtol=0, atol=1e-6, err_msg=name)
+
+
+SMALL = hnp.array_shapes(min_dims=3, max_dims=3, max_side=24)
+
+
+@settings(deadline=None)
+@given(
+    mask=hnp.arrays(np.uint8, SMALL, elements=st.sampled_from([0, 1, 255])),
+    ring_radius=st.sampled_from([0, 1, 2, 2.5, 7, 1e9]),
+)
+def test_random_masks(engine: Engine, mask: np.ndarray, ring_radius: float) -> None:
+    check(engine, mask, ring_radius)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 97), (97, 1), (2, 3), (31, 33), (64, 64), (127, 129), (257, 255)])
+@pytest.mark.parametrize("size", [1, 8, 40], ids=lambda size: f"blobs of {size}")
+def test_shapes(engine: Engine, shape: tuple[int, int], size: int) -> None:
+    check(engine, blobs(3, *shape, size=size))
+
+
+@pytest.mark.parametrize(("value", "sdf_value"), [(0, -1), (1, 1), (255, 1)])
+def test_constant_masks(engine: Engine, value: int, sdf_value: int) -> None:
+    squared, sdf, boundary = engine(np.full((2, 5, 7), value, np.uint8), 2)
+    assert (squared == -1).all()
+    assert (sdf == sdf_value).all()
+    assert (boundary == 0).all()
+
+
+def test_constant_and_mixed_images_in_one_batch(engine: Engine) -> None:
+    mixed = blobs(1, 20, 30)
+    check(engine, np.concatenate([np.zeros_like(mixed), mixed, np.ones_like(mixed)]))
+
+
+def test_foreground_without_an_interior_is_zero(engine: Engine) -> None:
+    mask = np.zeros((1, 9, 9), np.uint8)
+    mask[0, 4, :] = 1
+    _, sdf, _ = engine(mask, 2)
+    assert (sdf[mask == 1] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5), (2, 0, 5), (2, 4, 0)])
+def test_empty(shape: tuple[int, int, int]) -> None:
+    squared, sdf, boundary = on_device("cpu")(np.zeros(shape, np.uint8), 2)
+    assert squared.shape == sdf.shape == boundary.shape == shape
+
+
+@pytest.mark.parametrize("dots", [1, 5])
+@pytest.mark.parametrize("inverted", [False, True])
+def test_distances_about_the_reach_of_the_search(engine: Engine, dots: int, inverted: bool) -> None:
+    """16-bit words reach 252 pixels on the CPU and 180 on a GPU; what is farther is left to another algorithm."""
+    mask = np.zeros((1, 330, 610), np.uint8)
+    mask.flat[np.random.default_rng(dots).choice(mask.size, dots, replace=False)] = 1
+    check(engine, 1 - mask if inverted else mask)
+
+
+@pytest.mark.parametrize("radius", [179, 180, 181, 251, 252, 253])
+def test_discs_about_the_reach_of_the_search(engine: Engine, radius: int) -> None:
+    """The largest distance of the image, which scales all others, on either side of the reach."""
+    y, x = np.indices((1, 520, 530))[1:]
+    check(engine, ((y - 259) ** 2 + (x - 262) ** 2 <= radius**2).astype(np.uint8))
+
+
+@pytest.mark.parametrize("shape", [(1, 46_340), (46_340, 1), (3, 20_000), (20_000, 3)])
+@pytest.mark.parametrize("sites", [1, 20])
+def test_long_images(shape: tuple[int, int], sites: int) -> None:
+    """The largest distances that fit, and rows that an algorithm quadratic in the width would not finish."""
+    mask = np.zeros((1, *shape), np.uint8)
+    mask.flat[np.random.default_rng(0).choice(mask.size, sites, replace=False)] = 1
+    mask.flat[0] = 1
+    check(on_device("cpu"), mask)
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("restore_threads")
+@pytest.mark.parametrize("shape", [(1, 600, 1100), (2, 300, 300), (7, 130, 128)])
+def test_threads_do_not_change_the_result(shape: tuple[int, int, int]) -> None:
+    """Strips of one image, images, and both at once; every count is compared with the verified single thread."""
+    mask = blobs(*shape)
+    torch.set_num_threads(1)
+    check(on_device("cpu"), mask)
+    expected = on_device("cpu")(mask)
+    for threads in (2, 3, 8):
+        torch.set_num_threads(threads)
+        for result, alone in zip(on_device("cpu")(mask), expected, strict=True):
+            np.testing.assert_array_equal(result, alone)
