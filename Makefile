@@ -3,19 +3,21 @@
 PYTHON ?= python3
 ARGS ?=
 OUT ?= benchmarks/results/gpu_check.json
+FUZZ_SECONDS ?= 60
 
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 NATIVE := setup.py CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: help train test lint bench gpu-check clean
+.PHONY: help train test lint fuzz bench gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make train      train Semi-MoE; ARGS="--help" lists the options, without ARGS it trains on synthetic glands'
 	@echo 'make test       run the tests; ARGS goes to pytest'
 	@echo 'make lint       check the style of the Python and the C++ code'
+	@echo 'make fuzz       compare the C++ code with the definition on random masks, under sanitizers, for $$(FUZZ_SECONDS) s'
 	@echo 'make bench      measure the operations beside their peers; ARGS goes to pytest'
 	@echo 'make gpu-check  tests and benchmarks on this machine'"'"'s GPU with the PyTorch of $$(PYTHON), into the JSON file $$(OUT)'
 	@echo 'make clean      remove .venv and everything built'
@@ -29,7 +31,13 @@ test: $(VENV)/test.done
 lint: $(VENV)/lint.done
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/* $(wildcard tests/cuda_on_cpu/*)
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/* $(wildcard tests/cuda_on_cpu/* tests/fuzz/*)
+
+# Other masks each time; a failure names the seed that repeats it.
+fuzz: $(VENV)/fuzz.done
+	$(VENV)/bin/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM='$(CURDIR)/$(VENV)/bin/ninja' -DSEMIMOE_FUZZ=ON
+	$(VENV)/bin/cmake --build build/fuzz
+	build/fuzz/fuzz $(FUZZ_SECONDS) $$(date +%s%N)
 
 bench: $(VENV)/bench.done
 	$(RUN) -m pytest benchmarks --benchmark-only --benchmark-sort=name --benchmark-columns=min,median,iqr,rounds $(ARGS)
@@ -56,6 +64,10 @@ $(VENV)/bench.done: $(NATIVE) | $(VENV)
 # Not '.[lint]', which would install PyTorch too.
 $(VENV)/lint.done: constraints.txt | $(VENV)
 	$(INSTALL) ruff clang-format
+	@touch $@
+
+$(VENV)/fuzz.done: constraints.txt | $(VENV)
+	$(INSTALL) cmake ninja
 	@touch $@
 
 $(VENV):

@@ -1,13 +1,22 @@
-"""Distance targets beside what others would use, on one batch of blobs the size of glands.
+"""Distance targets beside what others would use: the cost of a pixel as masks grow, the worst masks, and threads.
 
-Peers: SciPy with scikit-image (as the published trainer's loader does), edt, OpenCV's exact mode. Each turns a uint8
-mask into the normalised signed distance and the ring, one image at a time where the peer knows no batches, and is
-checked against ours before it is timed. A peer that is not installed is skipped.
+    make bench ARGS="-k targets --benchmark-json=targets.json"
+    .venv/bin/python -m benchmarks.plot_targets targets.json targets.png
+
+Every provider turns uint8 masks into the normalised signed distance and the ring, one image at a time where it knows
+no batches, on one CPU thread or on a GPU. It is checked against ours before it is timed; a peer that is not installed
+is skipped. The masks stay where the caches keep them, as they do when a loader has just decoded them.
+
+In `extra_info`, share_of_floor is the time in which a plain copy moves the 6 bytes of a pixel (1 of mask in, 4 of sdf
+and 1 of ring out), over the time that was taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,86 +24,314 @@ import torch
 from scipy.ndimage import distance_transform_edt
 from skimage.morphology import dilation, disk
 from skimage.segmentation import find_boundaries
+from torch import Tensor
+from torch.utils.benchmark import Timer
 
+from semimoe_fast import _native
 from semimoe_fast import functional as F
+from semimoe_fast.synthetic import glands
 
-Targets = tuple[np.ndarray, np.ndarray]
+Array = Any  # of NumPy, CuPy or torch
+Targets = tuple[Array, Array]
+Distance = Callable[[Array], Array]  # of every pixel to the nearest zero, for one image
+Run = Callable[[], Targets]
 
-
-def normalized(mask: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> np.ndarray:
-    sdf = inside / inside.max() - outside / outside.max()
-    sdf[find_boundaries(mask, mode="inner") & (mask != 0)] = 0
-    return sdf
-
-
-def scipy_skimage(mask: np.ndarray) -> Targets:
-    sdf = normalized(mask, distance_transform_edt(mask), distance_transform_edt(1 - mask))
-    return sdf, dilation(mask, disk(2)) - mask
+# ------------------------------------------------------------------------------------------------------------- peers
 
 
-def from_distances(distance: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], Targets]:
-    """Targets from a peer's distance to the nearest zero; the ring needs no morphology then."""
+def each_image(targets: Callable[[Array], Targets], masks: Array) -> Run:
+    return lambda: tuple(map(np.stack, zip(*map(targets, masks), strict=True)))
 
-    def targets(mask: np.ndarray) -> Targets:
+
+def from_distance(distance: Distance, masks: Array) -> Run:
+    """Targets from a peer's distance; the ring needs no morphology then."""
+
+    def targets(mask: Array) -> Targets:
         inside, outside = distance(mask), distance(1 - mask)
         sdf = inside / inside.max() - outside / outside.max()
         sdf[inside == 1] = 0
         return sdf, ((outside > 0) & (outside <= 2)).astype(np.uint8)
 
-    return targets
+    return each_image(targets, masks)
 
 
-def each_image(targets: Callable[[np.ndarray], Targets]) -> Callable[[np.ndarray], Targets]:
-    def run(masks: np.ndarray) -> Targets:
-        sdf, boundary = zip(*map(targets, masks), strict=True)
-        return np.stack(sdf), np.stack(boundary)
+def scipy_skimage(masks: Tensor) -> Run:
+    """As the loader of the published trainer does."""
 
-    return run
+    def targets(mask: np.ndarray) -> Targets:
+        inside, outside = distance_transform_edt(mask), distance_transform_edt(1 - mask)
+        sdf = inside / inside.max() - outside / outside.max()
+        sdf[find_boundaries(mask, mode="inner") & (mask != 0)] = 0
+        return sdf, dilation(mask, disk(2)) - mask
+
+    return each_image(targets, masks.numpy())
 
 
-def edt() -> Callable[[np.ndarray], Targets]:
+def edt(masks: Tensor) -> Run:
     library = pytest.importorskip("edt")
-    return from_distances(lambda mask: library.edt(mask, parallel=torch.get_num_threads()))
+    return from_distance(lambda mask: library.edt(mask, parallel=1), masks.numpy())
 
 
-def opencv() -> Callable[[np.ndarray], Targets]:
+def opencv_distance() -> Distance:
     cv2 = pytest.importorskip("cv2")
-    return from_distances(lambda mask: cv2.distanceTransform(mask, cv2.DIST_L2, cv2.DIST_MASK_PRECISE))
+    cv2.setNumThreads(1)
+    return lambda mask: cv2.distanceTransform(mask, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
 
 
-PEERS = {"scipy + skimage": lambda: scipy_skimage, "edt": edt, "opencv": opencv}
+def opencv(masks: Tensor) -> Run:
+    return from_distance(opencv_distance(), masks.numpy())
 
 
-def ours(device: str) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    def run(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        targets = F.distance_targets(masks)
-        if device == "cuda":
-            torch.cuda.synchronize()
+def opencv_distance_alone(masks: Tensor) -> Run:
+    distance = opencv_distance()
+    return each_image(lambda mask: (distance(mask), distance(1 - mask)), masks.numpy())
+
+
+def meijster(mask: np.ndarray) -> np.ndarray:
+    """Distance to the nearest zero in two passes of integers: along the columns, then the envelope of each row."""
+    height, width = mask.shape
+    gaps = np.empty((height, width), np.int32)
+    for x in range(width):
+        gaps[0, x] = height + width if mask[0, x] else 0
+    for y in range(1, height):
+        for x in range(width):
+            gaps[y, x] = gaps[y - 1, x] + 1 if mask[y, x] else 0
+    for y in range(height - 2, -1, -1):
+        for x in range(width):
+            gaps[y, x] = min(gaps[y, x], gaps[y + 1, x] + 1)
+
+    distance = np.empty((height, width), np.float32)
+    site = np.empty(width, np.int32)  # column of each parabola of the envelope
+    start = np.empty(width, np.int32)  # first column where it is the lowest
+    for y in range(height):
+        gap = gaps[y]
+        top = -1
+        for x in range(width):
+            first = 0
+            while top >= 0:
+                s = site[top]
+                first = 1 + (x * x - s * s + gap[x] ** 2 - gap[s] ** 2) // (2 * (x - s))
+                if first > start[top]:
+                    break
+                top -= 1
+                first = 0
+            if first < width:
+                top += 1
+                site[top], start[top] = x, first
+        for x in range(width - 1, -1, -1):
+            distance[y, x] = np.sqrt((x - site[top]) ** 2 + gap[site[top]] ** 2)
+            if x == start[top]:
+                top -= 1
+    return distance
+
+
+@functools.cache
+def compiled_meijster() -> Distance:
+    return pytest.importorskip("numba").njit(meijster)
+
+
+def numba(masks: Tensor) -> Run:
+    return from_distance(compiled_meijster(), masks.numpy())
+
+
+def cupy(masks: Tensor) -> Run:
+    library = pytest.importorskip("cupyx.scipy.ndimage")
+    return from_distance(lambda mask: library.distance_transform_edt(mask, float64_distances=False), cupy_masks(masks))
+
+
+def cucim(masks: Tensor) -> Run:
+    library = pytest.importorskip("cucim.core.operations.morphology")
+    return from_distance(library.distance_transform_edt, cupy_masks(masks))
+
+
+def monai(masks: Tensor) -> Run:
+    pytest.importorskip("cucim.core.operations.morphology")  # without it MONAI takes the masks to SciPy
+    library = pytest.importorskip("monai.transforms.utils")
+    from_dlpack = pytest.importorskip("cupy").from_dlpack
+
+    def distance(mask: Array) -> Array:
+        channels = torch.from_dlpack(mask)[None]
+        return from_dlpack(library.distance_transform_edt(channels)[0])
+
+    return from_distance(distance, cupy_masks(masks))
+
+
+def cupy_masks(masks: Tensor) -> Array:
+    return pytest.importorskip("cupy").from_dlpack(masks.cuda())
+
+
+# -------------------------------------------------------------------------------------------------------------- ours
+
+
+def ours(masks: Tensor) -> Run:
+    return lambda: F.distance_targets(masks)
+
+
+def ours_on_cuda(masks: Tensor) -> Run:
+    return ours(masks.cuda())
+
+
+def ours_in_a_cuda_graph(masks: Tensor) -> Run:
+    on_cuda = ours_on_cuda(masks)
+    on_cuda()  # loads the kernels, which a capture may not
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        targets = on_cuda()
+
+    def run() -> Targets:
+        graph.replay()
         return targets
 
     return run
 
 
-def blobs(batch: int, side: int) -> torch.Tensor:
-    noise = torch.randn(batch, 1, side // 32, side // 32, generator=torch.Generator().manual_seed(0))
-    smooth = torch.nn.functional.interpolate(noise, size=(side, side), mode="bicubic")
-    return (smooth[:, 0] > 0.2).to(torch.uint8)
+INSTRUCTION_SETS = {f"ours, {name}": name for name in _native.module().instruction_sets}
+OURS = {
+    **dict.fromkeys(INSTRUCTION_SETS, ours),
+    "ours, cuda": ours_on_cuda,
+    "ours, cuda graph": ours_in_a_cuda_graph,
+}
+PEERS = {
+    "scipy + scikit-image": scipy_skimage,
+    "edt": edt,
+    "opencv": opencv,
+    "numba": numba,
+    "cupy": cupy,
+    "cucim": cucim,
+    "monai": monai,
+}
+ALONE = {"opencv, distances alone": opencv_distance_alone}
+PROVIDERS = {**OURS, **PEERS, **ALONE}
+ON_CUDA = ("ours, cuda", "ours, cuda graph", "cupy", "cucim", "monai")
+
+# ------------------------------------------------------------------------------------------------------------- clock
 
 
-@pytest.mark.parametrize(("batch", "side"), [(8, 256), (1, 1024)])
-@pytest.mark.parametrize("name", ["ours, cpu", "ours, cuda", *PEERS])
-def test_distance_targets(benchmark, name: str, batch: int, side: int) -> None:
-    benchmark.group = f"distance targets, {batch} x {side} x {side}"
-    masks = blobs(batch, side)
-    if name.startswith("ours"):
-        device = name.split(", ")[1]
-        if device == "cuda" and not torch.cuda.is_available():
-            pytest.skip("PyTorch finds no CUDA device")
-        benchmark(ours(device), masks.to(device))
-        return
-    peer = each_image(PEERS[name]())
-    expected_sdf, expected_boundary = F.distance_targets(masks)
-    sdf, boundary = peer(masks.numpy())
-    np.testing.assert_allclose(sdf, expected_sdf.numpy(), atol=1e-5)  # peers in float32
-    np.testing.assert_array_equal(boundary, expected_boundary.numpy())
-    benchmark(peer, masks.numpy())
+def clock() -> float:
+    """Seconds, once a GPU has done what was queued: calls follow each other without a wait, as in a training loop."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+pytestmark = pytest.mark.benchmark(timer=clock, min_time=2e-3)  # a round has as many calls as make the waits small
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@functools.cache
+def copy_bandwidth(device: str) -> float:
+    """Bytes read and written in a second by a copy of more than caches hold, with one thread on the CPU."""
+    source = torch.randint(256, (2**28,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    # On the CPU NumPy's is a memcpy, which goes around the caches; PyTorch's is not.
+    copy = "target.copy_(source)" if device == "cuda" else "np.copyto(target.numpy(), source.numpy())"
+    timer = Timer(copy, globals={"np": np, "source": source, "target": target})
+    return 2 * source.numel() / timer.blocked_autorange(min_run_time=1).median
+
+
+@pytest.fixture
+def measure(benchmark, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Tensor], None]:
+    """Check a provider on masks and time it."""
+
+    def run(provider: str, masks: Tensor) -> None:
+        device = "cuda" if provider in ON_CUDA else "cpu"
+        if device == "cuda" and _native.why_unavailable("cuda"):
+            pytest.skip(_native.why_unavailable("cuda"))
+        expected = F.distance_targets(masks)
+        if provider in INSTRUCTION_SETS:
+            monkeypatch.setenv("SEMIMOE_SIMD", INSTRUCTION_SETS[provider])
+        targets = PROVIDERS[provider](masks)
+        sdf, boundary = (torch.from_dlpack(array).cpu() for array in targets())
+        if provider not in ALONE:
+            torch.testing.assert_close(sdf.float(), expected[0], rtol=0, atol=1e-5)  # most peers are in float32
+            torch.testing.assert_close(boundary, expected[1], rtol=0, atol=0)
+        benchmark(targets)
+        if benchmark.enabled:
+            seconds = benchmark.stats["median"] / masks.numel()
+            benchmark.extra_info.update(
+                device=device,
+                pixels=masks.numel(),
+                ns_per_pixel=1e9 * seconds,
+                share_of_floor=6 / copy_bandwidth(device) / seconds,
+            )
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------------- masks
+
+
+@functools.cache
+def gland_masks(batch: int, side: int) -> Tensor:
+    """The same glands at every side, so that features grow with it; four images in turn, since drawing is slow."""
+    if batch > 4:
+        return gland_masks(4, side).repeat(batch // 4, 1, 1)
+    return glands(batch, side, seed=0)[1]
+
+
+SIDE = 2048
+WORST: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of a column of y and a row of x
+    "noise": lambda y, x: torch.rand((y + x).shape, generator=torch.Generator().manual_seed(0)) < 0.5,
+    "one dot": lambda y, x: (y == 0) & (x == 0),  # in a corner, as far as can be from the opposite one
+    "upper half": lambda y, x: (y < SIDE // 2) & (x >= 0),
+    "left half": lambda y, x: (y >= 0) & (x < SIDE // 2),
+    "diagonal": lambda y, x: y == x,
+    "checkerboard": lambda y, x: (y + x) % 2 == 1,
+    "constant": lambda y, x: (y >= 0) & (x >= 0),
+    "disc": lambda y, x: (y - SIDE // 2) ** 2 + (x - SIDE // 2) ** 2 <= 1000**2,
+}
+
+
+def worst_mask(name: str) -> Tensor:
+    axis = torch.arange(SIDE)
+    return WORST[name](axis[:, None], axis[None, :]).to(torch.uint8)[None]
+
+
+# -------------------------------------------------------------------------------------------------------- benchmarks
+
+# 64 masks of 2048 need gigabytes. Peers take one image at a time, so that more pixels than 8 of 1024 only take longer.
+MOST_PIXELS, MOST_OF_PEERS = 64 * 1024**2, 8 * 1024**2
+
+
+@pytest.mark.parametrize(
+    ("batch", "side", "provider"),
+    [
+        (batch, side, provider)
+        for side in (256, 1024, 2048)
+        for batch in (1, 8, 64)
+        for provider in (*OURS, *PEERS)
+        if batch * side**2 <= (MOST_PIXELS if provider in OURS else MOST_OF_PEERS)
+    ],
+)
+def test_glands(benchmark, measure, batch: int, side: int, provider: str) -> None:
+    benchmark.group = f"distance targets, glands, {batch} x {side} x {side}"
+    measure(provider, gland_masks(batch, side))
+
+
+# Peers divide by 0 in a constant image, which has no distances: there OpenCV's are timed without what follows them.
+@pytest.mark.parametrize(
+    ("mask", "provider"),
+    [
+        (mask, provider)
+        for mask in WORST
+        for provider in (*OURS, "opencv, distances alone" if mask == "constant" else "opencv")
+    ],
+)
+def test_worst_masks(benchmark, measure, mask: str, provider: str) -> None:
+    benchmark.group = f"distance targets, worst masks of {SIDE} x {SIDE}, {mask}"
+    measure(provider, worst_mask(mask))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("batch", "side"), [(8, 256), (1, 1024), (1, 2048)])
+def test_threads(benchmark, measure, batch: int, side: int, threads: int) -> None:
+    benchmark.group = f"distance targets, threads, {batch} x {side} x {side}"
+    torch.set_num_threads(threads)
+    measure(next(iter(OURS)), gland_masks(batch, side))
