@@ -275,9 +275,9 @@ def _at(field: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def _texture(rng: Generator, size: int, scale: float) -> np.ndarray:
-    """Gaussian random field of unit variance and correlation length `scale`, float32 (size, size)."""
+    """Gaussian random field of zero mean, unit variance and correlation length `scale`, float32 (size, size)."""
     field = _blur(rng.standard_normal((size, size), np.float32), scale * size)
-    return field / field.std()
+    return (field - field.mean()) / field.std()
 
 
 def _blur(field: np.ndarray, sigma: float) -> np.ndarray:
