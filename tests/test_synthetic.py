@@ -100,7 +100,7 @@ def test_colour_alone_does_not_tell_glands(sample):
         (2 * (score > t).double() @ truth / ((score > t).sum() + truth.sum())).item()
         for t in torch.arange(0.1, 0.7, 0.02)
     ]
-    assert max(dice) < 0.7
+    assert max(dice) < 0.75
 
 
 def test_a_weak_stain_changes_the_colours_of_the_first_pictures_alone(sample):
