@@ -163,6 +163,8 @@ def _mask_tensor(mask: Any) -> Tensor:
         return torch.from_numpy(mask != 0)  # a fresh array: read-only memory and negative strides need no special case
     if hasattr(mask, "__dlpack__"):
         return _mask_tensor(torch.from_dlpack(mask))
+    if hasattr(mask, "__cuda_array_interface__"):  # Numba's device arrays do not speak DLPack
+        return _mask_tensor(torch.as_tensor(mask, device="cuda"))
     raise TypeError(f"a mask is a tensor or an array that speaks DLPack, got {type(mask).__name__}")
 
 

@@ -191,6 +191,21 @@ def test_shapes(engine: Engine, shape: tuple[int, int], size: int) -> None:
     check(engine, blobs(3, *shape, size=size))
 
 
+@pytest.mark.parametrize("dtype", [np.bool_, np.int8, np.uint16, np.int32, np.int64])
+@pytest.mark.parametrize("name", [*CUDA_ON_CPU, "cuda"])
+def test_a_gpu_reads_every_integer_type(name: str, dtype: type) -> None:
+    """Instance ids, the smallest of which has its lowest bits 0."""
+    if name == "cuda" and _native.why_unavailable("cuda"):
+        pytest.skip(_native.why_unavailable("cuda"))
+    if name != "cuda" and shutil.which("g++") is None:
+        pytest.skip("g++ was not found")
+    run = on_device("cuda") if name == "cuda" else cuda_on_cpu(CUDA_ON_CPU[name])
+    mask = blobs(2, 70, 90).astype(dtype)
+    if dtype is not np.bool_:
+        mask[:, ::2] *= np.iinfo(dtype).max // 2 + 1
+    check(run, mask)
+
+
 @pytest.mark.parametrize(("value", "sdf_value"), [(0, -1), (1, 1), (255, 1)])
 def test_constant_masks(engine: Engine, value: int, sdf_value: int) -> None:
     squared, sdf, boundary = engine(np.full((2, 5, 7), value, np.uint8), 2)

@@ -130,6 +130,37 @@ def test_mask_through_dlpack() -> None:
     torch.testing.assert_close(F.squared_distance(Exchange(mask)), F.squared_distance(mask), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("library", ["cupy", "numba.cuda"])
+def test_device_arrays_of_other_libraries(library: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch finds no CUDA device")
+    module = pytest.importorskip(library)
+    mask = MASK.astype(np.int32) * 65536
+    array = module.asarray(mask) if library == "cupy" else module.to_device(mask)
+    squared = F.squared_distance(array)
+    assert squared.is_cuda
+    torch.testing.assert_close(squared.cpu(), F.squared_distance(mask), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device")
+@pytest.mark.parametrize("shape", [(4, 256, 256), (2, 300, 500)], ids=["cluster", "four launches"])
+def test_cuda_graph_capture(shape: tuple[int, int, int]) -> None:
+    masks = [torch.rand(shape, device="cuda") < share for share in (0.2, 0.001)]
+    static = masks[0].clone()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        F.distance_targets(static)  # loads the module outside of the capture
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = F.distance_targets(static)
+    for mask in masks:
+        static.copy_(mask)
+        graph.replay()
+        for replayed, eager in zip(captured, F.distance_targets(mask), strict=True):
+            assert torch.equal(replayed, eager)
+
+
 def test_fallback_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(ops._native, "why_unavailable", lambda device_type: "not built here")
     ops._choose_and_say.cache_clear()
