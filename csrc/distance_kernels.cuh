@@ -214,7 +214,7 @@ __device__ inline std::int32_t* squared_row(Slab& slab, int row) {
 // The square of the gap, in 32 bits; sums do not overflow where there is none.
 __device__ inline std::int32_t exact_height(const Columns& columns, int slab, int bit, int x) {
   const int gap = distance_to_edge(columns.edges(slab, x), bit, columns.back(slab, x), columns.ahead(slab, x));
-  return gap < kNoEdge ? gap * gap : 1 << 29;
+  return is_distance(gap) ? gap * gap : 1 << 29;
 }
 
 // Exact squared distance of one pixel of an image that is not constant, at most `best`.
@@ -251,7 +251,7 @@ __device__ inline void store_row(Slab& slab, const Columns& columns, int index, 
         const int x = 64 * step + 2 * lane + column;
         if (x >= width || squared[step][column] < kFar) continue;
         const int run = run_distance(slab, row, kReach + x);
-        squared[step][column] = exact_search(heights, x, width, run < kNoEdge ? run * run : INT32_MAX);
+        squared[step][column] = exact_search(heights, x, width, is_distance(run) ? run * run : INT32_MAX);
       }
     }
   }

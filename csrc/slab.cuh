@@ -27,7 +27,7 @@ constexpr int kPairs = kSlabRows / 2;                // of rows
 constexpr int kColumns = kTileColumns + 2 * kReach;  // of the tile and of what the search sees beside it
 constexpr int kGroups = (kColumns + 31) / 32;        // of 32 columns
 constexpr int kSteps = kTileColumns / 64;            // in which a warp goes along a pair of rows
-constexpr int kNoEdge = 1 << 20;                     // farther than any
+constexpr int kNoEdge = 1 << 20;                     // from a word to an edge that does not exist
 
 static_assert((kReach + 1) * (kReach + 1) + kFar <= UINT16_MAX && kReach % 2 == 0);
 
@@ -37,6 +37,9 @@ struct Slab {
   std::int32_t back[kSlabRows][kGroups];    // from the first column of the group to the last edge before it
   std::int32_t ahead[kSlabRows][kGroups];   // and to the first edge after the group
 };
+
+// Whether a distance is one, or there is no edge: kNoEdge give or take the place in the word.
+__device__ inline bool is_distance(int distance) { return distance < kNoEdge / 2; }
 
 // Distance of bit i to the opposite class, given the edges of its word, how far the last edge before the word lies
 // behind bit 0, and how far the first one after the word lies ahead of it.

@@ -1,8 +1,8 @@
 // CUDA on the CPU, as much of it as csrc/ uses, so that its kernels and launchers run where there is no GPU.
 //
 // Every thread of a cluster of blocks is a fiber; they take turns, each until its next barrier, in an order that a
-// seed shuffles. A missing barrier shows as a result that depends on the seed, a barrier that some threads miss as an
-// error. Shared memory starts as garbage.
+// seed shuffles, and whole warps and blocks fall behind. A missing barrier shows as a wrong result, or one that depends
+// on the seed, a barrier that some threads miss as an error. Shared memory starts as garbage.
 #pragma once
 
 #include <setjmp.h>
@@ -160,11 +160,16 @@ inline void run_cluster(unsigned first_block, unsigned blocks, unsigned threads,
       waiting.push_back(&fiber);
     }
   }
-  while (!waiting.empty()) {
+  for (int idle = 0; !waiting.empty();) {
     std::shuffle(waiting.begin(), waiting.end(), random);
     progress = false;
-    for (Fiber* fiber : waiting) resume(*fiber);
-    if (!progress) throw std::runtime_error("threads wait at a barrier that others never reach");
+    const std::uint32_t blocks_behind = random() & random(), warps_behind = random() & random();
+    for (Fiber* fiber : waiting) {
+      const unsigned block = fiber->block->index - first_block, warp = fiber->thread / kWarp;
+      if ((blocks_behind >> block | warps_behind >> (warp + block) % 32) % 2 == 0) resume(*fiber);
+    }
+    idle = progress ? 0 : idle + 1;
+    if (idle == 1000) throw std::runtime_error("threads wait at a barrier that others never reach");
     waiting.erase(std::remove_if(waiting.begin(), waiting.end(), [](Fiber* fiber) { return fiber->done; }),
                   waiting.end());
   }
