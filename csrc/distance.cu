@@ -1,9 +1,12 @@
+#include <map>
+#include <mutex>
+
 #include "distance_kernels.cuh"
 
 namespace semimoe {
 namespace {
 
-// Of a multiprocessor, by registers and shared memory: the clusters of 64 images of 256 x 256 fit an H100 all at once.
+// Of a multiprocessor, as registers and shared memory allow on the largest GPUs.
 constexpr int kBlocks = 4;
 
 __global__ void __launch_bounds__(kThreads) pack_kernel(const Problem problem) { pack(problem); }
@@ -29,34 +32,62 @@ void check(cudaError_t error) {
 
 struct Grid {
   std::int64_t blocks;
-  unsigned cluster = 1;    // blocks of a cluster
+  unsigned cluster = 0;    // blocks of a cluster, 0 without clusters
   std::size_t memory = 0;  // shared memory of a block
 };
 
-void launch(void (*kernel)(Problem), const Problem& problem, const Grid& grid, cudaStream_t stream) {
-  if (grid.blocks > INT32_MAX) throw std::invalid_argument("the batch of masks is too large: cut it into several");
+// What a launch takes; `cluster` is where its attribute lies.
+cudaLaunchConfig_t configuration(const Grid& grid, cudaStream_t stream, cudaLaunchAttribute& cluster) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = grid.memory;
   config.stream = stream;
-  cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = grid.cluster;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   config.attrs = &cluster;
-  config.numAttrs = grid.cluster > 1;
+  config.numAttrs = grid.cluster > 0;
+  return config;
+}
+
+void launch(void (*kernel)(Problem), const Problem& problem, const Grid& grid, cudaStream_t stream) {
+  if (grid.blocks > INT32_MAX) throw std::invalid_argument("the batch of masks is too large: cut it into several");
+  cudaLaunchAttribute cluster{};
+  const cudaLaunchConfig_t config = configuration(grid, stream, cluster);
   check(cudaLaunchKernelEx(&config, kernel, problem));
 }
 
-// Whether the current device runs clusters, and the module holds code for it that does.
-bool has_clusters() {
-  int device = 0, major = 0;
+// Loads every kernel, which a launch would do at its first, perhaps inside of a capture, and returns whether the
+// current device runs the largest cluster and the module holds code for it that does.
+bool prepare() {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // loading is no part of what is captured
+  check(cudaThreadExchangeStreamCaptureMode(&mode));
+  cudaFuncAttributes attributes{};
+  for (const auto kernel : {pack_kernel, search_tiles_kernel, search_far_kernel, write_targets_kernel, cluster_kernel})
+    check(cudaFuncGetAttributes(&attributes, kernel));  // those of cluster_kernel in the end
+  int device = 0, major = 0, clusters = 0;
   check(cudaGetDevice(&device));
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  cudaFuncAttributes attributes{};
-  check(cudaFuncGetAttributes(&attributes, cluster_kernel));
-  return major >= 9 && attributes.ptxVersion >= 90;
+  if (major >= 9 && attributes.ptxVersion >= 90) {
+    constexpr int kMemory = sizeof(ClusterMemory);
+    check(cudaFuncSetAttribute(cluster_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMemory));
+    cudaLaunchAttribute cluster{};
+    const cudaLaunchConfig_t config = configuration({kMostSlabs, kMostSlabs, kMemory}, nullptr, cluster);
+    check(cudaOccupancyMaxActiveClusters(&clusters, cluster_kernel, &config));
+  }
+  check(cudaThreadExchangeStreamCaptureMode(&mode));
+  return clusters > 0;
+}
+
+bool has_clusters() {
+  static std::mutex mutex;
+  static std::map<int, bool> known;  // by device
+  int device = 0;
+  check(cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  return found != known.end() ? found->second : known.emplace(device, prepare()).first->second;
 }
 
 }  // namespace
@@ -65,15 +96,13 @@ void launch(const Problem& problem, void* stream_address) {
   if (problem.pixels() == 0) return;
   const auto stream = static_cast<cudaStream_t>(stream_address);
   const std::int64_t slabs = problem.batch * problem.slabs(), tiles = slabs * problem.tiles();
-  if (problem.fits_a_cluster() && has_clusters()) {
-    constexpr int kMemory = sizeof(ClusterMemory);
-    check(cudaFuncSetAttribute(cluster_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMemory));
-    launch(cluster_kernel, problem, {slabs, static_cast<unsigned>(problem.slabs()), kMemory}, stream);
+  if (has_clusters() && problem.fits_a_cluster()) {
+    launch(cluster_kernel, problem, {slabs, static_cast<unsigned>(problem.slabs()), sizeof(ClusterMemory)}, stream);
     return;
   }
   check(cudaMemsetAsync(problem.state, 0, problem.batch * sizeof(State), stream));
   launch(pack_kernel, problem, {(slabs * problem.width + kThreads - 1) / kThreads}, stream);
-  launch(search_tiles_kernel, problem, {tiles, 1, sizeof(Slab)}, stream);
+  launch(search_tiles_kernel, problem, {tiles, 0, sizeof(Slab)}, stream);
   launch(search_far_kernel, problem, {tiles}, stream);
   if (problem.sdf) launch(write_targets_kernel, problem, {tiles}, stream);
 }

@@ -6,6 +6,7 @@
 namespace semimoe {
 
 constexpr int kSlabRows = 32;      // rows of a slab: the bits of a word
+constexpr int kMostSlabs = 8;      // of a cluster: the largest that every device allows
 constexpr int kTileColumns = 256;  // columns whose distances a block computes
 
 // A batch of masks on the device, its results, and scratch, which the caller allocates. Every slab is 32 rows.
@@ -28,7 +29,7 @@ struct Problem {
   SEMIMOE_HOST_DEVICE int tiles() const { return (width + kTileColumns - 1) / kTileColumns; }
   SEMIMOE_HOST_DEVICE std::int64_t pixels() const { return batch * height * width; }
   // Whether one cluster of blocks, a slab each, holds an image.
-  SEMIMOE_HOST_DEVICE bool fits_a_cluster() const { return slabs() <= 8 && tiles() <= 1; }
+  SEMIMOE_HOST_DEVICE bool fits_a_cluster() const { return slabs() <= kMostSlabs && tiles() <= 1; }
 };
 
 // Fills problem.squared or, unless it is null, problem.sdf together with problem.boundary.

@@ -1,10 +1,10 @@
 // The kernels of csrc/distance.cu, as functions that every thread of a grid runs. Two ways lead to the targets:
 //
-// - cluster_targets, from sm_90 on, for images of up to 256 x 256: a cluster of blocks is an image, a block a slab. The
-// bits
-//   of the image are in every block's shared memory, the squared distances stay in the slab, the largest ones go
-//   round the cluster. The mask is read once, the targets are written once.
-// - pack, search_tiles, search_far, write_targets one after the other, for everything else.
+// - cluster_targets, from sm_90 on, for images of up to 256 x 256: a cluster of blocks is an image, a block a slab.
+//   All bits of the image are in every block's shared memory, the squared distances stay in the slab, the largest ones
+//   go round the cluster. The mask is read once, the targets are written once.
+// - pack, search_tiles, search_far and write_targets, one after the other, for everything else. Time grows with the
+//   distance of the pixels that search_far takes: one dot in a very large image is its worst case.
 #pragma once
 
 #include "slab.cuh"
@@ -31,6 +31,11 @@ __device__ inline void raise_to(std::int32_t* shared, std::int32_t value) {
   if (*static_cast<volatile std::int32_t*>(shared) < value) atomicMax(shared, value);
 }
 
+__device__ inline void raise_to(Deepest* shared, const Deepest& values) {
+  raise_to(&shared->inside, values.inside);
+  raise_to(&shared->outside, values.outside);
+}
+
 template <class Element>
 __device__ inline std::uint32_t pack_word(const Element* mask, int slab, int x, int height, int width) {
   std::uint32_t word = 0;
@@ -40,11 +45,6 @@ __device__ inline std::uint32_t pack_word(const Element* mask, int slab, int x, 
     word |= static_cast<std::uint32_t>(mask[static_cast<std::int64_t>(nearest) * width + x] != 0) << bit;
   }
   return word;
-}
-
-__device__ inline void raise_to(Deepest* shared, const Deepest& values) {
-  raise_to(&shared->inside, values.inside);
-  raise_to(&shared->outside, values.outside);
 }
 
 // The classes of 32 pixels of column x, the first one in the lowest bit.
@@ -75,10 +75,10 @@ struct Place {
   int slab, tile, rows, first_column, columns;
   std::int64_t first_pixel;  // of the tile, in the batch
 
-  __device__ Place(const Problem& problem, std::int64_t block)
+  __device__ Place(const Problem& problem, int block)
       : image(block / problem.tiles() / problem.slabs()),
-        slab(static_cast<int>(block / problem.tiles() % problem.slabs())),
-        tile(static_cast<int>(block % problem.tiles())),
+        slab(block / problem.tiles() % problem.slabs()),
+        tile(block % problem.tiles()),
         rows(min(kSlabRows, problem.height - slab * kSlabRows)),
         first_column(tile * kTileColumns),
         columns(min(kTileColumns, problem.width - first_column)),
@@ -175,30 +175,35 @@ __device__ inline void search_far(const Problem& problem) {
   }
 }
 
-__device__ inline void write_pixel(const Problem& problem, std::int64_t pixel, std::int32_t squared, bool inside,
-                                   const Deepest& deepest) {
-  const float largest = sqrtf(static_cast<float>(inside ? deepest.inside : deepest.outside));
-  problem.sdf[pixel] = signed_distance(squared, inside, largest);
-  problem.boundary[pixel] = on_ring(squared, inside, problem.squared_ring_radius);
+// The largest distances of an image, for which every signed distance is written.
+struct Scale {
+  float inside, outside;
+
+  __device__ explicit Scale(const Deepest& deepest)
+      : inside(square_root(deepest.inside)), outside(square_root(deepest.outside)) {}
+};
+
+__device__ inline void write_pixel(const Problem& problem, std::int64_t pixel, std::int32_t squared, bool foreground,
+                                   const Scale& scale) {
+  problem.sdf[pixel] = signed_distance(squared, foreground, foreground ? scale.inside : scale.outside);
+  problem.boundary[pixel] = on_ring(squared, foreground, problem.squared_ring_radius);
 }
 
 // One block for each tile of each slab.
 __device__ inline void write_targets(const Problem& problem) {
   const Place place(problem, blockIdx.x);
-  const State state = state_of(problem, place.image);
+  const Scale scale(state_of(problem, place.image).deepest);
   const Columns columns = columns_of(problem, place.image);
   for (int x = threadIdx.x; x < place.columns; x += kThreads) {
     const std::uint32_t word = columns.word(place.slab, place.first_column + x);
     for (int row = 0; row < place.rows; ++row) {
       const std::int64_t pixel = place.first_pixel + std::int64_t{row} * problem.width + x;
-      write_pixel(problem, pixel, problem.squared[pixel], word >> row & 1, state.deepest);
+      write_pixel(problem, pixel, problem.squared[pixel], word >> row & 1, scale);
     }
   }
 }
 
 // ------------------------------------------------------------------------------------------------------- cluster path
-
-constexpr int kMostSlabs = 8;  // the largest cluster that every device allows
 
 struct ClusterMemory {
   Slab slab;
@@ -227,17 +232,17 @@ __device__ inline std::int32_t exact_search(const std::int32_t* heights, int x, 
 }
 
 // By all lanes of a warp: the squared distances of a row, given what the search found for the pixels
-// 64 step + 2 lane + (0, 1). Until all are known, the memory of the pair's lower row holds exact heights.
+// 64 stride + 2 lane + (0, 1). Until all are known, the memory of the pair's lower row holds exact heights.
 __device__ inline void store_row(Slab& slab, const Columns& columns, int index, int row, int width,
-                                 const uint2 (&found)[kSteps]) {
+                                 const uint2 (&found)[kStrides]) {
   const int lane = threadIdx.x % 32;
-  std::int32_t squared[kSteps][2];
+  std::int32_t squared[kStrides][2];
   bool far = false;
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    squared[step][0] = row % 2 ? high(found[step].x) : low(found[step].x);
-    squared[step][1] = row % 2 ? high(found[step].y) : low(found[step].y);
-    far |= max(squared[step][0], squared[step][1]) >= kFar;
+  for (int stride = 0; stride < kStrides; ++stride) {
+    squared[stride][0] = row % 2 ? high(found[stride].x) : low(found[stride].x);
+    squared[stride][1] = row % 2 ? high(found[stride].y) : low(found[stride].y);
+    far |= max(squared[stride][0], squared[stride][1]) >= kFar;
   }
   if (__any_sync(UINT32_MAX, far)) {
     std::int32_t* heights = squared_row(slab, row | 1);
@@ -245,30 +250,31 @@ __device__ inline void store_row(Slab& slab, const Columns& columns, int index, 
     for (int x = lane; x < width; x += 32) heights[x] = exact_height(columns, index, row, x);
     __syncwarp();
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
+    for (int stride = 0; stride < kStrides; ++stride) {
 #pragma unroll
       for (int column = 0; column < 2; ++column) {
-        const int x = 64 * step + 2 * lane + column;
-        if (x >= width || squared[step][column] < kFar) continue;
+        const int x = 64 * stride + 2 * lane + column;
+        if (x >= width || squared[stride][column] < kFar) continue;
         const int run = run_distance(slab, row, kReach + x);
-        squared[step][column] = exact_search(heights, x, width, is_distance(run) ? run * run : INT32_MAX);
+        squared[stride][column] = exact_search(heights, x, width, is_distance(run) ? run * run : INT32_MAX);
       }
     }
   }
   __syncwarp();
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step)
-    *reinterpret_cast<int2*>(squared_row(slab, row) + 64 * step + 2 * lane) = {squared[step][0], squared[step][1]};
+  for (int stride = 0; stride < kStrides; ++stride)
+    *reinterpret_cast<int2*>(squared_row(slab, row) + 64 * stride + 2 * lane) = {squared[stride][0],
+                                                                                 squared[stride][1]};
 }
 
 __device__ inline void search_slab(Slab& slab, const Columns& columns, int index, int width, int rows) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int pair = warp; 2 * pair < rows; pair += kWarps) {
-    uint2 found[kSteps] = {};
+    uint2 found[kStrides] = {};
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int x = 64 * step + 2 * lane;
-      if (x < width) found[step] = search(slab, pair, kReach + x);
+    for (int stride = 0; stride < kStrides; ++stride) {
+      const int x = 64 * stride + 2 * lane;
+      if (x < width) found[stride] = search(slab, pair, kReach + x);
     }
     __syncwarp();  // nobody reads the heights of this pair any more
     store_row(slab, columns, index, 2 * pair, width, found);
@@ -282,11 +288,11 @@ __device__ inline void cluster_targets(const Problem& problem, ClusterMemory& me
   const Place place(problem, blockIdx.x);
   const int x = threadIdx.x, slabs = problem.slabs();
   const bool in_the_image = x < problem.width;
+  const std::uint32_t own = in_the_image ? pack_word(problem, place.image, place.slab, x) : 0;
+  if (x < slabs) memory.deepest[x] = {};
   cluster_sync();  // the other blocks' memory exists from here on
-  if (in_the_image) {
-    const std::uint32_t word = pack_word(problem, place.image, place.slab, x);
-    for (int other = 0; other < slabs; ++other) *in_block(other, &memory.bits[place.slab][x]) = word;
-  }
+  if (in_the_image)
+    for (int other = 0; other < slabs; ++other) *in_block(other, &memory.bits[place.slab][x]) = own;
   cluster_sync();
 
   const Columns columns{&memory.bits[0][0], kTileColumns, slabs};
@@ -304,10 +310,9 @@ __device__ inline void cluster_targets(const Problem& problem, ClusterMemory& me
 
   Deepest deepest;
   const auto squared_at = [&](int row) { return constant ? kNoDistance : squared_row(memory.slab, row)[x]; };
-  const std::uint32_t word = in_the_image ? columns.word(place.slab, x) : 0;
   for (int row = 0; row < place.rows && in_the_image; ++row) {
     const std::int32_t squared = squared_at(row);
-    deepest.include(squared, word >> row & 1);
+    deepest.include(squared, own >> row & 1);
     if (!problem.sdf) problem.squared[place.first_pixel + std::int64_t{row} * problem.width + x] = squared;
   }
   if (!problem.sdf) return;  // all blocks alike, and nobody reaches into another's memory any more
@@ -315,8 +320,6 @@ __device__ inline void cluster_targets(const Problem& problem, ClusterMemory& me
   for (int distance = 16; distance > 0; distance /= 2)
     deepest.include({__shfl_xor_sync(UINT32_MAX, deepest.inside, distance),
                      __shfl_xor_sync(UINT32_MAX, deepest.outside, distance)});
-  if (x < slabs) memory.deepest[x] = {};
-  cluster_sync();
   if (x % 32 < slabs) {
     Deepest* there = in_block(x % 32, &memory.deepest[place.slab]);
     atomicMax(&there->inside, deepest.inside);
@@ -325,9 +328,10 @@ __device__ inline void cluster_targets(const Problem& problem, ClusterMemory& me
   cluster_sync();
   Deepest overall;
   for (int slab = 0; slab < slabs; ++slab) overall.include(memory.deepest[slab]);
+  const Scale scale(overall);
   for (int row = 0; row < place.rows && in_the_image; ++row)
-    write_pixel(problem, place.first_pixel + std::int64_t{row} * problem.width + x, squared_at(row), word >> row & 1,
-                overall);
+    write_pixel(problem, place.first_pixel + std::int64_t{row} * problem.width + x, squared_at(row), own >> row & 1,
+                scale);
 }
 #endif
 

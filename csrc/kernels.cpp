@@ -61,8 +61,8 @@ inline Word largest(Words words) {
   return result;
 }
 
-// nearest = min over k in [first, last] of k^2 + heights[x +- k], for the lanes x at `heights`, until k^2 alone is
-// more.
+// nearest = min over k in [first, last] of k^2 + heights[x +- k], for the lanes x at `heights`; no further than k^2 can
+// still be the least.
 template <Words (*plus)(Words, Words)>
 inline Words search(const Word* heights, int first, int last, Words nearest) {
   for (int k = first; k <= last && any_above(nearest, broadcast(k * k)); k += kSteps) {
@@ -137,8 +137,8 @@ void search_rows(const std::uint8_t* mask, const std::uint8_t* gaps, int rows, i
 
 void write_targets(const std::uint8_t* mask, std::int64_t count, const Deepest& deepest,
                    std::int32_t squared_ring_radius, void* squared_to_sdf, std::uint8_t* boundary) {
-  const float inside = sqrtf(static_cast<float>(deepest.inside));
-  const float outside = sqrtf(static_cast<float>(deepest.outside));
+  const float inside = square_root(deepest.inside);
+  const float outside = square_root(deepest.outside);
   char* memory = static_cast<char*>(squared_to_sdf);
   for (std::int64_t i = 0; i < count; ++i) {
     std::int32_t squared;

@@ -42,21 +42,33 @@ inline void check_size(std::int64_t batch, std::int64_t height, std::int64_t wid
   if (batch < 0 || height < 0 || width < 0) throw std::invalid_argument("a mask cannot have a negative size");
   const bool sides_fit = height <= kMaxSide && width <= kMaxSide;
   if (!sides_fit || (height - 1) * (height - 1) + (width - 1) * (width - 1) > INT32_MAX)
-    throw std::invalid_argument("a mask of " + std::to_string(height) + " x " + std::to_string(width) +
-                                " pixels is too large: squared distances fit into 32 bits up to a diagonal of " +
-                                std::to_string(kMaxSide) + " pixels; cut it into tiles");
+    throw std::invalid_argument(
+        "a mask of " + std::to_string(height) + " x " + std::to_string(width) +
+        " pixels is too large: squared distances fit into 32 bits up to a side or diagonal of " +
+        std::to_string(kMaxSide) + " pixels; cut it into tiles");
 }
 
-// Gap of a pixel as seen from its vertical neighbour, one step further from whatever lies beyond that one.
-SEMIMOE_HOST_DEVICE static inline Gap next_gap(Gap neighbour_gap, bool same_class) {
-  const Gap grown = static_cast<Gap>(neighbour_gap + (neighbour_gap != kNoGap));
-  return same_class ? grown : Gap{1};
+// Single-precision roots and quotients, correctly rounded on every CPU and GPU, whatever nvcc is told of fast
+// mathematics: all agree to the last bit.
+SEMIMOE_HOST_DEVICE static inline float square_root(std::int32_t squared) {
+#ifdef __CUDA_ARCH__
+  return __fsqrt_rn(static_cast<float>(squared));
+#else
+  return sqrtf(static_cast<float>(squared));
+#endif
 }
 
-// Distance over the largest of the same sign in the image, negative outside, 0 on the inner boundary. Single-precision
-// roots and quotients are correctly rounded on every CPU and GPU: all agree to the last bit.
+SEMIMOE_HOST_DEVICE static inline float quotient(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fdiv_rn(a, b);
+#else
+  return a / b;
+#endif
+}
+
+// Distance over the largest of the same sign in the image, negative outside, 0 on the inner boundary.
 SEMIMOE_HOST_DEVICE static inline float signed_distance(std::int32_t squared, bool foreground, float largest) {
-  const float share = sqrtf(static_cast<float>(squared)) / largest;
+  const float share = quotient(square_root(squared), largest);
   const float magnitude = squared == kNoDistance ? 1.0f : foreground && squared == 1 ? 0.0f : share;
   return foreground ? magnitude : -magnitude;
 }

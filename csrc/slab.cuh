@@ -26,9 +26,10 @@ constexpr int kFar = kReach * kReach;
 constexpr int kPairs = kSlabRows / 2;                // of rows
 constexpr int kColumns = kTileColumns + 2 * kReach;  // of the tile and of what the search sees beside it
 constexpr int kGroups = (kColumns + 31) / 32;        // of 32 columns
-constexpr int kSteps = kTileColumns / 64;            // in which a warp goes along a pair of rows
+constexpr int kStrides = kTileColumns / 64;          // in which a warp goes along a pair of rows
 constexpr int kNoEdge = 1 << 20;                     // from a word to an edge that does not exist
 
+static_assert(kColumns > 32 * (kGroups - 1) && kGroups > 2 * kWarps);
 static_assert((kReach + 1) * (kReach + 1) + kFar <= UINT16_MAX && kReach % 2 == 0);
 
 struct Slab {
@@ -97,7 +98,7 @@ __device__ inline void fill(Slab& slab, const Columns& columns, int index, int f
       const std::uint32_t edges = __ballot_sync(UINT32_MAX, across >> row & 1);
       if (threadIdx.x % 32 == static_cast<unsigned>(row)) slab.edges[row][c / 32] = edges;
     }
-    if (c >= kColumns) continue;
+    if (c >= kColumns) continue;  // in the last group alone: no later ballot of this warp
     const std::uint32_t edges = columns.edges(index, nearest);
     const int back = columns.back(index, nearest), ahead = columns.ahead(index, nearest);
     const bool in_the_image = x == nearest;

@@ -21,12 +21,14 @@ from torch import Tensor
 from . import ops
 
 INT32_MAX = 2**31 - 1
+MAX_SIDE = 46_340  # the largest integer whose square int32 holds
 
 
 def squared_distance(mask: Any) -> Tensor:
     """Exact squared Euclidean distance of every pixel to the nearest pixel of the opposite class, in pixels squared.
 
-    mask: (B, H, W) or (H, W), bool or integer, diagonal up to 46,340 -> int32 of the same shape; -1 in constant images.
+    mask: (B, H, W) or (H, W), bool or integer, sides and diagonal up to 46,340 -> int32 of the same shape; -1 where an
+    image is constant.
     Raises TypeError for floating-point masks, ValueError for other shapes.
     """
     masks, restore = _mask_batch(mask)
@@ -141,10 +143,10 @@ def _mask_batch(mask: Any) -> tuple[Tensor, Any]:
     if tensor.ndim not in (2, 3):
         raise ValueError(f"a mask is (B, H, W) or (H, W), got shape {tuple(tensor.shape)}")
     height, width = tensor.shape[-2:]
-    if (height - 1) ** 2 + (width - 1) ** 2 > INT32_MAX:
+    if max(height, width) > MAX_SIDE or (height - 1) ** 2 + (width - 1) ** 2 > INT32_MAX:
         raise ValueError(
-            f"a mask of {height} x {width} pixels is too large: int32 holds squared distances up to diagonals "
-            "of 46,340 pixels; cut it into tiles"
+            f"a mask of {height} x {width} pixels is too large: int32 holds squared distances up to a side or "
+            f"diagonal of {MAX_SIDE:,} pixels; cut it into tiles"
         )
     if tensor.ndim == 3:
         return tensor.contiguous(), lambda result: result

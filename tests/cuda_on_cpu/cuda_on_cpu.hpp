@@ -11,9 +11,11 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #define SEMIMOE_CLUSTERS
@@ -24,10 +26,10 @@
 using std::max;
 using std::min;
 
-struct uint2 {
+struct alignas(8) uint2 {
   unsigned x, y;
 };
-struct int2 {
+struct alignas(8) int2 {
   int x, y;
 };
 struct dim3 {
@@ -39,6 +41,7 @@ namespace emulated {
 
 inline int compute_capability_major = 9;
 inline unsigned seed = 0;
+inline std::map<void*, std::size_t> opted_in;  // kernels to more shared memory
 
 constexpr std::size_t kStack = 64 << 10;
 constexpr int kWarp = 32;
@@ -59,6 +62,7 @@ struct Block {
   std::vector<unsigned char> memory;
   std::vector<Warp> warps;
   Barrier barrier;
+  unsigned running = 0;  // threads
 };
 
 struct Fiber {
@@ -82,6 +86,10 @@ inline Cluster* cluster = nullptr;
 inline void (*run_thread)() = nullptr;
 inline bool progress = false;
 
+// An exception cannot leave a fiber: the scheduler throws it.
+inline const char* failure = nullptr;
+inline void fail(const char* reason) { failure = reason; }
+
 // Lets the others run.
 inline void yield() {
   if (!_setjmp(current->place)) _longjmp(scheduler, 1);
@@ -104,6 +112,7 @@ inline std::uint32_t meet(Barrier& barrier, std::uint32_t bits = 0) {
 inline void run_fiber() {
   yield();
   run_thread();
+  --current->block->running;
   current->done = progress = true;
   yield();
 }
@@ -149,7 +158,7 @@ inline void run_cluster(unsigned first_block, unsigned blocks, unsigned threads,
     block.index = first_block + rank;
     block.memory.assign(memory, 0xA5);
     block.warps.resize((threads + kWarp - 1) / kWarp);
-    block.barrier.expected = threads;
+    block.barrier.expected = block.running = threads;
     for (unsigned thread = 0; thread < threads; ++thread) {
       Fiber& fiber = fibers[rank * threads + thread];
       fiber.block = &block;
@@ -169,7 +178,8 @@ inline void run_cluster(unsigned first_block, unsigned blocks, unsigned threads,
       if ((blocks_behind >> block | warps_behind >> (warp + block) % 32) % 2 == 0) resume(*fiber);
     }
     idle = progress ? 0 : idle + 1;
-    if (idle == 1000) throw std::runtime_error("threads wait at a barrier that others never reach");
+    if (idle == 1000) fail("threads wait at a barrier that others never reach");
+    if (failure) throw std::runtime_error(std::exchange(failure, nullptr));
     waiting.erase(std::remove_if(waiting.begin(), waiting.end(), [](Fiber* fiber) { return fiber->done; }),
                   waiting.end());
   }
@@ -220,7 +230,11 @@ inline std::uint32_t __vmaxu2(std::uint32_t a, std::uint32_t b) {
   return halves(a, b, [](std::uint32_t x, std::uint32_t y) { return std::max(x, y); });
 }
 inline std::uint32_t __viaddmin_u16x2(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
-  return __vminu2(halves(a, b, [](std::uint32_t x, std::uint32_t y) { return x + y; }), c);
+  const auto sum = [](std::uint32_t x, std::uint32_t y) {
+    if (x + y > UINT16_MAX) emulated::fail("a sum of 16-bit words overflows");
+    return x + y;
+  };
+  return __vminu2(halves(a, b, sum), c);
 }
 
 namespace semimoe {
@@ -234,6 +248,7 @@ inline void cluster_sync() { meet(emulated::cluster->barrier); }
 
 template <class T>
 T* in_block(unsigned rank, T* here) {
+  if (emulated::cluster->blocks.at(rank).running == 0) emulated::fail("a block reaches into one that has ended");
   const auto offset = reinterpret_cast<unsigned char*>(here) - emulated::current->block->memory.data();
   return reinterpret_cast<T*>(emulated::cluster->blocks.at(rank).memory.data() + offset);
 }
@@ -267,7 +282,8 @@ struct cudaLaunchConfig_t {
 };
 
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+// What is known of a device is kept: one for each capability.
+inline cudaError_t cudaGetDevice(int* device) { return *device = emulated::compute_capability_major, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
   return *value = emulated::compute_capability_major, cudaSuccess;
 }
@@ -276,9 +292,16 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
   return attributes->ptxVersion = 10 * emulated::compute_capability_major, cudaSuccess;
 }
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, int, int) {
+cudaError_t cudaFuncSetAttribute(Kernel kernel, int, int bytes) {
+  emulated::opted_in[reinterpret_cast<void*>(kernel)] = bytes;
   return cudaSuccess;
 }
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t*) {
+  return *clusters = 1, cudaSuccess;
+}
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* address, int value, std::size_t bytes, cudaStream_t) {
   return std::memset(address, value, bytes), cudaSuccess;
 }
@@ -292,7 +315,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   emulated::run_thread = [] { running(*given); };
   const unsigned cluster = config->numAttrs ? config->attrs->val.clusterDim.x : 1;
   const unsigned grid = config->gridDim.x;
-  if (grid % cluster) throw std::runtime_error("the grid is no multiple of the cluster");
+  const auto allowed = emulated::opted_in.find(reinterpret_cast<void*>(kernel));
+  if (config->dynamicSmemBytes > (allowed == emulated::opted_in.end() ? 48 << 10 : allowed->second))
+    throw std::runtime_error("a kernel takes more shared memory than it has asked for");
+  if (cluster > 8 || grid % cluster) throw std::runtime_error("the grid and its clusters do not fit");
   std::mt19937 random(emulated::seed);
   for (unsigned block = 0; block < grid; block += cluster)
     emulated::run_cluster(block, cluster, config->blockDim.x, config->dynamicSmemBytes, random);

@@ -22,7 +22,7 @@ extern "C" const char* __ubsan_default_options() { return "abort_on_error=1:prin
 
 namespace {
 
-// As in tests/test_native.py; the double here is exact enough to need no more.
+// As in tests/test_distance.py; the double here is exact enough to need no more.
 const double kSdfTolerance = std::ldexp(5, -24);
 
 char current[200] = "before the first case";  // what to name in a failure
