@@ -185,7 +185,8 @@ struct Scale {
 
 __device__ inline void write_pixel(const Problem& problem, std::int64_t pixel, std::int32_t squared, bool foreground,
                                    const Scale& scale) {
-  problem.sdf[pixel] = signed_distance(squared, foreground, foreground ? scale.inside : scale.outside);
+  const float share = quotient(square_root(squared), foreground ? scale.inside : scale.outside);
+  problem.sdf[pixel] = signed_distance(squared, foreground, share);
   problem.boundary[pixel] = on_ring(squared, foreground, problem.squared_ring_radius);
 }
 

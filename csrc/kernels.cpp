@@ -135,16 +135,33 @@ void search_rows(const std::uint8_t* mask, const std::uint8_t* gaps, int rows, i
 
 // ------------------------------------------------------------------------------------------------------------ targets
 
+// a / b, correctly rounded like it, given 1 / b: a quarter of the time. With fused multiplication and addition a
+// remainder is exact, and one correction from the nearest but one float or closer rounds correctly (P. Markstein,
+// "Computation of elementary functions on the IBM RISC System/6000 processor", 1990); the first of the two only gets
+// there.
+inline float quotient(float a, float b, [[maybe_unused]] float reciprocal) {
+#ifdef __FMA__
+  float result = a * reciprocal;
+  for (int i = 0; i < 2; ++i) result = __builtin_fmaf(__builtin_fmaf(-result, b, a), reciprocal, result);
+  return result;
+#else
+  return a / b;
+#endif
+}
+
 void write_targets(const std::uint8_t* mask, std::int64_t count, const Deepest& deepest,
                    std::int32_t squared_ring_radius, void* squared_to_sdf, std::uint8_t* boundary) {
-  const float inside = square_root(deepest.inside);
-  const float outside = square_root(deepest.outside);
+  const float inside = square_root(deepest.inside), outside = square_root(deepest.outside);
+  const float of_inside = 1 / inside, of_outside = 1 / outside;
   char* memory = static_cast<char*>(squared_to_sdf);
   for (std::int64_t i = 0; i < count; ++i) {
+    const bool foreground = mask[i] != 0;
     std::int32_t squared;
     std::memcpy(&squared, memory + 4 * i, 4);
-    const float sdf = signed_distance(squared, mask[i] != 0, mask[i] ? inside : outside);
-    boundary[i] = on_ring(squared, mask[i] != 0, squared_ring_radius);
+    const float share =
+        quotient(square_root(squared), foreground ? inside : outside, foreground ? of_inside : of_outside);
+    const float sdf = signed_distance(squared, foreground, share);
+    boundary[i] = on_ring(squared, foreground, squared_ring_radius);
     std::memcpy(memory + 4 * i, &sdf, 4);
   }
 }

@@ -48,10 +48,11 @@ inline std::vector<const Kernels*> supported_kernels() {
   std::vector<const Kernels*> supported;
 #ifdef SEMIMOE_X86_KERNELS
   __builtin_cpu_init();
-  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (has_avx512) supported.push_back(&avx512::kernels);
-  if (__builtin_cpu_supports("avx2")) supported.push_back(&avx2::kernels);
+  if (has_avx2) supported.push_back(&avx2::kernels);
 #endif
   supported.push_back(&plain::kernels);
   return supported;

@@ -66,9 +66,8 @@ SEMIMOE_HOST_DEVICE static inline float quotient(float a, float b) {
 #endif
 }
 
-// Distance over the largest of the same sign in the image, negative outside, 0 on the inner boundary.
-SEMIMOE_HOST_DEVICE static inline float signed_distance(std::int32_t squared, bool foreground, float largest) {
-  const float share = quotient(square_root(squared), largest);
+// From the distance over the largest of the same sign in the image: negative outside, 0 on the inner boundary.
+SEMIMOE_HOST_DEVICE static inline float signed_distance(std::int32_t squared, bool foreground, float share) {
   const float magnitude = squared == kNoDistance ? 1.0f : foreground && squared == 1 ? 0.0f : share;
   return foreground ? magnitude : -magnitude;
 }
