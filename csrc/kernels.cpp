@@ -135,10 +135,9 @@ void search_rows(const std::uint8_t* mask, const std::uint8_t* gaps, int rows, i
 
 // ------------------------------------------------------------------------------------------------------------ targets
 
-// a / b, correctly rounded like it, given 1 / b: a quarter of the time. With fused multiplication and addition a
-// remainder is exact, and one correction from the nearest but one float or closer rounds correctly (P. Markstein,
-// "Computation of elementary functions on the IBM RISC System/6000 processor", 1990); the first of the two only gets
-// there.
+// a / b, correctly rounded, given 1 / b: faster than to divide. A fused multiplication and addition leaves an exact
+// remainder, and a correction by it of one of the two floats around the quotient rounds correctly (P. Markstein,
+// "Computation of elementary functions on the IBM RISC System/6000 processor", 1990); the first one finds such a float.
 inline float quotient(float a, float b, [[maybe_unused]] float reciprocal) {
 #ifdef __FMA__
   float result = a * reciprocal;

@@ -148,6 +148,7 @@ def test_cuda_graph_capture(shape: tuple[int, int, int]) -> None:
     masks = [torch.rand(shape, device="cuda") < share for share in (0.2, 0.001)]
     static = masks[0].clone()
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         F.distance_targets(static)  # loads the module outside of the capture
     torch.cuda.current_stream().wait_stream(side)

@@ -169,10 +169,14 @@ inline void run_cluster(unsigned first_block, unsigned blocks, unsigned threads,
       waiting.push_back(&fiber);
     }
   }
-  for (int idle = 0; !waiting.empty();) {
+  std::uint32_t blocks_behind = 0, warps_behind = 0;
+  for (int pass = 0, idle = 0; !waiting.empty(); ++pass) {
     std::shuffle(waiting.begin(), waiting.end(), random);
     progress = false;
-    const std::uint32_t blocks_behind = random() & random(), warps_behind = random() & random();
+    if (pass % 8 == 0) {  // long enough for the others to come through several barriers
+      blocks_behind = random() & random();
+      warps_behind = random() & random();
+    }
     for (Fiber* fiber : waiting) {
       const unsigned block = fiber->block->index - first_block, warp = fiber->thread / kWarp;
       if ((blocks_behind >> block | warps_behind >> (warp + block) % 32) % 2 == 0) resume(*fiber);
