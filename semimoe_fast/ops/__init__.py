@@ -1,4 +1,4 @@
-"""Choice of backend for every operation, and the custom ops through which torch.compile sees the native ones.
+"""Choice of backend for every operation; beside it, the custom ops through which torch.compile sees the fused ones.
 
 Three backends stand behind each public name: `reference` (obvious), `portable` (fast plain PyTorch) and `fused`
 (native or Triton). The environment variable SEMIMOE_BACKEND forces one, and fails where it cannot serve.
@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from . import _native, portable, reference
-from .errors import UserError
+from .. import _native, _triton, portable, reference
+from ..errors import UserError
+from . import distance
 
 logger = logging.getLogger("semimoe_fast")
 
@@ -38,37 +38,12 @@ class BackendError(UserError, RuntimeError):
     """SEMIMOE_BACKEND asks for a backend that is unknown or cannot serve here."""
 
 
-@torch.library.custom_op("semimoe_fast::squared_distance", mutates_args=())
-def native_squared_distance(mask: Tensor) -> Tensor:
-    """uint8 or bool (on CUDA any integer) (B, H, W), contiguous -> int32 (B, H, W)."""
-    out = torch.empty_like(mask, dtype=torch.int32)
-    _native.squared_distance(mask, out)
-    return out
-
-
-@native_squared_distance.register_fake
-def _(mask: Tensor) -> Tensor:
-    return torch.empty_like(mask, dtype=torch.int32)
-
-
-@torch.library.custom_op("semimoe_fast::distance_targets", mutates_args=())
-def native_distance_targets(mask: Tensor, ring_radius: float) -> tuple[Tensor, Tensor]:
-    """uint8 or bool (on CUDA any integer) (B, H, W), contiguous -> float32 and uint8 (B, H, W)."""
-    sdf = torch.empty_like(mask, dtype=torch.float32)
-    boundary = torch.empty_like(mask, dtype=torch.uint8)
-    _native.distance_targets(mask, sdf, boundary, ring_radius)
-    return sdf, boundary
-
-
-@native_distance_targets.register_fake
-def _(mask: Tensor, ring_radius: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(mask, dtype=torch.float32), torch.empty_like(mask, dtype=torch.uint8)
-
-
-FUSED: dict[str, Callable[..., Any]] = {
-    "squared_distance": native_squared_distance,
-    "distance_targets": native_distance_targets,
+NATIVE: dict[str, Callable[..., Any]] = {
+    "squared_distance": distance.squared_distance,
+    "distance_targets": distance.distance_targets,
 }
+TRITON: dict[str, Callable[..., Any]] = {}
+FUSED = NATIVE | TRITON
 
 
 def implementation(operation: str, device: torch.device) -> Callable[..., Any]:
@@ -86,6 +61,8 @@ def choose(operation: str, device_type: str, forced: str | None = None) -> tuple
     """
     missing = why_not_fused(operation, device_type)
     if forced is None:
+        if missing is None and device_type == "cpu" and operation in TRITON:
+            missing = "Triton's interpreter is for tests"
         return ("portable", missing) if missing else ("fused", "the fastest available")
     if forced not in BACKENDS:
         raise BackendError(f"SEMIMOE_BACKEND={forced!r}: choose one of {', '.join(BACKENDS)}, or unset it")
@@ -100,7 +77,7 @@ def why_not_fused(operation: str, device_type: str) -> str | None:
         raise ValueError(f"unknown operation {operation!r}: choose one of {', '.join(OPERATIONS)}")
     if operation not in FUSED:
         return "no fused kernel is written for it yet"
-    return _native.why_unavailable(device_type)
+    return (_triton if operation in TRITON else _native).why_unavailable(device_type)
 
 
 @torch.compiler.assume_constant_result  # so that a compiled caller traces past the log and the cache
@@ -112,6 +89,6 @@ def _chosen(operation: str, device_type: str, forced: str | None) -> str:
 def _choose_and_say(operation: str, device_type: str, forced: str | None) -> str:
     """`choose`, and a line in the log the first time that it falls back."""
     backend, reason = choose(operation, device_type, forced)
-    if forced is None and backend == "portable" and (operation in FUSED or device_type != "cpu"):
+    if forced is None and backend == "portable" and (operation in NATIVE or device_type != "cpu"):
         logger.warning("%s on %s falls back to the portable backend: %s", operation, device_type, reason)
     return backend

@@ -1,0 +1,35 @@
+"""Custom ops of the native distance targets."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _native
+
+
+@torch.library.custom_op("semimoe_fast::squared_distance", mutates_args=())
+def squared_distance(mask: Tensor) -> Tensor:
+    """uint8 or bool (on CUDA any integer) (B, H, W), contiguous -> int32 (B, H, W)."""
+    out = torch.empty_like(mask, dtype=torch.int32)
+    _native.squared_distance(mask, out)
+    return out
+
+
+@squared_distance.register_fake
+def _(mask: Tensor) -> Tensor:
+    return torch.empty_like(mask, dtype=torch.int32)
+
+
+@torch.library.custom_op("semimoe_fast::distance_targets", mutates_args=())
+def distance_targets(mask: Tensor, ring_radius: float) -> tuple[Tensor, Tensor]:
+    """uint8 or bool (on CUDA any integer) (B, H, W), contiguous -> float32 and uint8 (B, H, W)."""
+    sdf = torch.empty_like(mask, dtype=torch.float32)
+    boundary = torch.empty_like(mask, dtype=torch.uint8)
+    _native.distance_targets(mask, sdf, boundary, ring_radius)
+    return sdf, boundary
+
+
+@distance_targets.register_fake
+def _(mask: Tensor, ring_radius: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(mask, dtype=torch.float32), torch.empty_like(mask, dtype=torch.uint8)
