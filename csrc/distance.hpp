@@ -7,7 +7,7 @@
 //
 // kernels.cpp searches outwards for it, in bytes and 16-bit words, which is all that most masks need. The rows where a
 // distance exceeds the search's reach are finished by the linear algorithm of envelope.hpp. Scratch: 1 byte a pixel of
-// an image, and 2 more where such a row occurs; the squared distances wait in the memory of the sdf.
+// an image, and 2 more a pixel of such rows; the squared distances wait in the memory of the sdf.
 #pragma once
 
 #include <memory>
@@ -21,7 +21,6 @@ namespace semimoe {
 
 // Below this many pixels a thread costs more to start than it saves.
 constexpr std::int64_t kPixelsPerThread = 1 << 15;
-constexpr int kStripColumns = 512;  // two rows of gaps stay in the nearest cache
 constexpr int kStripRows = 16;
 
 struct Image {
@@ -74,15 +73,16 @@ inline Deepest squared_distance(const Kernels& kernels, const Image& image, int 
   for (int y = 0; y < image.height; ++y)
     if (std::max(deepest[y].inside, deepest[y].outside) >= far) far_rows.push_back(y);
   if (!far_rows.empty()) {
-    const std::unique_ptr<Gap[]> gaps(new Gap[image.pixels()]);
+    const int count = static_cast<int>(far_rows.size());
+    const std::unique_ptr<Gap[]> gaps(new Gap[image.row(count)]);
     for_each_strip(image.width, kStripColumns, threads, [&](int begin, int end) {
-      kernels.all_gaps(image.mask, image.height, image.width, begin, end, gaps.get());
+      kernels.far_gaps(image.mask, image.height, image.width, begin, end, far_rows.data(), count, gaps.get());
     });
-    for_each_strip(static_cast<int>(far_rows.size()), kStripRows, threads, [&](int begin, int end) {
+    for_each_strip(count, kStripRows, threads, [&](int begin, int end) {
       Envelope envelope(image.width);
       for (int i = begin; i < end; ++i) {
         const int y = far_rows[i];
-        deepest[y] = finish_row(image.mask + image.row(y), gaps.get() + image.row(y), image.width, far, envelope,
+        deepest[y] = finish_row(image.mask + image.row(y), gaps.get() + image.row(i), image.width, far, envelope,
                                 squared + image.row(y));
       }
     });

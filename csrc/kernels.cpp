@@ -33,22 +33,61 @@ inline Gap next(Gap gap, std::uint8_t neighbour, std::uint8_t here) {
   return (neighbour != 0) == (here != 0) ? grown : Gap{1};
 }
 
-template <class Gap, Gap kMost>
-void column_gaps(const std::uint8_t* mask, int height, int width, int begin, int end, Gap* gaps) {
+void near_gaps(const std::uint8_t* mask, int height, int width, int begin, int end, std::uint8_t* gaps) {
   const std::int64_t stride = width;
-  for (int x = begin; x < end; ++x) gaps[x] = kMost;
+  for (int x = begin; x < end; ++x) gaps[x] = kReach;
   for (int y = 1; y < height; ++y) {
     const std::uint8_t *here = mask + y * stride, *above = here - stride;
-    Gap *gap = gaps + y * stride, *gap_above = gap - stride;
-    for (int x = begin; x < end; ++x) gap[x] = next<Gap, kMost>(gap_above[x], above[x], here[x]);
+    std::uint8_t *gap = gaps + y * stride, *gap_above = gap - stride;
+    for (int x = begin; x < end; ++x) gap[x] = next<std::uint8_t, kReach>(gap_above[x], above[x], here[x]);
   }
   for (int y = height - 2; y >= 0; --y) {
     const std::uint8_t *here = mask + y * stride, *below = here + stride;
-    Gap *gap = gaps + y * stride, *gap_below = gap + stride;
+    std::uint8_t *gap = gaps + y * stride, *gap_below = gap + stride;
     for (int x = begin; x < end; ++x) {
-      const Gap up = next<Gap, kMost>(gap_below[x], below[x], here[x]);
+      const std::uint8_t up = next<std::uint8_t, kReach>(gap_below[x], below[x], here[x]);
       gap[x] = up < gap[x] ? up : gap[x];
     }
+  }
+}
+
+// The gaps of one row after another, of which only those at the rows wanted are kept.
+class Front {
+ public:
+  Front(const std::uint8_t* mask, int width, int begin, int end)
+      : mask_(mask + begin), width_(width), count_(end - begin) {
+    for (int x = 0; x < count_; ++x) gaps_[x] = kNoGap;
+  }
+
+  void step(int from, int to) {
+    const std::uint8_t *neighbour = mask_ + from * width_, *here = mask_ + to * width_;
+    for (int x = 0; x < count_; ++x) gaps_[x] = next<Gap, kNoGap>(gaps_[x], neighbour[x], here[x]);
+  }
+
+  void lower(Gap* gaps) const {
+    for (int x = 0; x < count_; ++x) gaps[x] = gaps_[x] < gaps[x] ? gaps_[x] : gaps[x];
+  }
+
+ private:
+  const std::uint8_t* mask_;
+  std::int64_t width_;
+  int count_;
+  Gap gaps_[kStripColumns];
+};
+
+void far_gaps(const std::uint8_t* mask, int height, int width, int begin, int end, const int* rows, int count,
+              Gap* gaps) {
+  const auto row = [&](int i) { return gaps + static_cast<std::int64_t>(i) * width; };
+  for (int i = 0; i < count; ++i)
+    for (int x = begin; x < end; ++x) row(i)[x] = kNoGap;
+  Front down(mask, width, begin, end), up(mask, width, begin, end);
+  for (int i = 0, y = 0; i < count; ++i) {
+    for (; y < rows[i]; ++y) down.step(y, y + 1);
+    down.lower(row(i) + begin);
+  }
+  for (int i = count - 1, y = height - 1; i >= 0; --i) {
+    for (; y > rows[i]; --y) up.step(y, y - 1);
+    up.lower(row(i) + begin);
   }
 }
 
@@ -61,15 +100,30 @@ inline Word largest(Words words) {
   return result;
 }
 
+// The square of k in every lane. Where loads are not what the search waits for, to load it is the faster way; two words
+// at once, since processors repeat those without a detour.
+#ifdef __AVX512BW__
+inline Words square(int k) { return broadcast(static_cast<Word>(k * k)); }
+#else
+struct Squares {
+  std::uint32_t pairs[kReach + kSteps] = {};
+  constexpr Squares() {
+    for (std::uint32_t k = 0; k < kReach + kSteps; ++k) pairs[k] = (k * k & UINT16_MAX) * 0x10001;
+  }
+};
+constexpr Squares kSquares;
+inline Words square(int k) { return broadcast_pair(kSquares.pairs[k]); }
+#endif
+
 // nearest = min over k in [first, last] of k^2 + heights[x +- k], for the lanes x at `heights`; no further than k^2 can
 // still be the least.
 template <Words (*plus)(Words, Words)>
 inline Words search(const Word* heights, int first, int last, Words nearest) {
-  for (int k = first; k <= last && any_above(nearest, broadcast(k * k)); k += kSteps) {
+  for (int k = first; k <= last && any_above(nearest, square(k)); k += kSteps) {
     Words candidates[kSteps];
     for (int i = 0; i < kSteps; ++i) {
       const Words beside = minimum(load(heights - k - i), load(heights + k + i));
-      candidates[i] = plus(beside, broadcast((k + i) * (k + i)));
+      candidates[i] = plus(beside, square(k + i));
     }
     for (int i = 0; i < kSteps; i += 2) nearest = minimum(nearest, minimum(candidates[i], candidates[i + 1]));
   }
@@ -172,8 +226,7 @@ void write_targets(const std::uint8_t* mask, std::int64_t count, const Deepest& 
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    SEMIMOE_NAME(SEMIMOE_SIMD),         kReach,      row_scratch,   column_gaps<std::uint8_t, kReach>,
-    column_gaps<std::uint16_t, kNoGap>, search_rows, write_targets,
+    SEMIMOE_NAME(SEMIMOE_SIMD), kReach, row_scratch, near_gaps, far_gaps, search_rows, write_targets,
 };
 
 }  // namespace SEMIMOE_SIMD

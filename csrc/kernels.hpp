@@ -8,6 +8,8 @@
 
 namespace semimoe {
 
+constexpr int kStripColumns = 512;  // two rows of gaps stay in the nearest cache
+
 struct Kernels {
   const char* name;
 
@@ -18,9 +20,11 @@ struct Kernels {
   // 16-bit words that the search needs as scratch for a row of `width` pixels.
   std::int64_t (*row_scratch)(int width);
 
-  // Gaps of the columns [begin, end): down the image, then up.
+  // Gaps of the columns [begin, end), at most kStripColumns of them: cut off for the whole image, or in full for the
+  // rows listed, in ascending order.
   void (*near_gaps)(const std::uint8_t* mask, int height, int width, int begin, int end, std::uint8_t* gaps);
-  void (*all_gaps)(const std::uint8_t* mask, int height, int width, int begin, int end, std::uint16_t* gaps);
+  void (*far_gaps)(const std::uint8_t* mask, int height, int width, int begin, int end, const int* rows, int count,
+                   Gap* gaps);
 
   // Squared distances of `rows` rows from their gaps; deepest[i] becomes that of row i.
   void (*search_rows)(const std::uint8_t* mask, const std::uint8_t* gaps, int rows, int width, std::uint16_t* scratch,

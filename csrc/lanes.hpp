@@ -30,6 +30,7 @@ inline bool any_above(Words a, Words b) { return _mm512_cmpgt_epu16_mask(a, b) !
 
 using Words = __m256i;
 inline Words broadcast(Word word) { return _mm256_set1_epi16(static_cast<short>(word)); }
+inline Words broadcast_pair(std::uint32_t pair) { return _mm256_set1_epi32(static_cast<int>(pair)); }
 inline Words minimum(Words a, Words b) { return _mm256_min_epu16(a, b); }
 inline Words maximum(Words a, Words b) { return _mm256_max_epu16(a, b); }
 inline Words add(Words a, Words b) { return _mm256_add_epi16(a, b); }
@@ -43,6 +44,7 @@ inline bool any_above(Words a, Words b) {
 
 using Words = __m128i;
 inline Words broadcast(Word word) { return _mm_set1_epi16(static_cast<short>(word)); }
+inline Words broadcast_pair(std::uint32_t pair) { return _mm_set1_epi32(static_cast<int>(pair)); }
 inline Words minimum(Words a, Words b) { return _mm_sub_epi16(a, _mm_subs_epu16(a, b)); }
 inline Words maximum(Words a, Words b) { return _mm_add_epi16(b, _mm_subs_epu16(a, b)); }
 inline Words add(Words a, Words b) { return _mm_add_epi16(a, b); }
@@ -55,6 +57,7 @@ inline bool any_above(Words a, Words b) {
 
 using Words = Word __attribute__((vector_size(16)));
 inline Words broadcast(Word word) { return Words{} + word; }
+inline Words broadcast_pair(std::uint32_t pair) { return broadcast(static_cast<Word>(pair)); }
 inline Words minimum(Words a, Words b) { return a < b ? a : b; }
 inline Words maximum(Words a, Words b) { return a > b ? a : b; }
 inline Words add(Words a, Words b) { return a + b; }
