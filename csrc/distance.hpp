@@ -46,22 +46,22 @@ inline bool is_constant(const Image& image) {
 
 // Calls body(begin, end) for strips that cover [0, length).
 template <class Body>
-void for_each_strip(int length, int strip, int threads, const Body& body) {
-  parallel_for((length + strip - 1) / strip, threads, [&](std::int64_t i) {
+void for_each_strip(int length, int strip, Workers& workers, const Body& body) {
+  workers.each((length + strip - 1) / strip, [&](std::int64_t i) {
     const int begin = static_cast<int>(i) * strip;
     body(begin, std::min(begin + strip, length));
   });
 }
 
 // Squared distances of an image that is not constant, and the largest of either class.
-inline Deepest squared_distance(const Kernels& kernels, const Image& image, int threads, std::int32_t* squared) {
+inline Deepest squared_distance(const Kernels& kernels, const Image& image, Workers& workers, std::int32_t* squared) {
   std::vector<Deepest> deepest(image.height);  // of each row
   {
     const std::unique_ptr<std::uint8_t[]> gaps(new std::uint8_t[image.pixels()]);
-    for_each_strip(image.width, kStripColumns, threads, [&](int begin, int end) {
+    for_each_strip(image.width, kStripColumns, workers, [&](int begin, int end) {
       kernels.near_gaps(image.mask, image.height, image.width, begin, end, gaps.get());
     });
-    for_each_strip(image.height, kStripRows, threads, [&](int begin, int end) {
+    for_each_strip(image.height, kStripRows, workers, [&](int begin, int end) {
       const std::unique_ptr<std::uint16_t[]> scratch(new std::uint16_t[kernels.row_scratch(image.width)]);
       kernels.search_rows(image.mask + image.row(begin), gaps.get() + image.row(begin), end - begin, image.width,
                           scratch.get(), squared + image.row(begin), &deepest[begin]);
@@ -75,10 +75,10 @@ inline Deepest squared_distance(const Kernels& kernels, const Image& image, int 
   if (!far_rows.empty()) {
     const int count = static_cast<int>(far_rows.size());
     const std::unique_ptr<Gap[]> gaps(new Gap[image.row(count)]);
-    for_each_strip(image.width, kStripColumns, threads, [&](int begin, int end) {
+    for_each_strip(image.width, kStripColumns, workers, [&](int begin, int end) {
       kernels.far_gaps(image.mask, image.height, image.width, begin, end, far_rows.data(), count, gaps.get());
     });
-    for_each_strip(count, kStripRows, threads, [&](int begin, int end) {
+    for_each_strip(count, kStripRows, workers, [&](int begin, int end) {
       Envelope envelope(image.width);
       for (int i = begin; i < end; ++i) {
         const int y = far_rows[i];
@@ -93,7 +93,7 @@ inline Deepest squared_distance(const Kernels& kernels, const Image& image, int 
   return overall;
 }
 
-// Calls body(image, first pixel, threads) for every image of a batch.
+// Calls body(image, first pixel, workers) for every image of a batch.
 template <class Body>
 void for_each_image(const std::uint8_t* masks, std::int64_t batch, std::int64_t height, std::int64_t width, int threads,
                     const Body& body) {
@@ -107,19 +107,20 @@ void for_each_image(const std::uint8_t* masks, std::int64_t batch, std::int64_t 
   };
   const int across = useful(std::min<std::int64_t>(threads, batch), batch * pixels);
   const int within = useful(threads / across, pixels);
-  parallel_for(batch, across, [&](std::int64_t i) {
-    body(Image{masks + i * pixels, static_cast<int>(height), static_cast<int>(width)}, i * pixels, within);
+  Workers(across).each(batch, [&](std::int64_t i) {
+    Workers workers(within);
+    body(Image{masks + i * pixels, static_cast<int>(height), static_cast<int>(width)}, i * pixels, workers);
   });
 }
 
 // masks (batch, height, width) -> out int32, same shape.
 inline void squared_distance(const Kernels& kernels, const std::uint8_t* masks, std::int64_t batch, std::int64_t height,
                              std::int64_t width, std::int32_t* out, int threads) {
-  for_each_image(masks, batch, height, width, threads, [&](const Image& image, std::int64_t first, int image_threads) {
+  for_each_image(masks, batch, height, width, threads, [&](const Image& image, std::int64_t first, Workers& workers) {
     if (is_constant(image))
       std::fill_n(out + first, image.pixels(), kNoDistance);
     else
-      squared_distance(kernels, image, image_threads, out + first);
+      squared_distance(kernels, image, workers, out + first);
   });
 }
 
@@ -127,15 +128,15 @@ inline void squared_distance(const Kernels& kernels, const std::uint8_t* masks, 
 inline void distance_targets(const Kernels& kernels, const std::uint8_t* masks, std::int64_t batch, std::int64_t height,
                              std::int64_t width, std::int32_t squared_ring_radius, float* sdf, std::uint8_t* boundary,
                              int threads) {
-  for_each_image(masks, batch, height, width, threads, [&](const Image& image, std::int64_t first, int image_threads) {
+  for_each_image(masks, batch, height, width, threads, [&](const Image& image, std::int64_t first, Workers& workers) {
     if (is_constant(image)) {
       std::fill_n(sdf + first, image.pixels(), image.mask[0] ? 1.0f : -1.0f);
       std::fill_n(boundary + first, image.pixels(), std::uint8_t{0});
       return;
     }
     std::int32_t* squared = reinterpret_cast<std::int32_t*>(sdf + first);
-    const Deepest deepest = squared_distance(kernels, image, image_threads, squared);
-    for_each_strip(image.height, kStripRows, image_threads, [&](int begin, int end) {
+    const Deepest deepest = squared_distance(kernels, image, workers, squared);
+    for_each_strip(image.height, kStripRows, workers, [&](int begin, int end) {
       const std::int64_t start = image.row(begin);
       kernels.write_targets(image.mask + start, (end - begin) * std::int64_t{image.width}, deepest, squared_ring_radius,
                             squared + start, boundary + first + start);
