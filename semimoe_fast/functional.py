@@ -74,11 +74,59 @@ def pseudo_labels(
     boundary uint8 (B, H, W).
     """
     matrices = _check_gate(features, gate_weights, head_weights, head_biases)
-    if len(matrices) != 3 or matrices[1].shape[0] != 1:
-        raise ValueError(
-            f"pseudo_labels takes the heads of mask (K), sdf (1) and boundary (2 rows), got rows {_rows(matrices)}"
-        )
+    _check_tasks("pseudo_labels", matrices)
     return ops.implementation("pseudo_labels", features[0].device)(features, gate_weights, matrices, head_biases)
+
+
+def expert_products(
+    features: Sequence[Tensor],
+    head_weights: Sequence[Tensor],
+    own_weights: Sequence[Tensor] = (),
+    own_biases: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """All of the multi-gate that is linear in the experts' features X_e, in one pass over them.
+
+    For training: the means go to the gates, whose weights `mix_products` then applies to the products, so that
+    the features, far larger than all else here, are read once forward, and read and written once backward.
+
+    features: E tensors (B, C, H, W); head_weights: T tensors (O_k, C) or (O_k, C, 1, 1); own_weights, own_biases: each
+    expert's own head, E tensors (O_e, C) or (O_e, C, 1, 1) and E tensors (O_e,), or none at all
+    -> means over the pixels (B, E, C), at least float32; products H X_e (B, E, sum O_k, H, W), and own predictions
+    A_e X_e + b_e, E tensors (B, O_e, H, W), in the dtype of the features. Differentiable once in all.
+    """
+    _check_features(features)
+    heads = _check_heads("head_weights", head_weights, features)
+    if not own_weights:
+        own_weights = [features[0].new_zeros(0, features[0].shape[1])] * len(features)
+        own_biases = [weight[:, 0] for weight in own_weights]
+    own = _check_heads("own_weights", own_weights, features)
+    _check_biases("own_biases", own_biases, own)
+    if len(own) != len(features):
+        raise ValueError(f"own_weights has a head for each of the {len(features)} experts or none, got {len(own)}")
+    return ops.implementation("expert_products", features[0].device)(features, heads, own, own_biases)
+
+
+def mix_products(products: Tensor, gate_weights: Tensor, head_biases: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Mix the products of `expert_products` with per-image, per-task weights: what `multi_gate` gives.
+
+    products: (B, E, sum O_k, H, W); gate_weights: (B, T, E); head_biases: T tensors (O_k,) -> T tensors (B, O_k, H, W)
+    in the dtype of the products. Differentiable once in all.
+    """
+    _check_products(products, gate_weights, head_biases)
+    return ops.implementation("mix_products", products.device)(products, gate_weights, head_biases)
+
+
+def label_products(
+    products: Tensor, gate_weights: Tensor, head_biases: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pseudo-labels straight from the products of `expert_products`: what `pseudo_labels` gives. No gradient flows.
+
+    Arguments as `mix_products` with T = 3, for mask (K), sdf (1) and boundary -> mask uint8 (B, H, W), sdf (B, 1, H, W)
+    in the dtype of the products, boundary uint8 (B, H, W).
+    """
+    _check_products(products, gate_weights, head_biases)
+    _check_tasks("label_products", head_biases)
+    return ops.implementation("label_products", products.device)(products, gate_weights, head_biases)
 
 
 def squared_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -170,32 +218,56 @@ def _mask_tensor(mask: Any) -> Tensor:
     raise TypeError(f"a mask is a tensor or an array that speaks DLPack, got {type(mask).__name__}")
 
 
-def _rows(matrices: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(matrix.shape[0] for matrix in matrices)
-
-
 def _check_gate(
     features: Sequence[Tensor], gate_weights: Tensor, head_weights: Sequence[Tensor], head_biases: Sequence[Tensor]
 ) -> list[Tensor]:
     """Raise ValueError where shapes disagree; the head weights as (O_k, C) matrices."""
+    _check_features(features)
+    _check_weights(gate_weights, (features[0].shape[0], len(head_weights), len(features)))
+    matrices = _check_heads("head_weights", head_weights, features)
+    _check_biases("head_biases", head_biases, matrices)
+    return matrices
+
+
+def _check_features(features: Sequence[Tensor]) -> None:
     if isinstance(features, Tensor):
         raise TypeError(f"features is a sequence of E tensors (B, C, H, W), got one tensor {tuple(features.shape)}")
     if not features or features[0].ndim != 4 or any(x.shape != features[0].shape for x in features):
         raise ValueError(f"features are E tensors of one shape (B, C, H, W), got {[tuple(x.shape) for x in features]}")
-    batch, channels = features[0].shape[:2]
-    expected = (batch, len(head_weights), len(features))
+    if any(x.dtype != features[0].dtype for x in features):
+        raise TypeError(f"features are E tensors of one dtype, got {[x.dtype for x in features]}")
+
+
+def _check_weights(gate_weights: Tensor, expected: tuple[int, int, int]) -> None:
     if gate_weights.shape != expected:
         raise ValueError(f"gate_weights is (B, T, E) = {expected} here, got {tuple(gate_weights.shape)}")
-    matrices = [weight.flatten(1) for weight in head_weights]
+
+
+def _check_heads(name: str, weights: Sequence[Tensor], features: Sequence[Tensor]) -> list[Tensor]:
+    channels = features[0].shape[1]
+    matrices = [weight.flatten(1) for weight in weights]
     if any(matrix.shape[1] != channels for matrix in matrices):
-        raise ValueError(
-            f"head_weights are (O_k, {channels}) for these features, got {[tuple(w.shape) for w in head_weights]}"
-        )
-    if [tuple(bias.shape) for bias in head_biases] != [(rows,) for rows in _rows(matrices)]:
-        raise ValueError(
-            f"head_biases match the rows {_rows(matrices)} of head_weights, got {[tuple(b.shape) for b in head_biases]}"
-        )
+        raise ValueError(f"{name} are (O, {channels}) for these features, got {[tuple(w.shape) for w in weights]}")
     return matrices
+
+
+def _check_biases(name: str, biases: Sequence[Tensor], matrices: Sequence[Tensor]) -> None:
+    if [tuple(bias.shape) for bias in biases] != [(len(matrix),) for matrix in matrices]:
+        rows = [len(matrix) for matrix in matrices]
+        raise ValueError(f"{name} match the rows {rows} of the weights, got {[tuple(bias.shape) for bias in biases]}")
+
+
+def _check_products(products: Tensor, gate_weights: Tensor, head_biases: Sequence[Tensor]) -> None:
+    rows = [len(bias) for bias in head_biases]
+    if products.ndim != 5 or products.shape[2] != sum(rows):
+        raise ValueError(f"products are (B, E, {sum(rows)}, H, W) for these biases, got {tuple(products.shape)}")
+    _check_weights(gate_weights, (products.shape[0], len(rows), products.shape[1]))
+
+
+def _check_tasks(name: str, heads: Sequence[Tensor]) -> None:
+    rows = [len(head) for head in heads]
+    if len(rows) != 3 or rows[1] != 1:
+        raise ValueError(f"{name} takes the heads of mask (K), sdf (1) and boundary (2 rows), got rows {rows}")
 
 
 def _check_classes(name: str, logits: Tensor, target: Tensor) -> None:

@@ -47,6 +47,11 @@ class ExpertUNet(nn.Module):
         initialize(self)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.features(images)
+        return features, self.head(features)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, width, H, W), what the head and the multi-gate see."""
         height, width = images.shape[-2:]
         x = pad_to_stride(images)
         skips = []
@@ -56,8 +61,7 @@ class ExpertUNet(nn.Module):
         skips.pop()
         for upsample, block in zip(self.upsample, self.decoder, strict=True):
             x = block(torch.cat([skips.pop(), upsample(x)], 1))
-        own = self.head(x)
-        return x[..., :height, :width], own[..., :height, :width]
+        return x[..., :height, :width]
 
 
 class Gate(nn.Module):
@@ -91,22 +95,31 @@ class MultiGating(nn.Module):
         initialize(self)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        weights = self.gate_weights(features)
-        return *F.multi_gate(features, weights, *self._head_parameters()), weights
+        means, products, _ = self.products(features)
+        return self.mix(means, products)
 
-    def gate_weights(self, features: Sequence[Tensor]) -> Tensor:
-        """(B, T, E), softmax over the experts, computed in the dtype of the parameters whatever autocast says."""
-        with torch.autocast(features[0].device.type, enabled=False):
-            means = torch.cat([x.mean((2, 3), dtype=self.heads[0].weight.dtype) for x in features], 1)
-            return torch.stack([gate(means) for gate in self.gates], 1)
+    def products(
+        self, features: Sequence[Tensor], own_heads: Sequence[nn.Conv2d] = ()
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Means (B, E, channels), products (B, E, sum O_k, H, W), and the predictions of the experts' own heads."""
+        own_weights, own_biases = [head.weight for head in own_heads], [head.bias for head in own_heads]
+        return F.expert_products(features, [head.weight for head in self.heads], own_weights, own_biases)
+
+    def mix(self, means: Tensor, products: Tensor) -> tuple[Tensor, ...]:
+        """What `forward` gives, from what `products` gives."""
+        weights = self.gate_weights(means)
+        return *F.mix_products(products, weights, [head.bias for head in self.heads]), weights
 
     @torch.no_grad()
-    def pseudo_labels(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def pseudo_labels(self, means: Tensor, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Labels from the gated predictions: mask (B, H, W), sdf (B, 1, H, W), boundary (B, H, W); no gradient."""
-        return F.pseudo_labels(features, self.gate_weights(features), *self._head_parameters())
+        return F.label_products(products, self.gate_weights(means), [head.bias for head in self.heads])
 
-    def _head_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [head.weight for head in self.heads], [head.bias for head in self.heads]
+    def gate_weights(self, means: Tensor) -> Tensor:
+        """(B, E, channels) -> (B, T, E), softmax over the experts, in the parameters' dtype whatever autocast says."""
+        with torch.autocast(means.device.type, enabled=False):
+            inputs = means.flatten(1).to(self.heads[0].weight.dtype)
+            return torch.stack([gate(inputs) for gate in self.gates], 1)
 
 
 class SemiMoE(nn.Module):
@@ -134,15 +147,15 @@ class SemiMoE(nn.Module):
         self.gating = MultiGating(width, len(expert_tasks), [out_channels[task] for task in self.tasks])
 
     def forward(self, images: Tensor) -> Output:
-        features, own = self.run_experts(images)
-        *gated, gate_weights = self.gating(features)
+        means, products, own = self.run_experts(images)
+        *gated, gate_weights = self.gating.mix(means, products)
         predictions = dict(zip(self.tasks, gated, strict=True))
         return Output(predictions.get("mask"), predictions.get("sdf"), predictions.get("boundary"), own, gate_weights)
 
-    def run_experts(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The experts alone: their features, E x (B, width, H, W), and their own predictions."""
-        features, own = zip(*(expert(images) for expert in self.experts), strict=True)
-        return features, own
+    def run_experts(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """The experts and one pass over their features: what `MultiGating.products` gives."""
+        features = [expert.features(images) for expert in self.experts]
+        return self.gating.products(features, [expert.head for expert in self.experts])
 
 
 class AdaptiveMultiObjectiveLoss(nn.Module):

@@ -58,6 +58,6 @@ def _unsupervised(
     """u times the adaptive loss of every expert against its pseudo-label, and its terms."""
     if images is None:
         return torch.zeros_like(adaptive.log_vars[0]), torch.zeros_like(adaptive.log_vars)
-    features, own = model.run_experts(images)
-    terms = F.objective_terms(*own, *model.gating.pseudo_labels(features))
+    means, products, own = model.run_experts(images)
+    terms = F.objective_terms(*own, *model.gating.pseudo_labels(means, products))
     return adaptive(terms) * weight, terms

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .expert_products import apply
+from .portable_gate import label_products as label_products
+from .portable_gate import mix_products as mix_products
 from .reference import one_hot, targets_from_distance
 
 FAR = 2**16  # a column without the opposite class: longer than any diagonal whose square fits into int32
@@ -61,6 +64,16 @@ def _column_distance(foreground: Tensor) -> Tensor:
 def distance_targets(mask: Tensor, ring_radius: float = 2) -> tuple[Tensor, Tensor]:
     """See `reference.distance_targets`."""
     return targets_from_distance(mask != 0, squared_distance(mask), ring_radius)
+
+
+def expert_products(
+    features: Sequence[Tensor],
+    head_weights: Sequence[Tensor],
+    own_weights: Sequence[Tensor],
+    own_biases: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """See `reference.expert_products`."""
+    return apply(features, head_weights, own_weights, own_biases, fused=False)
 
 
 def multi_gate(

@@ -70,6 +70,48 @@ def _over_image_maximum(squared: Tensor) -> Tensor:
     return distance / distance.amax((1, 2), keepdim=True).clamp(min=1)
 
 
+def expert_products(
+    features: Sequence[Tensor],
+    head_weights: Sequence[Tensor],
+    own_weights: Sequence[Tensor],
+    own_biases: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Means of X_e over the pixels, products H X_e with the rows of all heads, own predictions A_e X_e + b_e.
+
+    E x (B, C, H, W), T x (O_k, C), E x (O_e, C), E x (O_e,) -> (B, E, C), (B, E, sum O_k, H, W), E x (B, O_e, H, W).
+    """
+    heads = torch.cat(list(head_weights))
+    means = torch.stack([x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)) for x in features], 1)
+    products = torch.stack([torch.einsum("oc,bchw->bohw", heads.to(x.dtype), x) for x in features], 1)
+    own = tuple(
+        torch.einsum("oc,bchw->bohw", weight.to(x.dtype), x) + bias.to(x.dtype)[:, None, None]
+        for weight, bias, x in zip(own_weights, own_biases, features, strict=True)
+    )
+    return means, products, own
+
+
+def mix_products(products: Tensor, gate_weights: Tensor, head_biases: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """out_k = sum over e of w[k, e] Z_e + c_k, with Z_e the products of expert e and the rows of task k.
+
+    (B, E, sum O_k, H, W), (B, T, E), T x (O_k,) -> T x (B, O_k, H, W).
+    """
+    outputs = []
+    of_tasks = products.split([len(bias) for bias in head_biases], 2)
+    for z, weights, bias in zip(of_tasks, gate_weights.unbind(1), head_biases, strict=True):
+        mixed = torch.einsum("be,beohw->bohw", weights.to(z.dtype), z)
+        outputs.append(mixed + bias.to(z.dtype)[:, None, None])
+    return tuple(outputs)
+
+
+def label_products(
+    products: Tensor, gate_weights: Tensor, head_biases: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """argmax, tanh and argmax of the mixed mask, sdf and boundary outputs, without gradient; T = 3."""
+    with torch.no_grad():
+        mask, sdf, boundary = mix_products(products, gate_weights, head_biases)
+        return mask.argmax(1).to(torch.uint8), sdf.tanh(), boundary.argmax(1).to(torch.uint8)
+
+
 def multi_gate(
     features: Sequence[Tensor], gate_weights: Tensor, head_weights: Sequence[Tensor], head_biases: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ import torch
 
 from .. import _native, _triton, portable, reference
 from ..errors import UserError
-from . import distance
+from . import distance, gate
 
 logger = logging.getLogger("semimoe_fast")
 
@@ -26,6 +26,9 @@ OPERATIONS = (
     "distance_targets",
     "multi_gate",
     "pseudo_labels",
+    "expert_products",
+    "mix_products",
+    "label_products",
     "squared_dice_loss",
     "soft_dice_loss",
     "tanh_mse_loss",
@@ -42,7 +45,13 @@ NATIVE: dict[str, Callable[..., Any]] = {
     "squared_distance": distance.squared_distance,
     "distance_targets": distance.distance_targets,
 }
-TRITON: dict[str, Callable[..., Any]] = {}
+TRITON: dict[str, Callable[..., Any]] = {
+    "multi_gate": gate.multi_gate,
+    "pseudo_labels": gate.pseudo_labels,
+    "expert_products": gate.expert_products,
+    "mix_products": gate.mix_products,
+    "label_products": gate.label_products,
+}
 FUSED = NATIVE | TRITON
 
 

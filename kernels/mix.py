@@ -1,0 +1,216 @@
+"""The small pass of the multi-gate: products of every expert with every head, mixed by the gates; and backward.
+
+With Z_e the products of expert e (see expert_products.py), w the gate weights and k the task of head row o:
+
+    out[o]  = sum over e of w[k, e] Z_e[o] + c[o]
+    dZ_e[o] = w[k, e] dout[o],    dw[k, e] = sum over pixels and the rows o of k of dout[o] Z_e[o],    dc = sum of dout
+
+and the pseudo-labels straight from the products, where nothing is stored but labels: argmax, tanh, argmax of out.
+
+Traffic for each pixel, s bytes an element, E experts, O head rows: forward reads E O s and writes O s (labels: s + 2);
+backward reads (E + 1) O s and writes E O s, and partial sums, E + 1 float32 values a row and block of pixels, which
+are added up in a fixed order. At the published sizes that is an eighth of what the passes over the features move, so
+blocks of pixels are all the tiling there is: 16 bytes a thread of every row, the weights of an image in registers.
+
+Accumulation is in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WARPS = 4
+VECTOR_BYTES = 16  # the widest load of a thread
+
+
+@triton.jit
+def _mixed_row(
+    products,  # (E, O, P) of one image
+    weights,  # (E,) of one image and task
+    biases,  # (O,)
+    row,
+    p,
+    pixels,
+    EXPERTS: tl.constexpr,
+    HEAD_ROWS: tl.constexpr,
+):
+    mixed = tl.load(biases + row).to(tl.float32)
+    for e in tl.static_range(EXPERTS):
+        z = tl.load(products + (e * HEAD_ROWS + row) * pixels + p, mask=p < pixels, other=0.0)
+        mixed += tl.load(weights + e).to(tl.float32) * z.to(tl.float32)
+    return mixed
+
+
+@triton.jit
+def _forward_kernel(
+    products,  # (B, E, O, P)
+    gate_weights,  # (B, T, E)
+    biases,  # (O,)
+    outputs,  # T x (B, O_k, P)
+    pixels,
+    ROWS: tl.constexpr,  # T x O_k
+    FIRST: tl.constexpr,  # T x the rows of the tasks before
+    HEAD_ROWS: tl.constexpr,  # O
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image = tl.program_id(1).to(tl.int64)
+    p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tasks: tl.constexpr = len(outputs)
+    z = products + image * EXPERTS * HEAD_ROWS * pixels
+    for k in tl.static_range(tasks):
+        weights = gate_weights + (image * tasks + k) * EXPERTS
+        for o in tl.static_range(ROWS[k]):
+            mixed = _mixed_row(z, weights, biases, FIRST[k] + o, p, pixels, EXPERTS, HEAD_ROWS)
+            tl.store(outputs[k] + (image * ROWS[k] + o) * pixels + p, mixed, mask=p < pixels)
+
+
+@triton.jit
+def _largest_row(
+    z, weights, biases, first, p, pixels, CLASSES: tl.constexpr, EXPERTS: tl.constexpr, HEAD_ROWS: tl.constexpr
+):
+    """Class of the largest output, the first of equal ones; NaN is larger than all, as in torch.argmax."""
+    best = _mixed_row(z, weights, biases, first, p, pixels, EXPERTS, HEAD_ROWS)
+    label = tl.zeros(best.shape, tl.uint8)
+    for k in tl.static_range(1, CLASSES):
+        value = _mixed_row(z, weights, biases, first + k, p, pixels, EXPERTS, HEAD_ROWS)
+        wins = (best == best) & ((value > best) | (value != value))
+        best = tl.where(wins, value, best)
+        label = tl.where(wins, k, label)
+    return label
+
+
+@triton.jit
+def _labels_kernel(
+    products,  # (B, E, O, P), O = K + 1 + L
+    gate_weights,  # (B, 3, E)
+    biases,  # (O,)
+    mask,  # (B, P) uint8
+    sdf,  # (B, P)
+    boundary,  # (B, P) uint8
+    pixels,
+    CLASSES: tl.constexpr,  # K
+    HEAD_ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image = tl.program_id(1).to(tl.int64)
+    p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    z = products + image * EXPERTS * HEAD_ROWS * pixels
+    weights = gate_weights + image * 3 * EXPERTS
+    out = image * pixels + p
+    label = _largest_row(z, weights, biases, 0, p, pixels, CLASSES, EXPERTS, HEAD_ROWS)
+    tl.store(mask + out, label, mask=p < pixels)
+    raw = _mixed_row(z, weights + EXPERTS, biases, CLASSES, p, pixels, EXPERTS, HEAD_ROWS)
+    tl.store(sdf + out, _tanh(raw), mask=p < pixels)
+    weights += 2 * EXPERTS
+    label = _largest_row(z, weights, biases, CLASSES + 1, p, pixels, HEAD_ROWS - CLASSES - 1, EXPERTS, HEAD_ROWS)
+    tl.store(boundary + out, label, mask=p < pixels)
+
+
+@triton.jit
+def _tanh(x):
+    e = tl.exp(-2 * tl.abs(x))
+    magnitude = (1 - e) / (1 + e)
+    return tl.where(x < 0, -magnitude, magnitude)
+
+
+@triton.jit
+def _backward_kernel(
+    products,  # (B, E, O, P)
+    gate_weights,  # (B, T, E)
+    grad_outputs,  # T x (B, O_k, P)
+    grad_products,  # (B, E, O, P)
+    grad_rows,  # (B, blocks, O, E + 1) float32: sums of dout Z_e, and of dout
+    pixels,
+    ROWS: tl.constexpr,
+    FIRST: tl.constexpr,
+    HEAD_ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block, blocks = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    image = tl.program_id(1).to(tl.int64)
+    p = block * BLOCK + tl.arange(0, BLOCK)
+    inside = p < pixels
+    tasks: tl.constexpr = len(grad_outputs)
+    for k in tl.static_range(tasks):
+        for o in tl.static_range(ROWS[k]):
+            row = FIRST[k] + o
+            sums = grad_rows + ((image * blocks + block) * HEAD_ROWS + row) * (EXPERTS + 1)
+            grad = tl.load(grad_outputs[k] + (image * ROWS[k] + o) * pixels + p, mask=inside, other=0.0).to(tl.float32)
+            for e in tl.static_range(EXPERTS):
+                plane = ((image * EXPERTS + e) * HEAD_ROWS + row) * pixels
+                z = tl.load(products + plane + p, mask=inside, other=0.0).to(tl.float32)
+                weight = tl.load(gate_weights + (image * tasks + k) * EXPERTS + e).to(tl.float32)
+                tl.store(grad_products + plane + p, weight * grad, mask=inside)
+                tl.store(sums + e, tl.sum(grad * z))
+            tl.store(sums + EXPERTS, tl.sum(grad))
+
+
+def forward(products: Tensor, gate_weights: Tensor, biases: Tensor, rows: Sequence[int]) -> list[Tensor]:
+    """(B, E, O, H, W), (B, T, E), (O,), T numbers O_k -> T x (B, O_k, H, W) in the dtype of the products."""
+    batch, experts, head_rows, height, width = products.shape
+    outputs = [products.new_empty(batch, o, height, width) for o in rows]
+    with torch.cuda.device_of(products):
+        if products.numel():
+            block = _block(products)
+            _forward_kernel[_grid(products, block)](
+                products, gate_weights, biases, tuple(outputs), height * width,
+                tuple(rows), _first(rows), head_rows, experts, block, num_warps=WARPS,
+            )  # fmt: skip
+    return outputs
+
+
+def labels(products: Tensor, gate_weights: Tensor, biases: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, E, K + 1 + L, H, W), (B, 3, E), (K + 1 + L,), K -> uint8 (B, H, W), (B, 1, H, W), uint8 (B, H, W)."""
+    batch, experts, head_rows, height, width = products.shape
+    mask, boundary = (products.new_empty(batch, height, width, dtype=torch.uint8) for _ in range(2))
+    sdf = products.new_empty(batch, 1, height, width)
+    with torch.cuda.device_of(products):
+        if products.numel():
+            block = _block(products)
+            _labels_kernel[_grid(products, block)](
+                products, gate_weights, biases, mask, sdf, boundary, height * width,
+                classes, head_rows, experts, block, num_warps=WARPS,
+            )  # fmt: skip
+    return mask, sdf, boundary
+
+
+def backward(products: Tensor, gate_weights: Tensor, grad_outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """As `forward`, grad_outputs: T x (B, O_k, H, W).
+
+    -> gradients of the products, in their dtype, of the gate weights (B, T, E) and of the biases (O,), both float32.
+    """
+    batch, experts, head_rows, height, width = products.shape
+    rows = [grad.shape[1] for grad in grad_outputs]
+    grad_products = torch.empty_like(products)
+    block = _block(products)
+    grid = _grid(products, block)
+    partial = torch.empty(batch, grid[0], head_rows, experts + 1, device=products.device)
+    with torch.cuda.device_of(products):
+        if products.numel():
+            _backward_kernel[grid](
+                products, gate_weights, tuple(grad.contiguous() for grad in grad_outputs), grad_products, partial,
+                height * width, tuple(rows), _first(rows), head_rows, experts, block, num_warps=WARPS,
+            )  # fmt: skip
+    of_rows = partial.sum(1)
+    of_tasks = torch.stack([of_task.sum(1) for of_task in of_rows[..., :experts].split(rows, 1)], 1)
+    return grad_products, of_tasks, of_rows[..., experts].sum(0)
+
+
+def _first(rows: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sum(rows[:k]) for k in range(len(rows)))
+
+
+def _block(products: Tensor) -> int:
+    return WARPS * 32 * VECTOR_BYTES // products.element_size()
+
+
+def _grid(products: Tensor, block: int) -> tuple[int, int]:
+    return triton.cdiv(products.shape[3] * products.shape[4], block), products.shape[0]
