@@ -16,4 +16,5 @@ def addressable(x: Tensor) -> Tensor:
 def alike(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Tensors (B, C, H, W), or contiguous copies, that are addressable in one and the same way."""
     planes = [addressable(x) for x in tensors]
-    return planes if len({x.stride() for x in planes}) == 1 else [x.contiguous() for x in planes]
+    same = all(x.stride() == planes[0].stride() for x in planes)
+    return planes if same else [x.contiguous() for x in planes]
