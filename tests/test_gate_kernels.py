@@ -120,12 +120,12 @@ def test_expert_products_of_shapes(shape, heads, own) -> None:
 
 
 def test_planes_beyond_32_bits() -> None:
-    """The second channel lies 2^31 elements behind the first, in memory that is mostly never touched."""
+    """The third channel lies 2^31 elements behind the first, in memory that is mostly never touched."""
     memory = torch.from_numpy(np.empty(2**31 + 512, np.int16)).view(torch.bfloat16)
-    far = memory.as_strided((1, 2, 16, 32), (2**31 + 512, 2**31, 32, 1))
-    features = draw(1, 2, 16, 32, dtype=torch.bfloat16).detach()
+    far = memory.as_strided((1, 3, 16, 32), (2**31 + 512, 2**30, 32, 1))
+    features = draw(1, 3, 16, 32, dtype=torch.bfloat16).detach()
     far.copy_(features)
-    weights = [draw(1, 2)]
+    weights = [draw(1, 3)]
     if DEVICE == "cuda":
         pytest.skip("the interpreter checks the addresses without 4 GiB of a GPU's memory")
     for near, result in zip(
@@ -190,6 +190,17 @@ def test_label_products(rows) -> None:
     assert not any(label.requires_grad for label in labels)
     for label, of_reference in zip(labels, expected, strict=True):
         torch.testing.assert_close(label.cpu(), of_reference, rtol=0, atol=1e-6)  # tanh of float32 sums
+
+
+def test_labels_of_equal_and_invalid_outputs() -> None:
+    """The first of the largest wins, and NaN is larger than all, as in torch.argmax."""
+    random = torch.Generator().manual_seed(0)
+    values = torch.tensor([-1.0, 0.0, 1.0, float("inf"), float("nan")])
+    products = values[torch.randint(0, 5, (1, 1, 7, 20, 20), generator=random)].to(DEVICE)
+    gates, biases = torch.ones(1, 3, 1, device=DEVICE), [torch.zeros(o, device=DEVICE) for o in (3, 1, 3)]
+    labels = F.label_products(products, gates, biases)
+    for label, logits in zip(labels[::2], (products[0, :, :3], products[0, :, 4:]), strict=True):
+        torch.testing.assert_close(label, logits.argmax(1).to(torch.uint8), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

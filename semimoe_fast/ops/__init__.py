@@ -16,7 +16,7 @@ import torch
 
 from .. import _native, _triton, portable, reference
 from ..errors import UserError
-from . import distance, gate
+from . import adaptive, distance, gate
 
 logger = logging.getLogger("semimoe_fast")
 
@@ -51,6 +51,7 @@ TRITON: dict[str, Callable[..., Any]] = {
     "expert_products": gate.expert_products,
     "mix_products": gate.mix_products,
     "label_products": gate.label_products,
+    "adaptive_loss": adaptive.adaptive_loss,
 }
 FUSED = NATIVE | TRITON
 

@@ -1,0 +1,164 @@
+"""`python -m benchmarks.static_report`: what the Triton kernels are, told without a GPU.
+
+Two tables, at the sizes of a training step: registers, spills, shared memory and instructions of every kernel for each
+GPU generation, from its machine code; and the bytes that each operation moves, counted from its launches, against
+the least that it must move. `--json FILE` writes them to a file too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # it would leave nothing to compile
+
+import torch
+from semimoe_fast.kernels import expert_products, mix, objective
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .launches import Launch, recorded
+
+BATCH, EXPERTS, CHANNELS, SIDE = 8, 3, 64, 256
+HEADS = OWN = (2, 1, 2)
+PIXELS = BATCH * SIDE * SIDE
+CAPABILITIES = (80, 90, 100)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
+
+Operation = Callable[[], Any]
+
+
+def operations(dtype: torch.dtype, layout: torch.memory_format) -> Iterator[tuple[str, int, Operation]]:
+    """Every operation as (name, the bytes that it must move, call), on meta tensors."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def image(channels: int) -> Tensor:
+        return empty(BATCH, channels, SIDE, SIDE)
+
+    features = [image(CHANNELS).contiguous(memory_format=layout) for _ in range(EXPERTS)]
+    weights, own_biases = empty(sum(HEADS) + sum(OWN), CHANNELS), empty(sum(OWN), dtype=torch.float32)
+    own = [image(rows) for rows in OWN]
+    means = empty(BATCH, EXPERTS, CHANNELS, dtype=torch.float32)
+    products = empty(BATCH, EXPERTS, sum(HEADS), SIDE, SIDE)
+    gates, biases = empty(BATCH, len(HEADS), EXPERTS, dtype=torch.float32), empty(sum(HEADS), dtype=torch.float32)
+    gated = [image(rows) for rows in HEADS]
+    x, z, out, of_own = (size(tensors) for tensors in (features, [products], gated, own))
+
+    def forward() -> None:
+        expert_products.forward(features, weights, own_biases, OWN)
+        mix.forward(products, gates, biases, HEADS)
+
+    def backward() -> None:
+        mix.backward(products, gates, gated)
+        expert_products.backward(features, weights, OWN, means, products, own)
+
+    yield "multi-gate forward", x + 2 * z + out + of_own, forward
+    yield "multi-gate backward", 2 * x + z + 2 * out + of_own, backward
+    labels = PIXELS * (2 + dtype.itemsize)
+    yield "pseudo-labels", z + labels, lambda: mix.labels(products, gates, biases, HEADS[0])
+
+    byte, sdf = empty(BATCH, 1, SIDE, SIDE, dtype=torch.uint8), empty(BATCH, 1, SIDE, SIDE, dtype=torch.float32)
+    targets, sums = [byte, sdf, byte], empty(BATCH, 8, dtype=torch.float32)
+    predictions = [own, gated]
+    terms = empty(3, dtype=torch.float32)
+    reads = out + of_own + size([byte, byte, sdf])
+    yield "objective forward", reads, lambda: objective.forward(predictions, targets, torch.float32)
+    yield (
+        "objective backward",
+        reads + out + of_own,
+        lambda: objective.backward(terms, predictions, targets, sums, sums),
+    )
+
+
+def size(tensors: Sequence[Tensor]) -> int:
+    """In bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class OperatorBytes(TorchDispatchMode):
+    """Counts what PyTorch's own operators read and write, views and allocations aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **kwargs or {})
+        is_view = any(argument.alias_info and not argument.alias_info.is_write for argument in func._schema.arguments)
+        if not is_view and "empty" not in func.name():
+            tensors = [leaf for leaf in torch.utils._pytree.tree_leaves((args, result)) if isinstance(leaf, Tensor)]
+            self.bytes += size(tensors)
+        return result
+
+
+def run(operation: Operation, capability: int) -> tuple[list[Launch], int]:
+    """Its launches, and the bytes that these and PyTorch's operators move."""
+    operators = OperatorBytes()
+    with recorded(capability) as launches, operators:
+        operation()
+    return launches, operators.bytes + sum(launch.bytes for launch in launches)
+
+
+def report() -> dict[str, list[dict[str, Any]]]:
+    """The rows of both tables."""
+    kernels, traffic = [], []
+    for dtype_name, dtype in DTYPES.items():
+        for layout_name, layout in LAYOUTS.items():
+            case = {"dtype": dtype_name, "layout": layout_name}
+            for name, floor, operation in operations(dtype, layout):
+                if layout_name != "NCHW" and not name.startswith("multi-gate"):
+                    continue  # products and logits are NCHW whatever the features are
+                for capability in CAPABILITIES:
+                    launches, moved = run(operation, capability)
+                    kernels += [
+                        {"operation": name, **case, "sm": capability, **describe(launch)} for launch in launches
+                    ]
+                of_pixel = {"bytes a pixel": moved / PIXELS, "floor": floor / PIXELS, "ratio": moved / floor}
+                traffic.append({"operation": name, **case, **of_pixel})
+    return {"kernels": kernels, "traffic": traffic}
+
+
+def describe(launch: Launch) -> dict[str, Any]:
+    loads, stores = launch.count(r"LDG[.\w]*"), launch.count(r"STG[.\w]*")
+    wide_loads, wide_stores = launch.count(r"LDG[.\w]*\.128[.\w]*"), launch.count(r"STG[.\w]*\.128[.\w]*")
+    return {
+        "kernel": launch.kernel,
+        **launch.resources,
+        "spills": launch.spills,
+        "128-bit loads": wide_loads,
+        "other loads": loads - wide_loads,
+        "128-bit stores": wide_stores,
+        "other stores": stores - wide_stores,
+        "tensor-core instructions": launch.count(r"(?:[HI]?G?|UTCH?)MMA[.\w]*"),
+    }
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """In Markdown."""
+    print("| " + " | ".join(rows[0]) + " |")
+    print("| " + " | ".join("---" for _ in rows[0]) + " |")
+    for row in rows:
+        print("| " + " | ".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()) + " |")
+    print()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="file to write the tables to")
+    file = parser.parse_args().json
+    tables = report()
+    for rows in tables.values():
+        print_table(rows)
+    if file is not None:
+        file.write_text(json.dumps(tables, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

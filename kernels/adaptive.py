@@ -1,0 +1,70 @@
+"""The adaptive multi-objective loss: T terms and as many log-variances, one number, in one launch each way.
+
+    total = sum over j of c_j exp(-s_j) L_j + r exp(s_j)
+    dL_j = c_j exp(-s_j) dtotal,    ds_j = (r exp(s_j) - c_j exp(-s_j) L_j) dtotal
+
+A few bytes are read and written; what counts is the launches, of which PyTorch's operators make a dozen. So one
+program, unrolled over the terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _forward_kernel(
+    terms,  # (T,)
+    log_vars,  # (T,)
+    total,  # () out
+    COEFFICIENTS: tl.constexpr,  # T numbers
+    REGULARIZER: tl.constexpr,
+):
+    result = 0.0
+    for j in tl.static_range(len(COEFFICIENTS)):
+        s = tl.load(log_vars + j).to(tl.float32)
+        term = tl.load(terms + j).to(tl.float32)
+        result += COEFFICIENTS[j] * tl.exp(-s) * term + REGULARIZER * tl.exp(s)
+    tl.store(total, result)
+
+
+@triton.jit
+def _backward_kernel(
+    upstream,  # ()
+    terms,  # (T,)
+    log_vars,  # (T,)
+    grad_terms,  # (T,) out
+    grad_log_vars,  # (T,) out
+    COEFFICIENTS: tl.constexpr,
+    REGULARIZER: tl.constexpr,
+):
+    gradient = tl.load(upstream).to(tl.float32)
+    for j in tl.static_range(len(COEFFICIENTS)):
+        s = tl.load(log_vars + j).to(tl.float32)
+        term = tl.load(terms + j).to(tl.float32)
+        weight = COEFFICIENTS[j] * tl.exp(-s)
+        tl.store(grad_terms + j, gradient * weight)
+        tl.store(grad_log_vars + j, gradient * (REGULARIZER * tl.exp(s) - weight * term))
+
+
+def forward(terms: Tensor, log_vars: Tensor, coefficients: Sequence[float], regularizer: float) -> Tensor:
+    """(T,), (T,), T numbers, a number -> () float32."""
+    total = torch.empty((), device=terms.device)
+    with torch.cuda.device_of(terms):
+        _forward_kernel[(1,)](terms, log_vars, total, tuple(coefficients), regularizer, num_warps=1)
+    return total
+
+
+def backward(
+    upstream: Tensor, terms: Tensor, log_vars: Tensor, coefficients: Sequence[float], regularizer: float
+) -> tuple[Tensor, Tensor]:
+    """(), and what `forward` took -> gradients of terms and log_vars, each in its dtype."""
+    gradients = torch.empty_like(terms), torch.empty_like(log_vars)
+    with torch.cuda.device_of(terms):
+        _backward_kernel[(1,)](upstream, terms, log_vars, *gradients, tuple(coefficients), regularizer, num_warps=1)
+    return gradients

@@ -1,0 +1,69 @@
+"""Custom ops of the fused adaptive loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import portable
+
+
+def adaptive_loss(
+    terms: Tensor, log_vars: Tensor, coefficients: Sequence[float] = (1.0, 0.5, 1.0), regularizer: float = 0.4
+) -> Tensor:
+    """See `functional.adaptive_loss`."""
+    if torch.float64 in (terms.dtype, log_vars.dtype):  # the kernel computes in float32
+        return portable.adaptive_loss(terms, log_vars, coefficients, regularizer)
+    return _total(terms, log_vars, list(coefficients), regularizer)
+
+
+@torch.library.custom_op("semimoe_fast::adaptive_loss", mutates_args=())
+def _total(terms: Tensor, log_vars: Tensor, coefficients: Sequence[float], regularizer: float) -> Tensor:
+    """(T,), (T,), T numbers, a number -> () float32."""
+    from ..kernels import adaptive
+
+    return adaptive.forward(terms.contiguous(), log_vars.contiguous(), coefficients, regularizer)
+
+
+@_total.register_fake
+def _(terms: Tensor, log_vars: Tensor, coefficients: Sequence[float], regularizer: float) -> Tensor:
+    return terms.new_empty((), dtype=torch.float32)
+
+
+@torch.library.custom_op("semimoe_fast::adaptive_loss_gradients", mutates_args=())
+def _gradients(
+    upstream: Tensor, terms: Tensor, log_vars: Tensor, coefficients: Sequence[float], regularizer: float
+) -> tuple[Tensor, Tensor]:
+    """(), and what the op above took -> gradients of terms and log_vars."""
+    from ..kernels import adaptive
+
+    return adaptive.backward(upstream, terms.contiguous(), log_vars.contiguous(), coefficients, regularizer)
+
+
+@_gradients.register_fake
+def _(upstream: Tensor, terms: Tensor, log_vars: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(terms, memory_format=torch.contiguous_format),
+        torch.empty_like(log_vars, memory_format=torch.contiguous_format),
+    )
+
+
+def _remember(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001
+    terms, log_vars, ctx.coefficients, ctx.regularizer = inputs
+    ctx.save_for_backward(terms, log_vars)
+
+
+def _differentiate(ctx, upstream: Tensor) -> tuple:  # noqa: ANN001
+    return *_gradients(upstream, *ctx.saved_tensors, ctx.coefficients, ctx.regularizer), None, None
+
+
+def _refuse(ctx, *_: object) -> None:  # noqa: ANN001
+    raise RuntimeError(
+        "the fused adaptive loss has first derivatives only: for second ones set SEMIMOE_BACKEND=reference"
+    )
+
+
+_total.register_autograd(_differentiate, setup_context=_remember)
+_gradients.register_autograd(_refuse)
