@@ -16,7 +16,7 @@ import torch
 
 from .. import _native, _triton, portable, reference
 from ..errors import UserError
-from . import distance
+from . import distance, objective
 
 logger = logging.getLogger("semimoe_fast")
 
@@ -30,6 +30,7 @@ OPERATIONS = (
     "soft_dice_loss",
     "tanh_mse_loss",
     "objective_terms",
+    "joint_objective_terms",
     "adaptive_loss",
 )
 
@@ -42,7 +43,10 @@ NATIVE: dict[str, Callable[..., Any]] = {
     "squared_distance": distance.squared_distance,
     "distance_targets": distance.distance_targets,
 }
-TRITON: dict[str, Callable[..., Any]] = {}
+TRITON: dict[str, Callable[..., Any]] = {
+    "objective_terms": objective.objective_terms,
+    "joint_objective_terms": objective.joint_objective_terms,
+}
 FUSED = NATIVE | TRITON
 
 
