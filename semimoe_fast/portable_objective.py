@@ -1,12 +1,15 @@
-"""The losses in fast plain PyTorch: same results as `reference`, with the gradient of the dice losses in closed form.
+"""The losses in fast plain PyTorch: same results as `reference`, the dice losses with gradients in closed form.
 
 Both dice losses are means over images and classes of 1 - ratio, ratio = (2 overlap + e) / (mass + e), with
-overlap = sum P T and mass = sum (P^2 + T), e = 1 (squared) or sum (P + T), e = 1e-8 (soft). So with n images times classes
+overlap = sum P T, and mass = sum (P^2 + T), e = 1 (squared) or mass = sum (P + T), e = 1e-8 (soft). So with n images
+times classes
 
     dL/dP = T alpha + beta * (P or 1),   alpha = -2 / (n (mass + e)),   beta = ratio / (n (mass + e)) * (2 or 1),
 
-and the softmax passes P_k (g_k - sum_j P_j g_j) on, g = dL/dP. Everything happens in at least float32, in few passes that
-reuse memory: on a CPU a fresh tensor costs as much as the arithmetic that fills it, and a Boolean one twice that.
+and the softmax passes P_k (g_k - sum_j P_j g_j) on, g = dL/dP; for two classes that is +-P_0 P_1 (g_1 - g_0).
+
+On a CPU what counts is the number of passes, and that their operands stay in the cache: one image after the other,
+memory used again, no Boolean tensor on the way. Everything happens in at least float32.
 
 Source of the formulas: Semi-MoE, arXiv 2509.13834.
 """
@@ -18,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-PIXELS = (2, 3)
+LARGEST = 80  # exp of it is far from overflow, and of its negative far below every rounding error
 
 
 def squared_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -59,50 +62,65 @@ def joint_objective_terms(
 
 @torch.library.custom_op("semimoe_fast::dice", mutates_args=())
 def _dice(logits: Tensor, target: Tensor, squared: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(B, K, H, W), (B, H, W) -> the loss, and for the backward pass P (B, K, H, W), alpha and beta (B, K, 1, 1)."""
-    p = _softmax(logits.to(_accumulation_dtype(logits)))
-    t = _one_hot(target, p)
-    count = t.sum(PIXELS, keepdim=True)
-    overlap = t.mul_(p).sum(PIXELS, keepdim=True)
-    mass = count + (torch.mul(p, p, out=t) if squared else p).sum(PIXELS, keepdim=True)
+    """(B, K, H, W), (B, H, W) -> the loss, and for the backward pass P (B, K, H, W), alpha and beta (B, K)."""
+    logits = logits.to(_accumulation_dtype(logits))
+    p = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    t = p.new_empty(target.shape[1:])
+    sums = []
+    for z_b, p_b, target_b in zip(logits, p, target, strict=True):
+        _softmax(z_b, p_b)
+        for k, p_k in enumerate(p_b):
+            torch.eq(target_b, k, out=t)
+            sums += [_dot(p_k, t), _dot(p_k, p_k) if squared else p_k.sum(), t.sum()]
+    overlap, mass, count = (torch.stack(sums) if sums else p.new_empty(0)).view(*p.shape[:2], 3).unbind(2)
     smooth = 1.0 if squared else 1e-8
-    ratio = (2 * overlap + smooth) / (mass + smooth)
-    scale = 1 / ((mass + smooth) * ratio.numel())
+    below = mass + count + smooth
+    ratio = (2 * overlap + smooth) / below
+    scale = 1 / (below * ratio.numel())
     return (1 - ratio).mean(), p, -2 * scale, (2 if squared else 1) * ratio * scale
 
 
 @_dice.register_fake
 def _(logits: Tensor, target: Tensor, squared: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    p = torch.empty_like(logits, dtype=_accumulation_dtype(logits))
-    alpha, beta = (p.new_empty(*p.shape[:2], 1, 1) for _ in range(2))
-    return p.new_empty(()), p, alpha, beta
+    p = logits.new_empty(logits.shape, dtype=_accumulation_dtype(logits))
+    return p.new_empty(()), p, p.new_empty(p.shape[:2]), p.new_empty(p.shape[:2])
 
 
 @torch.library.custom_op("semimoe_fast::dice_gradient", mutates_args=())
-def _dice_gradient(p: Tensor, target: Tensor, alpha: Tensor, beta: Tensor, squared: bool) -> Tensor:
-    """What `_dice` took and gave -> the gradient of its logits."""
-    g = _one_hot(target, p).mul_(alpha)
-    g = g.addcmul_(p, beta) if squared else g.add_(beta)
-    return g.sub_((p * g).sum(1, keepdim=True)).mul_(p)
+def _dice_gradient(
+    logits: Tensor, target: Tensor, p: Tensor, alpha: Tensor, beta: Tensor, upstream: Tensor, squared: bool
+) -> Tensor:
+    """What `_dice` took and gave, and the gradient of the loss -> the gradient of the logits, laid out like them."""
+    gradient = torch.empty_like(logits)
+    g = torch.empty_like(p[:1])[0] if len(p) else p
+    for gradient_b, p_b, target_b, alpha_b, beta_b in zip(
+        gradient, p, target, alpha * upstream, beta * upstream, strict=True
+    ):
+        for g_k, p_k, k, alpha_k, beta_k in zip(g, p_b, range(len(p_b)), alpha_b, beta_b, strict=True):
+            torch.eq(target_b, k, out=g_k).mul_(alpha_k)
+            g_k.addcmul_(p_k, beta_k) if squared else g_k.add_(beta_k)
+        _softmax_adjoint(p_b, g, gradient_b)
+    return gradient
 
 
 @_dice_gradient.register_fake
-def _(p: Tensor, target: Tensor, alpha: Tensor, beta: Tensor, squared: bool) -> Tensor:
-    return torch.empty_like(p)
+def _(logits: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(logits)
 
 
 def _remember(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:  # noqa: ANN001
+    ctx.set_materialize_grads(False)  # else autograd fills zeros for the outputs that nobody differentiates
     logits, target, ctx.squared = inputs
-    ctx.dtype = logits.dtype
-    ctx.save_for_backward(target, *output[1:])
+    ctx.save_for_backward(logits, target, *output[1:])
 
 
-def _differentiate(ctx, upstream: Tensor, *_: Tensor) -> tuple:  # noqa: ANN001
-    target, p, alpha, beta = ctx.saved_tensors
-    return _dice_gradient(p, target, upstream * alpha, upstream * beta, ctx.squared).to(ctx.dtype), None, None
+def _differentiate(ctx, upstream: Tensor | None, *_: object) -> tuple[Tensor | None, None, None]:  # noqa: ANN001
+    if upstream is None:
+        return None, None, None
+    return _dice_gradient(*ctx.saved_tensors, upstream, ctx.squared), None, None
 
 
-def _refuse(ctx, *_: Tensor) -> None:  # noqa: ANN001
+def _refuse(ctx, *_: object) -> None:  # noqa: ANN001
     raise RuntimeError("the portable losses have first derivatives only: for second ones set SEMIMOE_BACKEND=reference")
 
 
@@ -110,25 +128,32 @@ _dice.register_autograd(_differentiate, setup_context=_remember)
 _dice_gradient.register_autograd(_refuse)
 
 
-def _softmax(logits: Tensor) -> Tensor:
-    """Softmax over dim 1. Of two classes it is a sigmoid of their difference, at a third of the time on a CPU."""
-    if logits.shape[1] != 2 or logits.numel() == 0:
-        return logits.softmax(1)
-    p = torch.empty_like(logits)
-    torch.sub(logits[:, 0], logits[:, 1], out=p[:, 0])
-    torch.neg(p[:, 0], out=p[:, 1])
-    p.sigmoid_()
-    largest = logits.amax((1, 2, 3))[:, None]
-    p[..., 0, 0] += largest - largest  # NaN where +inf is among the logits of an image, as its softmax has it
-    return p
+def _softmax(logits: Tensor, p: Tensor) -> None:
+    """Softmax of one image, (K, H, W), into P; of two classes as 1 / (1 + exp), at a third of the time on a CPU."""
+    if len(p) != 2 or p.numel() == 0:
+        torch.softmax(logits, 0, out=p)
+        return
+    p_0, p_1 = p
+    torch.sub(*logits, out=p_0).clamp_(max=LARGEST).exp_()
+    torch.add(p_0, 1, out=p_1).reciprocal_()
+    p_0.mul_(p_1)
+    largest = logits.amax()
+    p[:, 0, 0] += largest - largest  # NaN where a logit is +inf, as its softmax would have it
 
 
-def _one_hot(target: Tensor, p: Tensor) -> Tensor:
-    """T (B, K, H, W) like P, without a Boolean tensor on the way."""
-    t = torch.empty_like(p)
-    for k in range(p.shape[1]):
-        torch.eq(target, k, out=t[:, k])
-    return t
+def _softmax_adjoint(p: Tensor, g: Tensor, gradient: Tensor) -> None:
+    """P_k (g_k - sum_j P_j g_j) of one image, (K, H, W), into the gradient; g is overwritten."""
+    if len(p) != 2:
+        torch.mul(g.sub_((p * g).sum(0)), p, out=gradient)
+        return
+    slope = g[1].sub_(g[0]).mul_(p[0]).mul_(p[1])
+    gradient[1] = slope
+    gradient[0] = slope.neg_()
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of products over the pixels of a plane."""
+    return torch.dot(a.view(-1), b.view(-1))
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -66,13 +66,16 @@ def _(upstream: Tensor, logits: Sequence[Tensor], *_: Tensor) -> list[Tensor]:
 
 
 def _remember(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: ANN001
+    ctx.set_materialize_grads(False)  # else autograd fills zeros for the outputs that nobody differentiates
     logits, *targets = inputs
     _, alpha, beta = output
     ctx.save_for_backward(*logits, *targets, alpha, beta)
 
 
-def _differentiate(ctx, upstream: Tensor, *_: Tensor) -> tuple:  # noqa: ANN001
+def _differentiate(ctx, upstream: Tensor | None, *_: object) -> tuple:  # noqa: ANN001
     *logits, mask, sdf, boundary, alpha, beta = ctx.saved_tensors
+    if upstream is None:
+        return [None] * len(logits), None, None, None
     return _gradients(upstream, logits, mask, sdf, boundary, alpha, beta), None, None, None
 
 
