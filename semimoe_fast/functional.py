@@ -163,11 +163,33 @@ def objective_terms(
 
     (B, K, H, W), (B, 1, H, W), (B, 2, H, W) against (B, H, W), (B, 1, H, W) or (B, H, W), (B, H, W) -> (3,).
     """
-    _check_classes("objective_terms: mask", mask_logits, mask)
-    _check_sdf(raw_sdf, sdf)
-    _check_classes("objective_terms: boundary", boundary_logits, boundary)
+    _check_objective("objective_terms", mask_logits, raw_sdf, boundary_logits, mask, sdf, boundary)
     compute = ops.implementation("objective_terms", mask_logits.device)
     return compute(mask_logits, raw_sdf, boundary_logits, mask, sdf, boundary)
+
+
+def joint_objective_terms(
+    predictions: Sequence[Sequence[Tensor]], mask: Tensor, sdf: Tensor, boundary: Tensor
+) -> Tensor:
+    """The sum of `objective_terms` over S sets of predictions against the same targets, which are read once.
+
+    predictions: S x (mask_logits (B, K, H, W), raw_sdf (B, 1, H, W), boundary_logits (B, 2, H, W)), each tensor in a dtype
+    of its own; targets as `objective_terms` takes them -> (3,).
+    """
+    if not predictions or any(len(prediction) != 3 for prediction in predictions):
+        raise ValueError(
+            "predictions are S tuples (mask_logits, raw_sdf, boundary_logits), got lengths "
+            f"{[len(prediction) for prediction in predictions]}"
+        )
+    for prediction in predictions:
+        _check_objective("joint_objective_terms", *prediction, mask, sdf, boundary)
+        if any(x.shape != first.shape for x, first in zip(prediction, predictions[0], strict=True)):
+            raise ValueError(
+                "joint_objective_terms: all sets of predictions have the classes of the first, got shapes "
+                f"{[tuple(x.shape) for x in prediction]} after {[tuple(x.shape) for x in predictions[0]]}"
+            )
+    compute = ops.implementation("joint_objective_terms", mask.device)
+    return compute(predictions, mask, sdf, boundary)
 
 
 def adaptive_loss(
@@ -268,6 +290,20 @@ def _check_tasks(name: str, heads: Sequence[Tensor]) -> None:
     rows = [len(head) for head in heads]
     if len(rows) != 3 or rows[1] != 1:
         raise ValueError(f"{name} takes the heads of mask (K), sdf (1) and boundary (2 rows), got rows {rows}")
+
+
+def _check_objective(
+    name: str,
+    mask_logits: Tensor,
+    raw_sdf: Tensor,
+    boundary_logits: Tensor,
+    mask: Tensor,
+    sdf: Tensor,
+    boundary: Tensor,
+) -> None:
+    _check_classes(f"{name}: mask", mask_logits, mask)
+    _check_sdf(raw_sdf, sdf)
+    _check_classes(f"{name}: boundary", boundary_logits, boundary)
 
 
 def _check_classes(name: str, logits: Tensor, target: Tensor) -> None:

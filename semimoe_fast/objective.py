@@ -39,8 +39,8 @@ def objective(
     """
     weighted, pseudo_terms = _unsupervised(model, adaptive, unlabelled, unsupervised_weight)
     output = model(labelled)
-    terms = F.objective_terms(*output.own, *targets)
-    terms = terms + F.objective_terms(output.mask, output.sdf, output.boundary, *targets)
+    gated = (output.mask, output.sdf, output.boundary)
+    terms = F.joint_objective_terms([output.own, gated], *targets)
     supervised = adaptive(terms)
     return StepLosses(
         total=supervised + weighted,

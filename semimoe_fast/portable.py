@@ -8,9 +8,31 @@ import torch
 from torch import Tensor
 
 from .expert_products import apply
-from .portable_gate import label_products as label_products
-from .portable_gate import mix_products as mix_products
-from .reference import one_hot, targets_from_distance
+from .portable_gate import label_products, mix_products
+from .portable_objective import (
+    joint_objective_terms,
+    objective_terms,
+    soft_dice_loss,
+    squared_dice_loss,
+    tanh_mse_loss,
+)
+from .reference import targets_from_distance
+
+__all__ = [
+    "adaptive_loss",
+    "distance_targets",
+    "expert_products",
+    "joint_objective_terms",
+    "label_products",
+    "mix_products",
+    "multi_gate",
+    "objective_terms",
+    "pseudo_labels",
+    "soft_dice_loss",
+    "squared_dice_loss",
+    "squared_distance",
+    "tanh_mse_loss",
+]
 
 FAR = 2**16  # a column without the opposite class: longer than any diagonal whose square fits into int32
 ROW_CHUNK = 2**24  # candidates (row pixels x row pixels) that the row search holds in memory at once
@@ -100,53 +122,6 @@ def pseudo_labels(
     with torch.no_grad():
         mask, sdf, boundary = multi_gate(features, gate_weights, head_weights, head_biases)
         return mask.argmax(1).to(torch.uint8), sdf.tanh(), boundary.argmax(1).to(torch.uint8)
-
-
-def squared_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """See `reference.squared_dice_loss`; at least float32 inside."""
-    p, t = _probabilities(logits, target)
-    overlap, mass = _dot(p, t), _dot(p, p) + t.sum(-1)
-    return (1 - (2 * overlap + 1) / (mass + 1)).mean()
-
-
-def soft_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """See `reference.soft_dice_loss`; at least float32 inside."""
-    p, t = _probabilities(logits, target)
-    return (1 - (2 * _dot(p, t) + 1e-8) / (p.sum(-1) + t.sum(-1) + 1e-8)).mean()
-
-
-def _probabilities(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax and one-hot target, both (B, K, pixels)."""
-    p = logits.to(_accumulation_dtype(logits)).softmax(1).flatten(2)
-    return p, one_hot(target, logits.shape[1], p.dtype).flatten(2)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of products over the pixels. Not as a matrix product, which autocast would round to bf16."""
-    return (a * b).sum(-1)
-
-
-def tanh_mse_loss(raw: Tensor, sdf: Tensor) -> Tensor:
-    """See `reference.tanh_mse_loss`; at least float32 inside."""
-    dtype = _accumulation_dtype(raw)
-    return torch.nn.functional.mse_loss(raw.to(dtype).tanh(), sdf.reshape(raw.shape).to(dtype))
-
-
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def objective_terms(
-    mask_logits: Tensor, raw_sdf: Tensor, boundary_logits: Tensor, mask: Tensor, sdf: Tensor, boundary: Tensor
-) -> Tensor:
-    """See `reference.objective_terms`."""
-    return torch.stack(
-        [
-            squared_dice_loss(mask_logits, mask),
-            tanh_mse_loss(raw_sdf, sdf),
-            soft_dice_loss(boundary_logits, boundary),
-        ]
-    )
 
 
 def adaptive_loss(

@@ -1,7 +1,7 @@
 """The operations as their formulas read: slow, obvious, and the oracle of every test.
 
 Nothing here is optimised and nothing of the package is imported. (`portable` borrows what has no faster form: the
-one-hot target and the normalisation of distances, which the golden archives hold to the published code.) Every
+normalisation of distances, which the golden archives hold to the published code.) Every
 floating-point function follows the dtype of its inputs, so that float64 inputs give a float64 oracle, and
 differentiates through autograd.
 
@@ -171,6 +171,13 @@ def objective_terms(
             soft_dice_loss(boundary_logits, boundary),
         ]
     )
+
+
+def joint_objective_terms(
+    predictions: Sequence[Sequence[Tensor]], mask: Tensor, sdf: Tensor, boundary: Tensor
+) -> Tensor:
+    """The sum of objective_terms over sets of predictions: S x ((B, K, H, W), (B, 1, H, W), (B, 2, H, W)) -> (3,)."""
+    return sum(objective_terms(*prediction, mask, sdf, boundary) for prediction in predictions)
 
 
 def adaptive_loss(

@@ -34,7 +34,7 @@ def test_equals_reference(terms: int, dtype: torch.dtype) -> None:
     total, expected = F.adaptive_loss(*arguments, *settings), reference.adaptive_loss(*exact, *settings)
     (3 * total).backward()
     (3 * expected).backward()
-    # float32 arithmetic on five terms; gradients are cut to the 8 bits of bfloat16, which the interpreter does downwards
+    # float32 arithmetic on five terms; gradients are cut to the 8 bits of bfloat16 (by the interpreter: downwards)
     tolerance = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-7}[dtype]
     torch.testing.assert_close(total.cpu().double(), expected, rtol=1e-6, atol=0)
     for value, of_exact in zip(arguments, exact, strict=True):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from semimoe_fast import functional as F
-from semimoe_fast import ops, portable, reference
+from semimoe_fast import ops, portable, portable_objective, reference
 from semimoe_fast.model import MultiGating
 from semimoe_fast.published import rename_gating
 
@@ -209,13 +209,36 @@ def check_loss(name: str, prediction: Tensor, target: Tensor) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("channel", [0, 1])
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses_do_not_hide_bad_logits(name: str, value: float) -> None:
+def test_losses_do_not_hide_bad_logits(name: str, channel: int, value: float) -> None:
     logits = torch.randn(2, 2, 4, 4)
-    logits[1, 0, 2, 2] = value
+    logits[1, channel, 2, 2] = value
     target = torch.zeros(2, 4, 4, dtype=torch.uint8)
     assert getattr(F, name)(logits, target).isnan()
     assert getattr(reference, name)(logits, target).isnan()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_logit_of_minus_infinity_is_a_probability_of_zero(name: str) -> None:
+    logits = torch.randn(2, 2, 4, 4).double()
+    logits[0, 0], logits[1, 1, 2, 2] = -torch.inf, -torch.inf
+    check_loss(name, logits, torch.zeros(2, 4, 4, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_classes_of_almost_no_probability(name: str) -> None:
+    """Where no pixel is of a class, soft dice depends on sums of probabilities as small as its smoothing, 1e-8."""
+    logits = torch.zeros(1, 2, 8, 8).double()
+    logits[:, 0] = torch.linspace(18, 30, 64).view(8, 8)
+    check_loss(name, logits, torch.zeros(1, 8, 8, dtype=torch.uint8))
+    check_loss(name, -logits, torch.ones(1, 8, 8, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_targets_out_of_range_belong_to_no_class(name: str) -> None:
+    check_loss(name, torch.randn(2, 2, 5, 6).double(), torch.randint(-2, 4, (2, 5, 6)))
+    check_loss(name, torch.randn(2, 3, 5, 6).double(), torch.full((2, 5, 6), 2**33))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -261,6 +284,45 @@ def test_objective_terms_are_the_three_losses(backend: str) -> None:
     torch.testing.assert_close(terms, torch.stack(expected))
 
 
+def test_joint_objective_terms_are_a_sum(backend: str) -> None:
+    predictions = [(torch.randn(2, 3, 8, 8), torch.randn(2, 1, 8, 8), torch.randn(2, 2, 8, 8)) for _ in range(3)]
+    targets = (torch.randint(0, 3, (2, 8, 8)), torch.rand(2, 8, 8), torch.randint(0, 2, (2, 8, 8)))
+    expected = sum(F.objective_terms(*prediction, *targets) for prediction in predictions)
+    torch.testing.assert_close(F.joint_objective_terms(predictions, *targets), expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_keep_the_dtype_and_layout_of_the_logits(layout: torch.memory_format) -> None:
+    logits = torch.randn(2, 3, 4, 5).bfloat16().to(memory_format=layout).requires_grad_()
+    for name in LOSSES:
+        (gradient,) = torch.autograd.grad(getattr(F, name)(logits, torch.zeros(2, 4, 5).long()), logits)
+        assert gradient.dtype == torch.bfloat16
+        assert gradient.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 4, 4), (2, 2, 0, 4), (2, 3, 4, 0)])
+def test_losses_of_nothing_equal_the_reference(shape: tuple[int, ...]) -> None:
+    logits, target = torch.zeros(shape), torch.zeros(shape[0], *shape[2:]).long()
+    for name in LOSSES:
+        expected = getattr(reference, name)(logits, target)
+        torch.testing.assert_close(getattr(F, name)(logits, target), expected, equal_nan=True)
+
+
+def test_portable_losses_refuse_second_derivatives() -> None:
+    logits = torch.randn(1, 2, 3, 3, requires_grad=True)
+    loss = portable.squared_dice_loss(logits, torch.zeros(1, 3, 3).long())
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only: for second ones set SEMIMOE_BACKEND=reference"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_custom_op_of_the_portable_dice_losses(classes: int) -> None:
+    logits, target = torch.randn(2, classes, 4, 5, requires_grad=True), torch.randint(0, classes, (2, 4, 5))
+    for squared in (True, False):
+        torch.library.opcheck(portable_objective._dice, (logits, target, squared))
+
+
 @pytest.mark.parametrize("tasks", [1, 3, 5])
 def test_adaptive_loss_of_any_number_of_terms(tasks: int) -> None:
     terms, log_vars = torch.rand(tasks).double(), torch.randn(tasks).double()
@@ -290,7 +352,12 @@ def test_gradcheck_losses(module) -> None:
     target = torch.randint(0, 3, (2, 3, 2))
     for name in LOSSES:
         assert torch.autograd.gradcheck(getattr(module, name), (logits, target))
+        assert torch.autograd.gradcheck(getattr(module, name), (logits[:, :2], target))
     raw = torch.randn(2, 1, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda *x: module.joint_objective_terms([(x[0], raw, x[1]), (x[0], raw, x[1])], target, raw[:, 0], target),
+        (logits, logits[:, :2].detach().clone().requires_grad_()),
+    )
     assert torch.autograd.gradcheck(module.tanh_mse_loss, (raw, torch.rand(2, 3, 2, dtype=torch.float64)))
     terms, log_vars = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(module.adaptive_loss, (terms, log_vars))
@@ -321,8 +388,8 @@ def test_every_operation_names_its_backend(monkeypatch: pytest.MonkeyPatch) -> N
         assert hasattr(reference, operation)
         assert hasattr(portable, operation)
     monkeypatch.setenv("SEMIMOE_BACKEND", "fused")
-    with pytest.raises(ops.BackendError, match="SEMIMOE_BACKEND=fused cannot serve multi_gate on cpu"):
-        F.multi_gate(*gate_inputs())
+    with pytest.raises(ops.BackendError, match="SEMIMOE_BACKEND=fused cannot serve soft_dice_loss on cpu"):
+        F.soft_dice_loss(torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8))
     monkeypatch.setenv("SEMIMOE_BACKEND", "fastest")
     with pytest.raises(ops.BackendError, match="SEMIMOE_BACKEND='fastest': choose one of reference, portable, fused"):
         F.multi_gate(*gate_inputs())
@@ -337,6 +404,11 @@ def gate_of(gates: tuple[int, ...], weight: tuple[int, ...], bias: int) -> None:
     F.multi_gate([zeros(1, 2, 4, 4)], zeros(*gates), [zeros(*weight)], [zeros(bias)])
 
 
+def joint_of(predictions: list[tuple[Tensor, ...]]) -> None:
+    F.joint_objective_terms(predictions, zeros(1, 4, 4).long(), zeros(1, 4, 4), zeros(1, 4, 4).long())
+
+
+ONE_SET = (zeros(1, 2, 4, 4), zeros(1, 1, 4, 4), zeros(1, 2, 4, 4))
 ONE_HEAD = ([zeros(1, 2, 4, 4)], zeros(1, 1, 1), [zeros(2, 2)], [zeros(2)])
 
 
@@ -347,6 +419,10 @@ ONE_HEAD = ([zeros(1, 2, 4, 4)], zeros(1, 1, 1), [zeros(2, 2)], [zeros(2)])
         (lambda: F.soft_dice_loss(zeros(1, 2, 4, 4), zeros(1, 4, 4)), TypeError, "class numbers"),
         (lambda: F.tanh_mse_loss(zeros(2, 1, 4, 4), zeros(1, 4, 4)), ValueError, "disagree"),
         (lambda: F.tanh_mse_loss(zeros(2, 2, 4, 4), zeros(2, 4, 4)), ValueError, "disagree"),
+        (lambda: joint_of([]), ValueError, "S tuples"),
+        (lambda: joint_of([(zeros(1, 2, 4, 4), zeros(1, 1, 4, 4))]), ValueError, "S tuples"),
+        (lambda: joint_of([ONE_SET, (zeros(1, 3, 4, 4), *ONE_SET[1:])]), ValueError, "the classes of the first"),
+        (lambda: joint_of([ONE_SET, (zeros(1, 2, 4, 5), *ONE_SET[1:])]), ValueError, "disagree"),
         (lambda: F.adaptive_loss(zeros(3), zeros(2)), ValueError, "as many terms"),
         (lambda: F.multi_gate([], zeros(1, 1, 2), [], []), ValueError, "features are E tensors"),
         (lambda: gate_of((1, 1, 2), (2, 2), 2), ValueError, "gate_weights"),

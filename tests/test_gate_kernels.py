@@ -103,6 +103,15 @@ def test_expert_products_of_types_and_layouts(dtype: torch.dtype, layout: str) -
     check_products((2, 16, 23, 24), dtype=dtype, layout=layout)  # 552 pixels: a chunk and a bit
 
 
+def test_experts_laid_out_differently() -> None:
+    features = [draw(1, 4, 5, 6, seed=e) for e in range(2)]
+    mixed = [features[0], in_layout(features[1], "channels-last")]
+    for result, expected in zip(
+        F.expert_products(mixed, [draw(2, 4)])[:2], F.expert_products(features, [draw(2, 4)])[:2], strict=True
+    ):
+        torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("shape", "heads", "own"),
     [

@@ -16,7 +16,7 @@ import torch
 
 from .. import _native, _triton, portable, reference
 from ..errors import UserError
-from . import adaptive, distance, gate
+from . import adaptive, distance, gate, objective
 
 logger = logging.getLogger("semimoe_fast")
 
@@ -33,6 +33,7 @@ OPERATIONS = (
     "soft_dice_loss",
     "tanh_mse_loss",
     "objective_terms",
+    "joint_objective_terms",
     "adaptive_loss",
 )
 
@@ -51,6 +52,8 @@ TRITON: dict[str, Callable[..., Any]] = {
     "expert_products": gate.expert_products,
     "mix_products": gate.mix_products,
     "label_products": gate.label_products,
+    "objective_terms": objective.objective_terms,
+    "joint_objective_terms": objective.joint_objective_terms,
     "adaptive_loss": adaptive.adaptive_loss,
 }
 FUSED = NATIVE | TRITON
