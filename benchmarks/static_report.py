@@ -136,7 +136,7 @@ def describe(launch: Launch) -> dict[str, Any]:
         "other loads": loads - wide_loads,
         "128-bit stores": wide_stores,
         "other stores": stores - wide_stores,
-        "tensor-core instructions": launch.count(r"(?:[HI]?G?|UTCH?)MMA[.\w]*"),
+        "tensor-core instructions": launch.count(r"(?:HMMA|HGMMA|UTC\w*MMA)[.\w]*"),
     }
 
 
