@@ -65,7 +65,7 @@ def _forward_kernel(
     z = products + image * EXPERTS * HEAD_ROWS * pixels
     for k in tl.static_range(tasks):
         weights = gate_weights + (image * tasks + k) * EXPERTS
-        for o in tl.static_range(ROWS[k]):
+        for o in tl.static_range(tl.constexpr(ROWS[k])):
             mixed = _mixed_row(z, weights, biases, FIRST[k] + o, p, pixels, EXPERTS, HEAD_ROWS)
             tl.store(outputs[k] + (image * ROWS[k] + o) * pixels + p, mixed, mask=p < pixels)
 
@@ -132,25 +132,26 @@ def _backward_kernel(
     FIRST: tl.constexpr,
     HEAD_ROWS: tl.constexpr,
     EXPERTS: tl.constexpr,
+    PADDED: tl.constexpr,  # a power of 2 above E
     BLOCK: tl.constexpr,
 ):
     block, blocks = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     image = tl.program_id(1).to(tl.int64)
     p = block * BLOCK + tl.arange(0, BLOCK)
     inside = p < pixels
+    e = tl.arange(0, PADDED)
     tasks: tl.constexpr = len(grad_outputs)
     for k in tl.static_range(tasks):
-        for o in tl.static_range(ROWS[k]):
+        weights = tl.load(gate_weights + (image * tasks + k) * EXPERTS + e, mask=e < EXPERTS, other=0.0).to(tl.float32)
+        for o in tl.static_range(tl.constexpr(ROWS[k])):
             row = FIRST[k] + o
-            sums = grad_rows + ((image * blocks + block) * HEAD_ROWS + row) * (EXPERTS + 1)
             grad = tl.load(grad_outputs[k] + (image * ROWS[k] + o) * pixels + p, mask=inside, other=0.0).to(tl.float32)
-            for e in tl.static_range(EXPERTS):
-                plane = ((image * EXPERTS + e) * HEAD_ROWS + row) * pixels
-                z = tl.load(products + plane + p, mask=inside, other=0.0).to(tl.float32)
-                weight = tl.load(gate_weights + (image * tasks + k) * EXPERTS + e).to(tl.float32)
-                tl.store(grad_products + plane + p, weight * grad, mask=inside)
-                tl.store(sums + e, tl.sum(grad * z))
-            tl.store(sums + EXPERTS, tl.sum(grad))
+            plane = ((image * EXPERTS + e) * HEAD_ROWS + row)[:, None] * pixels + p[None, :]
+            valid = (e < EXPERTS)[:, None] & inside[None, :]
+            z = tl.load(products + plane, mask=valid, other=1.0).to(tl.float32)  # ones sum dout itself, in row E
+            tl.store(grad_products + plane, weights[:, None] * grad[None, :], mask=valid)
+            sums = grad_rows + ((image * blocks + block) * HEAD_ROWS + row) * (EXPERTS + 1) + e
+            tl.store(sums, tl.sum(grad[None, :] * z, 1), mask=e <= EXPERTS)
 
 
 def forward(products: Tensor, gate_weights: Tensor, biases: Tensor, rows: Sequence[int]) -> list[Tensor]:
@@ -197,7 +198,8 @@ def backward(products: Tensor, gate_weights: Tensor, grad_outputs: Sequence[Tens
         if products.numel():
             _backward_kernel[grid](
                 products, gate_weights, tuple(grad.contiguous() for grad in grad_outputs), grad_products, partial,
-                height * width, tuple(rows), _first(rows), head_rows, experts, block, num_warps=WARPS,
+                height * width, tuple(rows), _first(rows), head_rows, experts,
+                triton.next_power_of_2(experts + 1), block, num_warps=WARPS,
             )  # fmt: skip
     of_rows = partial.sum(1)
     of_tasks = torch.stack([of_task.sum(1) for of_task in of_rows[..., :experts].split(rows, 1)], 1)
