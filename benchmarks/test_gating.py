@@ -1,34 +1,97 @@
-"""The multi-gate: its reference beside the portable backend, at the sizes of a training step."""
+"""The multi-gating block at the sizes of a training step: gates, gated outputs and the experts' own predictions.
+
+The reference is the block as it is published: the features concatenated for the gates' means, mixed features formed for
+each task, heads applied to them, and each expert's own head to its features. Beside it stands the same under
+torch.compile, the peer that needs no code of ours.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 from semimoe_fast import functional as F
 from semimoe_fast import reference
+from semimoe_fast.model import MultiGating
+
+from .conftest import DIRECTIONS
 
 HEADS = (2, 1, 2)
+Block = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 
 
-@pytest.mark.parametrize("layout", ["nchw", "channels-last"])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+def published(gating: MultiGating, own_heads: Sequence[nn.Conv2d]) -> Block:
+    heads = [[head.weight.flatten(1) for head in gating.heads], [head.bias for head in gating.heads]]
+
+    def block(features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        means = torch.cat(list(features), 1).mean((2, 3)).unflatten(1, (len(features), -1))
+        gated = reference.multi_gate(features, gating.gate_weights(means), *heads)
+        return *gated, *(head(x) for head, x in zip(own_heads, features, strict=True))
+
+    return block
+
+
+def ours(gating: MultiGating, own_heads: Sequence[nn.Conv2d]) -> Block:
+    def block(features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        means, products, own = gating.products(features, own_heads)
+        *gated, _ = gating.mix(means, products)
+        return *gated, *own
+
+    return block
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "channels-last"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("batch", [2, 8])
-def test_multi_gate(benchmark, measure, device, provider: str, batch: int, backward: bool, layout: str) -> None:
-    if device.type == "cpu" and batch > 2:
-        pytest.skip("the CPU is measured at the batch of a training step")
-    direction = "forward+backward" if backward else "forward"
-    benchmark.group = f"multi-gate {direction}, 3 x {batch} x 64 x 256 x 256 {layout}, {device.type}"
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_multi_gating(
+    benchmark, measure, device: torch.device, provider: str, dtype: torch.dtype, batch: int, direction: str, layout: str
+) -> None:
+    if device.type == "cpu" and (batch > 2 or dtype != torch.float32):
+        pytest.skip("the CPU is measured at the batch and the precision of its training step")
+    benchmark.group = f"multi-gating {direction}, 3 x {batch} x 64 x 256 x 256 {layout}, {dtype}, {device.type}"
+    torch.manual_seed(0)
+    gating = MultiGating(64, len(HEADS), HEADS, dropout=0.0).to(device)
+    own_heads = nn.ModuleList(nn.Conv2d(64, rows, 1) for rows in HEADS).to(device)
+    block, naive = ours(gating, own_heads), published(gating, own_heads)
     memory_format = torch.channels_last if layout == "channels-last" else torch.contiguous_format
-    shapes = [(batch, 3, 3), *((rows, 64) for rows in HEADS), *((rows,) for rows in HEADS)]
-    features = [torch.randn(batch, 64, 256, 256, device=device).contiguous(memory_format=memory_format) for _ in "123"]
-    inputs = [t.requires_grad_() for t in (*features, *(torch.randn(s, device=device) for s in shapes))]
+    features = [torch.randn(batch, 64, 256, 256, device=device).contiguous(memory_format=memory_format) for _ in HEADS]
+    features = [x.to(dtype) for x in features]
+    if provider == "reference":
+        block = naive
+    elif provider == "reference compiled":
+        block = torch.compile(naive, fullgraph=True, dynamic=False)
 
-    def operation(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return F.multi_gate(tensors[:3], tensors[3], tensors[4:7], tensors[7:])
+    def forward() -> tuple[Tensor, ...]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return block(features)
 
+    leaves = [*features, *gating.parameters(), *own_heads.parameters()]
+    gradients = [torch.randn_like(output) for output in forward()]
     with torch.no_grad():
-        expected = reference.multi_gate(inputs[:3], inputs[3], inputs[4:7], inputs[7:])
-        for result, oracle in zip(operation(*inputs), expected, strict=True):
-            torch.testing.assert_close(result, oracle, rtol=1e-3, atol=1e-3)  # float32 sums of 192 terms
-    measure(operation, inputs, backward)
+        for output, expected in zip(forward(), naive([x.float() for x in features]), strict=True):
+            # float32: sums of 192 terms; bf16 rounds each to 8 bits
+            tolerance = 1e-3 if dtype == torch.float32 else 0.1
+            torch.testing.assert_close(output.float(), expected, rtol=tolerance, atol=tolerance)
+    measure(forward, leaves, gradients, direction)
+
+
+@pytest.mark.parametrize("batch", [2, 8])
+def test_pseudo_labels(benchmark, measure, device: torch.device, provider: str, batch: int) -> None:
+    if device.type == "cpu" and batch > 2:
+        pytest.skip("the CPU is measured at the batch of its training step")
+    benchmark.group = f"pseudo-labels from products, {batch} x 256 x 256, {device.type}"
+    products = torch.randn(batch, 3, sum(HEADS), 256, 256, device=device)
+    gates = torch.rand(batch, len(HEADS), 3, device=device)
+    biases = [torch.randn(rows, device=device) for rows in HEADS]
+    label = F.label_products
+    if provider == "reference compiled":
+        label = torch.compile(reference.label_products, fullgraph=True, dynamic=False)
+    expected = reference.label_products(products.double(), gates.double(), [bias.double() for bias in biases])
+    for result, oracle in zip(label(products, gates, biases), expected, strict=True):
+        disagreement = (result.double() - oracle.double()).abs() > 1e-5  # where two outputs are equal but for rounding
+        assert disagreement.float().mean() < 1e-4
+    measure(lambda: label(products, gates, biases), [], [], "forward")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .expert_products import apply
-from .portable_gate import label_products, mix_products
+from .portable_gate import label_products, labels, mix_products
 from .portable_objective import (
     joint_objective_terms,
     objective_terms,
@@ -120,8 +120,7 @@ def pseudo_labels(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.pseudo_labels`."""
     with torch.no_grad():
-        mask, sdf, boundary = multi_gate(features, gate_weights, head_weights, head_biases)
-        return mask.argmax(1).to(torch.uint8), sdf.tanh(), boundary.argmax(1).to(torch.uint8)
+        return labels(*multi_gate(features, gate_weights, head_weights, head_biases))
 
 
 def adaptive_loss(

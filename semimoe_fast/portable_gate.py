@@ -101,5 +101,20 @@ def label_products(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.label_products`."""
     with torch.no_grad():
-        mask, sdf, boundary = mix_products(products, gate_weights, head_biases)
-        return mask.argmax(1).to(torch.uint8), sdf.tanh(), boundary.argmax(1).to(torch.uint8)
+        return labels(*mix_products(products, gate_weights, head_biases))
+
+
+def labels(mask: Tensor, sdf: Tensor, boundary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """argmax, tanh and argmax of the gated outputs."""
+    return _largest(mask), sdf.tanh(), _largest(boundary)
+
+
+def _largest(logits: Tensor) -> Tensor:
+    """torch.argmax over the classes, uint8: on a CPU, where that walks from pixel to pixel, in vectors instead."""
+    best = logits[:, 0]
+    label = torch.zeros_like(best, dtype=torch.uint8)
+    for k, value in enumerate(logits.unbind(1)[1:], 1):
+        wins = (value > best) | (value.isnan() & ~best.isnan())
+        label = torch.where(wins, torch.full_like(label, k), label)
+        best = torch.where(wins, value, best)
+    return label
