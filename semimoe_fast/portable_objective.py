@@ -17,6 +17,7 @@ Source of the formulas: Semi-MoE, arXiv 2509.13834.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,19 +109,19 @@ def _(logits: Tensor, *_: object) -> Tensor:
     return torch.empty_like(logits)
 
 
-def _remember(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:  # noqa: ANN001
+def _remember(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # else autograd fills zeros for the outputs that nobody differentiates
     logits, target, ctx.squared = inputs
     ctx.save_for_backward(logits, target, *output[1:])
 
 
-def _differentiate(ctx, upstream: Tensor | None, *_: object) -> tuple[Tensor | None, None, None]:  # noqa: ANN001
+def _differentiate(ctx: Any, upstream: Tensor | None, *_: object) -> tuple[Tensor | None, None, None]:
     if upstream is None:
         return None, None, None
     return _dice_gradient(*ctx.saved_tensors, upstream, ctx.squared), None, None
 
 
-def _refuse(ctx, *_: object) -> None:  # noqa: ANN001
+def _refuse(ctx: Any, *_: object) -> None:
     raise RuntimeError("the portable losses have first derivatives only: for second ones set SEMIMOE_BACKEND=reference")
 
 
