@@ -7,7 +7,7 @@ With P the softmax of the logits, T the one-hot target, and sums over the pixels
     sdf       mean over pixels of (tanh(raw) - sdf)^2
 
 so both dice losses are 1 - ratio, ratio = (2 overlap + e) / (mass + e), and their derivatives need two numbers for
-each set, image and class: dL/dP = T alpha + beta * (P for the mask, 1 for the boundary), with n images times classes and
+each set, image and class: with n images times classes, dL/dP = T alpha + beta * (P for the mask, 1 for the boundary),
 
     alpha = -2 / (n (mass + e))        beta = ratio / (n (mass + e)), twice that for the mask.
 
@@ -17,13 +17,13 @@ three terms, alpha and beta; `_gradients_kernel` reads logits, targets, alpha, b
 writes the gradient of every logit, P_k (g_k - sum_j P_j g_j) with g = dL/dP.
 
 Bytes per pixel, with K = 2, float32 logits, uint8 mask and boundary, float32 sdf: forward 20 S + 6, backward 40 S + 6
-(S = 1: 26 and 46; S = 2: 46 and 86); with bfloat16 logits 10 S + 6 and 20 S + 6. The partial sums add 18 floats per tile
-at S = 2, about 1/300 of that.
+(S = 1: 26 and 46; S = 2: 46 and 86); with bfloat16 logits 10 S + 6 and 20 S + 6. The partial sums add 18 floats per
+tile at S = 2, about 1/300 of that.
 
-A tile is a run of pixels of one image by all classes, the classes of a pixel in one thread, so that a softmax needs no
-exchange between threads. It has as many pixels as give every thread 16 bytes of each class plane: 128-bit loads and
-stores where the planes are contiguous and aligned. Several programs fit on a multiprocessor, so that the
-reductions of one hide behind the loads of the others. Tiles are numbered image-fastest: any number of either fits the grid.
+A tile is a run of pixels of one image by all classes. Up to eight classes it gives every thread 16 bytes of each plane
+of the widest logits: 128-bit loads and stores where planes are contiguous and aligned, and a softmax without exchange
+between threads. With more classes it has fewer pixels. Several programs fit on a multiprocessor, so that the reductions
+of one hide behind the loads of the others. One axis of the grid numbers tiles and images together: neither has a limit.
 
 Source of the formulas: Semi-MoE, arXiv 2509.13834.
 """
@@ -40,6 +40,11 @@ from torch import Tensor
 
 WARPS = 4
 VECTOR_BYTES = 16  # the widest load of a thread
+FINISH_TILES, FINISH_COLUMNS, FINISH_WARPS = (
+    256,
+    32,
+    16,
+)  # one step for 2 x 256 x 256 pixels: 8 loads in flight a thread
 
 
 class Planes(NamedTuple):
@@ -70,6 +75,14 @@ def _softmax(logits, image, channel, pixel, valid, CLASSES: tl.constexpr, DTYPE:
     z = tl.where(channel < CLASSES, z, float("-inf"))
     powers = tl.exp(z - tl.max(z, 1)[:, None])
     return tl.where(valid, powers / tl.sum(powers, 1)[:, None], 0)
+
+
+@triton.jit
+def _tanh(x):
+    """tanh and its derivative, without cancellation where |x| is large."""
+    e = tl.exp(-2 * tl.abs(x))
+    tanh = (1 - e) / (1 + e)
+    return tl.where(x < 0, -tanh, tanh), 4 * e / ((1 + e) * (1 + e))
 
 
 @triton.jit
@@ -124,22 +137,17 @@ def _sums_kernel(
     for s in tl.static_range(SETS):
         mask_logits, raw, boundary_logits = predictions[s]
         _dice_sums(
-            mask_logits, mask, overlap + s * K, mass + s * K, image, pixel, inside, True, K, K_PADDED, DTYPE
+            mask_logits, mask, overlap + s * K, mass + s * K,
+            image, pixel, inside, True, K, K_PADDED, DTYPE,
         )  # fmt: skip
         first = SETS * K + s * L
         _dice_sums(
-            boundary_logits, boundary, overlap + first, mass + first, image, pixel, inside, False, L, L_PADDED, DTYPE
-        )
+            boundary_logits, boundary, overlap + first, mass + first,
+            image, pixel, inside, False, L, L_PADDED, DTYPE,
+        )  # fmt: skip
         tanh, _ = _tanh(_load(raw, image, pixel, inside).to(DTYPE))
+        # outside the image both are 0
         tl.store(errors + program * SETS + s, tl.sum((tanh - sdf) * (tanh - sdf)))
-
-
-@triton.jit
-def _tanh(x):
-    """tanh and its derivative, without cancellation where |x| is large."""
-    e = tl.exp(-2 * tl.abs(x))
-    tanh = (1 - e) / (1 + e)
-    return tl.where(x < 0, -tanh, tanh), 4 * e / ((1 + e) * (1 + e))
 
 
 @triton.jit
@@ -174,7 +182,7 @@ def _finish_kernel(
             overlap += tl.sum(tl.load(overlaps + offsets, mask=valid, other=0), 0)
             mass += tl.sum(tl.load(masses + offsets, mask=valid, other=0), 0)
         is_mask = column % C < SETS * K
-        smooth = tl.where(is_mask, 1.0, 1e-8)
+        smooth = tl.where(is_mask, tl.full([COLUMNS], 1, DTYPE), 1e-8)
         ratio = (2 * overlap + smooth) / (mass + smooth)
         scale = 1 / ((mass + smooth) * tl.where(is_mask, K, L) * batch)
         valid = column < batch * C
@@ -266,8 +274,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Terms (3,), alpha and beta (B, C) in `dtype`, float32 or float64, which is also that of the arithmetic.
 
-    predictions: S x (mask logits (B, K, H, W), raw sdf (B, 1, H, W), boundary logits (B, L, H, W)); targets: mask, sdf and
-    boundary, each (B, 1, H, W). Every plane has one stride from pixel to pixel.
+    predictions: S x (mask logits (B, K, H, W), raw sdf (B, 1, H, W), boundary logits (B, L, H, W)); targets: mask, sdf
+    and boundary, each (B, 1, H, W). Every plane has one stride from pixel to pixel.
     """
     batch, pixels, classes = _sizes(predictions)
     options = _launch_options(predictions, dtype)
@@ -285,7 +293,7 @@ def forward(
             )
         _finish_kernel[(1,)](
             overlaps, masses, errors, terms, alphas, betas, tiles, batch, pixels, sets, *classes,
-            TILES=256, COLUMNS=32, DTYPE=options["DTYPE"], num_warps=16,
+            TILES=FINISH_TILES, COLUMNS=FINISH_COLUMNS, DTYPE=options["DTYPE"], num_warps=FINISH_WARPS,
         )  # fmt: skip
     return terms, alphas, betas
 
@@ -297,7 +305,7 @@ def backward(
     alphas: Tensor,
     betas: Tensor,
 ) -> list[list[Tensor]]:
-    """Gradients shaped, laid out and typed as the predictions; upstream: (3,), the rest as `forward` takes and gives."""
+    """Gradients laid out and typed as the predictions; upstream: (3,), the rest as `forward` takes and gives."""
     batch, pixels, _ = _sizes(predictions)
     options = _launch_options(predictions, alphas.dtype)
     gradients = [[torch.empty_like(x) for x in prediction] for prediction in predictions]
@@ -312,7 +320,10 @@ def backward(
 
 
 def _planes(tensors: Sequence[Tensor]) -> tuple[Planes, ...]:
-    """Where every tensor lies; in a plane one pixel wide the next pixel is the next row."""
+    """Where every tensor lies; in a plane one pixel wide the next pixel is the next row.
+
+    The stride between pixels is a constant of the kernel: then one load takes the classes of a channels-last pixel.
+    """
     return tuple(
         Planes(x, x.stride(0), x.stride(1), tl.constexpr(x.stride(3 if x.shape[3] > 1 else 2))) for x in tensors
     )
@@ -326,16 +337,16 @@ def _sizes(predictions: Sequence[Sequence[Tensor]]) -> tuple[int, int, tuple[int
 
 
 def _launch_options(predictions: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> dict[str, object]:
-    """A thread takes 16 bytes of two class planes of the widest logits, of more planes fewer."""
-    _, _, (k, l) = _sizes(predictions)
-    k_padded, l_padded = triton.next_power_of_2(k), triton.next_power_of_2(l)
+    """Sizes of a tile: 16 bytes per thread of each plane of the widest logits, fewer pixels from eight classes up."""
+    _, _, classes = _sizes(predictions)
+    padded = [triton.next_power_of_2(count) for count in classes]
     vector = VECTOR_BYTES // max(x.element_size() for prediction in predictions for x in prediction)
     return {
-        "K": k,
-        "K_PADDED": k_padded,
-        "L": l,
-        "L_PADDED": l_padded,
-        "BLOCK": max(WARPS * 32 * vector * 8 // max(k_padded, l_padded, 8), 8),
+        "K": classes[0],
+        "K_PADDED": padded[0],
+        "L": classes[1],
+        "L_PADDED": padded[1],
+        "BLOCK": max(WARPS * 32 * vector * 8 // max(*padded, 8), 8),
         "DTYPE": tl.float64 if dtype == torch.float64 else tl.float32,
         "num_warps": WARPS,
     }

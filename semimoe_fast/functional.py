@@ -173,8 +173,9 @@ def joint_objective_terms(
 ) -> Tensor:
     """The sum of `objective_terms` over S sets of predictions against the same targets, which are read once.
 
-    predictions: S x (mask_logits (B, K, H, W), raw_sdf (B, 1, H, W), boundary_logits (B, 2, H, W)), each tensor in a dtype
-    of its own; targets as `objective_terms` takes them -> (3,).
+    predictions: S x (mask_logits (B, K, H, W), raw_sdf (B, 1, H, W), boundary_logits (B, 2, H, W)), each tensor in a
+    dtype of its own; targets as `objective_terms` takes them -> (3,).
+    Raises ValueError where shapes or the numbers of classes disagree, TypeError for floating-point classes.
     """
     if not predictions or any(len(prediction) != 3 for prediction in predictions):
         raise ValueError(

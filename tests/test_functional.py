@@ -317,10 +317,13 @@ def test_portable_losses_refuse_second_derivatives() -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_custom_op_of_the_portable_dice_losses(classes: int) -> None:
+def test_custom_op_of_the_portable_losses(classes: int) -> None:
     logits, target = torch.randn(2, classes, 4, 5, requires_grad=True), torch.randint(0, classes, (2, 4, 5))
-    for squared in (True, False):
-        torch.library.opcheck(portable_objective._dice, (logits, target, squared))
+    raw, kinds = torch.randn(2, 1, 4, 5).double().requires_grad_(), [0, 1, 2]
+    for differentiate in (True, False):
+        predictions = [x if differentiate else x.detach() for x in (logits, raw, logits)]
+        arguments = (predictions, [target, torch.rand(2, 4, 5), target], kinds, differentiate)
+        torch.library.opcheck(portable_objective._losses, arguments)
 
 
 @pytest.mark.parametrize("tasks", [1, 3, 5])

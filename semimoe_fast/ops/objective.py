@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,21 +64,21 @@ def _(upstream: Tensor, logits: Sequence[Tensor], *_: Tensor) -> list[Tensor]:
     return [torch.empty_like(_addressable(x)) for x in logits]
 
 
-def _remember(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: ANN001
+def _remember(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)  # else autograd fills zeros for the outputs that nobody differentiates
     logits, *targets = inputs
     _, alpha, beta = output
     ctx.save_for_backward(*logits, *targets, alpha, beta)
 
 
-def _differentiate(ctx, upstream: Tensor | None, *_: object) -> tuple:  # noqa: ANN001
+def _differentiate(ctx: Any, upstream: Tensor | None, *_: object) -> tuple:
     *logits, mask, sdf, boundary, alpha, beta = ctx.saved_tensors
     if upstream is None:
         return [None] * len(logits), None, None, None
     return _gradients(upstream, logits, mask, sdf, boundary, alpha, beta), None, None, None
 
 
-def _refuse(ctx, *_: Tensor) -> None:  # noqa: ANN001
+def _refuse(ctx: Any, *_: object) -> None:
     raise RuntimeError("the fused objective has first derivatives only: for second ones set SEMIMOE_BACKEND=reference")
 
 
@@ -85,7 +86,7 @@ _terms.register_autograd(_differentiate, setup_context=_remember)
 _gradients.register_autograd(_refuse)
 
 
-def _sets(tensors) -> list[tuple[Tensor, ...]]:
+def _sets(tensors: Iterable[Tensor]) -> list[tuple[Tensor, ...]]:
     """The flat list as S x (mask logits, raw sdf, boundary logits)."""
     flat = iter(tensors)
     return list(zip(flat, flat, flat, strict=True))
