@@ -293,7 +293,7 @@ def forward(
             )
         _finish_kernel[(1,)](
             overlaps, masses, errors, terms, alphas, betas, tiles, batch, pixels, sets, *classes,
-            TILES=FINISH_TILES, COLUMNS=FINISH_COLUMNS, DTYPE=options["DTYPE"], num_warps=FINISH_WARPS,
+            TILES=FINISH_TILES, COLUMNS=FINISH_COLUMNS, DTYPE=options["DTYPE"], num_warps=FINISH_WARPS, maxnreg=128,
         )  # fmt: skip
     return terms, alphas, betas
 
@@ -349,4 +349,5 @@ def _launch_options(predictions: Sequence[Sequence[Tensor]], dtype: torch.dtype)
         "BLOCK": max(WARPS * 32 * vector * 8 // max(*padded, 8), 8),
         "DTYPE": tl.float64 if dtype == torch.float64 else tl.float32,
         "num_warps": WARPS,
+        "maxnreg": 255,  # the most there are; left alone, ptxas spills a word here and there to fit more programs
     }
