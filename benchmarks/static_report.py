@@ -17,7 +17,7 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # it would leave nothing to compile
 
 import torch
-from semimoe_fast.kernels import expert_products, mix, objective
+from semimoe_fast.kernels import adaptive, expert_products, mix, objective
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -74,6 +74,15 @@ def operations(dtype: torch.dtype, layout: torch.memory_format) -> Iterator[tupl
         "objective backward",
         reads + out + of_own,
         lambda: objective.backward(terms, predictions, targets, sums, sums),
+    )
+
+    log_vars, total, settings = torch.empty_like(terms), empty(dtype=torch.float32), ((1.0, 0.5, 1.0), 0.4)
+    few = size([terms, log_vars, total])
+    yield "adaptive loss forward", few, lambda: adaptive.forward(terms, log_vars, *settings)
+    yield (
+        "adaptive loss backward",
+        few + size([terms, log_vars]),
+        lambda: adaptive.backward(total, terms, log_vars, *settings),
     )
 
 

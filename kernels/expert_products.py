@@ -16,9 +16,9 @@ sums, C values forward and rows times (C + 1) backward for 512 pixels of an expe
 They are added up in a fixed order, so that results do not change from run to run.
 
 A program takes one chunk of one image of one expert, tile by tile. A tile is (channels x pixels) of 8 KiB, four loads
-of 16 bytes for each of 128 threads: small enough for the registers without spills, also backward, so that the programs
-on a multiprocessor hide each other's waiting. Rows are padded to 16, the least that tensor cores take; float32 goes
-through them as three tf32 products, which together keep float32's precision.
+of 16 bytes for each of 128 threads: small enough for the registers without spills, also backward, up to 128 channels,
+so that the programs on a multiprocessor hide each other's waiting. Rows are padded to 16, the least that tensor cores
+take; float32 goes through them as three tf32 products, which together keep float32's precision.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor
 CHUNK = 512  # pixels of a program
 TILE_BYTES = 8192
 LEAST_DOT = 16  # rows, columns and depth of a product in tensor cores
-OPTIONS = {"num_warps": 4, "num_stages": 1}
+MOST_CHANNELS = 128  # beyond, the least tile is too large for the registers
 
 
 @triton.jit
@@ -65,6 +65,7 @@ def _forward_expert(
     bias = tl.load(own_biases + r - HEAD_ROWS, mask=is_own, other=0.0).to(tl.float32)
     tile = features + c[:, None].to(OFFSET) * stride_c + p[None, :].to(OFFSET) * stride_p
     to_rows = r[:, None].to(OFFSET) * pixels + p[None, :]
+    heads = tl.cast(pixels, tl.int64) * HEAD_ROWS  # rows ahead of the own ones
     total = tl.zeros([BLOCK_C], tl.float32)
     chunk = tl.program_id(0)
     for first in range(chunk * CHUNK, (chunk + 1) * CHUNK, BLOCK_P):
@@ -73,7 +74,7 @@ def _forward_expert(
         total += tl.sum(x.to(tl.float32), 1)
         y = tl.dot(weight, x, input_precision="tf32x3")
         tl.store(products + start + to_rows, y, mask=is_head[:, None] & inside)
-        tl.store(own - HEAD_ROWS * pixels + start + to_rows, y + bias[:, None], mask=is_own[:, None] & inside)
+        tl.store(own - heads + start + to_rows, y + bias[:, None], mask=is_own[:, None] & inside)
     tl.store(sums + c, total, mask=c < CHANNELS)
 
 
@@ -149,6 +150,7 @@ def _backward_expert(
     tile = features + c[:, None].to(OFFSET) * stride_c + p[None, :].to(OFFSET) * stride_p
     grad_tile = grad_features + c[:, None].to(OFFSET) * grad_stride_c + p[None, :].to(OFFSET) * grad_stride_p
     to_rows = r[:, None].to(OFFSET) * pixels + p[None, :]
+    heads = tl.cast(pixels, tl.int64) * HEAD_ROWS  # rows ahead of the own ones
     dw = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     db = tl.zeros([BLOCK_R], tl.float32)
     chunk = tl.program_id(0)
@@ -160,7 +162,7 @@ def _backward_expert(
         if grad_products is not None:
             dy += tl.load(grad_products + start + to_rows, mask=is_head[:, None] & inside, other=0.0)
         if grad_own is not None:
-            dy += tl.load(grad_own - HEAD_ROWS * pixels + start + to_rows, mask=is_own[:, None] & inside, other=0.0)
+            dy += tl.load(grad_own - heads + start + to_rows, mask=is_own[:, None] & inside, other=0.0)
         dx = tl.dot(transposed, dy, input_precision="tf32x3") + dx_of_mean[:, None]
         tl.store(grad_tile + start * grad_stride_p, dx, mask=valid)
         dw = tl.dot(dy, tl.trans(x), dw, input_precision="tf32x3")
@@ -233,7 +235,7 @@ def forward(
         with torch.cuda.device_of(x):
             _forward_kernel[(chunks, batch, len(features))](
                 tuple(features), weights.to(x.dtype), own_biases, sums, products, tuple(own),
-                *_plane_strides(x), height * width, **constants, **OPTIONS,
+                *_plane_strides(x), height * width, **constants,
             )  # fmt: skip
     return sums.sum(1) / (height * width), products, own
 
@@ -262,7 +264,7 @@ def backward(
             _backward_kernel[(chunks, batch, len(features))](
                 tuple(features), weights.to(x.dtype), grad_means, grad_products, grad_own and tuple(grad_own),
                 tuple(grad_features), partial, partial_biases, *_plane_strides(x), *_plane_strides(grad_features[0]),
-                height * width, ROWS=rows, **constants, **OPTIONS,
+                height * width, ROWS=rows, **constants,
             )  # fmt: skip
     of_rows, of_biases = partial.sum((0, 1)), partial_biases.sum((0, 1))
     own = [(e, slice(head_rows, head_rows + o)) for e, o in enumerate(own_rows)]
@@ -287,6 +289,8 @@ def _launch(x: Tensor, weights: Tensor, own_rows: Sequence[int]) -> tuple[int, d
         "BLOCK_C": block_c,
         "BLOCK_P": min(max(tile_pixels, LEAST_DOT), CHUNK),
         "OFFSET": tl.int32 if farthest < 2**31 else tl.int64,
+        "num_warps": 4,
+        "num_stages": 1,
     }
 
 

@@ -9,7 +9,7 @@ and the pseudo-labels straight from the products, where nothing is stored but la
 
 Traffic for each pixel, s bytes an element, E experts, O head rows: forward reads E O s and writes O s (labels: s + 2);
 backward reads (E + 1) O s and writes E O s, and partial sums, E + 1 float32 values a row and block of pixels, which
-are added up in a fixed order. At the published sizes that is an eighth of what the passes over the features move, so
+are added up in a fixed order. At the published sizes that is a tenth of what the passes over the features move, so
 blocks of pixels are all the tiling there is: 16 bytes a thread of every row, the weights of an image in registers.
 
 Accumulation is in float32.
@@ -59,6 +59,7 @@ def _forward_kernel(
     EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    pixels = tl.cast(pixels, tl.int64)  # of which planes of rows are made
     image = tl.program_id(1).to(tl.int64)
     p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tasks: tl.constexpr = len(outputs)
@@ -99,6 +100,7 @@ def _labels_kernel(
     EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    pixels = tl.cast(pixels, tl.int64)  # of which planes of rows are made
     image = tl.program_id(1).to(tl.int64)
     p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     z = products + image * EXPERTS * HEAD_ROWS * pixels
@@ -135,6 +137,7 @@ def _backward_kernel(
     PADDED: tl.constexpr,  # a power of 2 above E
     BLOCK: tl.constexpr,
 ):
+    pixels = tl.cast(pixels, tl.int64)
     block, blocks = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     image = tl.program_id(1).to(tl.int64)
     p = block * BLOCK + tl.arange(0, BLOCK)

@@ -195,7 +195,7 @@ def _finish_kernel(
         index = start + tl.arange(0, TILES)
         error += tl.load(errors + index, mask=index < tiles * batch * SETS, other=0)
     tl.store(terms, tl.sum(mask_term) / (batch * K))
-    tl.store(terms + 1, tl.sum(error) / (batch * pixels))
+    tl.store(terms + 1, tl.sum(error) / batch / pixels)
     tl.store(terms + 2, tl.sum(boundary_term) / (batch * L))
 
 
@@ -265,7 +265,7 @@ def _gradients_kernel(
             image, pixel, inside, False, L, L_PADDED, DTYPE,
         )  # fmt: skip
         tanh, slope = _tanh(_load(raw, image, pixel, inside).to(DTYPE))
-        scale = 2 * tl.load(upstream + 1) / (batch * pixels)
+        scale = 2 * tl.load(upstream + 1) / batch / pixels
         tl.store(_at(raw_gradient, image, 0, pixel), scale * (tanh - sdf) * slope, mask=inside)
 
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
 def addressable(x: Tensor) -> Tensor:
     """x (B, C, H, W), or a copy, in whose planes every pixel is as far from the one before as the next."""
     height, width = x.shape[2:]
-    return x if 1 in (height, width) or x.stride(2) == width * x.stride(3) else x.contiguous()
+    in_planes = 1 in (height, width) or x.stride(2) == width * x.stride(3)
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
+    if in_planes and not expanded:
+        return x
+    channels_last = x.stride(1) == 1 and not expanded
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def alike(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -35,12 +35,12 @@ def refuse(ctx, *_: object) -> None:  # noqa: ANN001
 
 
 def _kernels(x: Tensor, fused: bool) -> Any:
-    """The module whose `forward` and `backward` compute: for float64 the plain one, the kernels are in float32."""
+    """The module whose `forward` and `backward` compute: the plain one for what the kernels are not made for."""
     if not fused or x.dtype == torch.float64:
         return portable_gate
     from .kernels import expert_products
 
-    return expert_products
+    return expert_products if x.shape[1] <= expert_products.MOST_CHANNELS else portable_gate
 
 
 @torch.library.custom_op("semimoe_fast::expert_products", mutates_args=())
@@ -48,7 +48,9 @@ def _expert_products(
     features: Sequence[Tensor], weights: Tensor, own_biases: Tensor, own_rows: Sequence[int], fused: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """E x (B, C, H, W), (O + sum O_e, C), (sum O_e,), E x O_e -> (B, E, C), (B, E, O, H, W), E x (B, O_e, H, W)."""
-    return _kernels(features[0], fused).forward(alike(features), weights, own_biases, own_rows)
+    with torch.autocast(weights.device.type, enabled=False):
+        module = _kernels(features[0], fused)
+        return module.forward(alike(features), weights.contiguous(), own_biases.contiguous(), own_rows)
 
 
 @_expert_products.register_fake
@@ -72,15 +74,21 @@ def _expert_gradients(
     grad_own: Sequence[Tensor],
     fused: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """What the op above took, and the gradients of its results, where there are any -> those of its tensors."""
-    return _kernels(features[0], fused).backward(
-        alike(features),
-        weights,
-        own_rows,
-        None if grad_means is None else grad_means.contiguous(),
-        None if grad_products is None else grad_products.contiguous(),
-        [grad.contiguous() for grad in grad_own] or None,
-    )
+    """What the op above took, and the gradients of its results, where there are any -> those of its tensors.
+
+    Of the features as these are, of the parameters in at least float32.
+    """
+    with torch.autocast(weights.device.type, enabled=False):
+        of_features, *of_parameters = _kernels(features[0], fused).backward(
+            alike(features),
+            weights.contiguous(),
+            own_rows,
+            None if grad_means is None else grad_means.contiguous(),
+            None if grad_products is None else grad_products.contiguous(),
+            [grad.contiguous() for grad in grad_own] or None,
+        )
+    dtype = torch.promote_types(weights.dtype, torch.float32)
+    return of_features, *(gradient.to(dtype) for gradient in of_parameters)
 
 
 @_expert_gradients.register_fake

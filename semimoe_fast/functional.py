@@ -96,6 +96,8 @@ def expert_products(
     """
     _check_features(features)
     heads = _check_heads("head_weights", head_weights, features)
+    if len(own_weights) != len(own_biases):
+        raise ValueError(f"own_biases match own_weights, got {len(own_biases)} and {len(own_weights)}")
     if not own_weights:
         own_weights = [features[0].new_zeros(0, features[0].shape[1])] * len(features)
         own_biases = [weight[:, 0] for weight in own_weights]
@@ -305,6 +307,11 @@ def _check_objective(
     _check_classes(f"{name}: mask", mask_logits, mask)
     _check_sdf(raw_sdf, sdf)
     _check_classes(f"{name}: boundary", boundary_logits, boundary)
+    if not mask.shape == boundary.shape == (raw_sdf.shape[0], *raw_sdf.shape[2:]):
+        raise ValueError(
+            f"{name}: mask, sdf and boundary are of the same images, got {tuple(mask.shape)}, {tuple(sdf.shape)} and "
+            f"{tuple(boundary.shape)}"
+        )
 
 
 def _check_classes(name: str, logits: Tensor, target: Tensor) -> None:

@@ -110,8 +110,9 @@ def multi_gate(
     dtype = features[0].dtype
     folded = torch.cat([gate_weights[:, k, :, None, None] * weight for k, weight in enumerate(head_weights)], 2)
     out = torch.cat(list(head_biases)).to(dtype)[:, None].expand(batch, -1, height * width)
-    for matrix, feature in zip(folded.to(dtype).unbind(1), features, strict=True):
-        out = torch.baddbmm(out, matrix, feature.flatten(2))
+    with torch.autocast(out.device.type, enabled=False):  # the dtype is that of the features
+        for matrix, feature in zip(folded.to(dtype).unbind(1), features, strict=True):
+            out = torch.baddbmm(out, matrix, feature.flatten(2))
     return out.unflatten(2, (height, width)).split([weight.shape[0] for weight in head_weights], 1)
 
 

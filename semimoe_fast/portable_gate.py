@@ -40,14 +40,15 @@ def backward(
     grad_products: Tensor | None,
     grad_own: Sequence[Tensor] | None,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Gradients of the features, as these are, of the weights and of the own biases.
+    """Gradients of the features, as these are, of the weights and of the own biases, these in at least float32.
 
     Arguments as of `forward`, and the gradients of its results, None where there is none.
     """
     x = features[0]
     batch, channels, height, width = x.shape
     head_rows = weights.shape[0] - sum(own_rows)
-    grad_features, of_heads, of_own, of_biases = [], torch.zeros_like(weights[:head_rows]), [], []
+    dtype = torch.promote_types(weights.dtype, torch.float32)
+    grad_features, of_heads, of_own, of_biases = [], torch.zeros_like(weights[:head_rows], dtype=dtype), [], []
     for e, (feature, rows) in enumerate(zip(features, _stacks(weights, own_rows), strict=True)):
         dy = x.new_zeros(batch, len(rows), height * width)
         if grad_products is not None:
@@ -58,10 +59,10 @@ def backward(
         if grad_means is not None:
             of_mean = (grad_means[:, e, :, None] / (height * width)).to(x.dtype)
         grad_features.append(_pixelwise(rows.to(x.dtype), dy, of_mean, feature))
-        of_rows = (dy @ feature.flatten(2).mT).sum(0, dtype=weights.dtype)
+        of_rows = (dy @ feature.flatten(2).mT).sum(0, dtype=dtype)
         of_heads += of_rows[:head_rows]
         of_own.append(of_rows[head_rows:])
-        of_biases.append(dy[:, head_rows:].sum((0, 2), dtype=weights.dtype))
+        of_biases.append(dy[:, head_rows:].sum((0, 2), dtype=dtype))
     return grad_features, torch.cat([of_heads, *of_own]), torch.cat(of_biases)
 
 
@@ -88,11 +89,12 @@ def mix_products(products: Tensor, gate_weights: Tensor, head_biases: Sequence[T
     """See `reference.mix_products`. One product of the gate weights with all rows of a task."""
     batch, _, _, height, width = products.shape
     rows = [len(bias) for bias in head_biases]
-    each = zip(products.flatten(2).split([o * height * width for o in rows], 2), gate_weights.unbind(1), strict=True)
+    of_tasks = products.flatten(2).split([o * height * width for o in rows], 2)
     outputs = []
-    for (of_task, weights), bias in zip(each, head_biases, strict=True):
-        mixed = weights.to(products.dtype)[:, None] @ of_task
-        outputs.append(mixed.view(batch, len(bias), height, width) + bias.to(products.dtype)[:, None, None])
+    with torch.autocast(products.device.type, enabled=False):  # the dtype is that of the products
+        for of_task, weights, bias in zip(of_tasks, gate_weights.unbind(1), head_biases, strict=True):
+            mixed = weights.to(products.dtype)[:, None] @ of_task
+            outputs.append(mixed.view(batch, len(bias), height, width) + bias.to(products.dtype)[:, None, None])
     return tuple(outputs)
 
 

@@ -412,6 +412,10 @@ def joint_of(predictions: list[tuple[Tensor, ...]]) -> None:
 
 
 ONE_SET = (zeros(1, 2, 4, 4), zeros(1, 1, 4, 4), zeros(1, 2, 4, 4))
+OF_TWO_SIZES = (  # the mask, against sdf and boundary
+    *(zeros(1, 2, 8, 8), zeros(1, 1, 4, 4), zeros(1, 2, 4, 4)),
+    *(zeros(1, 8, 8).long(), zeros(1, 4, 4), zeros(1, 4, 4).long()),
+)
 ONE_HEAD = ([zeros(1, 2, 4, 4)], zeros(1, 1, 1), [zeros(2, 2)], [zeros(2)])
 
 
@@ -427,6 +431,8 @@ ONE_HEAD = ([zeros(1, 2, 4, 4)], zeros(1, 1, 1), [zeros(2, 2)], [zeros(2)])
         (lambda: joint_of([ONE_SET, (zeros(1, 3, 4, 4), *ONE_SET[1:])]), ValueError, "the classes of the first"),
         (lambda: joint_of([ONE_SET, (zeros(1, 2, 4, 5), *ONE_SET[1:])]), ValueError, "disagree"),
         (lambda: F.adaptive_loss(zeros(3), zeros(2)), ValueError, "as many terms"),
+        (lambda: F.objective_terms(*OF_TWO_SIZES), ValueError, "of the same images"),
+        (lambda: F.expert_products([zeros(1, 2, 4, 4)], [zeros(1, 2)], (), [zeros(2)]), ValueError, "own_biases match"),
         (lambda: F.multi_gate([], zeros(1, 1, 2), [], []), ValueError, "features are E tensors"),
         (lambda: gate_of((1, 1, 2), (2, 2), 2), ValueError, "gate_weights"),
         (lambda: gate_of((1, 1, 1), (2, 3), 2), ValueError, "head_weights"),

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from semimoe_fast import functional as F
-from semimoe_fast import reference
+from semimoe_fast import ops, reference
 
 triton = pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    bool(ops.why_not_fused("multi_gate", DEVICE)), reason=str(ops.why_not_fused("multi_gate", DEVICE))
+)
 HEADS, OWN = (2, 1, 2), (2, 1, 2)
 # Relative errors of sums of up to 64 products. bfloat16 and float16 round the results to 8 and 11 bits; the sums
 # themselves are in float32, like all gradients of parameters.
@@ -60,6 +63,8 @@ def in_layout(tensor: Tensor, layout: str) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
     elif layout == "channel slice":
         x = torch.cat([x, x, x], 1)[:, channels : 2 * channels]
+    elif layout == "expanded":
+        x = x[:, :1].expand(-1, channels, -1, -1)
     elif layout == "crop":
         x = torch.nn.functional.pad(x, (0, 2, 0, 3))[..., :height, :width]
     return x.requires_grad_()
@@ -97,7 +102,7 @@ def check_products(
         assert relative_error(leaf.grad, of_oracle.grad) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("layout", ["NCHW", "channels-last", "channel slice", "crop"])
+@pytest.mark.parametrize("layout", ["NCHW", "channels-last", "channel slice", "crop", "expanded"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_expert_products_of_types_and_layouts(dtype: torch.dtype, layout: str) -> None:
     check_products((2, 16, 23, 24), dtype=dtype, layout=layout)  # 552 pixels: a chunk and a bit
@@ -121,7 +126,8 @@ def test_experts_laid_out_differently() -> None:
         ((2, 64, 16, 32), HEADS, OWN),  # one chunk exactly
         ((1, 3, 31, 33), (9, 1, 8), (1, 1, 1, 3)),  # more than 16 rows
         ((64, 2, 3, 3), HEADS, OWN),
-        ((1, 130, 5, 5), HEADS, OWN),
+        ((1, 128, 5, 5), HEADS, OWN),
+        ((1, 130, 5, 5), HEADS, OWN),  # more channels than the kernel takes
     ],
 )
 def test_expert_products_of_shapes(shape, heads, own) -> None:
@@ -141,6 +147,23 @@ def test_planes_beyond_32_bits() -> None:
         F.expert_products([features], weights)[:2], F.expert_products([far], weights)[:2], strict=True
     ):
         torch.testing.assert_close(result, near, rtol=0, atol=0)
+
+
+def test_rows_beyond_32_bits() -> None:
+    """The third row of the products lies 2^31 elements behind the first, in memory that is mostly never touched."""
+    if DEVICE == "cuda":
+        pytest.skip("the interpreter checks the addresses without 8 GiB of a GPU's memory")
+    from semimoe_fast.kernels import mix
+
+    pixels, used = 2**30, 4  # one program's worth at the start of each plane
+    products = torch.from_numpy(np.empty(3 * pixels, np.float32))
+    outputs = torch.from_numpy(np.empty(3 * pixels, np.float32))
+    for row in range(3):
+        products[row * pixels : row * pixels + used] = row + 1
+    mix._forward_kernel[(1, 1)](
+        products, torch.ones(1, 1, 1), torch.zeros(3), (outputs,), pixels, (3,), (0,), 3, 1, used
+    )  # fmt: skip
+    assert outputs[::pixels].tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("used", [(0,), (1,), (2,), (3, 4)], ids=["means", "products", "one own", "two own"])
@@ -283,13 +306,24 @@ def test_second_derivatives_are_refused() -> None:
 
 def test_custom_ops_keep_their_promises() -> None:
     """Fakes, schemas and autograd as torch.compile relies on them."""
-    ops = torch.ops.semimoe_fast
+    ops = torch.ops.semimoe_fast  # not the module
     features, weights, biases = [draw(1, 4, 5, 6, seed=e) for e in range(2)], draw(6, 4), draw(3)
+    gradients = [draw(1, 2, 4), draw(1, 2, 3, 5, 6), [draw(1, rows, 5, 6) for rows in (1, 2)]]
     for fused in (False, True):
-        torch.library.opcheck(ops.expert_products.default, (features, weights, biases, [1, 2], fused))
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):  # of the parameters
+            parameters = weights.detach().to(dtype).requires_grad_(), biases.detach().to(dtype).requires_grad_()
+            torch.library.opcheck(ops.expert_products.default, (features, *parameters, [1, 2], fused))
+            arguments = (features, parameters[0], [1, 2], *gradients, fused)
+            torch.library.opcheck(
+                ops.expert_products_gradients.default, arguments, test_utils=("test_schema", "test_faketensor")
+            )
     channels_last = [in_layout(x, "channels-last") for x in features]
     torch.library.opcheck(ops.expert_products.default, (channels_last, weights, biases, [1, 2], True))
-    torch.library.opcheck(ops.mix_products.default, (draw(1, 2, 3, 5, 6), draw(1, 2, 2), draw(3), [1, 2]))
+    products, gates, of_gated = draw(1, 2, 3, 5, 6), draw(1, 2, 2), [draw(1, rows, 5, 6) for rows in (1, 2)]
+    torch.library.opcheck(ops.mix_products.default, (products, gates, draw(3), [1, 2]))
+    torch.library.opcheck(
+        ops.mix_products_gradients.default, (products, gates, of_gated), test_utils=("test_schema", "test_faketensor")
+    )
     labels = (draw(1, 2, 4, 5, 6).detach(), draw(1, 3, 2).detach(), draw(4).detach(), 2)
     torch.library.opcheck(ops.label_products.default, labels)
 

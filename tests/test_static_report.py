@@ -30,7 +30,10 @@ WIDE = {
     ("pseudo-labels", 0): (15, 1),
     ("objective forward", 0): (10, 0),
     ("objective backward", 0): (10, 10),
+    ("adaptive loss forward", 0): (0, 0),
+    ("adaptive loss backward", 0): (0, 0),
 }
+SPARE = 3  # more of them than that, and something is read or written twice
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +81,9 @@ def test_nothing_spills(tables) -> None:
 def test_pixels_move_16_bytes_at_a_time(tables) -> None:
     def is_wide(position: int, row: dict[str, Any]) -> bool:
         loads, stores = WIDE.get((row["operation"], position), (0, 0))
-        return row["128-bit loads"] >= loads and row["128-bit stores"] >= stores
+        of_pixels = (row["operation"], position) in WIDE
+        twice = row["128-bit loads"] > loads + SPARE or row["128-bit stores"] > stores + SPARE
+        return row["128-bit loads"] >= loads and row["128-bit stores"] >= stores and not (of_pixels and twice)
 
     assert failing(tables, is_wide) == []
 

@@ -16,7 +16,8 @@ def adaptive_loss(
     """See `functional.adaptive_loss`."""
     if torch.float64 in (terms.dtype, log_vars.dtype):  # the kernel computes in float32
         return portable.adaptive_loss(terms, log_vars, coefficients, regularizer)
-    return _total(terms, log_vars, list(coefficients), regularizer)
+    total = _total(terms, log_vars, list(coefficients), regularizer)
+    return total.to(torch.promote_types(terms.dtype, log_vars.dtype))
 
 
 @torch.library.custom_op("semimoe_fast::adaptive_loss", mutates_args=())
