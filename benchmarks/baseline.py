@@ -276,7 +276,7 @@ class Baseline:
             if not self.habits.loader_targets:
                 (mask,) = of_images
                 of_images = (mask, *F.distance_targets(mask, self.config.ring_radius))
-            self.step(Batch(self._to_device(images), of_images, self._to_device(unlabelled)))
+            self.step(Batch(self.to_device(images), of_images, self.to_device(unlabelled)))
 
     def step(self, batch: Batch) -> Losses:
         """One step on a batch that is on the device."""
@@ -313,7 +313,7 @@ class Baseline:
     def _adaptive(self, terms: Tensor) -> Tensor:
         return reference.adaptive_loss(terms, self.log_vars, self.config.coefficients, self.config.regularizer)
 
-    def _to_device(self, images: Tensor) -> Tensor:
+    def to_device(self, images: Tensor) -> Tensor:
         return images.to(self.device, memory_format=self.memory_format)
 
     def _empty_cache(self) -> None:

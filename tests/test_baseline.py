@@ -53,9 +53,7 @@ def test_step_is_ours(habit: str | None) -> None:
     trainer.log_vars.data = trainer.log_vars.data.double()
     batch = random_batch()
 
-    losses = trainer.step(
-        batch._replace(**{k: trainer._to_device(getattr(batch, k)) for k in ("images", "unlabelled")})
-    )
+    losses = trainer.step(batch._replace(**{k: trainer.to_device(getattr(batch, k)) for k in ("images", "unlabelled")}))
     expected = objective(model, adaptive, batch.images, batch.targets, batch.unlabelled, 0.5 / 200)
     expected.total.backward()
 
