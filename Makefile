@@ -18,7 +18,7 @@ help:
 	@echo 'make test       run the tests; ARGS goes to pytest'
 	@echo 'make lint       check the style of the Python and the C++ code'
 	@echo 'make fuzz       compare the C++ code with the definition on random masks, under sanitizers, for $$(FUZZ_SECONDS) s'
-	@echo 'make bench      measure the operations beside their peers; ARGS goes to pytest'
+	@echo 'make bench      measure the operations and the training step beside their peers; ARGS goes to pytest'
 	@echo 'make gpu-check  tests and benchmarks on this machine'"'"'s GPU with the PyTorch of $$(PYTHON), into the JSON file $$(OUT)'
 	@echo 'make clean      remove .venv and everything built'
 

@@ -1,0 +1,379 @@
+"""The trainer as the published code does it, written anew from its description, to be measured against.
+
+    python -m benchmarks.baseline --width 16 --image-size 128 --steps 4 --habits.no-conv-bias
+
+Eager, fp32, NCHW; convolutions with biases ahead of BN; a gating module that concatenates the experts' features and
+forms every task's mixture of them; losses as their formulas read; a loader whose workers read, augment and compute the
+targets with SciPy and scikit-image; five optimisers; numbers read and caches emptied in every step. Each of these is a
+field of `Habits` and can be given up alone. What the habits cost, they cost in time: the arithmetic is that of
+semimoe_fast.objective, as tests/test_baseline.py shows. So that nothing here gets faster along with the package, the
+networks and the step are written out; only what has one slow and obvious form is taken from semimoe_fast.reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from scipy.ndimage import distance_transform_edt
+from skimage.morphology import dilation, disk
+from skimage.segmentation import find_boundaries
+from torch import Tensor, nn
+from torch.utils import data
+
+from semimoe_fast import functional as F
+from semimoe_fast import reference
+from semimoe_fast.augment import normalize
+from semimoe_fast.config import TrainConfig
+from semimoe_fast.data import NORMALIZATION, list_images, read_image, read_mask, resize_image, resize_mask
+from semimoe_fast.device import choose_device
+from semimoe_fast.model import initialize
+from semimoe_fast.schedule import epoch_order, generator, learning_rate, unsupervised_weight
+from semimoe_fast.sources import only_part
+from semimoe_fast.synthetic import Folder, write
+
+
+@dataclasses.dataclass(frozen=True)
+class Habits:
+    """Of the published trainer. Giving one up changes how long a step takes, not what it computes."""
+
+    nchw: bool = True
+    """Images and weights in NCHW, not channels-last."""
+    conv_bias: bool = True
+    """Convolutions have a bias, which the BN behind them takes away again."""
+    concatenate: bool = True
+    """The gating concatenates the experts' features and forms three mixtures; otherwise gates and heads are folded."""
+    losses_by_formula: bool = True
+    """One-hot targets, softmax and sums, one tensor each; otherwise the package's losses."""
+    loader_targets: bool = True
+    """Targets by SciPy and scikit-image in the loader's workers; otherwise the package's, on the device."""
+    keep_gating_graph: bool = True
+    """Pseudo-labels come with a graph that nobody differentiates."""
+    item_syncs: bool = True
+    """Five numbers are read from the device in every step."""
+    empty_cache: bool = True
+    """The device's memory cache is emptied three times in every step."""
+    separate_optimisers: bool = True
+    """An SGD for each expert and for the gating, not one for all."""
+    untuned_cudnn: bool = True
+    """cuDNN chooses algorithms by heuristics; it does not try them (cudnn.benchmark)."""
+
+
+# ---------------------------------------------------------------------------------------------------------- networks
+# Keys are those of semimoe_fast.model.SemiMoE, and the biases of the convolutions.
+
+
+class UNet(nn.Module):
+    """Images (B, 3, H, W) -> last decoder feature (B, width, H, W), own prediction (B, out_channels, H, W)."""
+
+    def __init__(self, out_channels: int, width: int, bias: bool) -> None:
+        super().__init__()
+        channels = [width * 2**level for level in range(5)]
+        up = list(pairwise(reversed(channels)))
+        self.pool = nn.MaxPool2d(2)
+        self.encoder = nn.ModuleList(twice(i, o, bias) for i, o in pairwise([3, *channels]))
+        self.upsample = nn.ModuleList(nn.Sequential(nn.Upsample(scale_factor=2), *layer(i, o, bias)) for i, o in up)
+        self.decoder = nn.ModuleList(twice(i, o, bias) for i, o in up)
+        self.head = nn.Conv2d(width, out_channels, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        skips = []
+        for block in self.encoder:
+            x = block(self.pool(x) if skips else x)
+            skips.append(x)
+        for upsample, block, skip in zip(self.upsample, self.decoder, skips[-2::-1], strict=True):
+            x = block(torch.cat([skip, upsample(x)], 1))
+        return x, self.head(x)
+
+
+def layer(i: int, o: int, bias: bool) -> list[nn.Module]:
+    return [nn.Conv2d(i, o, 3, padding=1, bias=bias), nn.BatchNorm2d(o), nn.ReLU(inplace=True)]
+
+
+def twice(i: int, o: int, bias: bool) -> nn.Sequential:
+    return nn.Sequential(*layer(i, o, bias), *layer(o, o, bias))
+
+
+class Gate(nn.Module):
+    """Feature means (B, D) -> weights of the experts (B, E) for one task."""
+
+    def __init__(self, inputs: int, experts: int, dropout: float) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(inputs, inputs // 2)
+        self.attention = nn.Linear(inputs // 2, inputs // 2)
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(inputs // 2, experts)
+
+    def forward(self, means: Tensor) -> Tensor:
+        hidden = torch.relu(self.linear1(means))
+        attention = torch.softmax(self.attention(hidden), 1)
+        return torch.softmax(self.linear2(self.dropout(hidden * attention)), 1)
+
+
+class Gating(nn.Module):
+    """Features E x (B, C, H, W) -> gated predictions T x (B, O_k, H, W)."""
+
+    def __init__(self, channels: int, outputs: Sequence[int], dropout: float, concatenate: bool) -> None:
+        super().__init__()
+        experts, self.concatenate = len(outputs), concatenate
+        self.gates = nn.ModuleList(Gate(experts * channels, experts, dropout) for _ in outputs)
+        self.heads = nn.ModuleList(nn.Conv2d(channels, out, 1) for out in outputs)
+
+    def forward(self, features: Sequence[Tensor]) -> Sequence[Tensor]:
+        if not self.concatenate:
+            means = torch.cat([x.mean((2, 3)) for x in features], 1)
+            weights = torch.stack([gate(means) for gate in self.gates], 1)
+            return F.multi_gate(
+                features, weights, *zip(*((head.weight, head.bias) for head in self.heads), strict=True)
+            )
+        stacked = torch.cat(list(features), 1)
+        means = stacked.mean((2, 3))
+        outputs = []
+        for gate, head in zip(self.gates, self.heads, strict=True):
+            weights = gate(means).unbind(1)
+            parts = stacked.chunk(len(weights), 1)
+            outputs.append(head(sum(w[:, None, None, None] * x for w, x in zip(weights, parts, strict=True))))
+        return outputs
+
+
+class Networks(nn.Module):
+    def __init__(self, width: int, dropout: float, habits: Habits) -> None:
+        super().__init__()
+        outputs = (2, 1, 2)  # mask, sdf, boundary
+        self.experts = nn.ModuleList(UNet(out, width, habits.conv_bias) for out in outputs)
+        self.gating = Gating(width, outputs, dropout, habits.concatenate)
+        initialize(self)
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+class Samples(data.Dataset):
+    """Images of S x S pixels read from their files each time: (image,), with masks (image, mask), or with targets too.
+
+    Of tensors float32 (3, S, S), uint8 (S, S), float32 (S, S), uint8 (S, S).
+    """
+
+    def __init__(self, images: Path, masks: Path | None, config: TrainConfig, with_targets: bool) -> None:
+        self.images, self.masks = list_images(images), None if masks is None else list_images(masks)
+        self.size, self.normalization, self.with_targets = config.image_size, config.normalization, with_targets
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        window, symmetry = random_window(self.size), random_symmetry()
+        image = resize_image(read_image(self.images[index])[window], self.size)
+        image = normalize(symmetry(image), *NORMALIZATION[self.normalization]).contiguous()
+        if self.masks is None:
+            return (image,)
+        mask = symmetry(resize_mask(read_mask(self.masks[index])[window], self.size)).contiguous()
+        return image, mask, *(map(torch.from_numpy, targets(mask.numpy())) if self.with_targets else ())
+
+
+def random_window(size: int) -> tuple[slice, slice]:
+    """With probability 0.5 a random crop of 7/8 of the side, otherwise everything."""
+    crop = round(size * 7 / 8) if random.random() < 0.5 else size
+    row, column = random.randint(0, size - crop), random.randint(0, size - crop)
+    return slice(row, row + crop), slice(column, column + crop)
+
+
+def random_symmetry() -> Callable[[Tensor], Tensor]:
+    """With probability 0.75 a flip, each equally likely; with 0.5 a transpose; always a multiple of 90 degrees."""
+    flips, transpose = random.choice([(), (-1,), (-2,), (-2, -1)]), random.random() < 0.5
+    turns = random.randrange(4)
+
+    def apply(picture: Tensor) -> Tensor:
+        picture = picture.flip(flips)
+        return torch.rot90(picture.mT if transpose else picture, turns, (-2, -1))
+
+    return apply
+
+
+def targets(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Signed distance, float32, and boundary, uint8, of a mask, uint8 0/1 (S, S)."""
+    if mask.min() == mask.max():
+        return np.full(mask.shape, 1 if mask.max() else -1, np.float32), np.zeros_like(mask)
+    inside, outside = distance_transform_edt(mask), distance_transform_edt(1 - mask)
+    sdf = inside / inside.max() - outside / outside.max()
+    sdf[find_boundaries(mask, mode="inner") & (mask != 0)] = 0
+    return sdf.astype(np.float32), dilation(mask, disk(2)) - mask
+
+
+class Batch(NamedTuple):
+    images: Tensor  # (B, 3, S, S)
+    targets: tuple[Tensor, ...]  # mask, sdf, boundary, (B, S, S) each
+    unlabelled: Tensor  # (B', 3, S, S)
+
+
+# ----------------------------------------------------------------------------------------------------------- trainer
+
+
+class Losses(NamedTuple):
+    supervised_total: Tensor
+    unsupervised_total: Tensor  # weighted by u
+    supervised_terms: Tensor  # (3,): mask, sdf, boundary
+    unsupervised_terms: Tensor
+
+
+class Baseline:
+    """The published trainer of a recipe in `config`, at some `epoch` of its schedules, with some of its habits."""
+
+    def __init__(self, config: TrainConfig, device: torch.device, habits: Habits | None = None, epoch: int = 0) -> None:
+        self.config, self.device, self.epoch = config, device, epoch
+        self.habits = habits = Habits() if habits is None else habits
+        self.memory_format = torch.contiguous_format if habits.nchw else torch.channels_last
+        torch.manual_seed(config.seed)
+        self.networks = Networks(config.width, config.dropout, habits).to(device, memory_format=self.memory_format)
+        self.networks.train()
+        self.log_vars = nn.Parameter(torch.full((3,), config.initial_log_var, device=device))
+        parts = [*self.networks.experts, self.networks.gating] if habits.separate_optimisers else [self.networks]
+        lr = learning_rate(epoch, config.lr, config.warmup_epochs, config.decay_epochs, config.decay)
+        decay = config.weight_decay
+        self.optimisers = [torch.optim.SGD(p.parameters(), lr, config.momentum, weight_decay=decay) for p in parts]
+        self.optimisers.append(torch.optim.Adam([self.log_vars], config.log_var_lr, weight_decay=decay))
+
+    def batches(self, folder: Path, workers: int) -> Iterator[Batch]:
+        """Batches of the parts train_sup_* and train_unsup_* without end; the workers start anew in every epoch.
+
+        workers: of the two loaders together; 0 loads in between the steps.
+        """
+        config, with_targets = self.config, self.habits.loader_targets
+        sup, unsup = (folder / only_part(folder, prefix, "") for prefix in ("train_sup_", "train_unsup_"))
+        labelled = Samples(sup / "image", sup / "mask", config, with_targets)
+        unlabelled = Samples(unsup / "image", None, config, with_targets)
+        steps = len(unlabelled) // config.unlabeled_batch
+        order = generator(config.seed)
+        while True:
+            loaders = [
+                data.DataLoader(
+                    samples,
+                    batch,
+                    sampler=epoch_order(len(samples), steps * batch, order).tolist(),
+                    num_workers=share,
+                    pin_memory=self.device.type == "cuda",
+                )
+                for samples, batch, share in (
+                    (labelled, config.labeled_batch, -(-workers // 2)),
+                    (unlabelled, config.unlabeled_batch, workers // 2),
+                )
+            ]
+            for (images, *of_images), (others,) in zip(*loaders, strict=True):
+                yield Batch(images, tuple(of_images), others)
+
+    def train(self, batches: Iterator[Batch], steps: int) -> None:
+        for images, of_images, unlabelled in islice(batches, steps):
+            of_images = tuple(target.to(self.device) for target in of_images)
+            if not self.habits.loader_targets:
+                (mask,) = of_images
+                of_images = (mask, *F.distance_targets(mask, self.config.ring_radius))
+            self.step(Batch(self.to_device(images), of_images, self.to_device(unlabelled)))
+
+    def step(self, batch: Batch) -> Losses:
+        """One step on a batch that is on the device."""
+        habits, networks = self.habits, self.networks
+        u = unsupervised_weight(self.epoch, self.config.epochs, self.config.unsupervised_weight)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=not habits.untuned_cudnn):
+            features, own = zip(*(expert(batch.unlabelled) for expert in networks.experts), strict=True)
+            with torch.set_grad_enabled(habits.keep_gating_graph):
+                pseudo = networks.gating(features)  # by its name alive, with its graph, to the end of the step
+            mask, sdf, boundary = (output.detach() for output in pseudo)
+            unsupervised_terms = self._terms([own], (mask.argmax(1), sdf.tanh(), boundary.argmax(1)))
+            unsupervised = self._adaptive(unsupervised_terms) * u
+            self._empty_cache()
+
+            features, own = zip(*(expert(batch.images) for expert in networks.experts), strict=True)
+            supervised_terms = self._terms([own, networks.gating(features)], batch.targets)
+            supervised = self._adaptive(supervised_terms)
+            self._empty_cache()
+
+            for optimiser in self.optimisers:
+                optimiser.zero_grad()
+            (unsupervised + supervised).backward()
+            for optimiser in self.optimisers:
+                optimiser.step()
+            if habits.item_syncs:
+                _ = [number.item() for number in (unsupervised, supervised, *supervised_terms)]
+            self._empty_cache()
+        return Losses(*(t.detach() for t in (supervised, unsupervised, supervised_terms, unsupervised_terms)))
+
+    def _terms(self, predictions: Sequence[Sequence[Tensor]], of_images: Sequence[Tensor]) -> Tensor:
+        losses = reference if self.habits.losses_by_formula else F
+        return losses.joint_objective_terms(predictions, *of_images)
+
+    def _adaptive(self, terms: Tensor) -> Tensor:
+        return reference.adaptive_loss(terms, self.log_vars, self.config.coefficients, self.config.regularizer)
+
+    def to_device(self, images: Tensor) -> Tensor:
+        return images.to(self.device, memory_format=self.memory_format)
+
+    def _empty_cache(self) -> None:
+        if self.habits.empty_cache:
+            torch.cuda.empty_cache()
+
+
+def clock() -> float:
+    """Seconds, once a GPU has done what was queued."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Train a few steps on synthetic glands and print images a second."""
+
+    width: int = 16
+    image_size: int = 128
+    batch: int = 2
+    """Labelled images of a step, and as many unlabelled ones."""
+    steps: int = 8
+    workers: int = 2
+    """Processes that load."""
+    threads: int = 2
+    device: str = "auto"
+    habits: Habits = dataclasses.field(default_factory=Habits)
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(options.threads)
+    config = TrainConfig(
+        width=options.width,
+        image_size=options.image_size,
+        labeled_batch=options.batch,
+        unlabeled_batch=options.batch,
+        normalization="glas",
+    )
+    baseline = Baseline(config, choose_device(options.device), options.habits)
+    with tempfile.TemporaryDirectory() as folder:
+        write(
+            Folder(
+                Path(folder) / "glands",
+                labeled=4,
+                unlabeled=options.batch * (options.steps + 1),
+                val=0,
+                size=options.image_size,
+            )
+        )
+        batches = baseline.batches(Path(folder) / "glands", options.workers)
+        baseline.train(batches, 1)  # starts the workers
+        start = clock()
+        baseline.train(batches, options.steps)
+        seconds = clock() - start
+    print(f"{2 * options.batch * options.steps / seconds:.3g} images/s, {1e3 * seconds / options.steps:.4g} ms a step")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, prog="python -m benchmarks.baseline"))

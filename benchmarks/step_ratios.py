@@ -1,0 +1,238 @@
+"""One training step: the published trainer, ours, and the bare U-Nets, in turn within one process.
+
+    python -m benchmarks.step_ratios            # a Markdown table of medians and ratios, and one of the habits
+    make bench ARGS="-k step"                   # the same providers under pytest-benchmark
+
+On a machine that is shared, set OMP_WAIT_POLICY=passive: threads that spin at barriers starve each other.
+
+A round is one step of each provider, one after the other, so that what else the machine does meets all of them; the
+ratios are medians over the rounds of the ratio within a round.
+
+- baseline: benchmarks.baseline with all its habits, fed by its loader's two workers
+- ours: semimoe_fast.trainer.Trainer, augmentation and targets included
+- bare: forward and backward of the three U-Nets on both batches and nothing else, in ours' precision and layout
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import platform
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+
+from semimoe_fast.config import TrainConfig
+from semimoe_fast.device import autocast
+from semimoe_fast.model import SemiMoE
+from semimoe_fast.objective import objective
+from semimoe_fast.sources import load_data
+from semimoe_fast.synthetic import Folder, write
+from semimoe_fast.trainer import Trainer
+
+from .baseline import Baseline, Batch, Habits, clock
+
+IMAGES = {"labeled": 17, "unlabeled": 68, "val": 1}  # as in GlaS
+EPOCH = 1  # at the first, the learning rate is 0
+HABITS = [field.name for field in dataclasses.fields(Habits)]
+Step = Callable[[], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    width: int
+    size: int
+    batch: int  # labelled images, and as many unlabelled ones
+    device: str
+
+    def __str__(self) -> str:
+        return f"width {self.width}, {2 * self.batch} x {self.size} x {self.size}, {self.device}"
+
+    @property
+    def config(self) -> TrainConfig:
+        return TrainConfig(
+            data=images_of_size(self.size),
+            image_size=self.size,
+            normalization="glas",
+            width=self.width,
+            labeled_batch=self.batch,
+            unlabeled_batch=self.batch,
+            device=self.device,
+        )
+
+
+ON_CPU = [Case(width, size, 2, "cpu") for width in (16, 32) for size in (128, 256)]
+ON_CUDA = [Case(64, 256, batch, "cuda") for batch in (2, 8)]
+CASES = [*ON_CPU, *(ON_CUDA if torch.cuda.is_available() else [])]
+
+
+@functools.cache
+def scratch() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="glands-")
+
+
+@functools.cache
+def images_of_size(size: int) -> Path:
+    """A folder of synthetic glands, there until the process ends."""
+    folder = Path(scratch().name) / str(size)
+    write(Folder(folder, **IMAGES, size=size))
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------------- providers
+
+
+@contextlib.contextmanager
+def baseline(case: Case, habits: Habits | None = None) -> Iterator[Step]:
+    trainer = Baseline(case.config, torch.device(case.device), habits, EPOCH)
+    batches = trainer.batches(case.config.data, workers=2)
+    try:
+        yield lambda: trainer.train(batches, 1)
+    finally:
+        batches.close()  # ends the workers
+
+
+@contextlib.contextmanager
+def ours(case: Case) -> Iterator[Step]:
+    config = dataclasses.replace(case.config, steps_per_epoch=1)
+    trainer = Trainer(config, load_data(config)[0], torch.device(case.device))
+
+    def step() -> None:
+        trainer.epoch, trainer.step = EPOCH, 0
+        trainer.train_epoch(stop=lambda: False, progress=lambda: None)
+
+    yield step
+
+
+@contextlib.contextmanager
+def bare(case: Case) -> Iterator[Step]:
+    device, layout = torch.device(case.device), torch.channels_last
+    model = SemiMoE(width=case.width).to(device, memory_format=layout).train()
+    shape = (2, case.batch, 3, case.size, case.size)
+    images = [batch.contiguous(memory_format=layout) for batch in torch.randn(shape, device=device)]
+
+    def predictions() -> list[Tensor]:
+        with autocast(case.config.precision, device):
+            return [expert(batch)[1] for batch in images for expert in model.experts]
+
+    with torch.no_grad():
+        upstream = [torch.randn_like(prediction) for prediction in predictions()]
+
+    def step() -> None:
+        model.zero_grad()
+        torch.autograd.backward(predictions(), upstream)
+
+    yield step
+
+
+PROVIDERS = {"baseline": baseline, "ours": ours, "bare": bare}
+
+
+def check(case: Case, habits: Habits | None = None) -> None:
+    """That the baseline and ours compute the same losses and gradients of one batch, before any clock runs."""
+    device = torch.device(case.device)
+    config = dataclasses.replace(case.config, dropout=0.0, width=4, precision="fp32")
+    trainer, reference = Trainer(config, load_data(config)[0], device), Baseline(config, device, habits, EPOCH)
+    trainer.epoch = EPOCH
+    trainer.model.train()
+    reference.networks.load_state_dict(trainer.model.state_dict(), strict=False)  # its biases are 0
+    batch = next(Baseline(config, torch.device("cpu")).batches(config.data, workers=0))
+    images, unlabelled = (reference.to_device(b) for b in (batch.images, batch.unlabelled))
+    targets = tuple(target.to(device) for target in batch.targets)
+    losses = reference.step(Batch(images, targets, unlabelled))
+    expected = objective(trainer.model, trainer.adaptive, images, targets, unlabelled, trainer.unsupervised_weight)
+    expected.total.backward()
+    for name, value in losses._asdict().items():
+        torch.testing.assert_close(value, getattr(expected, name), rtol=1e-3, atol=1e-4)  # labels of ties may differ
+    torch.testing.assert_close(reference.log_vars.grad, trainer.adaptive.log_vars.grad, rtol=1e-3, atol=1e-4)
+
+
+def versions() -> dict[str, object]:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ rounds
+
+
+def interleave(providers: Mapping[str, contextlib.AbstractContextManager[Step]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every step, by provider; the first round warms up and is not counted."""
+    with contextlib.ExitStack() as stack:
+        steps = {name: stack.enter_context(provider) for name, provider in providers.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        for _ in range(1 + rounds):
+            for name, step in steps.items():
+                start = clock()
+                step()
+                seconds[name].append(clock() - start)
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def compare(case: Case, rounds: int) -> str:
+    """A row of the table: milliseconds a step, images a second, ratios."""
+    check(case)
+    seconds = interleave({name: provider(case) for name, provider in PROVIDERS.items()}, rounds)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    rates = [f"{2 * case.batch / medians[name]:.3g}" for name in ("baseline", "ours")]
+    ratios = [ratio(seconds["baseline"], seconds["ours"]), ratio(seconds["ours"], seconds["bare"])]
+    cells = [str(case), *(f"{1e3 * s:.4g}" for s in medians.values()), *rates, *(f"{r:.2f}" for r in ratios)]
+    return f"| {' | '.join(cells)} |"
+
+
+def ablate(case: Case, rounds: int) -> Iterator[str]:
+    """For every habit, how much longer the step is with it than without it alone.
+
+    On a CPU, empty_cache and untuned_cudnn do nothing: how far their ratios are from 1 is what noise does.
+    """
+    for habit in HABITS:
+        given_up = Habits(**{habit: False})
+        check(case, given_up)
+        seconds = interleave({"with": baseline(case), "without": baseline(case, given_up)}, rounds)
+        yield f"| {habit} | {ratio(seconds['with'], seconds['without']):.3f} |"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Compare the training steps in interleaved rounds and print Markdown tables."""
+
+    rounds: int = 5
+    """Steps of each provider that are counted."""
+    threads: int = 2
+    ablation: bool = True
+    """Also give up the baseline's habits one by one, in the first case."""
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(options.threads)
+    print(", ".join(f"{key} {value}" for key, value in versions().items()), "\n")
+    print(
+        "| step | baseline ms | ours ms | bare ms | baseline images/s | ours images/s | baseline / ours | ours / bare |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for case in CASES:
+        print(compare(case, options.rounds), flush=True)
+    if options.ablation:
+        print(f"\n| habit, {CASES[0]} | with / without |\n| --- | --- |")
+        for row in ablate(CASES[0], options.rounds):
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, prog="python -m benchmarks.step_ratios"))

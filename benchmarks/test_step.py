@@ -1,0 +1,52 @@
+"""One training step by provider: the published trainer, ours, the bare U-Nets; and the former without each habit.
+
+    make bench ARGS="-k step"
+
+The providers are those of benchmarks.step_ratios, which measures them in turn and is to be trusted where the machine
+does other things too. In `extra_info`: images a second, device, threads and versions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+import pytest
+import torch
+
+from .baseline import Habits, clock
+from .step_ratios import CASES, HABITS, PROVIDERS, Case, Step, baseline, check, versions
+
+pytestmark = pytest.mark.benchmark(timer=clock)
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def measure(benchmark, case: Case, provider: AbstractContextManager[Step]) -> None:
+    with provider as step:
+        benchmark.pedantic(step, rounds=5, warmup_rounds=1)
+    benchmark.extra_info.update(versions())
+    if benchmark.enabled:
+        benchmark.extra_info["images_per_second"] = 2 * case.batch / benchmark.stats["median"]
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_step(benchmark, case: Case, provider: str) -> None:
+    benchmark.group = f"training step, {case}"
+    check(case)
+    measure(benchmark, case, PROVIDERS[provider](case))
+
+
+@pytest.mark.parametrize("given_up", ["nothing", *HABITS])
+def test_step_without_a_habit(benchmark, given_up: str) -> None:
+    benchmark.group = f"training step of the baseline but for a habit, {CASES[0]}"
+    habits = Habits(**({} if given_up == "nothing" else {given_up: False}))
+    check(CASES[0], habits)
+    measure(benchmark, CASES[0], baseline(CASES[0], habits))
