@@ -26,21 +26,20 @@ inline int count_classes(const DiceBlock& block) {
 template <int kClasses>
 inline void softmax(const DiceBlock& block, int i, PerClass<kClasses>& p) {
   const int classes = count_classes<kClasses>(block);
-  const Integers counts = lane_numbers() + i < block.pixels;
   const auto logits = [&](int k) { return load(block.logits + k * block.stride + i); };
   Floats largest = logits(0);
   for (int k = 1; k < classes; ++k) largest = logits(k) > largest ? logits(k) : largest;
   if (kClasses == 2) {
     const Floats difference = logits(1) - logits(0), power = exp_of_negative(-absolute(difference));
     const Floats nothing = largest - largest;  // or NaN, where the largest is inf, of which the power knows nothing
-    const Floats likelier = counts ? reciprocal(1.0f + power) + nothing : Floats{}, other = likelier * power;
+    const Floats likelier = reciprocal(1.0f + power) + nothing, other = likelier * power;
     p[0] = difference > 0.0f ? other : likelier;
     p[1] = difference > 0.0f ? likelier : other;
     return;
   }
   Floats sum = {};
   for (int k = 0; k < classes; ++k) sum += p[k] = exp_of_negative(logits(k) - largest);
-  const Floats factor = counts ? reciprocal(sum) : Floats{};
+  const Floats factor = reciprocal(sum);
   for (int k = 0; k < classes; ++k) p[k] *= factor;
 }
 
@@ -51,10 +50,12 @@ void sum_dice(const DiceBlock& block, double* overlap, double* mass) {
   for (int k = 0; k < classes; ++k) overlaps[k] = masses[k] = Floats{};
   for (int i = 0; i < block.pixels; i += kFloatLanes) {
     softmax<kClasses>(block, i, p);
-    const Integers target = load(block.target + i);
+    const Integers counts = lane_numbers() + i < block.pixels;
+    const Integers target = counts ? load(block.target + i) : Integers{} - 1;
     for (int k = 0; k < classes; ++k) {
       overlaps[k] += target == k ? p[k] : Floats{};
-      masses[k] += (kSquared ? p[k] * p[k] : p[k]) + (target == k ? Floats{} + 1.0f : Floats{});
+      masses[k] += counts ? (kSquared ? p[k] * p[k] : p[k]) : Floats{};
+      masses[k] += target == k ? Floats{} + 1.0f : Floats{};
     }
   }
   for (int k = 0; k < classes; ++k) {

@@ -68,16 +68,19 @@ def _arguments(
     predictions: Sequence[Sequence[Tensor]], targets: Sequence[Tensor]
 ) -> tuple[Sizes, list[Place], list[Place]]:
     """Sizes, and where predictions and targets lie."""
-    shapes = [x.shape for x in predictions[0]]
-    batch, _, height, width = shapes[0]
-    mask_classes, one, boundary_classes = (shape[1] for shape in shapes)
-    if one != 1 or not (1 <= mask_classes <= MOST_CLASSES and 1 <= boundary_classes <= MOST_CLASSES):
-        raise ValueError(f"the native objective takes 1 to {MOST_CLASSES} classes and one sdf, got {shapes}")
-    logits = [_place(x, shape) for prediction in predictions for x, shape in zip(prediction, shapes, strict=True)]
+    batch, _, height, width = predictions[0][0].shape
+    channels = [x.shape[1] for x in predictions[0]]
+    if channels[1] != 1 or not 1 <= min(channels) <= max(channels) <= MOST_CLASSES:
+        raise ValueError(f"the native objective takes 1 to {MOST_CLASSES} classes and one sdf, got {channels} channels")
+    logits = [
+        _place(x, (batch, count, height, width))
+        for prediction in predictions
+        for x, count in zip(prediction, channels, strict=True)
+    ]
     plane = (batch, 1, height, width)
     mask, sdf, boundary = targets
     places = [_place(mask, plane, CLASSES), _place(sdf, plane), _place(boundary, plane, CLASSES)]
-    return (batch, height * width, mask_classes, boundary_classes), logits, places
+    return (batch, height * width, channels[0], channels[2]), logits, places
 
 
 def _columns(predictions: Sequence[Sequence[Tensor]], sizes: Sizes) -> int:

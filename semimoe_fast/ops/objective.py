@@ -32,10 +32,10 @@ def joint_objective_terms(
     """See `functional.joint_objective_terms`. Computed and returned in float32; in float64 if any logits are."""
     logits = [x for prediction in predictions for x in prediction]
     if _kernels(mask.device.type) is _native_objective:
-        classes = [logits[0].shape[1], logits[2].shape[1]]
-        if _accumulation_dtype(logits) == torch.float64 or max(classes) > _native_objective.MOST_CLASSES:
-            return portable.joint_objective_terms(predictions, mask, sdf, boundary)
-        logits, sdf = [x.float() for x in logits], sdf.float()
+        classes, dtype = [logits[0].shape[1], logits[2].shape[1]], _accumulation_dtype(logits)
+        logits, sdf = [x.to(dtype) for x in logits], sdf.to(dtype)
+        if dtype == torch.float64 or max(classes) > _native_objective.MOST_CLASSES:
+            return portable.joint_objective_terms(_sets(logits), mask, sdf, boundary)
         mask, boundary = (_bytes(target, count) for target, count in zip((mask, boundary), classes, strict=True))
     return _Terms.apply(mask[:, None], sdf.reshape(logits[1].shape), boundary[:, None], *logits)
 
