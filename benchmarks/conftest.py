@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from semimoe_fast import ops
+
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 PROVIDERS = ["reference", "reference compiled", "portable", "fused"]
 DIRECTIONS = ["forward", "backward", "both"]
@@ -26,8 +28,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(params=PROVIDERS)
 def provider(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:
     """Who computes: a backend, which then serves the public functions too, or the reference under torch.compile."""
-    if request.param == "fused" and device.type == "cpu":
-        pytest.skip("on the CPU, Triton's interpreter is for tests")
+    operation = request.module.OPERATION
+    if request.param == "fused" and ops.choose(operation, device.type)[0] != "fused":
+        pytest.skip(ops.choose(operation, device.type)[1])
     monkeypatch.setenv("SEMIMOE_BACKEND", request.param.split()[0])
     return request.param
 

@@ -1,17 +1,21 @@
 // The Python module _semimoe_fast. It knows no tensors: Python checks, allocates and passes addresses, so that the
 // module neither needs PyTorch to build nor breaks when PyTorch is upgraded.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
 
 #include "distance.hpp"
 #ifdef SEMIMOE_CUDA_VERSION
 #include "distance_cuda.hpp"
 #endif
+#include "objective.hpp"
 
 namespace py = pybind11;
 
 namespace {
 
-constexpr int kAbi = 2;  // raise it with every change of a signature below, together with semimoe_fast/_native.py
+constexpr int kAbi = 3;  // raise it with every change of a signature below, together with semimoe_fast/_native.py
 
 template <class T>
 T* at(std::uintptr_t address) {
@@ -35,6 +39,55 @@ void distance_targets(std::uintptr_t mask, std::int64_t batch, std::int64_t heig
                       const std::string& instruction_set, int threads) {
   semimoe::distance_targets(kernels_named(instruction_set), at<const std::uint8_t>(mask), batch, height, width,
                             squared_ring_radius, at<float>(sdf), at<std::uint8_t>(boundary), threads);
+}
+
+// Address, and strides of image, channel and pixel in elements.
+using Place = std::array<std::int64_t, 4>;
+
+template <class T>
+semimoe::Planes<T> planes(const Place& place) {
+  return {at<T>(static_cast<std::uintptr_t>(place[0])), place[1], place[2], place[3]};
+}
+
+// Places in the order mask, sdf, boundary, set after set.
+template <class T>
+std::vector<semimoe::Prediction<T>> predictions(const std::vector<Place>& places) {
+  std::vector<semimoe::Prediction<T>> sets;
+  for (std::size_t i = 0; i < places.size(); i += 3)
+    sets.push_back({planes<T>(places[i]), planes<T>(places[i + 1]), planes<T>(places[i + 2])});
+  return sets;
+}
+
+semimoe::Objective objective(const std::array<std::int64_t, 4>& sizes, const std::vector<Place>& logits,
+                             const std::array<Place, 3>& targets) {
+  const auto [batch, pixels, mask_classes, boundary_classes] = sizes;
+  if (std::min(mask_classes, boundary_classes) < 1 || std::max(mask_classes, boundary_classes) > semimoe::kMostClasses)
+    throw std::invalid_argument("the objective takes 1 to 255 classes");
+  return {batch,
+          pixels,
+          static_cast<int>(mask_classes),
+          static_cast<int>(boundary_classes),
+          predictions<const float>(logits),
+          planes<const std::uint8_t>(targets[0]),
+          planes<const float>(targets[1]),
+          planes<const std::uint8_t>(targets[2])};
+}
+
+// sizes: images, pixels, classes of mask and boundary.
+void objective_terms(const std::array<std::int64_t, 4>& sizes, const std::vector<Place>& logits,
+                     const std::array<Place, 3>& targets, std::uintptr_t terms, std::uintptr_t alpha,
+                     std::uintptr_t beta, const std::string& instruction_set, int threads) {
+  semimoe::objective_terms(*kernels_named(instruction_set).objective, objective(sizes, logits, targets), threads,
+                           at<float>(terms), at<float>(alpha), at<float>(beta));
+}
+
+void objective_gradients(const std::array<std::int64_t, 4>& sizes, const std::vector<Place>& logits,
+                         const std::array<Place, 3>& targets, std::uintptr_t alpha, std::uintptr_t beta,
+                         std::uintptr_t upstream, const std::vector<Place>& gradients,
+                         const std::string& instruction_set, int threads) {
+  semimoe::objective_gradients(*kernels_named(instruction_set).objective, objective(sizes, logits, targets), threads,
+                               at<const float>(alpha), at<const float>(beta), at<const float>(upstream),
+                               predictions<float>(gradients));
 }
 
 #ifdef SEMIMOE_CUDA_VERSION
@@ -81,6 +134,12 @@ PYBIND11_MODULE(_semimoe_fast, module) {
   module.def("distance_targets", &distance_targets, py::arg("mask"), py::arg("batch"), py::arg("height"),
              py::arg("width"), py::arg("squared_ring_radius"), py::arg("sdf"), py::arg("boundary"),
              py::arg("instruction_set"), py::arg("threads"), without_gil);
+  module.def("objective_terms", &objective_terms, py::arg("sizes"), py::arg("logits"), py::arg("targets"),
+             py::arg("terms"), py::arg("alpha"), py::arg("beta"), py::arg("instruction_set"), py::arg("threads"),
+             without_gil);
+  module.def("objective_gradients", &objective_gradients, py::arg("sizes"), py::arg("logits"), py::arg("targets"),
+             py::arg("alpha"), py::arg("beta"), py::arg("upstream"), py::arg("gradients"), py::arg("instruction_set"),
+             py::arg("threads"), without_gil);
 #ifdef SEMIMOE_CUDA_VERSION
   module.def("distance_cuda", &distance_cuda, py::arg("mask"), py::arg("element_size"), py::arg("batch"),
              py::arg("height"), py::arg("width"), py::arg("bits"), py::arg("gaps"), py::arg("far"), py::arg("state"),

@@ -224,9 +224,11 @@ void write_targets(const std::uint8_t* mask, std::int64_t count, const Deepest& 
 
 }  // namespace
 
+extern const ObjectiveKernels objective_kernels;  // of objective_kernels.cpp
 extern const Kernels kernels;
 const Kernels kernels = {
     SEMIMOE_NAME(SEMIMOE_SIMD), kReach, row_scratch, near_gaps, far_gaps, search_rows, write_targets,
+    &objective_kernels,
 };
 
 }  // namespace SEMIMOE_SIMD

@@ -1,9 +1,10 @@
-// The inner loops of the distance targets. csrc/kernels.cpp is compiled once for each instruction set that is worth it;
-// the best one that the processor has is chosen when the module is loaded.
+// The inner loops of the distance targets, and the way to those of the objective. csrc/kernels.cpp is compiled once for
+// each instruction set that is worth it; the best one that the processor has is chosen when the module is loaded.
 #pragma once
 
 #include <vector>
 
+#include "objective_kernels.hpp"
 #include "pixel.hpp"
 
 namespace semimoe {
@@ -33,6 +34,8 @@ struct Kernels {
   // Signed distances, in place of the squared ones (int32) in the same memory, and the ring.
   void (*write_targets)(const std::uint8_t* mask, std::int64_t count, const Deepest& deepest,
                         std::int32_t squared_ring_radius, void* squared_to_sdf, std::uint8_t* boundary);
+
+  const ObjectiveKernels* objective;
 };
 
 namespace plain {

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .errors import UserError
 
-ABI = 2  # of csrc/bindings.cpp
+ABI = 3  # of csrc/bindings.cpp
 REMEDY = "run `pip install .` in the project's folder"
 INT32_MAX = 2**31 - 1
 SLAB_ROWS, TILE_COLUMNS = 32, 256  # of csrc/distance_cuda.hpp
@@ -44,6 +44,14 @@ def why_unavailable(device_type: str) -> str | None:
     if native.built_with["cuda"] is None:
         return f"the compiled module was built without CUDA: {REMEDY} where nvcc is installed"
     return _why_no_gpu(native.built_with["cuda_archs"])
+
+
+def module_for(device_type: str) -> ModuleType:
+    """The compiled module; RuntimeError, with the reason, where it cannot serve tensors on that device."""
+    reason = why_unavailable(device_type)
+    if reason is not None:
+        raise RuntimeError(reason)
+    return _load()[0]
 
 
 def instruction_set() -> str:
@@ -84,7 +92,7 @@ def squared_distance(mask: Tensor, out: Tensor) -> None:
     contiguous and on one device. On a GPU the work is queued on the current stream. Raises ValueError where the image
     diagonal exceeds 46,340 pixels.
     """
-    native = _native_for(mask)
+    native = module_for(mask.device.type)
     _check(mask, out=(out, torch.int32))
     if mask.is_cuda:
         _distance_cuda(native, mask, squared=out)
@@ -100,7 +108,7 @@ def distance_targets(mask: Tensor, sdf: Tensor, boundary: Tensor, ring_radius: f
     mask: as `squared_distance`; sdf: float32 (B, H, W); boundary: uint8 (B, H, W). All contiguous and on one device.
     Work and errors as `squared_distance`.
     """
-    native = _native_for(mask)
+    native = module_for(mask.device.type)
     _check(mask, sdf=(sdf, torch.float32), boundary=(boundary, torch.uint8))
     if mask.is_cuda:
         _distance_cuda(native, mask, squared=sdf, ring_radius=ring_radius, sdf=sdf, boundary=boundary)
@@ -180,13 +188,6 @@ def _why_no_gpu(archs: str) -> str | None:
             gpu = f"{major}{minor}"
             return f"the compiled module was built for sm {archs}, not {gpu}: {REMEDY} with {gpu} in SEMIMOE_CUDA_ARCHS"
     return None
-
-
-def _native_for(mask: Tensor) -> ModuleType:
-    reason = why_unavailable(mask.device.type)
-    if reason is not None:
-        raise RuntimeError(reason)
-    return _load()[0]
 
 
 def _check(mask: Tensor, **outputs: tuple[Tensor, torch.dtype]) -> None:

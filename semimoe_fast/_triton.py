@@ -24,6 +24,14 @@ def why_unavailable(device_type: str) -> str | None:
     return _why_no_gpu()
 
 
+def interprets() -> bool:
+    """Whether Triton's interpreter shall serve CPU tensors even where the compiled module could.
+
+    As the tests of the kernels ask: TRITON_INTERPRET=1 together with SEMIMOE_BACKEND=fused.
+    """
+    return os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("SEMIMOE_BACKEND") == "fused"
+
+
 @functools.cache
 def _why_no_gpu() -> str | None:
     if not torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -9,14 +10,7 @@ from torch import Tensor
 
 from .expert_products import apply
 from .portable_gate import label_products, labels, mix_products
-from .portable_objective import (
-    joint_objective_terms,
-    objective_terms,
-    soft_dice_loss,
-    squared_dice_loss,
-    tanh_mse_loss,
-)
-from .reference import targets_from_distance
+from .reference import one_hot, targets_from_distance
 
 __all__ = [
     "adaptive_loss",
@@ -122,6 +116,53 @@ def pseudo_labels(
     """See `reference.pseudo_labels`."""
     with torch.no_grad():
         return labels(*multi_gate(features, gate_weights, head_weights, head_biases))
+
+
+def squared_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """See `reference.squared_dice_loss`; at least float32 inside."""
+    p, t = _softmax_and_one_hot(logits, target)
+    return _dice_loss((p * t).sum((2, 3)), (p * p + t).sum((2, 3)), 1)
+
+
+def soft_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """See `reference.soft_dice_loss`; at least float32 inside."""
+    p, t = _softmax_and_one_hot(logits, target)
+    return _dice_loss((p * t).sum((2, 3)), (p + t).sum((2, 3)), 1e-8)
+
+
+def _softmax_and_one_hot(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    p = _at_least_float32(logits).softmax(1)
+    return p, one_hot(target, logits.shape[1], p.dtype)
+
+
+def _dice_loss(overlap: Tensor, mass: Tensor, smooth: float) -> Tensor:
+    return (1 - (2 * overlap + smooth) / (mass + smooth)).mean()
+
+
+def tanh_mse_loss(raw: Tensor, sdf: Tensor) -> Tensor:
+    """See `reference.tanh_mse_loss`; at least float32 inside."""
+    tanh = _at_least_float32(raw).tanh()
+    return (tanh - sdf.reshape(raw.shape)).square().mean().to(tanh.dtype)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def objective_terms(
+    mask_logits: Tensor, raw_sdf: Tensor, boundary_logits: Tensor, mask: Tensor, sdf: Tensor, boundary: Tensor
+) -> Tensor:
+    """See `reference.objective_terms`; float64 if any logits are."""
+    terms = squared_dice_loss(mask_logits, mask), tanh_mse_loss(raw_sdf, sdf), soft_dice_loss(boundary_logits, boundary)
+    dtype = functools.reduce(torch.promote_types, (term.dtype for term in terms))
+    return torch.stack([term.to(dtype) for term in terms])
+
+
+def joint_objective_terms(
+    predictions: Sequence[Sequence[Tensor]], mask: Tensor, sdf: Tensor, boundary: Tensor
+) -> Tensor:
+    """See `reference.joint_objective_terms`."""
+    return sum(objective_terms(*prediction, mask, sdf, boundary) for prediction in predictions)
 
 
 def adaptive_loss(

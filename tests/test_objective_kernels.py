@@ -1,4 +1,8 @@
-"""The fused objective against the float64 reference: on a GPU where there is one, else in Triton's interpreter."""
+"""The fused objective against the float64 reference.
+
+By the Triton kernels on a GPU where there is one, else in Triton's interpreter, and by the compiled module on the CPU
+with every instruction set.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +10,31 @@ import pytest
 import torch
 from torch import Tensor
 
+from semimoe_fast import _native, _triton, ops, reference
 from semimoe_fast import functional as F
-from semimoe_fast import ops, reference
 from semimoe_fast.ops import objective as fused
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernels; the fixture changes it for the others
 WEIGHTS = (1.0, -2.0, 0.5)  # of the terms: all different, so that none can stand for another
-
-pytestmark = pytest.mark.skipif(
-    ops.why_not_fused("objective_terms", DEVICE) is not None, reason=str(ops.why_not_fused("objective_terms", DEVICE))
-)
 
 Predictions = list[tuple[Tensor, ...]]
 Targets = tuple[Tensor, Tensor, Tensor]
 
 
-@pytest.fixture(autouse=True)
-def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SEMIMOE_BACKEND", "fused")
+@pytest.fixture(autouse=True, params=["triton", "plain", "avx2", "avx512"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "triton":
+        if _triton.why_unavailable(DEVICE):
+            pytest.skip(_triton.why_unavailable(DEVICE))
+        monkeypatch.setenv("SEMIMOE_BACKEND", "fused")
+    else:
+        if request.param not in _native.module().instruction_sets:
+            pytest.skip(f"the CPU kernels for {request.param} do not run here")
+        monkeypatch.setattr(request.module, "DEVICE", "cpu")
+        monkeypatch.delenv("SEMIMOE_BACKEND", raising=False)
+        monkeypatch.setenv("SEMIMOE_SIMD", request.param)
+        assert ops.choose("objective_terms", "cpu")[0] == "fused"
+    return request.param
 
 
 def draw(
@@ -82,7 +93,17 @@ def check(predictions: Predictions, targets: Targets) -> None:
         torch.testing.assert_close(gradient.double().cpu(), oracle, rtol=0, atol=bound, equal_nan=True)
 
 
-SIZES = [(1, 1), (1, 31), (127, 1), (7, 11), (15, 17), (16, 32), (33, 64)]  # (16, 32): exactly one tile of 512 pixels
+SIZES = [
+    (1, 1),
+    (1, 31),
+    (127, 1),
+    (7, 11),
+    (15, 17),
+    (16, 32),
+    (31, 33),
+    (32, 32),
+    (33, 64),
+]  # whole tiles: 512 and 1024
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -95,7 +116,9 @@ def test_many_images_of_many_classes() -> None:
     check(*draw(2, 9, 20, 3, 5))  # 20 x 22 coefficients: the finish takes more than one step over them
 
 
-def test_more_tiles_than_one_step_of_the_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_tiles_than_one_step_of_the_finish(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if engine != "triton":
+        pytest.skip("a matter of the Triton kernels")
     from semimoe_fast.kernels import objective
 
     monkeypatch.setattr(objective, "WARPS", 1)  # tiles of 128 pixels: 9 of them
@@ -176,7 +199,7 @@ def test_targets_of_any_integer_type(dtype: torch.dtype) -> None:
     torch.testing.assert_close(terms, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("stranger", [-1, 2, 255, 2**32, -(2**32)])
+@pytest.mark.parametrize("stranger", [-1, 2, 255, 256, -255, 2**32, -(2**32)])
 def test_targets_out_of_range_belong_to_no_class(stranger: int) -> None:
     predictions, (_, sdf, boundary) = draw()
     mask = boundary.long()
@@ -281,12 +304,10 @@ def test_gradcheck() -> None:
 @pytest.mark.parametrize("layout", [channel_slice, channels_last, crop])
 def test_custom_ops(layout) -> None:
     predictions, (mask, sdf, boundary) = draw(2, 3, 2, 3, 4)
-    logits = [layout(x).requires_grad_() for prediction in predictions for x in prediction]
-    targets = (mask[:, None], sdf[:, None], boundary[:, None])
+    logits = [layout(x) for prediction in predictions for x in prediction]
+    targets = (mask[:, None].to(torch.uint8), sdf[:, None], boundary[:, None])
     torch.library.opcheck(fused._terms, (logits, *targets))
-    with torch.no_grad():
-        terms, alpha, beta = fused._terms(logits, *targets)
-    logits = [x.detach() for x in logits]
+    terms, alpha, beta = fused._terms(logits, *targets)
     torch.library.opcheck(fused._gradients, (torch.ones_like(terms), logits, *targets, alpha, beta))
 
 
@@ -299,8 +320,9 @@ def test_compiled_without_graph_breaks_equals_eager() -> None:
     assert all(torch.equal(x, y) for x, y in zip(gradients, expected, strict=True))
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
 def test_cuda_graph_replays_forward_and_backward() -> None:
+    if DEVICE == "cpu":
+        pytest.skip("CUDA graphs need a GPU")
     predictions, targets = draw(height=33, width=31)
     expected = evaluate(F.joint_objective_terms, predictions, targets)
     stream = torch.cuda.Stream()

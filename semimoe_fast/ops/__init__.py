@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ TRITON: dict[str, Callable[..., Any]] = {
     "joint_objective_terms": objective.joint_objective_terms,
     "adaptive_loss": adaptive.adaptive_loss,
 }
+NATIVE_ON_CPU = ("objective_terms", "joint_objective_terms")  # Triton on a GPU
 FUSED = NATIVE | TRITON
 
 
@@ -74,7 +76,7 @@ def choose(operation: str, device_type: str, forced: str | None = None) -> tuple
     """
     missing = why_not_fused(operation, device_type)
     if forced is None:
-        if missing is None and device_type == "cpu" and operation in TRITON:
+        if missing is None and device_type == "cpu" and _engine(operation, device_type) is _triton:
             missing = "Triton's interpreter is for tests"
         return ("portable", missing) if missing else ("fused", "the fastest available")
     if forced not in BACKENDS:
@@ -90,7 +92,13 @@ def why_not_fused(operation: str, device_type: str) -> str | None:
         raise ValueError(f"unknown operation {operation!r}: choose one of {', '.join(OPERATIONS)}")
     if operation not in FUSED:
         return "no fused kernel is written for it yet"
-    return (_triton if operation in TRITON else _native).why_unavailable(device_type)
+    return _engine(operation, device_type).why_unavailable(device_type)
+
+
+def _engine(operation: str, device_type: str) -> ModuleType:
+    """Who computes a fused operation on a device: `_native` or `_triton`."""
+    native_here = device_type == "cpu" and operation in NATIVE_ON_CPU and not _triton.interprets()
+    return _native if operation in NATIVE or native_here else _triton
 
 
 @torch.compiler.assume_constant_result  # so that a compiled caller traces past the log and the cache
@@ -102,6 +110,6 @@ def _chosen(operation: str, device_type: str, forced: str | None) -> str:
 def _choose_and_say(operation: str, device_type: str, forced: str | None) -> str:
     """`choose`, and a line in the log the first time that it falls back."""
     backend, reason = choose(operation, device_type, forced)
-    if forced is None and backend == "portable" and (operation in NATIVE or device_type != "cpu"):
+    if forced is None and backend == "portable" and (device_type != "cpu" or operation in (*NATIVE, *NATIVE_ON_CPU)):
         logger.warning("%s on %s falls back to the portable backend: %s", operation, device_type, reason)
     return backend

@@ -1,12 +1,22 @@
-"""Custom ops of the fused objective: terms and their coefficients forward, gradients of all logits backward."""
+"""Custom ops of the fused objective: terms and their coefficients forward, gradients of all logits backward.
+
+Behind them are Triton kernels on a GPU, and the compiled module on the CPU. The latter computes in float32:
+half-precision logits are converted on the way to it, float64 ones left to the portable backend.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .. import _native_objective, _triton, portable
+from .._layout import addressable
+
+STRANGER = 255  # a target of no class
 
 
 def objective_terms(
@@ -21,17 +31,38 @@ def joint_objective_terms(
 ) -> Tensor:
     """See `functional.joint_objective_terms`. Computed and returned in float32; in float64 if any logits are."""
     logits = [x for prediction in predictions for x in prediction]
-    return _terms(logits, mask[:, None], sdf.reshape(logits[1].shape), boundary[:, None])[0]
+    if _kernels(mask.device.type) is _native_objective:
+        classes, dtype = [logits[0].shape[1], logits[2].shape[1]], _accumulation_dtype(logits)
+        logits, sdf = [x.to(dtype) for x in logits], sdf.to(dtype)
+        if dtype == torch.float64 or max(classes) > _native_objective.MOST_CLASSES:
+            return portable.joint_objective_terms(_sets(logits), mask, sdf, boundary)
+        mask, boundary = (_bytes(target, count) for target, count in zip((mask, boundary), classes, strict=True))
+    return _Terms.apply(mask[:, None], sdf.reshape(logits[1].shape), boundary[:, None], *logits)
+
+
+def _bytes(target: Tensor, classes: int) -> Tensor:
+    """Class numbers in bytes; those that are none must not become one."""
+    if target.dtype in (torch.uint8, torch.bool):
+        return target
+    target = target.long()
+    return torch.where((target >= 0) & (target < classes), target, STRANGER).to(torch.uint8)
+
+
+def _kernels(device_type: str) -> ModuleType:
+    """What computes: the compiled module on the CPU, unless Triton's interpreter is asked for."""
+    if device_type == "cpu" and not _triton.interprets():
+        return _native_objective
+    from ..kernels import objective
+
+    return objective
 
 
 @torch.library.custom_op("semimoe_fast::objective_terms", mutates_args=())
 def _terms(logits: Sequence[Tensor], mask: Tensor, sdf: Tensor, boundary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """S x (mask (B, K, H, W), sdf (B, 1, H, W), boundary (B, L, H, W)) in one list, targets (B, 1, H, W) -> terms (3,),
     and what the backward pass needs of the sums: alpha and beta (B, S (K + L))."""
-    from ..kernels import objective
-
-    targets = [_addressable(x) for x in (mask, sdf, boundary)]
-    return objective.forward(_sets(_addressable(x) for x in logits), targets, _accumulation_dtype(logits))
+    predictions, targets = _sets(map(addressable, logits)), [addressable(x) for x in (mask, sdf, boundary)]
+    return _kernels(mask.device.type).forward(predictions, targets, _accumulation_dtype(logits))
 
 
 @_terms.register_fake
@@ -52,50 +83,42 @@ def _gradients(
     beta: Tensor,
 ) -> list[Tensor]:
     """Gradients of the terms (3,) and what `_terms` took and gave -> gradients of the logits, in their order."""
-    from ..kernels import objective
-
-    targets = [_addressable(x) for x in (mask, sdf, boundary)]
-    gradients = objective.backward(upstream, _sets(_addressable(x) for x in logits), targets, alpha, beta)
+    predictions, targets = _sets(map(addressable, logits)), [addressable(x) for x in (mask, sdf, boundary)]
+    gradients = _kernels(mask.device.type).backward(upstream, predictions, targets, alpha, beta)
     return [x for prediction in gradients for x in prediction]
 
 
 @_gradients.register_fake
 def _(upstream: Tensor, logits: Sequence[Tensor], *_: Tensor) -> list[Tensor]:
-    return [torch.empty_like(_addressable(x)) for x in logits]
-
-
-def _remember(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)  # else autograd fills zeros for the outputs that nobody differentiates
-    logits, *targets = inputs
-    _, alpha, beta = output
-    ctx.save_for_backward(*logits, *targets, alpha, beta)
-
-
-def _differentiate(ctx: Any, upstream: Tensor | None, *_: object) -> tuple:
-    *logits, mask, sdf, boundary, alpha, beta = ctx.saved_tensors
-    if upstream is None:
-        return [None] * len(logits), None, None, None
-    return _gradients(upstream, logits, mask, sdf, boundary, alpha, beta), None, None, None
+    return [torch.empty_like(addressable(x)) for x in logits]
 
 
 def _refuse(ctx: Any, *_: object) -> None:
     raise RuntimeError("the fused objective has first derivatives only: for second ones set SEMIMOE_BACKEND=reference")
 
 
-_terms.register_autograd(_differentiate, setup_context=_remember)
 _gradients.register_autograd(_refuse)
+
+
+class _Terms(torch.autograd.Function):
+    """`_terms`, differentiable. Not by its register_autograd, which with lists takes 100 us more, of 300, on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, mask: Tensor, sdf: Tensor, boundary: Tensor, *logits: Tensor) -> Tensor:
+        terms, alpha, beta = _terms(logits, mask, sdf, boundary)
+        ctx.save_for_backward(mask, sdf, boundary, alpha, beta, *logits)
+        return terms
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        mask, sdf, boundary, alpha, beta, *logits = ctx.saved_tensors
+        return None, None, None, *_gradients(upstream, logits, mask, sdf, boundary, alpha, beta)
 
 
 def _sets(tensors: Iterable[Tensor]) -> list[tuple[Tensor, ...]]:
     """The flat list as S x (mask logits, raw sdf, boundary logits)."""
     flat = iter(tensors)
     return list(zip(flat, flat, flat, strict=True))
-
-
-def _addressable(x: Tensor) -> Tensor:
-    """x, or a copy, in whose (H, W) planes every pixel is as far from the one before as the next."""
-    height, width = x.shape[2:]
-    return x if 1 in (height, width) or x.stride(2) == width * x.stride(3) else x.contiguous()
 
 
 def _accumulation_dtype(logits: Sequence[Tensor]) -> torch.dtype:

@@ -1,0 +1,92 @@
+// A vector of floats, as wide as the instruction set for which this file is compiled, and the exponential function of
+// its lanes. Internal linkage, see kernels.cpp.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace semimoe {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kFloatLanes = kVectorBytes / sizeof(float);
+
+// Operators act on every lane. A comparison of floats gives integers, all ones where it holds.
+using Floats = float __attribute__((vector_size(kVectorBytes)));
+using Integers = std::int32_t __attribute__((vector_size(kVectorBytes)));
+using Bits = std::uint32_t __attribute__((vector_size(kVectorBytes)));
+
+inline Floats load(const float* address) {
+  Floats floats;
+  std::memcpy(&floats, address, sizeof floats);
+  return floats;
+}
+
+inline Integers load(const std::uint8_t* address) {
+  std::int32_t numbers[kFloatLanes];
+  for (int i = 0; i < kFloatLanes; ++i) numbers[i] = address[i];
+  Integers integers;
+  std::memcpy(&integers, numbers, sizeof integers);
+  return integers;
+}
+
+inline void store(float* address, Floats floats) { std::memcpy(address, &floats, sizeof floats); }
+
+inline Integers lane_numbers() {
+  Integers numbers = {};
+  for (int i = 0; i < kFloatLanes; ++i) numbers[i] = i;
+  return numbers;
+}
+
+inline double total(Floats floats) {
+  double sum = 0;
+  for (int i = 0; i < kFloatLanes; ++i) sum += floats[i];
+  return sum;
+}
+
+inline Floats absolute(Floats x) { return (Floats)((Bits)x & 0x7fffffffu); }
+
+// 1 / x within 1 ulp, for x from 1 to 2^100. Where to divide takes longer than all else, by a step of Newton's
+// iteration.
+inline Floats reciprocal(Floats x) {
+#ifdef __AVX512F__
+  const Floats near = _mm512_maskz_rcp14_ps(0xffff, x);  // without the mask, GCC 12 warns
+  return near + near * (1.0f - x * near);
+#else
+  return 1.0f / x;
+#endif
+}
+
+// exp(x) for x <= 0, within 1 ulp; 0 where it is below the least normal number, NaN where x is.
+//
+// x = n ln 2 + r, |r| <= ln 2 / 2, with ln 2 in two parts, the first of few enough bits that its product with n is
+// exact (W. J. Cody and W. Waite, "Software Manual for the Elementary Functions", 1980); exp(r) is a polynomial with
+// the least relative error, 3e-9, and 2^n goes into the exponent. To add 1.5 * 2^23 rounds to an integer, which then
+// stands in the lowest bits.
+inline Floats exp_of_negative(Floats x) {
+  constexpr float kLeast = -87.3365447f;  // ln 2^-126
+  constexpr float kPerLn2 = 1.44269504f, kLn2 = 0.693359375f, kLn2Rest = -2.12194440e-4f, kRounder = 12582912.0f;
+  const Floats rounded = x * kPerLn2 + kRounder;
+  const Floats n = rounded - kRounder;
+  const Floats r = (x - n * kLn2) - n * kLn2Rest;
+  Floats q = r * 0x1.6a2432p-10f + 0x1.1239e2p-7f;
+  q = q * r + 0x1.5558f2p-5f;
+  q = q * r + 0x1.555492p-3f;
+  q = q * r + 0x1.fffffcp-2f;
+  const Floats power_of_r = q * (r * r) + r + 1.0f;
+  const Floats power_of_two = (Floats)(((Bits)rounded << 23) + 0x3f800000u);
+  return x < kLeast ? Floats{} : power_of_r * power_of_two;
+}
+
+}  // namespace
+}  // namespace semimoe

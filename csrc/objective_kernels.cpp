@@ -1,0 +1,135 @@
+// See objective_kernels.hpp. Compiled once per instruction set, with SEMIMOE_SIMD as its name, and under the rules of
+// kernels.cpp: internal linkage, nothing of the standard library.
+#include "objective_kernels.hpp"
+
+#include "floats.hpp"
+
+namespace semimoe {
+namespace SEMIMOE_SIMD {
+namespace {
+
+static_assert(kMostLanes % kFloatLanes == 0);
+
+// --------------------------------------------------------------------------------------------------------------- dice
+
+// How many classes a function is compiled for: with two, everything stays in registers. 0: for any number.
+template <int kClasses>
+using PerClass = Floats[kClasses == 0 ? kMostClasses : kClasses];
+
+template <int kClasses>
+inline int count_classes(const DiceBlock& block) {
+  return kClasses == 0 ? block.classes : kClasses;
+}
+
+// P = softmax(logits) of the pixels at i, 0 for those that do not count. NaN and inf among the logits of a pixel make
+// its P NaN, as in PyTorch.
+template <int kClasses>
+inline void softmax(const DiceBlock& block, int i, PerClass<kClasses>& p) {
+  const int classes = count_classes<kClasses>(block);
+  const auto logits = [&](int k) { return load(block.logits + k * block.stride + i); };
+  Floats largest = logits(0);
+  for (int k = 1; k < classes; ++k) largest = logits(k) > largest ? logits(k) : largest;
+  if (kClasses == 2) {
+    const Floats difference = logits(1) - logits(0), power = exp_of_negative(-absolute(difference));
+    const Floats nothing = largest - largest;  // or NaN, where the largest is inf, of which the power knows nothing
+    const Floats likelier = reciprocal(1.0f + power) + nothing, other = likelier * power;
+    p[0] = difference > 0.0f ? other : likelier;
+    p[1] = difference > 0.0f ? likelier : other;
+    return;
+  }
+  Floats sum = {};
+  for (int k = 0; k < classes; ++k) sum += p[k] = exp_of_negative(logits(k) - largest);
+  const Floats factor = reciprocal(sum);
+  for (int k = 0; k < classes; ++k) p[k] *= factor;
+}
+
+template <int kClasses, bool kSquared>
+void sum_dice(const DiceBlock& block, double* overlap, double* mass) {
+  const int classes = count_classes<kClasses>(block);
+  PerClass<kClasses> p, overlaps, masses;
+  for (int k = 0; k < classes; ++k) overlaps[k] = masses[k] = Floats{};
+  for (int i = 0; i < block.pixels; i += kFloatLanes) {
+    softmax<kClasses>(block, i, p);
+    const Integers counts = lane_numbers() + i < block.pixels;
+    const Integers target = counts ? load(block.target + i) : Integers{} - 1;
+    for (int k = 0; k < classes; ++k) {
+      overlaps[k] += target == k ? p[k] : Floats{};
+      masses[k] += counts ? (kSquared ? p[k] * p[k] : p[k]) : Floats{};
+      masses[k] += target == k ? Floats{} + 1.0f : Floats{};
+    }
+  }
+  for (int k = 0; k < classes; ++k) {
+    overlap[k] = total(overlaps[k]);
+    mass[k] = total(masses[k]);
+  }
+}
+
+template <int kClasses, bool kSquared>
+void differentiate_dice(const DiceBlock& block, const float* alpha, const float* beta, float scale, float* gradient,
+                        std::int64_t gradient_stride) {
+  const int classes = count_classes<kClasses>(block);
+  PerClass<kClasses> p, g;
+  for (int i = 0; i < block.pixels; i += kFloatLanes) {
+    softmax<kClasses>(block, i, p);
+    const Integers target = load(block.target + i);
+    Floats mean = {};  // of g, as P weighs it
+    for (int k = 0; k < classes; ++k) {
+      const float a = scale * alpha[k], b = scale * beta[k];
+      g[k] = (target == k ? Floats{} + a : Floats{}) + (kSquared ? b * p[k] : Floats{} + b);
+      mean += p[k] * g[k];
+    }
+    for (int k = 0; k < classes; ++k) store(gradient + k * gradient_stride + i, p[k] * (g[k] - mean));
+  }
+}
+
+void dice_sums(const DiceBlock& block, bool squared, double* overlap, double* mass) {
+  const bool two = block.classes == 2;
+  const auto sum =
+      squared ? (two ? sum_dice<2, true> : sum_dice<0, true>) : (two ? sum_dice<2, false> : sum_dice<0, false>);
+  sum(block, overlap, mass);
+}
+
+void dice_gradient(const DiceBlock& block, bool squared, const float* alpha, const float* beta, float scale,
+                   float* gradient, std::int64_t gradient_stride) {
+  const bool two = block.classes == 2;
+  const auto differentiate = squared ? (two ? differentiate_dice<2, true> : differentiate_dice<0, true>)
+                                     : (two ? differentiate_dice<2, false> : differentiate_dice<0, false>);
+  differentiate(block, alpha, beta, scale, gradient, gradient_stride);
+}
+
+// --------------------------------------------------------------------------------------------------------------- tanh
+
+struct Tanh {
+  Floats value;
+  Floats slope;  // without cancellation where |x| is large
+};
+
+inline Tanh tanh_of(Floats x) {
+  const Floats e = exp_of_negative(-2.0f * absolute(x));
+  const Floats share = reciprocal(1.0f + e), magnitude = (1.0f - e) * share;
+  return {x < 0.0f ? -magnitude : magnitude, 4.0f * e * share * share};
+}
+
+double tanh_error(const float* raw, const float* sdf, int pixels) {
+  Floats sum = {};
+  for (int i = 0; i < pixels; i += kFloatLanes) {
+    const Floats difference = tanh_of(load(raw + i)).value - load(sdf + i);
+    sum += difference * difference;
+  }
+  return total(sum);
+}
+
+void tanh_gradient(const float* raw, const float* sdf, int pixels, float scale, float* gradient) {
+  for (int i = 0; i < pixels; i += kFloatLanes) {
+    const Tanh tanh = tanh_of(load(raw + i));
+    store(gradient + i, scale * (tanh.value - load(sdf + i)) * tanh.slope);
+  }
+}
+
+}  // namespace
+
+extern const ObjectiveKernels objective_kernels;
+const ObjectiveKernels objective_kernels = {dice_sums, dice_gradient, tanh_error, tanh_gradient};
+
+}  // namespace SEMIMOE_SIMD
+}  // namespace semimoe
