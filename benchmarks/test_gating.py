@@ -19,6 +19,7 @@ from semimoe_fast.model import MultiGating
 
 from .conftest import DIRECTIONS
 
+OPERATION = "expert_products"
 HEADS = (2, 1, 2)
 Block = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 

@@ -14,6 +14,7 @@ from semimoe_fast import reference
 
 from .conftest import DIRECTIONS
 
+OPERATION = "joint_objective_terms"
 HEADS = (2, 1, 2)
 
 
