@@ -30,6 +30,8 @@ TIMEOUT = timedelta(minutes=10)  # until a rank that is alive and does nothing c
 
 T = TypeVar("T")
 
+_joined: list[dist.ProcessGroup] = []
+
 
 @dataclass(frozen=True)
 class World:
@@ -172,6 +174,9 @@ def join() -> Iterator[World]:
     dist.init_process_group(
         store=store, rank=rank, world_size=size, timeout=TIMEOUT
     )  # gloo, and NCCL where there is CUDA
+    # For good, because DDP must not be the last to hold the group: it would end it with the interpreter's lock in hand,
+    # for which the threads of gloo may be waiting that it then waits for (torch 2.13).
+    _joined.append(dist.group.WORLD)
     world = World(rank, size, int(os.environ.get("LOCAL_RANK", "0")), store)
     try:
         with world.watched("start it again"):

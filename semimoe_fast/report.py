@@ -94,7 +94,7 @@ def draw_overlays(
 
 
 class TensorBoard:
-    """The records as TensorBoard scalars while the run goes on; nothing where TensorBoard is not installed or not wanted.
+    """The records as TensorBoard scalars while the run goes on; nothing where it is not installed or not wanted.
 
     Scalars of a resumed run from `first_epoch` on replace those an earlier attempt wrote.
     """

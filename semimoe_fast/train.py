@@ -133,7 +133,7 @@ class Run:
             self._truncate_metrics()
         done = trainer.epoch * steps + trainer.step
         pace = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines; a log file needs few
-        bar = {"initial": done, "unit": "step", "mininterval": pace, "disable": not self.world.leads}
+        bar = {"initial": done, "unit": "step", "mininterval": pace} | ({} if self.world.leads else {"disable": True})
         tensorboard = report.TensorBoard(self.folder, trainer.model.tasks, trainer.epoch, self.world.leads)
         with closing(tensorboard), tqdm(None, "train", self.config.epochs * steps, **bar) as progress:
             while trainer.epoch < self.config.epochs:
