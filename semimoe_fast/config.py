@@ -141,9 +141,10 @@ class TrainConfig:
                     f"{flag(name)} is {batch}, which {processes} processes cannot share: give a multiple of {processes}"
                 )
         if self.image_size == STRIDE and min(getattr(self, name) for name in batches) == processes:
+            shared = f" for {processes} processes" if processes > 1 else ""
             raise UserError(
-                f"--image-size is {STRIDE} and a batch {processes}: batch normalisation then sees a single pixel; "
-                "enlarge either"
+                f"--image-size is {STRIDE} and a batch {processes}{shared}: "
+                "batch normalisation then sees a single pixel; enlarge either"
             )
         if self.data is None and (min(self.synthetic) < 0 or min(self.synthetic[0], self.synthetic[2]) < 1):
             raise UserError(f"--synthetic is {self.synthetic}: give at least one labelled and one validation image")

@@ -79,8 +79,10 @@ class Interruption:
             signal.signal(number, handler)
 
     def __call__(self) -> bool:
-        self.received = self.world.agree(self.received)
-        return self.received != 0
+        agreed = self.world.agree(self.received)
+        if agreed:  # else leave it: a signal may have come meanwhile
+            self.received = agreed
+        return agreed != 0
 
     @property
     def name(self) -> str:

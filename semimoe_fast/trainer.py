@@ -67,6 +67,8 @@ class Trainer:
         self.epoch = 0
         self.step = 0  # within the epoch
         self.sums = self._zero_sums()
+        if self.world.size > 1:
+            self._settle()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -101,22 +103,37 @@ class Trainer:
             progress()
             if stop():
                 return False
-        for buffer in self._running_statistics().values():
-            buffer.copy_(self.world.mean(buffer))
+        if self.world.size > 1:
+            for buffer in self._running_statistics().values():
+                buffer.copy_(self.world.mean(buffer))
         return True
 
     def train_step(self, labelled: tuple[Tensor, Tensor], unlabelled: Tensor | None) -> StepLosses:
         """One optimiser step on normalised images (B, 3, H, W), their masks (B, H, W), and unlabelled images."""
-        images, masks = labelled
-        targets = (masks, *F.distance_targets(masks, self.config.ring_radius))
         self.sgd.zero_grad(set_to_none=True)
         self.adam.zero_grad(set_to_none=True)
-        with autocast(self.config.precision, self.device):
-            losses = self.objective(images, targets, unlabelled, self.unsupervised_weight)
+        losses = self._losses(labelled, unlabelled)
         losses.total.backward()
         self.sgd.step()
         self.adam.step()
         return losses
+
+    def _losses(self, labelled: tuple[Tensor, Tensor], unlabelled: Tensor | None) -> StepLosses:
+        images, masks = labelled
+        targets = (masks, *F.distance_targets(masks, self.config.ring_radius))
+        with autocast(self.config.precision, self.device):
+            return self.objective(images, targets, unlabelled, self.unsupervised_weight)
+
+    def _settle(self) -> None:
+        """Let DDP see one backward pass, after which it packs the gradients anew for good, and undo all else it does.
+
+        How they are packed decides on the order in which more than two ranks are summed, and so on the last bits: a
+        resumed run must pack from its first step as the undisturbed one did.
+        """
+        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            self._losses(*next(self._batches())).total.backward()
+        self.model.load_state_dict(before, strict=False)
 
     def next_epoch(self) -> None:
         self.epoch, self.step, self.sums = self.epoch + 1, 0, self._zero_sums()
@@ -149,14 +166,14 @@ class Trainer:
             moments = with_prefix(state, f"optim.{name}.")
             optimiser.state[parameter] = {key: _like(parameter, value) for key, value in moments.items()}
         ranks = states_of_ranks(state)
-        own = ranks[self.world.rank if len(ranks) == self.world.size else 0]
+        same = len(ranks) == self.world.size
+        own = ranks[self.world.rank if same else 0]
         tensors = {f"sums.{name}": total for name, total in self.sums.items()}
         tensors |= {f"statistics.{name}": buffer for name, buffer in self._running_statistics().items()}
         for key, tensor in tensors.items():
             if key in own:
-                same = len(ranks) == self.world.size
                 tensor.copy_(own[key] if same else torch.stack([rank[key] for rank in ranks]).mean(0))
-        if len(ranks) == self.world.size or self.world.leads:
+        if same or self.world.leads:
             torch.set_rng_state(own["random.cpu"].cpu())
             if self.device.type == "cuda" and "random.cuda" in own:
                 torch.cuda.set_rng_state(own["random.cuda"].cpu(), self.device)
@@ -168,12 +185,12 @@ class Trainer:
         own["random.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             own["random.cuda"] = torch.cuda.get_rng_state(self.device)
-        return own | {f"statistics.{name}": value for name, value in self._running_statistics().items()}
+        if self.world.size > 1:
+            own |= {f"statistics.{name}": value for name, value in self._running_statistics().items()}
+        return own
 
     def _running_statistics(self) -> dict[str, Tensor]:
-        """Running means and variances of BN, where the processes of a run each have their own."""
-        if self.world.size == 1:
-            return {}
+        """Running means and variances of BN: each process has those of its own rows until the epoch ends."""
         return {name: buffer for name, buffer in self.model.named_buffers() if buffer.is_floating_point()}
 
     def _batches(self) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor | None]]:

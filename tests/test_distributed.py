@@ -1,4 +1,4 @@
-"""Runs on two processes (torchrun, gloo): the run of one process, interrupted, robbed of a rank, refused."""
+"""Runs on several processes (torchrun, gloo): the run of one process, interrupted, robbed of a rank, refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from semimoe_fast.errors import UserError
 from semimoe_fast.sources import load_data
 from semimoe_fast.trainer import Trainer
 
-EPOCHS = 8  # of two steps; long enough to be disturbed
+EPOCHS = 4  # of two steps; long enough to be disturbed
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,8 @@ def pair(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def launch(*options: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def launch(*options: str, processes: int = 2) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.Popen(
         [*command, "-m", "semimoe_fast.train", *options],
         stdout=subprocess.PIPE,
@@ -48,9 +48,9 @@ def launch(*options: str) -> subprocess.Popen:
     )
 
 
-def assert_finishes(folder: Path, *options: str) -> None:
-    """A run of two processes ends well, and only one of them writes and prints."""
-    process = launch(*options)
+def assert_finishes(folder: Path, *options: str, processes: int = 2) -> None:
+    """A run of several processes ends well, and only one of them writes and prints."""
+    process = launch(*options, processes=processes)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert output.count(f"are in {folder}") == 1
@@ -61,9 +61,9 @@ def train_summary_lines(folder: Path) -> int:
     return train.report.summary(records(folder), folder).count("\n") + 1
 
 
-def launched_and_under_way(folder: Path, options: list[str]) -> tuple[subprocess.Popen, list[int]]:
-    """A run of two processes after its first checkpoint, and their ids in the order of their ranks."""
-    process = launch(*options, "--epochs", str(EPOCHS), "--out", str(folder))
+def launched_and_under_way(folder: Path, options: list[str], processes: int = 2) -> tuple[subprocess.Popen, list[int]]:
+    """A run of several processes after its first checkpoint, and their ids in the order of their ranks."""
+    process = launch(*options, "--epochs", str(EPOCHS), "--out", str(folder), processes=processes)
     deadline = time.monotonic() + 60
     while not (folder / train.LAST).exists():
         assert process.poll() is None, process.communicate()[1]
@@ -103,6 +103,7 @@ def assert_close(folder: Path, expected: dict[str, torch.Tensor], state: float, 
             assert error <= tolerance * expected[key].abs().max().clamp(min=1e-2), key
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_synchronised_batch_norm(options: list[str], tmp_path: Path) -> None:
     """The whole command, BN in training mode: parameters, statistics, optimisers and metrics; dropout alone differs."""
     options = [*options, "--dropout", "0", "--lr", "0.01", "--sync-bn"]
@@ -173,21 +174,23 @@ def test_ranks_draw_different_dropout(pair: Path) -> None:
     assert [record["epoch"] for record in records(pair)] == list(range(EPOCHS))
 
 
-def test_signal_to_one_rank_stops_all_and_the_run_resumes_bitwise(
-    options: list[str], pair: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    process, ranks = launched_and_under_way(folder, options)
+@pytest.mark.slow
+def test_signal_to_one_rank_stops_all_and_the_run_resumes_bitwise(options: list[str], tmp_path: Path) -> None:
+    """Three ranks, because the sum of two gradients does not depend on how they are packed."""
+    options = [*options, *"--synthetic 3 6 2 --labeled-batch 3 --unlabeled-batch 3".split()]
+    folder, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+    process, ranks = launched_and_under_way(folder, options, processes=3)
     os.kill(ranks[1], signal.SIGTERM)  # not the one that writes
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert output == (
-        f"interrupted by SIGTERM; continue with: torchrun --nproc-per-node 2 -m semimoe_fast.train --resume {folder}\n"
-    )
-    assert_finishes(folder, "--resume", str(folder))
-    assert_same_run(folder, pair)
+    remedy = f"torchrun --nproc-per-node 3 -m semimoe_fast.train --resume {folder}"
+    assert output == f"interrupted by SIGTERM; continue with: {remedy}\n"
+    assert_finishes(folder, "--resume", str(folder), processes=3)
+    assert_finishes(undisturbed, *options, "--epochs", str(EPOCHS), "--out", str(undisturbed), processes=3)
+    assert_same_run(folder, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_lost_rank_ends_the_run_which_resumes(options: list[str], pair: Path, tmp_path: Path, capsys, lost) -> None:
     folder = tmp_path / "run"
@@ -197,7 +200,7 @@ def test_lost_rank_ends_the_run_which_resumes(options: list[str], pair: Path, tm
     assert process.returncode != 0
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
-    assert lines[0].startswith("error: another process of this run was lost (Connection ")
+    assert lines[0].startswith("error: another process of this run was lost (")
     assert lines[0].endswith(f"continue with: torchrun --nproc-per-node 2 -m semimoe_fast.train --resume {folder}")
     if lost == 0:
         assert_finishes(folder, "--resume", str(folder))
@@ -223,7 +226,10 @@ def test_what_the_user_can_mend_is_said_once(options: list[str], tmp_path: Path)
     ("arguments", "message"),
     [
         ("--unlabeled-batch 3", "--unlabeled-batch is 3, which 2 processes cannot share: give a multiple of 2"),
-        ("--image-size 16", "--image-size is 16 and a batch 2: batch normalisation then sees a single pixel"),
+        (
+            "--image-size 16",
+            "--image-size is 16 and a batch 2 for 2 processes: batch normalisation then sees a single pixel",
+        ),
     ],
 )
 def test_configurations_that_processes_cannot_share(options: list[str], arguments: str, message: str) -> None:
