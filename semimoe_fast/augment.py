@@ -29,8 +29,14 @@ class Augmentation:
 
     def to(self, device: torch.device) -> Augmentation:
         """The same on another device, without waiting for it."""
-        fields = (self.corner, self.extent, self.flip, self.transpose)
-        return Augmentation(*(field.to(device, non_blocking=True) for field in fields))
+        return Augmentation(*(field.to(device, non_blocking=True) for field in self._fields()))
+
+    def __getitem__(self, rows: slice) -> Augmentation:
+        """That of some of the images."""
+        return Augmentation(*(field[rows] for field in self._fields()))
+
+    def _fields(self) -> tuple[Tensor, ...]:
+        return self.corner, self.extent, self.flip, self.transpose
 
 
 def draw(batch: int, size: int, generator: torch.Generator) -> Augmentation:

@@ -62,9 +62,9 @@ class TrainConfig:
     steps_per_epoch: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Steps of an epoch; by default one pass over the unlabelled part (of the labelled, if alone)."""
     labeled_batch: int = 2
-    """Labelled images of a step; a small labelled part is repeated."""
+    """Labelled images of a step, of all processes together; a small labelled part is repeated."""
     unlabeled_batch: int = 2
-    """Unlabelled images of a step."""
+    """Unlabelled images of a step, of all processes together."""
     lr: float = 0.5
     """Learning rate of SGD after the warm-up."""
     momentum: float = 0.9
@@ -89,6 +89,8 @@ class TrainConfig:
     """s at the start."""
     dropout: float = 0.1
     """In the gates."""
+    sync_bn: bool = False
+    """Batch normalisation over the batches of all processes (torchrun); without it each normalises its own rows."""
 
     val_every: int = 1
     """Epochs between two validations; the last epoch is always validated."""
@@ -107,8 +109,8 @@ class TrainConfig:
     def semi_supervised(self) -> bool:
         return self.unlabeled != NONE
 
-    def check(self) -> None:
-        """Raise UserError for values that cannot be trained with, before anything is read or written."""
+    def check(self, processes: int = 1) -> None:
+        """Raise UserError for values that so many processes cannot train with, before anything is read or written."""
         for field in dataclasses.fields(self):
             values = getattr(self, field.name)
             for value in values if isinstance(values, tuple) else [values]:
@@ -132,10 +134,17 @@ class TrainConfig:
             raise UserError(
                 f"--image-size is {self.image_size}, not a multiple of {STRIDE}: try {below} or {below + STRIDE}"
             )
-        batches = [self.labeled_batch, *([self.unlabeled_batch] if self.semi_supervised else [])]
-        if self.image_size == STRIDE and min(batches) == 1:
+        batches = ["labeled_batch", *(["unlabeled_batch"] if self.semi_supervised else [])]
+        for name in batches:
+            if (batch := getattr(self, name)) % processes:
+                raise UserError(
+                    f"{flag(name)} is {batch}, which {processes} processes cannot share: give a multiple of {processes}"
+                )
+        if self.image_size == STRIDE and min(getattr(self, name) for name in batches) == processes:
+            shared = f" for {processes} processes" if processes > 1 else ""
             raise UserError(
-                f"--image-size is {STRIDE} and a batch 1: batch normalisation then sees a single pixel; enlarge either"
+                f"--image-size is {STRIDE} and a batch {processes}{shared}: "
+                "batch normalisation then sees a single pixel; enlarge either"
             )
         if self.data is None and (min(self.synthetic) < 0 or min(self.synthetic[0], self.synthetic[2]) < 1):
             raise UserError(f"--synthetic is {self.synthetic}: give at least one labelled and one validation image")
@@ -171,7 +180,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
+def parse(arguments: Sequence[str] | None = None, processes: int = 1) -> TrainConfig:
     """The configuration that a command line asks for, checked. Raises UserError; exits by itself for --help."""
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # these two decide on the defaults
     first_look.add_argument("--data", nargs="?")
@@ -184,7 +193,7 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
     config = tyro.cli(TrainConfig, args=arguments, default=default, prog="python -m semimoe_fast.train")
     if config.resume is not None:
         _refuse_changes(default, config)
-    config.check()
+    config.check(processes)
     return config
 
 

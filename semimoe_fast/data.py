@@ -40,6 +40,10 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.images)
 
+    def __getitem__(self, rows: slice) -> Dataset:
+        masks = None if self.masks is None else self.masks[rows]
+        return Dataset(self.images[rows], masks, self.names[rows])
+
 
 def load_part(root: Path, part: str, size: int, with_masks: bool) -> Dataset:
     """Read ROOT/PART and resize it to size x size pixels; without masks a mask folder is ignored.

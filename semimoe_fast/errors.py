@@ -14,15 +14,20 @@ def run_command(main: Callable[[], None]) -> None:
     """Run a command-line entry point; what the user or the system can cause becomes one line, without a traceback."""
     try:
         main()
-    except UserError as error:
-        _leave(f"error: {error}", 2)
     except BrokenPipeError:  # whoever read the output has seen enough
         sys.stderr.close()
         sys.exit(1)
-    except OSError as error:
-        _leave(f"error: {error.filename or 'the system'}: {error.strerror or error}; give a place that can be used", 2)
+    except (UserError, OSError) as error:
+        _leave(f"error: {explain(error)}", 2)
     except KeyboardInterrupt:
         _leave("interrupted", 130)
+
+
+def explain(error: UserError | OSError) -> str:
+    """The error in one line."""
+    if isinstance(error, UserError):
+        return str(error)
+    return f"{error.filename or 'the system'}: {error.strerror or error}; give a place that can be used"
 
 
 def _leave(message: str, status: int) -> None:

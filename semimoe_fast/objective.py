@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import functional as F
 from .model import AdaptiveMultiObjectiveLoss, SemiMoE
@@ -21,6 +21,19 @@ class StepLosses(NamedTuple):
     supervised_terms: Tensor
     unsupervised_terms: Tensor
     gate_weights: Tensor  # (T, E), mean over the labelled batch
+
+
+class Objective(nn.Module):
+    """`objective` of a model and its adaptive loss, as one module with one backward pass."""
+
+    def __init__(self, model: SemiMoE, adaptive: AdaptiveMultiObjectiveLoss) -> None:
+        super().__init__()
+        self.model, self.adaptive = model, adaptive
+
+    def forward(
+        self, labelled: Tensor, targets: Sequence[Tensor], unlabelled: Tensor | None, unsupervised_weight: float
+    ) -> StepLosses:
+        return objective(self.model, self.adaptive, labelled, targets, unlabelled, unsupervised_weight)
 
 
 def objective(

@@ -94,17 +94,19 @@ def draw_overlays(
 
 
 class TensorBoard:
-    """The records as TensorBoard scalars while the run goes on; does nothing where TensorBoard is not installed.
+    """The records as TensorBoard scalars while the run goes on; nothing where it is not installed or not wanted.
 
     Scalars of a resumed run from `first_epoch` on replace those an earlier attempt wrote.
     """
 
-    def __init__(self, folder: Path, tasks: Sequence[str], first_epoch: int) -> None:
-        self.tasks = tasks
+    def __init__(self, folder: Path, tasks: Sequence[str], first_epoch: int, wanted: bool = True) -> None:
+        self.tasks, self.writer = tasks, None
+        if not wanted:
+            return
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            self.writer = None
+            pass
         else:
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
 

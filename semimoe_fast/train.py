@@ -2,6 +2,8 @@
 
 A run folder holds config.json, metrics.jsonl (a line an epoch), best.safetensors and last.safetensors, curves.png and
 overlays.png. A run that was interrupted or killed continues with `--resume FOLDER` and ends as if it had not been.
+
+`torchrun --nproc-per-node N -m semimoe_fast.train` trains the same run on N devices; rank 0 alone writes and prints.
 """
 
 from __future__ import annotations
@@ -25,39 +27,48 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import checkpoint, report
+from . import checkpoint, distributed, report
 from .checkpoint import Preprocessing
 from .config import CONFIG_FILE, TrainConfig, parse
 from .data import Dataset
-from .device import choose_device
+from .distributed import World
 from .errors import UserError, run_command
 from .evaluate import GATED, count_set, score_set
 from .sources import fingerprint, load_data
-from .trainer import Trainer, TrainingData
+from .trainer import Trainer, TrainingData, states_of_ranks
 
 METRICS_FILE = "metrics.jsonl"
 BEST, LAST = "best.safetensors", "last.safetensors"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    config = parse(arguments)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    device = choose_device(config.device)
-    data, val = load_data(config)
-    run = Run.resume(config, data, val, device) if config.resume else Run.start(config, data, val, device)
-    with Interruption() as interruption:
-        finished = run.train(interruption)
-    if not finished:
-        print(f"interrupted by {interruption.name}; continue with: python -m semimoe_fast.train --resume {run.folder}")
-        sys.exit(128 + interruption.received)
-    run.report()
+    with distributed.join() as world:
+        config = world.leader_first(lambda: parse(arguments, world.size))
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        device = world.device(config.device)
+        data, val = load_data(config)
+        begin = Run.resume if config.resume else Run.start
+        run = begin(config, data, val, device, world)
+        remedy = f"continue with: {world.command} --resume {run.folder}"
+        with Interruption(world) as interruption, world.watched(remedy):
+            if not run.train(interruption):
+                if world.leads:
+                    print(f"interrupted by {interruption.name}; {remedy}", flush=True)
+                sys.exit(128 + interruption.received)
+    if world.leads:
+        run.report()
 
 
 class Interruption:
-    """Remembers the first SIGINT or SIGTERM, so that the step under way can finish; a second one ends the process."""
+    """Remembers the first SIGINT or SIGTERM, so that the step under way can finish; a second one ends the process.
 
-    received = 0
+    Called after every step, it tells whether any rank got one, on all of them at the same step. A second one does not
+    end them: torchrun hands on what reached them before, and ends them itself after half a minute.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world, self.received = world, 0
 
     def __enter__(self) -> Interruption:
         self.previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -68,7 +79,10 @@ class Interruption:
             signal.signal(number, handler)
 
     def __call__(self) -> bool:
-        return self.received != 0
+        agreed = self.world.agree(self.received)
+        if agreed:  # else leave it: a signal may have come meanwhile
+            self.received = agreed
+        return agreed != 0
 
     @property
     def name(self) -> str:
@@ -76,7 +90,8 @@ class Interruption:
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self.received = number
-        signal.signal(number, self.previous[number])
+        if self.world.size == 1:
+            signal.signal(number, self.previous[number])
 
 
 @dataclass
@@ -87,20 +102,18 @@ class Run:
     folder: Path
     trainer: Trainer
     val: Dataset
+    world: World
     best_dice: float = -1.0
 
     @classmethod
-    def start(cls, config: TrainConfig, data: TrainingData, val: Dataset, device: torch.device) -> Run:
-        trainer = Trainer(config, data, device)
-        folder = new_folder(config)
-        checkpoint.write_atomically(
-            folder / CONFIG_FILE, lambda part: part.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        )
-        return cls(config, folder, trainer, val)
+    def start(cls, config: TrainConfig, data: TrainingData, val: Dataset, device: torch.device, world: World) -> Run:
+        trainer = Trainer(config, data, device, world)
+        folder = Path(world.told(lambda: str(new_folder(config))))
+        return cls(config, folder, trainer, val, world)
 
     @classmethod
-    def resume(cls, config: TrainConfig, data: TrainingData, val: Dataset, device: torch.device) -> Run:
-        run = cls(config, config.resume, Trainer(config, data, device), val)
+    def resume(cls, config: TrainConfig, data: TrainingData, val: Dataset, device: torch.device, world: World) -> Run:
+        run = cls(config, config.resume, Trainer(config, data, device, world), val, world)
         path = run.folder / LAST
         if not path.is_file():
             return run  # killed before its first checkpoint: the seed makes it start over as it did
@@ -110,20 +123,21 @@ class Run:
             if without_place(metadata.get(key)) != without_place(expected[key]):
                 raise UserError(f"{path}: is of another {key} than {run.folder}; {remedy}")
         run.trainer.restore(tensors, metadata["epoch"], metadata["step"])
+        if (before := len(states_of_ranks(tensors))) != world.size and world.leads:
+            print(f"{path}: is of {before} processes, now {world.size}: dropout goes on with other random numbers")
         run.best_dice = metadata["best_dice"]
         return run
 
     def train(self, interruption: Interruption) -> bool:
         """Train to the last epoch; False if interrupted, with the checkpoint written."""
         trainer, steps = self.trainer, self.trainer.steps_per_epoch
-        self._truncate_metrics()
+        if self.world.leads:
+            self._truncate_metrics()
         done = trainer.epoch * steps + trainer.step
         pace = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines; a log file needs few
-        tensorboard = report.TensorBoard(self.folder, trainer.model.tasks, trainer.epoch)
-        with (
-            closing(tensorboard),
-            tqdm(None, "train", self.config.epochs * steps, initial=done, unit="step", mininterval=pace) as progress,
-        ):
+        bar = {"initial": done, "unit": "step", "mininterval": pace} | ({} if self.world.leads else {"disable": True})
+        tensorboard = report.TensorBoard(self.folder, trainer.model.tasks, trainer.epoch, self.world.leads)
+        with closing(tensorboard), tqdm(None, "train", self.config.epochs * steps, **bar) as progress:
             while trainer.epoch < self.config.epochs:
                 started, first = time.perf_counter(), trainer.step
                 finished = trainer.train_epoch(interruption, progress.update)
@@ -150,8 +164,7 @@ class Run:
             raise UserError(f"the loss became {record['total']} in epoch {trainer.epoch}; restart with a smaller --lr")
         last = trainer.epoch == config.epochs - 1
         if last or trainer.epoch % config.val_every == config.val_every - 1:
-            counts = count_set(trainer.model, self.val, self._preprocessing, trainer.device, config.precision)
-            record["val"] = {name: scores._asdict() for name, scores in score_set(counts).items()}
+            record["val"] = self._validate()
         trainer.next_epoch()
         if "val" in record and record["val"][GATED]["dice"] > self.best_dice:
             self.best_dice = record["val"][GATED]["dice"]
@@ -161,11 +174,23 @@ class Run:
             self.save(LAST)
         return record
 
+    def _validate(self) -> dict[str, dict[str, float]]:
+        """Scores over all pixels of the validation set, of which every rank counts its images."""
+        mine = self.val[self.world.rank :: self.world.size]
+        counts = count_set(self.trainer.model, mine, self._preprocessing, self.trainer.device, self.config.precision)
+        total = {name: self.world.sum(images.sum(0, keepdim=True)) for name, images in counts.items()}
+        return {name: scores._asdict() for name, scores in score_set(total).items()}
+
     def save(self, name: str) -> None:
+        """Write a checkpoint; no rank goes on, or away, before it is on the disk."""
         state = self.trainer.state() if name == LAST else {}
-        checkpoint.save(self.folder / name, self.trainer.model, self.metadata(), state)
+        if self.world.leads:
+            checkpoint.save(self.folder / name, self.trainer.model, self.metadata(), state)
+        self.world.wait()
 
     def record(self, record: dict[str, Any]) -> None:
+        if not self.world.leads:
+            return
         with (self.folder / METRICS_FILE).open("a") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
@@ -216,7 +241,14 @@ class Run:
 
 
 def new_folder(config: TrainConfig) -> Path:
-    """Create the run folder: --out, which must be new or empty, or runs/NAME-DATE-TIME."""
+    """Create the run folder: --out, which must be new or empty, or runs/NAME-DATE-TIME; and in it the configuration."""
+    folder = _create_folder(config)
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    checkpoint.write_atomically(folder / CONFIG_FILE, lambda part: part.write_text(text))
+    return folder
+
+
+def _create_folder(config: TrainConfig) -> Path:
     folder = config.out
     if folder is not None:
         if folder.exists() and not folder.is_dir():

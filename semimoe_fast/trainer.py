@@ -1,7 +1,8 @@
 """The training loop's inside: the data sets of a run, one step, one epoch, and the state that resumes it bitwise.
 
 Randomness is of two kinds. Order and augmentation come from generators keyed by (seed, epoch, step), so that they need
-not be saved; dropout draws from torch's global generators, which are saved with the state.
+not be saved; dropout draws from torch's global generators, which are saved with the state. Among several processes all
+draw the same order and augmentation of the global batch, of which each takes its rows; dropout differs.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from .checkpoint import Preprocessing
 from .config import TrainConfig
 from .data import Dataset
 from .device import autocast
+from .distributed import World
 from .model import AdaptiveMultiObjectiveLoss, SemiMoE
-from .objective import StepLosses, objective
+from .objective import Objective, StepLosses
 from .schedule import epoch_order, generator, learning_rate, unsupervised_weight
 
 ORDER, LABELLED, UNLABELLED = range(3)  # streams of random numbers
@@ -37,12 +39,17 @@ class Trainer:
     """Model, optimisers and position in the schedule; `train_epoch` advances them, `state`/`restore` save them.
 
     device: where everything lives; the images of both training sets are moved there once, as uint8.
+    world: the processes that share each batch; `state`, `restore` and the end of an epoch are for all of them at once.
     """
 
-    def __init__(self, config: TrainConfig, data: TrainingData, device: torch.device) -> None:
-        self.config, self.data, self.device = config, data, device
+    def __init__(
+        self, config: TrainConfig, data: TrainingData, device: torch.device, world: World | None = None
+    ) -> None:
+        self.config, self.data, self.device, self.world = config, data, device, world or World()
         torch.manual_seed(config.seed)
         self.model = SemiMoE(width=config.width).to(device, memory_format=torch.channels_last)
+        if config.sync_bn:
+            self.model = self.world.synchronize_batch_norm(self.model, device)
         for gate in self.model.gating.gates:
             gate.dropout.p = config.dropout
         self.adaptive = AdaptiveMultiObjectiveLoss(config.coefficients, config.regularizer, config.initial_log_var).to(
@@ -52,11 +59,16 @@ class Trainer:
             self.model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
         self.adam = torch.optim.Adam(self.adaptive.parameters(), config.log_var_lr, weight_decay=config.weight_decay)
+        self.objective = self.world.parallel(Objective(self.model, self.adaptive))
+        if self.world.rank > 0:  # other rows, other dropout; rank 0 goes on as a process alone would
+            torch.manual_seed(generator(config.seed, self.world.rank).initial_seed())
         self.labelled = tuple(t.to(device) for t in (data.labelled.images, data.labelled.masks))
         self.unlabelled = None if data.unlabelled is None else data.unlabelled.images.to(device)
         self.epoch = 0
         self.step = 0  # within the epoch
         self.sums = self._zero_sums()
+        if self.world.size > 1:
+            self._settle()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -91,27 +103,44 @@ class Trainer:
             progress()
             if stop():
                 return False
+        if self.world.size > 1:
+            for buffer in self._running_statistics().values():
+                buffer.copy_(self.world.mean(buffer))
         return True
 
     def train_step(self, labelled: tuple[Tensor, Tensor], unlabelled: Tensor | None) -> StepLosses:
         """One optimiser step on normalised images (B, 3, H, W), their masks (B, H, W), and unlabelled images."""
-        images, masks = labelled
-        targets = (masks, *F.distance_targets(masks, self.config.ring_radius))
         self.sgd.zero_grad(set_to_none=True)
         self.adam.zero_grad(set_to_none=True)
-        with autocast(self.config.precision, self.device):
-            losses = objective(self.model, self.adaptive, images, targets, unlabelled, self.unsupervised_weight)
+        losses = self._losses(labelled, unlabelled)
         losses.total.backward()
         self.sgd.step()
         self.adam.step()
         return losses
+
+    def _losses(self, labelled: tuple[Tensor, Tensor], unlabelled: Tensor | None) -> StepLosses:
+        images, masks = labelled
+        targets = (masks, *F.distance_targets(masks, self.config.ring_radius))
+        with autocast(self.config.precision, self.device):
+            return self.objective(images, targets, unlabelled, self.unsupervised_weight)
+
+    def _settle(self) -> None:
+        """Let DDP see one backward pass, after which it packs the gradients anew for good, and undo all else it does.
+
+        How they are packed decides on the order in which more than two ranks are summed, and so on the last bits: a
+        resumed run must pack from its first step as the undisturbed one did.
+        """
+        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            self._losses(*next(self._batches())).total.backward()
+        self.model.load_state_dict(before, strict=False)
 
     def next_epoch(self) -> None:
         self.epoch, self.step, self.sums = self.epoch + 1, 0, self._zero_sums()
 
     def epoch_means(self) -> dict[str, Any]:
         """Means over the steps of the epoch so far, as plain numbers; the one place that waits for the device."""
-        means = {name: (total / max(self.step, 1)).tolist() for name, total in self.sums.items()}
+        means = {name: (self.world.mean(total) / max(self.step, 1)).tolist() for name, total in self.sums.items()}
         return means | {"loss_weights": torch.exp(-self.adaptive.log_vars.detach()).tolist()}
 
     def state(self) -> dict[str, Tensor]:
@@ -120,24 +149,49 @@ class Trainer:
         for name, parameter, optimiser in self._optimised():
             moments = optimiser.state[parameter].items()
             state |= {f"optim.{name}.{key}": value for key, value in moments if value is not None}
-        state |= {f"sums.{name}": value for name, value in self.sums.items()}
-        state["random.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            state["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        for key, value in self._own_state().items():
+            for rank, part in enumerate(self.world.gather(value)):
+                state[f"rank{rank}.{key}" if rank else key] = part
         return state
 
     def restore(self, state: Mapping[str, Tensor], epoch: int, step: int) -> None:
-        """Take up the run where a checkpoint left it: the tensors of `state`, and the model's under `model.`."""
+        """Take up the run where a checkpoint left it: the tensors of `state`, and the model's under `model.`.
+
+        Where it was left by another number of processes, their sums and statistics are averaged, and ranks above 0
+        start their dropout anew.
+        """
         self.model.load_state_dict(with_prefix(state, "model."))
         self.adaptive.load_state_dict(with_prefix(state, "adaptive."))
         for name, parameter, optimiser in self._optimised():
             moments = with_prefix(state, f"optim.{name}.")
             optimiser.state[parameter] = {key: _like(parameter, value) for key, value in moments.items()}
-        self.sums = {name: state[f"sums.{name}"].to(self.device) for name in self.sums}
-        torch.set_rng_state(state["random.cpu"].cpu())
-        if self.device.type == "cuda" and "random.cuda" in state:
-            torch.cuda.set_rng_state(state["random.cuda"].cpu(), self.device)
+        ranks = states_of_ranks(state)
+        same = len(ranks) == self.world.size
+        own = ranks[self.world.rank if same else 0]
+        tensors = {f"sums.{name}": total for name, total in self.sums.items()}
+        tensors |= {f"statistics.{name}": buffer for name, buffer in self._running_statistics().items()}
+        for key, tensor in tensors.items():
+            if key in own:
+                tensor.copy_(own[key] if same else torch.stack([rank[key] for rank in ranks]).mean(0))
+        if same or self.world.leads:
+            torch.set_rng_state(own["random.cpu"].cpu())
+            if self.device.type == "cuda" and "random.cuda" in own:
+                torch.cuda.set_rng_state(own["random.cuda"].cpu(), self.device)
         self.epoch, self.step = epoch, step
+
+    def _own_state(self) -> dict[str, Tensor]:
+        """What the processes of a run do not have in common."""
+        own = {f"sums.{name}": value for name, value in self.sums.items()}
+        own["random.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            own["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.world.size > 1:
+            own |= {f"statistics.{name}": value for name, value in self._running_statistics().items()}
+        return own
+
+    def _running_statistics(self) -> dict[str, Tensor]:
+        """Running means and variances of BN: each process has those of its own rows until the epoch ends."""
+        return {name: buffer for name, buffer in self.model.named_buffers() if buffer.is_floating_point()}
 
     def _batches(self) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor | None]]:
         """The augmented batches of the epoch's remaining steps."""
@@ -149,18 +203,24 @@ class Trainer:
             unlabelled = epoch_order(len(self.unlabelled), steps * c.unlabeled_batch, random).to(self.device)
         for step in range(self.step, steps):
             rows = labelled[step * c.labeled_batch : (step + 1) * c.labeled_batch]
-            images, masks = self._augmented(LABELLED, step, self.labelled[0][rows], self.labelled[1][rows])
+            images, masks = self._augmented(LABELLED, step, rows, *self.labelled)
             others = None
             if unlabelled is not None:
                 rows = unlabelled[step * c.unlabeled_batch : (step + 1) * c.unlabeled_batch]
-                others, _ = self._augmented(UNLABELLED, step, self.unlabelled[rows], None)
+                others, _ = self._augmented(UNLABELLED, step, rows, self.unlabelled)
             yield (images, masks), others
 
-    def _augmented(self, stream: int, step: int, images: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _augmented(
+        self, stream: int, step: int, rows: Tensor, images: Tensor, masks: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """This process's share of the global batch that the rows of the data set make up, augmented."""
         random = generator(self.config.seed, self.epoch, stream, step)
-        parameters = augment.draw(len(images), self.config.image_size, random)
+        share = self.world.share(len(rows))
+        parameters = augment.draw(len(rows), self.config.image_size, random)[share]
+        rows = rows[share]
+        masks = None if masks is None else masks[rows]
         preprocessing = self.data.preprocessing
-        images, masks = augment.apply(images, masks, parameters, preprocessing.mean, preprocessing.std)
+        images, masks = augment.apply(images[rows], masks, parameters, preprocessing.mean, preprocessing.std)
         return images.contiguous(memory_format=torch.channels_last), masks
 
     def _optimised(self) -> Iterator[tuple[str, torch.nn.Parameter, torch.optim.Optimizer]]:
@@ -189,6 +249,14 @@ class Trainer:
 def _like(parameter: Tensor, value: Tensor) -> Tensor:
     """A moment on the device and in the layout of its parameter; a step counter stays on the CPU, as Adam keeps it."""
     return value.cpu() if value.ndim == 0 else torch.empty_like(parameter).copy_(value)
+
+
+def states_of_ranks(state: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
+    """What each of the processes that left a state had of its own, under the names that rank 0's has in it."""
+    ranks = [state]
+    while rank := with_prefix(state, f"rank{len(ranks)}."):
+        ranks.append(rank)
+    return ranks
 
 
 def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -107,7 +107,7 @@ def test_interrupted_run_resumes_bitwise(
     """Two steps an epoch, so that some interruptions fall inside an epoch and some between two."""
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(train, "Interruption", lambda: StopAfter(steps))
+        patch.setattr(train, "Interruption", lambda _: StopAfter(steps))
         with pytest.raises(SystemExit) as exit_:
             train.main([*tiny, "--out", str(folder)])
     assert exit_.value.code == 128 + signal.SIGINT
