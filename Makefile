@@ -17,7 +17,7 @@ help:
 	@echo 'make train      train Semi-MoE; ARGS="--help" lists the options, without ARGS it trains on synthetic glands'
 	@echo 'make test       run the tests; ARGS goes to pytest'
 	@echo 'make lint       check the style of the Python and the C++ code'
-	@echo 'make fuzz       compare the C++ code with the definition on random masks, under sanitizers, for $$(FUZZ_SECONDS) s'
+	@echo 'make fuzz       compare the C++ code with its definition on random cases, under sanitizers, for $$(FUZZ_SECONDS) s each'
 	@echo 'make bench      measure the operations and the training step beside their peers; ARGS goes to pytest'
 	@echo 'make gpu-check  tests and benchmarks on this machine'"'"'s GPU with the PyTorch of $$(PYTHON), into the JSON file $$(OUT)'
 	@echo 'make clean      remove .venv and everything built'
@@ -33,11 +33,12 @@ lint: $(VENV)/lint.done
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/* $(wildcard tests/cuda_on_cpu/* tests/fuzz/*)
 
-# Other masks each time; a failure names the seed that repeats it.
+# Other cases each time; a failure names the seed that repeats it.
 fuzz: $(VENV)/fuzz.done
 	$(VENV)/bin/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM='$(CURDIR)/$(VENV)/bin/ninja' -DSEMIMOE_FUZZ=ON
 	$(VENV)/bin/cmake --build build/fuzz
-	build/fuzz/fuzz $(FUZZ_SECONDS) $$(date +%s%N)
+	build/fuzz/fuzz_distance $(FUZZ_SECONDS) $$(date +%s%N)
+	build/fuzz/fuzz_objective $(FUZZ_SECONDS) $$(date +%s%N)
 
 bench: $(VENV)/bench.done
 	$(RUN) -m pytest benchmarks --benchmark-only --benchmark-sort=name --benchmark-columns=min,median,iqr,rounds $(ARGS)

@@ -56,8 +56,8 @@ inline double total(Floats floats) {
 
 inline Floats absolute(Floats x) { return (Floats)((Bits)x & 0x7fffffffu); }
 
-// 1 / x within 1 ulp, for x from 1 to 2^100. Where to divide takes longer than all else, by a step of Newton's
-// iteration.
+// 1 / x with a relative error below 2^-23, for x from 1 to 2^100. Where to divide takes longer than all else, by a step
+// of Newton's iteration.
 inline Floats reciprocal(Floats x) {
 #ifdef __AVX512F__
   const Floats near = _mm512_maskz_rcp14_ps(0xffff, x);  // without the mask, GCC 12 warns
@@ -67,7 +67,7 @@ inline Floats reciprocal(Floats x) {
 #endif
 }
 
-// exp(x) for x <= 0, within 1 ulp; 0 where it is below the least normal number, NaN where x is.
+// exp(x) for x <= 0 with a relative error below 2^-23; 0 where it is below the least normal number, NaN where x is.
 //
 // x = n ln 2 + r, |r| <= ln 2 / 2, with ln 2 in two parts, the first of few enough bits that its product with n is
 // exact (W. J. Cody and W. Waite, "Software Manual for the Elementary Functions", 1980); exp(r) is a polynomial with

@@ -5,6 +5,8 @@
 // float32 in each lane, all others double, added in an order that does not depend on the threads.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
 #include <type_traits>
 #include <vector>
 

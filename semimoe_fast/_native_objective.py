@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _native
+from ._layout import addressable
 
 MOST_CLASSES = 255  # of csrc/objective_kernels.hpp
 CLASSES = (torch.uint8, torch.bool)
@@ -88,11 +89,10 @@ def _columns(predictions: Sequence[Sequence[Tensor]], sizes: Sizes) -> int:
 
 
 def _place(x: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype] = (torch.float32,)) -> Place:
-    image, channel, row, column = _checked(x, shape, dtypes).stride()
-    height, width = shape[2:]
-    if 1 not in (height, width) and row != width * column:
+    if addressable(_checked(x, shape, dtypes)) is not x:
         raise ValueError(f"a plane has one stride from pixel to pixel, got strides {x.stride()} of {tuple(shape)}")
-    return x.data_ptr(), image, channel, column if width > 1 else row
+    image, channel, row, column = x.stride()
+    return x.data_ptr(), image, channel, column if shape[3] > 1 else row
 
 
 def _address(x: Tensor, shape: Sequence[int]) -> int:

@@ -164,6 +164,7 @@ def objective_terms(
     """squared_dice_loss, tanh_mse_loss and soft_dice_loss of one set of predictions, in this order.
 
     (B, K, H, W), (B, 1, H, W), (B, 2, H, W) against (B, H, W), (B, 1, H, W) or (B, H, W), (B, H, W) -> (3,).
+    Differentiable once in the predictions.
     """
     _check_objective("objective_terms", mask_logits, raw_sdf, boundary_logits, mask, sdf, boundary)
     compute = ops.implementation("objective_terms", mask_logits.device)
@@ -176,7 +177,7 @@ def joint_objective_terms(
     """The sum of `objective_terms` over S sets of predictions against the same targets, which are read once.
 
     predictions: S x (mask_logits (B, K, H, W), raw_sdf (B, 1, H, W), boundary_logits (B, 2, H, W)), each tensor in a
-    dtype of its own; targets as `objective_terms` takes them -> (3,).
+    dtype of its own; targets as `objective_terms` takes them -> (3,). Differentiable once in the predictions.
     Raises ValueError where shapes or the numbers of classes disagree, TypeError for floating-point classes.
     """
     if not predictions or any(len(prediction) != 3 for prediction in predictions):

@@ -1,4 +1,4 @@
-"""The kernels of the CPU under sanitizers, on random masks, and what their object files may define."""
+"""The kernels of the CPU under sanitizers, on random cases, and what their object files may define."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tool(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder where CMake has configured the program `fuzz`."""
+    """The folder where CMake has configured the programs of tests/fuzz."""
     tool(shlex.split(COMPILER)[0])
     build = tmp_path_factory.mktemp("fuzz")
     settings = {"SEMIMOE_FUZZ": "ON", "CMAKE_MAKE_PROGRAM": tool("ninja"), "CMAKE_EXPORT_COMPILE_COMMANDS": "ON"}
@@ -47,14 +47,15 @@ def run(*command: str | Path) -> str:
 
 
 @pytest.mark.slow
-def test_random_masks_under_sanitizers(build: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("program", "least"), [("fuzz_distance", 200), ("fuzz_objective", 20)])
+def test_random_cases_under_sanitizers(program: str, least: int, build: Path, tmp_path: Path) -> None:
     probe = [*shlex.split(COMPILER), "-fsanitize=address,undefined", "-x", "c++", "-", "-o", tmp_path / "probe"]
     if subprocess.run(probe, input=b"int main() {}", capture_output=True).returncode != 0:
         pytest.skip("the compiler's sanitizers were not found")
     run(tool("cmake"), "--build", build)
-    masks = re.match(r"(\d+) masks checked", run(build / "fuzz", "5", "0"))
-    assert masks is not None
-    assert int(masks[1]) >= 200
+    checked = re.match(r"(\d+) (masks|images) checked", run(build / program, "5", "0"))
+    assert checked is not None
+    assert int(checked[1]) >= least
 
 
 @pytest.mark.parametrize("level", ["-O0", "-O3"])
@@ -65,8 +66,9 @@ def test_kernels_share_no_function(build: Path, level: str) -> None:
     assert kernels
     for command in kernels:
         (name,) = re.findall(r"-DSEMIMOE_SIMD=(\w+)", " ".join(command))
-        compiled = build / f"{name}{level}.o"
+        (table,) = re.findall(r"csrc/(\w+)\.cpp$", command[-1])
+        compiled = build / f"{name}_{table}{level}.o"
         command[command.index("-o") + 1] = str(compiled)
         run(*command, "-fno-sanitize=all", level)
         symbols = run(tool("nm"), "--extern-only", "--defined-only", "--demangle", "--format=posix", compiled)
-        assert [line.rsplit(maxsplit=3)[0] for line in symbols.splitlines()] == [f"semimoe::{name}::kernels"]
+        assert [line.rsplit(maxsplit=3)[0] for line in symbols.splitlines()] == [f"semimoe::{name}::{table}"]

@@ -57,7 +57,7 @@ TRITON: dict[str, Callable[..., Any]] = {
     "joint_objective_terms": objective.joint_objective_terms,
     "adaptive_loss": adaptive.adaptive_loss,
 }
-NATIVE_ON_CPU = ("objective_terms", "joint_objective_terms")  # Triton on a GPU
+NATIVE_ON_CPU = ("objective_terms", "joint_objective_terms")  # by Triton on a GPU; see also _triton.interprets
 FUSED = NATIVE | TRITON
 
 

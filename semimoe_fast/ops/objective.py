@@ -94,7 +94,7 @@ def _(upstream: Tensor, logits: Sequence[Tensor], *_: Tensor) -> list[Tensor]:
 
 
 def _refuse(ctx: Any, *_: object) -> None:
-    raise RuntimeError("the fused objective has first derivatives only: for second ones set SEMIMOE_BACKEND=reference")
+    raise RuntimeError("the fused objective has first derivatives only: for second ones set SEMIMOE_BACKEND=portable")
 
 
 _gradients.register_autograd(_refuse)

@@ -1,9 +1,9 @@
 // Fuzzes the distance targets of the CPU. Built with sanitizers: SEMIMOE_FUZZ in CMakeLists.txt, `make fuzz`.
 //
-//     fuzz SECONDS SEED
+//     fuzz_distance SECONDS SEED
 //
 // draws a case from each of SEED, SEED + 1, ... and compares what every instruction set makes of it with what the
-// definition says. `fuzz 0 SEED` runs that case alone; a failure names its seed.
+// definition says. `fuzz_distance 0 SEED` runs that case alone; a failure names its seed.
 #include "../../csrc/distance.hpp"
 
 #include <array>

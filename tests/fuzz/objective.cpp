@@ -1,0 +1,207 @@
+// Fuzzes the objective of the CPU. Built with sanitizers: SEMIMOE_FUZZ in CMakeLists.txt, `make fuzz`.
+//
+//     fuzz_objective SECONDS SEED
+//
+// draws a case from each of SEED, SEED + 1, ... and compares what every instruction set makes of it with what the
+// definition says, in double. `fuzz_objective 0 SEED` runs that case alone; a failure names its seed.
+#include "../../csrc/objective.hpp"
+
+#include <chrono>
+#include <cmath>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+
+#include "../../csrc/kernels.hpp"
+
+// The sanitizers too end in abort(), so that every failure names its case.
+extern "C" const char* __asan_default_options() { return "abort_on_error=1"; }
+extern "C" const char* __ubsan_default_options() { return "abort_on_error=1:print_stacktrace=1"; }
+
+namespace {
+
+// Probabilities and sums of float32, as in tests/test_objective_kernels.py; gradients by their largest.
+constexpr double kTermTolerance = 2e-6, kGradientTolerance = 5e-6;
+
+char current[200] = "before the first case";  // what to name in a failure
+
+extern "C" void name_case(int) {
+  std::fprintf(stderr, "\nfailed: %s\n", current);
+  std::_Exit(1);
+}
+
+using Random = std::mt19937_64;
+
+int between(Random& random, int first, int last) { return std::uniform_int_distribution<int>(first, last)(random); }
+
+// Memory of exactly the size that a tensor takes, and the tensor in one of its layouts.
+template <class T>
+struct Tensor {
+  std::unique_ptr<T[]> memory;
+  semimoe::Planes<T> planes;
+
+  Tensor(std::int64_t batch, std::int64_t channels, std::int64_t pixels, int layout)
+      : memory(new T[batch * channels * pixels]), planes{memory.get(), channels * pixels, pixels, 1} {
+    if (layout == 1) planes = {memory.get(), channels * pixels, 1, channels};  // channels last
+    if (layout == 2) planes = {memory.get(), 1, batch, channels * batch};      // images last
+  }
+
+  semimoe::Planes<const T> input() const { return {memory.get(), planes.image, planes.channel, planes.pixel}; }
+};
+
+void compare(const char* what, double got, double expected, double tolerance) {
+  if (std::abs(got - expected) <= tolerance) return;
+  std::fprintf(stderr, "%s is %.9g, not %.9g\n", what, got, expected);
+  std::abort();
+}
+
+// One dice loss of one set in double.
+struct Dice {
+  int classes;
+  bool squared;
+  std::vector<double> p;         // (batch, classes, pixels)
+  std::vector<double> gradient;  // of the loss by the logits, as p
+  double loss = 0;
+
+  Dice(const Tensor<float>& logits, const Tensor<std::uint8_t>& target, std::int64_t batch, int classes,
+       std::int64_t pixels, bool squared)
+      : classes(classes), squared(squared), p(batch * classes * pixels), gradient(p.size()) {
+    const double smooth = squared ? 1 : 1e-8, count = static_cast<double>(batch) * classes;
+    for (std::int64_t image = 0; image < batch; ++image) {
+      const auto at = [&](int k, std::int64_t i) { return (image * classes + k) * pixels + i; };
+      for (std::int64_t i = 0; i < pixels; ++i) {
+        double sum = 0;
+        for (int k = 0; k < classes; ++k) sum += p[at(k, i)] = std::exp(double{*logits.planes.at(image, k, i)});
+        for (int k = 0; k < classes; ++k) p[at(k, i)] /= sum;
+      }
+      std::vector<double> alpha(classes), beta(classes);
+      for (int k = 0; k < classes; ++k) {
+        double overlap = 0, mass = 0;
+        for (std::int64_t i = 0; i < pixels; ++i) {
+          const double t = *target.planes.at(image, 0, i) == k, p_i = p[at(k, i)];
+          overlap += p_i * t;
+          mass += (squared ? p_i * p_i : p_i) + t;
+        }
+        const double ratio = (2 * overlap + smooth) / (mass + smooth);
+        loss += (1 - ratio) / count;
+        alpha[k] = -2 / (count * (mass + smooth));
+        beta[k] = (squared ? 2 : 1) * ratio / (count * (mass + smooth));
+      }
+      for (std::int64_t i = 0; i < pixels; ++i) {
+        const auto g = [&](int k) {
+          return (*target.planes.at(image, 0, i) == k) * alpha[k] + beta[k] * (squared ? p[at(k, i)] : 1);
+        };
+        double mean = 0;
+        for (int k = 0; k < classes; ++k) mean += p[at(k, i)] * g(k);
+        for (int k = 0; k < classes; ++k) gradient[at(k, i)] = p[at(k, i)] * (g(k) - mean);
+      }
+    }
+  }
+};
+
+void compare_gradient(const char* what, const Tensor<float>& got, const std::vector<double>& expected,
+                      std::int64_t batch, int channels, std::int64_t pixels, double scale) {
+  double largest = 0;
+  for (const double value : expected) largest = std::max(largest, std::abs(value));
+  for (std::int64_t image = 0; image < batch; ++image)
+    for (int k = 0; k < channels; ++k)
+      for (std::int64_t i = 0; i < pixels; ++i)
+        compare(what, *got.planes.at(image, k, i), scale * expected[(image * channels + k) * pixels + i],
+                kGradientTolerance * std::abs(scale) * largest);
+}
+
+// Returns how many images the case has.
+int check(std::uint64_t seed) {
+  Random random(seed);
+  const int batch = between(random, 1, 3), sets = between(random, 1, 3);
+  const int K = between(random, 1, 5), L = between(random, 0, 9) ? 2 : between(random, 1, 255);
+  const std::int64_t pixels =
+      between(random, 0, 1) ? between(random, 1, 70) : 1024 * between(random, 0, 3) + between(random, 1, 1024);
+  std::normal_distribution<float> normal(0, 3);
+  const auto draw = [&](int channels) {
+    Tensor<float> tensor(batch, channels, pixels, between(random, 0, 2));
+    for (std::int64_t i = 0; i < batch * channels * pixels; ++i) tensor.memory[i] = normal(random);
+    return tensor;
+  };
+  const auto draw_classes = [&](int classes) {
+    Tensor<std::uint8_t> tensor(batch, 1, pixels, between(random, 0, 2));
+    for (std::int64_t i = 0; i < batch * pixels; ++i)
+      tensor.memory[i] = static_cast<std::uint8_t>(between(random, 0, 9) ? between(random, 0, classes - 1) : 255);
+    return tensor;
+  };
+  struct Set {
+    Tensor<float> mask, sdf, boundary;
+  };
+  std::vector<Set> logits, gradients;
+  for (int set = 0; set < sets; ++set) {
+    logits.push_back({draw(K), draw(1), draw(L)});
+    gradients.push_back({draw(K), draw(1), draw(L)});
+  }
+  const Tensor<std::uint8_t> mask = draw_classes(K), boundary = draw_classes(L);
+  const Tensor<float> sdf = draw(1);
+  const float upstream[] = {1, -2, 0.5};
+
+  semimoe::Objective objective{batch, pixels, K, L, {}, mask.input(), sdf.input(), boundary.input()};
+  std::vector<semimoe::Prediction<float>> outputs;
+  double terms_expected[3] = {};
+  std::vector<std::array<std::vector<double>, 3>> gradients_expected;
+  for (int set = 0; set < sets; ++set) {
+    const Set& of = logits[set];
+    objective.sets.push_back({of.mask.input(), of.sdf.input(), of.boundary.input()});
+    outputs.push_back({gradients[set].mask.planes, gradients[set].sdf.planes, gradients[set].boundary.planes});
+    Dice squared(of.mask, mask, batch, K, pixels, true), soft(of.boundary, boundary, batch, L, pixels, false);
+    std::vector<double> of_sdf;
+    for (std::int64_t image = 0; image < batch; ++image)
+      for (std::int64_t i = 0; i < pixels; ++i) {
+        const double tanh = std::tanh(double{*of.sdf.planes.at(image, 0, i)});
+        const double difference = tanh - *sdf.planes.at(image, 0, i), count = static_cast<double>(batch) * pixels;
+        terms_expected[1] += difference * difference / count;
+        of_sdf.push_back(2 * difference * (1 - tanh * tanh) / count);
+      }
+    terms_expected[0] += squared.loss;
+    terms_expected[2] += soft.loss;
+    gradients_expected.push_back({squared.gradient, of_sdf, soft.gradient});
+  }
+
+  for (const semimoe::Kernels* kernels : semimoe::supported_kernels()) {
+    const int threads = between(random, 1, 3);
+    std::snprintf(current, sizeof current, "seed %llu, %d images of %lld pixels, %d sets, %d and %d classes, %s",
+                  static_cast<unsigned long long>(seed), batch, static_cast<long long>(pixels), sets, K, L,
+                  kernels->name);
+    float terms[3];
+    std::vector<float> alpha(batch * objective.columns()), beta(alpha.size());
+    semimoe::objective_terms(*kernels->objective, objective, threads, terms, alpha.data(), beta.data());
+    for (int i = 0; i < 3; ++i)
+      compare("a term", terms[i], terms_expected[i], kTermTolerance * std::max(1.0, terms_expected[i]));
+    semimoe::objective_gradients(*kernels->objective, objective, threads, alpha.data(), beta.data(), upstream, outputs);
+    for (int set = 0; set < sets; ++set) {
+      const auto& [of_mask, of_sdf, of_boundary] = gradients_expected[set];
+      compare_gradient("a gradient of the mask", gradients[set].mask, of_mask, batch, K, pixels, upstream[0]);
+      compare_gradient("a gradient of the sdf", gradients[set].sdf, of_sdf, batch, 1, pixels, upstream[1]);
+      compare_gradient("a gradient of the boundary", gradients[set].boundary, of_boundary, batch, L, pixels,
+                       upstream[2]);
+    }
+  }
+  return batch;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 3) {
+    std::fprintf(stderr, "usage: %s SECONDS SEED\n", argv[0]);
+    return 2;
+  }
+  const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(std::atof(argv[1]));
+  std::uint64_t seed = std::strtoull(argv[2], nullptr, 10);
+  std::signal(SIGABRT, name_case);
+  std::int64_t images = 0;
+  do {
+    images += check(seed++);
+  } while (std::chrono::steady_clock::now() < end);
+  std::printf("%lld images checked, with", static_cast<long long>(images));
+  for (const semimoe::Kernels* kernels : semimoe::supported_kernels()) std::printf(" %s", kernels->name);
+  std::printf("\n");
+}
