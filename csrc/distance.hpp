@@ -14,6 +14,7 @@
 
 #include "envelope.hpp"
 #include "kernels.hpp"
+#include "memory.hpp"
 #include "parallel.hpp"
 #include "pixel.hpp"
 
@@ -97,7 +98,6 @@ inline Deepest squared_distance(const Kernels& kernels, const Image& image, Work
 template <class Body>
 void for_each_image(const std::uint8_t* masks, std::int64_t batch, std::int64_t height, std::int64_t width, int threads,
                     const Body& body) {
-  check_size(batch, height, width);
   const std::int64_t pixels = height * width;
   if (batch * pixels == 0) return;
   // Whole images first, they need no meeting point; threads left over share the image.
@@ -116,6 +116,8 @@ void for_each_image(const std::uint8_t* masks, std::int64_t batch, std::int64_t 
 // masks (batch, height, width) -> out int32, same shape.
 inline void squared_distance(const Kernels& kernels, const std::uint8_t* masks, std::int64_t batch, std::int64_t height,
                              std::int64_t width, std::int32_t* out, int threads) {
+  check_size(batch, height, width);
+  prefer_large_pages(out, batch * height * width * 4);
   for_each_image(masks, batch, height, width, threads, [&](const Image& image, std::int64_t first, Workers& workers) {
     if (is_constant(image))
       std::fill_n(out + first, image.pixels(), kNoDistance);
@@ -128,6 +130,9 @@ inline void squared_distance(const Kernels& kernels, const std::uint8_t* masks, 
 inline void distance_targets(const Kernels& kernels, const std::uint8_t* masks, std::int64_t batch, std::int64_t height,
                              std::int64_t width, std::int32_t squared_ring_radius, float* sdf, std::uint8_t* boundary,
                              int threads) {
+  check_size(batch, height, width);
+  prefer_large_pages(sdf, batch * height * width * 4);
+  prefer_large_pages(boundary, batch * height * width);
   for_each_image(masks, batch, height, width, threads, [&](const Image& image, std::int64_t first, Workers& workers) {
     if (is_constant(image)) {
       std::fill_n(sdf + first, image.pixels(), image.mask[0] ? 1.0f : -1.0f);

@@ -17,6 +17,7 @@ from semimoe_fast.published import rename_gating
 BACKENDS = ("reference", "portable")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 LOSSES = ("squared_dice_loss", "soft_dice_loss")
+NEEDS_TRITON = pytest.mark.skipif(bool(ops.why_not_fused("multi_gate", DEVICES[-1])), reason="Triton cannot serve here")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -60,6 +61,7 @@ def cast(arguments: tuple, convert) -> tuple:
 # golden archives
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("fused", marks=NEEDS_TRITON)], indirect=True)
 @pytest.mark.parametrize("case", ["a", "b"])
 def test_golden_gating(case: str, backend: str, golden) -> None:
     """Gates, outputs and every gradient of the published gating module (dropout off)."""
