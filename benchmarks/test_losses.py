@@ -14,6 +14,7 @@ from semimoe_fast import reference
 
 from .conftest import DIRECTIONS
 
+OPERATION = "objective_terms"  # whose backend stands for all here
 HEADS = (2, 1, 2)
 
 

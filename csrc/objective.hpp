@@ -16,7 +16,7 @@
 namespace semimoe {
 
 constexpr int kBlockPixels = 1024;
-constexpr std::int64_t kObjectivePixelsPerThread = 1 << 14;  // fewer are not worth a thread
+constexpr std::int64_t kObjectivePixelsPerThread = 1 << 17;  // of all sets; fewer are not worth a thread
 
 // A tensor (images, channels, pixels); strides in elements.
 template <class T>
@@ -58,8 +58,8 @@ struct Block {
 // Calls body(block) for every block of the batch.
 template <class Body>
 void for_each_block(const Objective& objective, int threads, const Body& body) {
-  const std::int64_t work = objective.batch * objective.pixels / kObjectivePixelsPerThread;
-  Workers workers(std::clamp<std::int64_t>(work, 1, std::max(threads, 1)));
+  const std::int64_t pixels = objective.sets.size() * objective.batch * objective.pixels;
+  Workers workers(std::clamp<std::int64_t>(pixels / kObjectivePixelsPerThread, 1, std::max(threads, 1)));
   workers.each(objective.batch * objective.blocks(), [&](std::int64_t number) {
     const std::int64_t first = number % objective.blocks() * kBlockPixels;
     const int pixels = static_cast<int>(std::min<std::int64_t>(kBlockPixels, objective.pixels - first));
