@@ -19,7 +19,7 @@ from semimoe_fast.model import MultiGating
 
 from .conftest import DIRECTIONS
 
-OPERATION = "expert_products"
+OPERATION = "expert_products"  # whose backend stands for all here
 HEADS = (2, 1, 2)
 Block = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 

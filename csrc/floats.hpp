@@ -54,7 +54,11 @@ inline double total(Floats floats) {
   return sum;
 }
 
-inline Floats absolute(Floats x) { return (Floats)((Bits)x & 0x7fffffffu); }
+constexpr std::uint32_t kSign = 0x80000000u;
+
+inline Floats minus_absolute(Floats x) { return (Floats)((Bits)x | kSign); }
+
+inline Floats with_sign_of(Floats x, Floats magnitude) { return (Floats)((Bits)magnitude | ((Bits)x & kSign)); }
 
 // 1 / x with a relative error below 2^-23, for x from 1 to 2^100. Where to divide takes longer than all else, by a step
 // of Newton's iteration.
@@ -72,20 +76,20 @@ inline Floats reciprocal(Floats x) {
 // x = n ln 2 + r, |r| <= ln 2 / 2, with ln 2 in two parts, the first of few enough bits that its product with n is
 // exact (W. J. Cody and W. Waite, "Software Manual for the Elementary Functions", 1980); exp(r) is a polynomial with
 // the least relative error, 3e-9, and 2^n goes into the exponent. To add 1.5 * 2^23 rounds to an integer, which then
-// stands in the lowest bits.
+// stands in the lowest bits, here with the bias of the exponent on top.
 inline Floats exp_of_negative(Floats x) {
   constexpr float kLeast = -87.3365447f;  // ln 2^-126
-  constexpr float kPerLn2 = 1.44269504f, kLn2 = 0.693359375f, kLn2Rest = -2.12194440e-4f, kRounder = 12582912.0f;
+  constexpr float kPerLn2 = 1.44269504f, kLn2 = 0.693359375f, kLn2Rest = -2.12194440e-4f, kRounder = 12582912.0f + 127;
   const Floats rounded = x * kPerLn2 + kRounder;
   const Floats n = rounded - kRounder;
   const Floats r = (x - n * kLn2) - n * kLn2Rest;
-  Floats q = r * 0x1.6a2432p-10f + 0x1.1239e2p-7f;
-  q = q * r + 0x1.5558f2p-5f;
-  q = q * r + 0x1.555492p-3f;
-  q = q * r + 0x1.fffffcp-2f;
-  const Floats power_of_r = q * (r * r) + r + 1.0f;
-  const Floats power_of_two = (Floats)(((Bits)rounded << 23) + 0x3f800000u);
-  return x < kLeast ? Floats{} : power_of_r * power_of_two;
+  Floats power = r * 0x1.6a2432p-10f + 0x1.1239e2p-7f;
+  power = power * r + 0x1.5558f2p-5f;
+  power = power * r + 0x1.555492p-3f;
+  power = power * r + 0x1.fffffcp-2f;
+  power = power * r + 1.0f;
+  power = power * r + 1.0f;
+  return x < kLeast ? Floats{} : power * (Floats)((Bits)rounded << 23);
 }
 
 }  // namespace

@@ -16,7 +16,7 @@
 namespace semimoe {
 
 constexpr int kBlockPixels = 1024;
-constexpr std::int64_t kObjectivePixelsPerThread = 1 << 15;  // of all sets; fewer are not worth a thread
+constexpr std::int64_t kObjectivePixelsPerThread = 1 << 17;  // of all sets; fewer are not worth a thread
 
 // A tensor (images, channels, pixels); strides in elements.
 template <class T>

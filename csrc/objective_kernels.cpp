@@ -30,9 +30,9 @@ inline void softmax(const DiceBlock& block, int i, PerClass<kClasses>& p) {
   Floats largest = logits(0);
   for (int k = 1; k < classes; ++k) largest = logits(k) > largest ? logits(k) : largest;
   if (kClasses == 2) {
-    const Floats difference = logits(1) - logits(0), power = exp_of_negative(-absolute(difference));
-    const Floats nothing = largest - largest;  // or NaN, where the largest is inf, of which the power knows nothing
-    const Floats likelier = reciprocal(1.0f + power) + nothing, other = likelier * power;
+    const Floats difference = logits(1) - logits(0), power = exp_of_negative(minus_absolute(difference));
+    // 0 times the largest is NaN where that is inf, of which the power knows nothing.
+    const Floats likelier = reciprocal(1.0f + power) + 0.0f * largest, other = likelier * power;
     p[0] = difference > 0.0f ? other : likelier;
     p[1] = difference > 0.0f ? likelier : other;
     return;
@@ -48,16 +48,18 @@ void sum_dice(const DiceBlock& block, double* overlap, double* mass) {
   const int classes = count_classes<kClasses>(block);
   PerClass<kClasses> p, overlaps, masses;
   for (int k = 0; k < classes; ++k) overlaps[k] = masses[k] = Floats{};
-  for (int i = 0; i < block.pixels; i += kFloatLanes) {
+  const auto add = [&](int i, Integers counts) {
     softmax<kClasses>(block, i, p);
-    const Integers counts = lane_numbers() + i < block.pixels;
     const Integers target = counts ? load(block.target + i) : Integers{} - 1;
     for (int k = 0; k < classes; ++k) {
       overlaps[k] += target == k ? p[k] : Floats{};
       masses[k] += counts ? (kSquared ? p[k] * p[k] : p[k]) : Floats{};
       masses[k] += target == k ? Floats{} + 1.0f : Floats{};
     }
-  }
+  };
+  const int whole = block.pixels / kFloatLanes * kFloatLanes;
+  for (int i = 0; i < whole; i += kFloatLanes) add(i, Integers{} - 1);
+  if (whole < block.pixels) add(whole, lane_numbers() < block.pixels - whole);
   for (int k = 0; k < classes; ++k) {
     overlap[k] = total(overlaps[k]);
     mass[k] = total(masses[k]);
@@ -105,9 +107,9 @@ struct Tanh {
 };
 
 inline Tanh tanh_of(Floats x) {
-  const Floats e = exp_of_negative(-2.0f * absolute(x));
-  const Floats share = reciprocal(1.0f + e), magnitude = (1.0f - e) * share;
-  return {x < 0.0f ? -magnitude : magnitude, 4.0f * e * share * share};
+  const Floats e = exp_of_negative(2.0f * minus_absolute(x));
+  const Floats share = reciprocal(1.0f + e);
+  return {with_sign_of(x, (1.0f - e) * share), 4.0f * e * share * share};
 }
 
 double tanh_error(const float* raw, const float* sdf, int pixels) {

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._layout import addressable
 
 MOST_CLASSES = 255  # of csrc/objective_kernels.hpp
 CLASSES = (torch.uint8, torch.bool)
@@ -89,22 +88,24 @@ def _columns(predictions: Sequence[Sequence[Tensor]], sizes: Sizes) -> int:
 
 
 def _place(x: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype] = (torch.float32,)) -> Place:
-    if addressable(_checked(x, shape, dtypes)) is not x:
-        raise ValueError(f"a plane has one stride from pixel to pixel, got strides {x.stride()} of {tuple(shape)}")
+    _check(x, shape, dtypes)
     image, channel, row, column = x.stride()
-    return x.data_ptr(), image, channel, column if shape[3] > 1 else row
+    height, width = shape[2:]
+    if row != width * column and height > 1 and width > 1:
+        raise ValueError(f"a plane has one stride from pixel to pixel, got strides {x.stride()} of {tuple(shape)}")
+    return x.data_ptr(), image, channel, column if width > 1 else row
 
 
 def _address(x: Tensor, shape: Sequence[int]) -> int:
+    _check(x, shape)
     if not x.is_contiguous():
-        raise ValueError(f"alpha, beta and upstream are contiguous, got strides {x.stride()} of {tuple(x.shape)}")
-    return _checked(x, shape, (torch.float32,)).data_ptr()
+        raise ValueError(f"alpha, beta and upstream are contiguous, got strides {x.stride()} of {tuple(shape)}")
+    return x.data_ptr()
 
 
-def _checked(x: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype]) -> Tensor:
+def _check(x: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype] = (torch.float32,)) -> None:
     if x.shape != shape or x.dtype not in dtypes or not x.is_cpu:
         kinds = " or ".join(map(str, dtypes))
         raise ValueError(
             f"expected {kinds} {tuple(shape)} on the CPU, got {x.dtype} {tuple(x.shape)} on {x.device.type}"
         )
-    return x

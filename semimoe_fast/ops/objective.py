@@ -33,11 +33,11 @@ def joint_objective_terms(
     logits = [x for prediction in predictions for x in prediction]
     if _kernels(mask.device.type) is _native_objective:
         classes, dtype = [logits[0].shape[1], logits[2].shape[1]], _accumulation_dtype(logits)
-        logits, sdf = [x.to(dtype) for x in logits], sdf.to(dtype)
+        logits, sdf = [x if x.dtype == dtype else x.to(dtype) for x in logits], sdf.to(dtype)
         if dtype == torch.float64 or max(classes) > _native_objective.MOST_CLASSES:
             return portable.joint_objective_terms(_sets(logits), mask, sdf, boundary)
         mask, boundary = (_bytes(target, count) for target, count in zip((mask, boundary), classes, strict=True))
-    return _Terms.apply(mask[:, None], sdf.reshape(logits[1].shape), boundary[:, None], *logits)
+    return _Terms.apply(mask.unsqueeze(1), sdf.reshape(logits[1].shape), boundary.unsqueeze(1), *logits)
 
 
 def _bytes(target: Tensor, classes: int) -> Tensor:
@@ -57,12 +57,14 @@ def _kernels(device_type: str) -> ModuleType:
     return objective
 
 
-@torch.library.custom_op("semimoe_fast::objective_terms", mutates_args=())
-def _terms(logits: Sequence[Tensor], mask: Tensor, sdf: Tensor, boundary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(logits: Sequence[Tensor], mask: Tensor, sdf: Tensor, boundary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """S x (mask (B, K, H, W), sdf (B, 1, H, W), boundary (B, L, H, W)) in one list, targets (B, 1, H, W) -> terms (3,),
     and what the backward pass needs of the sums: alpha and beta (B, S (K + L))."""
     predictions, targets = _sets(map(addressable, logits)), [addressable(x) for x in (mask, sdf, boundary)]
     return _kernels(mask.device.type).forward(predictions, targets, _accumulation_dtype(logits))
+
+
+_terms = torch.library.custom_op("semimoe_fast::objective_terms", _forward, mutates_args=())
 
 
 @_terms.register_fake
@@ -72,8 +74,7 @@ def _(logits: Sequence[Tensor], mask: Tensor, sdf: Tensor, boundary: Tensor) -> 
     return torch.empty(3, **like), torch.empty(batch, columns, **like), torch.empty(batch, columns, **like)
 
 
-@torch.library.custom_op("semimoe_fast::objective_gradients", mutates_args=())
-def _gradients(
+def _backward(
     upstream: Tensor,
     logits: Sequence[Tensor],
     mask: Tensor,
@@ -82,10 +83,13 @@ def _gradients(
     alpha: Tensor,
     beta: Tensor,
 ) -> list[Tensor]:
-    """Gradients of the terms (3,) and what `_terms` took and gave -> gradients of the logits, in their order."""
+    """Gradients of the terms (3,) and what `_forward` took and gave -> gradients of the logits, in their order."""
     predictions, targets = _sets(map(addressable, logits)), [addressable(x) for x in (mask, sdf, boundary)]
     gradients = _kernels(mask.device.type).backward(upstream, predictions, targets, alpha, beta)
     return [x for prediction in gradients for x in prediction]
+
+
+_gradients = torch.library.custom_op("semimoe_fast::objective_gradients", _backward, mutates_args=())
 
 
 @_gradients.register_fake
@@ -101,18 +105,24 @@ _gradients.register_autograd(_refuse)
 
 
 class _Terms(torch.autograd.Function):
-    """`_terms`, differentiable. Not by its register_autograd, which with lists takes 100 us more, of 300, on a CPU."""
+    """Terms as a function of the logits.
+
+    On a CPU, to pass lists through a custom op and its autograd takes half as long as to compute. Hence this class, and
+    hence the ops only where they are of use: for torch.compile, and for second derivatives, which they refuse.
+    """
 
     @staticmethod
     def forward(ctx: Any, mask: Tensor, sdf: Tensor, boundary: Tensor, *logits: Tensor) -> Tensor:
-        terms, alpha, beta = _terms(logits, mask, sdf, boundary)
+        compute = _terms if torch.compiler.is_compiling() else _forward
+        terms, alpha, beta = compute(logits, mask, sdf, boundary)
         ctx.save_for_backward(mask, sdf, boundary, alpha, beta, *logits)
         return terms
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         mask, sdf, boundary, alpha, beta, *logits = ctx.saved_tensors
-        return None, None, None, *_gradients(upstream, logits, mask, sdf, boundary, alpha, beta)
+        compute = _gradients if torch.compiler.is_compiling() or torch.is_grad_enabled() else _backward
+        return None, None, None, *compute(upstream, logits, mask, sdf, boundary, alpha, beta)
 
 
 def _sets(tensors: Iterable[Tensor]) -> list[tuple[Tensor, ...]]:
