@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .objective import tanh
+
 WARPS = 4
 VECTOR_BYTES = 16  # the widest load of a thread
 
@@ -109,17 +111,11 @@ def _labels_kernel(
     label = _largest_row(z, weights, biases, 0, p, pixels, CLASSES, EXPERTS, HEAD_ROWS)
     tl.store(mask + out, label, mask=p < pixels)
     raw = _mixed_row(z, weights + EXPERTS, biases, CLASSES, p, pixels, EXPERTS, HEAD_ROWS)
-    tl.store(sdf + out, _tanh(raw), mask=p < pixels)
+    label_of_sdf, _ = tanh(raw)
+    tl.store(sdf + out, label_of_sdf, mask=p < pixels)
     weights += 2 * EXPERTS
     label = _largest_row(z, weights, biases, CLASSES + 1, p, pixels, HEAD_ROWS - CLASSES - 1, EXPERTS, HEAD_ROWS)
     tl.store(boundary + out, label, mask=p < pixels)
-
-
-@triton.jit
-def _tanh(x):
-    e = tl.exp(-2 * tl.abs(x))
-    magnitude = (1 - e) / (1 + e)
-    return tl.where(x < 0, -magnitude, magnitude)
 
 
 @triton.jit
@@ -187,7 +183,7 @@ def labels(products: Tensor, gate_weights: Tensor, biases: Tensor, classes: int)
 
 
 def backward(products: Tensor, gate_weights: Tensor, grad_outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """As `forward`, grad_outputs: T x (B, O_k, H, W).
+    """As `forward`, grad_outputs: T x (B, O_k, H, W), contiguous.
 
     -> gradients of the products, in their dtype, of the gate weights (B, T, E) and of the biases (O,), both float32.
     """
@@ -200,7 +196,7 @@ def backward(products: Tensor, gate_weights: Tensor, grad_outputs: Sequence[Tens
     with torch.cuda.device_of(products):
         if products.numel():
             _backward_kernel[grid](
-                products, gate_weights, tuple(grad.contiguous() for grad in grad_outputs), grad_products, partial,
+                products, gate_weights, tuple(grad_outputs), grad_products, partial,
                 height * width, tuple(rows), _first(rows), head_rows, experts,
                 triton.next_power_of_2(experts + 1), block, num_warps=WARPS,
             )  # fmt: skip

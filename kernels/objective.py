@@ -40,11 +40,10 @@ from torch import Tensor
 
 WARPS = 4
 VECTOR_BYTES = 16  # the widest load of a thread
-FINISH_TILES, FINISH_COLUMNS, FINISH_WARPS = (
-    256,
-    32,
-    16,
-)  # one step for 2 x 256 x 256 pixels: 8 loads in flight a thread
+# One step for 2 x 256 x 256 pixels: 8 loads in flight a thread.
+FINISH_TILES = 256
+FINISH_COLUMNS = 32
+FINISH_WARPS = 16
 
 
 class Planes(NamedTuple):
@@ -78,11 +77,11 @@ def _softmax(logits, image, channel, pixel, valid, CLASSES: tl.constexpr, DTYPE:
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
     """tanh and its derivative, without cancellation where |x| is large."""
     e = tl.exp(-2 * tl.abs(x))
-    tanh = (1 - e) / (1 + e)
-    return tl.where(x < 0, -tanh, tanh), 4 * e / ((1 + e) * (1 + e))
+    magnitude = (1 - e) / (1 + e)
+    return tl.where(x < 0, -magnitude, magnitude), 4 * e / ((1 + e) * (1 + e))
 
 
 @triton.jit
@@ -145,9 +144,9 @@ def _sums_kernel(
             boundary_logits, boundary, overlap + first, mass + first,
             image, pixel, inside, False, L, L_PADDED, DTYPE,
         )  # fmt: skip
-        tanh, _ = _tanh(_load(raw, image, pixel, inside).to(DTYPE))
+        value, _ = tanh(_load(raw, image, pixel, inside).to(DTYPE))
         # outside the image both are 0
-        tl.store(errors + program * SETS + s, tl.sum((tanh - sdf) * (tanh - sdf)))
+        tl.store(errors + program * SETS + s, tl.sum((value - sdf) * (value - sdf)))
 
 
 @triton.jit
@@ -264,9 +263,9 @@ def _gradients_kernel(
             boundary_logits, boundary_gradient, boundary, alpha + first, beta + first, upstream + 2,
             image, pixel, inside, False, L, L_PADDED, DTYPE,
         )  # fmt: skip
-        tanh, slope = _tanh(_load(raw, image, pixel, inside).to(DTYPE))
+        value, slope = tanh(_load(raw, image, pixel, inside).to(DTYPE))
         scale = 2 * tl.load(upstream + 1) / batch / pixels
-        tl.store(_at(raw_gradient, image, 0, pixel), scale * (tanh - sdf) * slope, mask=inside)
+        tl.store(_at(raw_gradient, image, 0, pixel), scale * (value - sdf) * slope, mask=inside)
 
 
 def forward(

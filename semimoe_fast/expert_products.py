@@ -117,16 +117,13 @@ def _differentiate_experts(
     grad_own: Sequence[Tensor | None] | None,
 ) -> tuple:
     *features, weights = ctx.saved_tensors
-    grad_own = list(grad_own or [])
-    if all(grad is None for grad in grad_own):
-        grad_own = []
-    x = features[0]
-    grad_own = [
-        x.new_zeros(x.shape[0], rows, *x.shape[2:]) if grad is None else grad
-        for grad, rows in zip(grad_own, ctx.own_rows, strict=False)
-    ]
+    own = []  # or all of them, where any is asked for
+    if any(grad is not None for grad in grad_own or ()):
+        x = features[0]
+        each = zip(grad_own, ctx.own_rows, strict=True)
+        own = [x.new_zeros(x.shape[0], rows, *x.shape[2:]) if grad is None else grad for grad, rows in each]
     of_features, of_weights, of_biases = _expert_gradients(
-        features, weights, ctx.own_rows, grad_means, grad_products, grad_own, ctx.fused
+        features, weights, ctx.own_rows, grad_means, grad_products, own, ctx.fused
     )
     return of_features, of_weights.to(weights.dtype), of_biases.to(ctx.biases_dtype), None, None
 
