@@ -330,7 +330,7 @@ def test_worst_masks(benchmark, measure, mask: str, provider: str) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(("batch", "side"), [(8, 256), (1, 1024), (1, 2048)])
+@pytest.mark.parametrize(("batch", "side"), [(8, 256), (64, 256), (1, 1024), (1, 2048)])
 def test_threads(benchmark, measure, batch: int, side: int, threads: int) -> None:
     benchmark.group = f"distance targets, threads, {batch} x {side} x {side}"
     torch.set_num_threads(threads)
