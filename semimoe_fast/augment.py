@@ -11,32 +11,22 @@ draw the same distribution.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+Channels = Sequence[float] | Tensor  # a number for each channel
 
-@dataclass(frozen=True)
-class Augmentation:
+
+class Augmentation(NamedTuple):
     """What to do to each of B images: cut out a square, resize it to the image's size, transpose that, flip that."""
 
     corner: Tensor  # int64 (B, 2): first row and column of the square, in pixels
     extent: Tensor  # int64 (B,): its side, in pixels
     flip: Tensor  # bool (B, 2): reverse the order of the rows, of the columns
     transpose: Tensor  # bool (B,)
-
-    def to(self, device: torch.device) -> Augmentation:
-        """The same on another device, without waiting for it."""
-        return Augmentation(*(field.to(device, non_blocking=True) for field in self._fields()))
-
-    def __getitem__(self, rows: slice) -> Augmentation:
-        """That of some of the images."""
-        return Augmentation(*(field[rows] for field in self._fields()))
-
-    def _fields(self) -> tuple[Tensor, ...]:
-        return self.corner, self.extent, self.flip, self.transpose
 
 
 def draw(batch: int, size: int, generator: torch.Generator) -> Augmentation:
@@ -49,14 +39,15 @@ def draw(batch: int, size: int, generator: torch.Generator) -> Augmentation:
 
 
 def apply(
-    images: Tensor, masks: Tensor | None, augmentation: Augmentation, mean: Sequence[float], std: Sequence[float]
+    images: Tensor, masks: Tensor | None, augmentation: Augmentation, mean: Channels, std: Channels
 ) -> tuple[Tensor, Tensor | None]:
     """Augment images, uint8 (B, 3, S, S), and masks, uint8 (B, S, S), on their device, and normalise the images.
 
     Images are resized bilinearly (half-pixel centres, clamped to the crop, no antialiasing), masks by nearest
     neighbour with index floor(i * extent / S): OpenCV's INTER_LINEAR and INTER_NEAREST. `mean` and `std` are of pixels
-    in [0, 1]. Returns float32 images and uint8 masks (None without masks), shaped as they came. The device is never
-    waited for. Raises ValueError where the images are not square or do not match the masks or the augmentation.
+    in [0, 1], a number for each channel. Returns float32 images and uint8 masks (None without masks), shaped as they
+    came. The device is never waited for. Raises ValueError where the images are not square or do not match the masks
+    or the augmentation.
     """
     batch, _, size, width = images.shape
     if size != width:
@@ -66,7 +57,7 @@ def apply(
             f"images {tuple(images.shape)}, masks {None if masks is None else tuple(masks.shape)} and an augmentation "
             f"of {len(augmentation.extent)} do not belong together"
         )
-    augmentation = augmentation.to(images.device)
+    augmentation = Augmentation(*(field.to(images.device, non_blocking=True) for field in augmentation))
     row, column = _sources(augmentation, _linear(augmentation.extent, size))
     grid = torch.stack([column, row], -1) * (2 / size) + (1 / size - 1)  # grid_sample's units: -1 and 1 are the edges
     sampled = functional.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
@@ -76,16 +67,16 @@ def apply(
     return _standardize(sampled, mean, std), masks
 
 
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalize(images: Tensor, mean: Channels, std: Channels) -> Tensor:
     """(image / 255 - mean) / std per channel: uint8 (..., 3, H, W) to float32, `mean` and `std` of pixels in [0, 1]."""
     return _standardize(images.float(), mean, std)
 
 
-def _standardize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def _standardize(images: Tensor, mean: Channels, std: Channels) -> Tensor:
     return (images / 255 - _per_channel(mean, images.device)) / _per_channel(std, images.device)
 
 
-def _per_channel(values: Sequence[float], device: torch.device) -> Tensor:
+def _per_channel(values: Channels, device: torch.device) -> Tensor:
     # By way of a CPU tensor: to make one on the device from a list would wait for the device.
     return torch.as_tensor(values, dtype=torch.float32).view(-1, 1, 1).to(device, non_blocking=True)
 

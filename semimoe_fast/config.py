@@ -15,12 +15,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from .device import Precision
+from .device import Compile, Precision
 from .errors import UserError
 from .model import STRIDE
 
 NONE = "none"
 CONFIG_FILE = "config.json"
+PLACE = ("data", "device", "threads", "residence", "cuda_graph")  # what a resumed run may change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +90,16 @@ class TrainConfig:
     """s at the start."""
     dropout: float = 0.1
     """In the gates."""
+    accumulate: Annotated[int, tyro.conf.arg(metavar="PARTS")] = 1
+    """Cut every batch into so many parts, trained one after the other before the optimiser's step: less memory, but
+    batch normalisation sees each part alone."""
+    joint_forward: bool = False
+    """Labelled and unlabelled images as one batch through the U-Nets: fewer, larger kernels, but batch normalisation
+    sees both together."""
+    ema: Annotated[float | None, tyro.conf.arg(metavar="DECAY")] = None
+    """Validate, and keep as best, a moving average of the weights with this decay a step, such as 0.999."""
+    scale_lr: bool = False
+    """Multiply --lr by the images of a step over those of the published recipe (2 labelled and 2 unlabelled)."""
     sync_bn: bool = False
     """Batch normalisation over the batches of all processes (torchrun); without it each normalises its own rows."""
 
@@ -98,6 +109,14 @@ class TrainConfig:
     """Epochs between two checkpoints."""
     precision: Precision = "auto"
     """auto: bf16 autocast on CUDA, fp32 on the CPU."""
+    compile: Compile = "none"
+    """torch.compile of the U-Nets: default, or max with kernels chosen by trial. It takes a minute or more."""
+    cuda_graph: bool = True
+    """Replay the whole step as one CUDA graph, where a single CUDA device trains."""
+    deterministic: bool = False
+    """The same bits again from the same seed on a GPU too, at some cost in speed; on the CPU that is so anyway."""
+    residence: Literal["auto", "device", "host"] = "auto"
+    """Where the images wait: auto keeps them on the device unless they would take half of its free memory."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; auto takes CUDA where there is one."""
     threads: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
@@ -117,7 +136,8 @@ class TrainConfig:
                 if isinstance(value, float) and not math.isfinite(value):
                     raise UserError(f"{flag(field.name)} is {value}: give a finite number")
         positive = (
-            "image_size width epochs labeled_batch unlabeled_batch decay_epochs val_every save_every lr log_var_lr"
+            "image_size width epochs labeled_batch unlabeled_batch decay_epochs val_every save_every lr log_var_lr "
+            "accumulate"
         ).split()
         for name in (*positive, *(n for n in ("steps_per_epoch", "threads") if getattr(self, n) is not None)):
             if not getattr(self, name) > 0:
@@ -127,6 +147,8 @@ class TrainConfig:
                 raise UserError(f"{flag(name)} is {getattr(self, name)}: give 0 or more")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout is {self.dropout}: give a number from 0 to below 1")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"--ema is {self.ema}: give a decay between 0 and 1, such as 0.999")
         if not 0 < self.decay <= 1:
             raise UserError(f"--decay is {self.decay}: give a factor above 0 and up to 1")
         if self.image_size % STRIDE:
@@ -134,20 +156,27 @@ class TrainConfig:
             raise UserError(
                 f"--image-size is {self.image_size}, not a multiple of {STRIDE}: try {below} or {below + STRIDE}"
             )
-        batches = ["labeled_batch", *(["unlabeled_batch"] if self.semi_supervised else [])]
-        for name in batches:
-            if (batch := getattr(self, name)) % processes:
-                raise UserError(
-                    f"{flag(name)} is {batch}, which {processes} processes cannot share: give a multiple of {processes}"
-                )
-        if self.image_size == STRIDE and min(getattr(self, name) for name in batches) == processes:
-            shared = f" for {processes} processes" if processes > 1 else ""
-            raise UserError(
-                f"--image-size is {STRIDE} and a batch {processes}{shared}: "
-                "batch normalisation then sees a single pixel; enlarge either"
-            )
+        self._check_shares(processes)
         if self.data is None and (min(self.synthetic) < 0 or min(self.synthetic[0], self.synthetic[2]) < 1):
             raise UserError(f"--synthetic is {self.synthetic}: give at least one labelled and one validation image")
+
+    def _check_shares(self, processes: int) -> None:
+        """That every process, and every part of a batch, gets equally many images, and enough."""
+        parts = processes * self.accumulate
+        sharers = [f"{processes} processes"] if processes > 1 else []
+        sharers += [f"--accumulate {self.accumulate}"] if self.accumulate > 1 else []
+        batches = ["labeled_batch", *(["unlabeled_batch"] if self.semi_supervised else [])]
+        for name in batches:
+            if (batch := getattr(self, name)) % parts:
+                raise UserError(
+                    f"{flag(name)} is {batch}, which {' and '.join(sharers)} cannot share: give a multiple of {parts}"
+                )
+        if self.image_size == STRIDE and min(getattr(self, name) for name in batches) == parts:
+            shared = f" for {' and '.join(sharers)}" if sharers else ""
+            raise UserError(
+                f"--image-size is {STRIDE} and a batch {parts}{shared}: "
+                "batch normalisation then sees a single pixel; enlarge either"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; the run folder's own place (out, resume) is not part of a configuration."""
@@ -209,12 +238,12 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def _refuse_changes(stored: TrainConfig, config: TrainConfig) -> None:
-    """A resumed run keeps its configuration; only the place of the data, device and threads may differ."""
+    """A resumed run keeps its configuration, but for where and how it computes the same."""
     for field in dataclasses.fields(TrainConfig):
         before, now = getattr(stored, field.name), getattr(config, field.name)
         if before != now and field.name == "out":
             raise UserError(f"--out is {now}, but --resume {stored.resume} continues in its own folder: leave one out")
-        if before != now and field.name not in ("data", "device", "threads"):
+        if before != now and field.name not in PLACE:
             raise UserError(
                 f"{flag(field.name)} is {now}, but the run in {stored.resume} was started with {before}: "
                 "leave it out, or start a new run"

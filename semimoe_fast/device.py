@@ -1,7 +1,8 @@
-"""Where a run computes, and at which precision."""
+"""Where a run computes, how exactly, and how fast."""
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch
 from .errors import UserError
 
 Precision = Literal["auto", "fp32", "bf16"]
+Compile = Literal["none", "default", "max"]
 
 
 def choose_device(name: str) -> torch.device:
@@ -28,7 +30,34 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def in_bf16(precision: Precision, device: torch.device) -> bool:
+    """Whether networks run in bf16; "auto" does on CUDA."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """bf16 autocast where the precision asks for it; "auto" does on CUDA."""
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    """bf16 autocast where the precision asks for it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(precision, device))
+
+
+def configure(device: torch.device, precision: Precision, deterministic: bool) -> str:
+    """Set torch's own switches for a run, and say in a line how it will compute.
+
+    Shapes never change, so that it pays to let cuDNN try its algorithms. TF32 belongs to bf16, whose products are less
+    exact anyway; fp32 means fp32. To be deterministic takes both away, and what CUDA does not add in a fixed order.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+    bf16 = in_bf16(precision, device)
+    settings = ["bf16 autocast" if bf16 else "fp32", "channels-last"]
+    if device.type == "cpu":
+        return ", ".join([f"CPU, {torch.get_num_threads()} threads", *settings])
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = bf16
+    settings += [
+        f"TF32 {'on' if bf16 else 'off'}",
+        f"cudnn.benchmark {'off' if deterministic else 'on'}",
+        *(["deterministic"] if deterministic else []),
+    ]
+    return ", ".join([torch.cuda.get_device_name(device), *settings])

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from . import functional as F
 from .model import AdaptiveMultiObjectiveLoss, SemiMoE
 
+ExpertOutput = tuple[Tensor, Tensor, tuple[Tensor, ...]]  # what SemiMoE.run_experts gives
+
 
 class StepLosses(NamedTuple):
     """total carries the gradient; the rest is for the record. Terms are (3,): mask, sdf, boundary."""
@@ -26,14 +28,20 @@ class StepLosses(NamedTuple):
 class Objective(nn.Module):
     """`objective` of a model and its adaptive loss, as one module with one backward pass."""
 
-    def __init__(self, model: SemiMoE, adaptive: AdaptiveMultiObjectiveLoss) -> None:
+    def __init__(self, model: SemiMoE, adaptive: AdaptiveMultiObjectiveLoss, joint_forward: bool = False) -> None:
         super().__init__()
-        self.model, self.adaptive = model, adaptive
+        self.model, self.adaptive, self.joint_forward = model, adaptive, joint_forward
 
     def forward(
-        self, labelled: Tensor, targets: Sequence[Tensor], unlabelled: Tensor | None, unsupervised_weight: float
+        self,
+        labelled: Tensor,
+        targets: Sequence[Tensor],
+        unlabelled: Tensor | None,
+        unsupervised_weight: float | Tensor,
     ) -> StepLosses:
-        return objective(self.model, self.adaptive, labelled, targets, unlabelled, unsupervised_weight)
+        return objective(
+            self.model, self.adaptive, labelled, targets, unlabelled, unsupervised_weight, self.joint_forward
+        )
 
 
 def objective(
@@ -42,18 +50,20 @@ def objective(
     labelled: Tensor,
     targets: Sequence[Tensor],
     unlabelled: Tensor | None,
-    unsupervised_weight: float,
+    unsupervised_weight: float | Tensor,
+    joint_forward: bool = False,
 ) -> StepLosses:
     """Losses of one step.
 
     labelled, unlabelled: normalised images (B, 3, H, W); targets: mask (B, H, W), sdf (B, H, W) or (B, 1, H, W),
     boundary (B, H, W); unsupervised_weight: u. Without unlabelled images the loss is the supervised part alone.
-    BN sees the unlabelled batch first, and both batches apart.
+    BN sees the unlabelled batch first, and both batches apart; with joint_forward both as one, and once.
     """
-    weighted, pseudo_terms = _unsupervised(model, adaptive, unlabelled, unsupervised_weight)
-    output = model(labelled)
-    gated = (output.mask, output.sdf, output.boundary)
-    terms = F.joint_objective_terms([output.own, gated], *targets)
+    learned, guessed = _run_experts(model, labelled, unlabelled, joint_forward)
+    weighted, pseudo_terms = _unsupervised(model, adaptive, guessed, unsupervised_weight)
+    means, products, own = learned
+    *gated, gate_weights = model.gating.mix(means, products)
+    terms = F.joint_objective_terms([own, gated], *targets)
     supervised = adaptive(terms)
     return StepLosses(
         total=supervised + weighted,
@@ -61,16 +71,33 @@ def objective(
         unsupervised_total=weighted.detach(),
         supervised_terms=terms.detach(),
         unsupervised_terms=pseudo_terms.detach(),
-        gate_weights=output.gate_weights.detach().mean(0),
+        gate_weights=gate_weights.detach().mean(0),
+    )
+
+
+def _run_experts(
+    model: SemiMoE, labelled: Tensor, unlabelled: Tensor | None, joint: bool
+) -> tuple[ExpertOutput, ExpertOutput | None]:
+    """The experts' means, products and own predictions of either batch."""
+    if unlabelled is None:
+        return model.run_experts(labelled), None
+    if not joint:
+        guessed = model.run_experts(unlabelled)
+        return model.run_experts(labelled), guessed
+    count = len(unlabelled)
+    means, products, own = model.run_experts(torch.cat([unlabelled, labelled]))
+    return (
+        (means[count:], products[count:], tuple(prediction[count:] for prediction in own)),
+        (means[:count], products[:count], tuple(prediction[:count] for prediction in own)),
     )
 
 
 def _unsupervised(
-    model: SemiMoE, adaptive: AdaptiveMultiObjectiveLoss, images: Tensor | None, weight: float
+    model: SemiMoE, adaptive: AdaptiveMultiObjectiveLoss, output: ExpertOutput | None, weight: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """u times the adaptive loss of every expert against its pseudo-label, and its terms."""
-    if images is None:
+    if output is None:
         return torch.zeros_like(adaptive.log_vars[0]), torch.zeros_like(adaptive.log_vars)
-    means, products, own = model.run_experts(images)
+    means, products, own = output
     terms = F.objective_terms(*own, *model.gating.pseudo_labels(means, products))
     return adaptive(terms) * weight, terms

@@ -122,8 +122,9 @@ class TensorBoard:
             self.writer.close()
 
     def _scalars(self, record: dict[str, Any]) -> Iterator[tuple[str, float]]:
-        for name in ("total", "supervised_total", "unsupervised_total", "lr", "images_per_second"):
+        for name in ("total", "supervised_total", "unsupervised_total", "lr"):
             yield name, record[name]
+        yield "images_per_second", record["speed"]["images_per_second"]
         for name in ("supervised_terms", "unsupervised_terms", "loss_weights"):
             for task, value in zip(self.tasks, record[name], strict=True):
                 yield f"{name}/{task}", value

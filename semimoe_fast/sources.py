@@ -8,12 +8,12 @@ from typing import NoReturn
 
 import torch
 
+from .batches import TrainingData
 from .checkpoint import Preprocessing
 from .config import NONE, TrainConfig
 from .data import NORMALIZATION, Dataset, channel_statistics, load_part
 from .errors import UserError
 from .synthetic import glands
-from .trainer import TrainingData
 
 
 def load_data(config: TrainConfig) -> tuple[TrainingData, Dataset]:

@@ -14,7 +14,6 @@ import math
 import os
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -28,14 +27,16 @@ import torch
 from tqdm import tqdm
 
 from . import checkpoint, distributed, report
+from .batches import TrainingData
 from .checkpoint import Preprocessing
-from .config import CONFIG_FILE, TrainConfig, parse
+from .config import CONFIG_FILE, PLACE, TrainConfig, parse
 from .data import Dataset
+from .device import configure
 from .distributed import World
 from .errors import UserError, run_command
 from .evaluate import GATED, count_set, score_set
 from .sources import fingerprint, load_data
-from .trainer import Trainer, TrainingData, states_of_ranks
+from .trainer import Trainer, states_of_ranks
 
 METRICS_FILE = "metrics.jsonl"
 BEST, LAST = "best.safetensors", "last.safetensors"
@@ -47,9 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         device = world.device(config.device)
+        settings = configure(device, config.precision, config.deterministic)
         data, val = load_data(config)
         begin = Run.resume if config.resume else Run.start
         run = begin(config, data, val, device, world)
+        if world.leads:
+            print(f"{settings}; {run.trainer.settings}", flush=True)
         remedy = f"continue with: {world.command} --resume {run.folder}"
         with Interruption(world) as interruption, world.watched(remedy):
             if not run.train(interruption):
@@ -139,26 +143,24 @@ class Run:
         tensorboard = report.TensorBoard(self.folder, trainer.model.tasks, trainer.epoch, self.world.leads)
         with closing(tensorboard), tqdm(None, "train", self.config.epochs * steps, **bar) as progress:
             while trainer.epoch < self.config.epochs:
-                started, first = time.perf_counter(), trainer.step
-                finished = trainer.train_epoch(interruption, progress.update)
-                if not finished:
+                if not trainer.train_epoch(interruption, progress.update):
                     self.save(LAST)
                     return False
-                images = (trainer.step - first) * trainer.images_per_step
-                record = self._finish_epoch(images / (time.perf_counter() - started))
+                record = self._finish_epoch()
                 tensorboard.write(record)
                 progress.set_postfix_str(summary_of(record))
         return True
 
-    def _finish_epoch(self, images_per_second: float) -> dict[str, Any]:
+    def _finish_epoch(self) -> dict[str, Any]:
         """Validate, record and save the epoch just trained, in an order that a kill at any point leaves repeatable."""
         trainer, config = self.trainer, self.config
+        speed = trainer.speed()
         record = {
             "epoch": trainer.epoch,
             "lr": trainer.learning_rate,
-            "unsupervised_weight": trainer.unsupervised_weight if trainer.unlabelled is not None else 0.0,
+            "unsupervised_weight": trainer.unsupervised_weight if trainer.semi_supervised else 0.0,
             **trainer.epoch_means(),
-            "images_per_second": images_per_second,
+            "speed": speed,
         }
         if not math.isfinite(record["total"]):
             raise UserError(f"the loss became {record['total']} in epoch {trainer.epoch}; restart with a smaller --lr")
@@ -177,7 +179,9 @@ class Run:
     def _validate(self) -> dict[str, dict[str, float]]:
         """Scores over all pixels of the validation set, of which every rank counts its images."""
         mine = self.val[self.world.rank :: self.world.size]
-        counts = count_set(self.trainer.model, mine, self._preprocessing, self.trainer.device, self.config.precision)
+        counts = count_set(
+            self.trainer.evaluated, mine, self._preprocessing, self.trainer.device, self.config.precision
+        )
         total = {name: self.world.sum(images.sum(0, keepdim=True)) for name, images in counts.items()}
         return {name: scores._asdict() for name, scores in score_set(total).items()}
 
@@ -185,7 +189,8 @@ class Run:
         """Write a checkpoint; no rank goes on, or away, before it is on the disk."""
         state = self.trainer.state() if name == LAST else {}
         if self.world.leads:
-            checkpoint.save(self.folder / name, self.trainer.model, self.metadata(), state)
+            model = self.trainer.model if name == LAST else self.trainer.evaluated
+            checkpoint.save(self.folder / name, model, self.metadata(), state)
         self.world.wait()
 
     def record(self, record: dict[str, Any]) -> None:
@@ -224,7 +229,7 @@ class Run:
         records = self.records()
         report.draw_curves(records, self.trainer.model.tasks, self.folder / "curves.png")
         report.draw_overlays(
-            self.trainer.model, self.val, self._preprocessing, self.trainer.device, self.folder / "overlays.png"
+            self.trainer.evaluated, self.val, self._preprocessing, self.trainer.device, self.folder / "overlays.png"
         )
         print(report.summary(records, self.folder))
 
@@ -272,9 +277,7 @@ def _create_folder(config: TrainConfig) -> Path:
 
 def without_place(value: Any) -> Any:
     """A stored configuration without what a resumed run may change."""
-    return (
-        {k: v for k, v in value.items() if k not in ("data", "device", "threads")} if isinstance(value, dict) else value
-    )
+    return {k: v for k, v in value.items() if k not in PLACE} if isinstance(value, dict) else value
 
 
 def summary_of(record: dict[str, Any]) -> str:

@@ -1,14 +1,14 @@
-"""The training loop's inside: the data sets of a run, one step, one epoch, and the state that resumes it bitwise.
+"""The training loop's inside: one step, one epoch, and the state that resumes it bitwise.
 
-Randomness is of two kinds. Order and augmentation come from generators keyed by (seed, epoch, step), so that they need
-not be saved; dropout draws from torch's global generators, which are saved with the state. Among several processes all
-draw the same order and augmentation of the global batch, of which each takes its rows; dropout differs.
+Dropout draws from torch's global generators, which are saved with the state; all other randomness is keyed by epoch and
+step (`batches`). A step reads its batch and updates everything else in place, without waiting for the device, so that
+it can be a CUDA graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,30 +16,23 @@ from torch import Tensor
 
 from . import augment
 from . import functional as F
-from .checkpoint import Preprocessing
+from .average import Average
+from .batches import Batch, Batches, Images, TrainingData
 from .config import TrainConfig
-from .data import Dataset
 from .device import autocast
 from .distributed import World
+from .graphs import WARM_UP, GraphedStep, compile_experts
 from .model import AdaptiveMultiObjectiveLoss, SemiMoE
 from .objective import Objective, StepLosses
-from .schedule import epoch_order, generator, learning_rate, unsupervised_weight
-
-ORDER, LABELLED, UNLABELLED = range(3)  # streams of random numbers
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    labelled: Dataset
-    unlabelled: Dataset | None
-    preprocessing: Preprocessing
+from .schedule import generator, learning_rate, unsupervised_weight
+from .speed import Stopwatch
 
 
 class Trainer:
     """Model, optimisers and position in the schedule; `train_epoch` advances them, `state`/`restore` save them.
 
-    device: where everything lives; the images of both training sets are moved there once, as uint8.
-    world: the processes that share each batch; `state`, `restore` and the end of an epoch are for all of them at once.
+    device: where everything lives; world: the processes that share each batch; `state`, `restore` and the end of an
+    epoch are for all of them at once.
     """
 
     def __init__(
@@ -52,36 +45,51 @@ class Trainer:
             self.model = self.world.synchronize_batch_norm(self.model, device)
         for gate in self.model.gating.gates:
             gate.dropout.p = config.dropout
+        self.average = None if config.ema is None else Average(self.model, config.ema)
+        compile_experts(self.model.experts, config.compile)
         self.adaptive = AdaptiveMultiObjectiveLoss(config.coefficients, config.regularizer, config.initial_log_var).to(
             device
         )
-        self.sgd = torch.optim.SGD(
-            self.model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-        self.adam = torch.optim.Adam(self.adaptive.parameters(), config.log_var_lr, weight_decay=config.weight_decay)
-        self.objective = self.world.parallel(Objective(self.model, self.adaptive))
+        self._optimisers()
+        self.objective = self.world.parallel(Objective(self.model, self.adaptive, config.joint_forward))
         if self.world.rank > 0:  # other rows, other dropout; rank 0 goes on as a process alone would
             torch.manual_seed(generator(config.seed, self.world.rank).initial_seed())
-        self.labelled = tuple(t.to(device) for t in (data.labelled.images, data.labelled.masks))
-        self.unlabelled = None if data.unlabelled is None else data.unlabelled.images.to(device)
+        self.batches = Batches(config, data, device, self.world)
+        self.mean, self.std = (torch.tensor(values, device=device) for values in data.preprocessing[1:3])
+        self.weight = torch.zeros((), device=device)  # u of the epoch under way
         self.epoch = 0
         self.step = 0  # within the epoch
         self.sums = self._zero_sums()
+        graphed = config.cuda_graph and device.type == "cuda" and self.world.size == 1
+        self.update = GraphedStep(self._update, device) if graphed else self._update
+        self.stopwatch = Stopwatch(device, WARM_UP + 1 if graphed else 1)
         if self.world.size > 1:
             self._settle()
 
+    def _optimisers(self) -> None:
+        """One SGD over the networks, one Adam over s. Fused: one or a few kernels for all parameters together.
+
+        The learning rate is a tensor, so that a captured step follows the schedule.
+        """
+        c, capturable = self.config, self.device.type == "cuda"
+        self.lr = torch.zeros((), device=self.device)
+        self.sgd = torch.optim.SGD(
+            self.model.parameters(), self.lr, momentum=c.momentum, weight_decay=c.weight_decay, fused=True
+        )
+        self.adam = torch.optim.Adam(
+            self.adaptive.parameters(), c.log_var_lr, weight_decay=c.weight_decay, fused=True, capturable=capturable
+        )
+
     @property
     def steps_per_epoch(self) -> int:
-        if self.config.steps_per_epoch is not None:
-            return self.config.steps_per_epoch
-        if self.unlabelled is not None:
-            return len(self.unlabelled) // self.config.unlabeled_batch
-        return -(-len(self.data.labelled) // self.config.labeled_batch)
+        return self.batches.steps_per_epoch
 
     @property
     def learning_rate(self) -> float:
-        c = self.config
-        return learning_rate(self.epoch, c.lr, c.warmup_epochs, c.decay_epochs, c.decay)
+        c, base = self.config, self.config.lr
+        if c.scale_lr:  # linear in the images of a step (arXiv 1706.02677), from those of the published recipe
+            base *= self.images_per_step / (4 if self.semi_supervised else 2)
+        return learning_rate(self.epoch, base, c.warmup_epochs, c.decay_epochs, c.decay)
 
     @property
     def unsupervised_weight(self) -> float:
@@ -89,17 +97,39 @@ class Trainer:
 
     @property
     def images_per_step(self) -> int:
-        return self.config.labeled_batch + (self.config.unlabeled_batch if self.unlabelled is not None else 0)
+        return self.config.labeled_batch + (self.config.unlabeled_batch if self.semi_supervised else 0)
+
+    @property
+    def semi_supervised(self) -> bool:
+        return self.data.unlabelled is not None
+
+    @property
+    def settings(self) -> str:
+        """How the steps are executed, in words."""
+        compiled = "" if self.config.compile == "none" else f", U-Nets compiled ({self.config.compile})"
+        step = "one CUDA graph" if isinstance(self.update, GraphedStep) else "eager"
+        return f"steps: {step}{compiled}; images: on the {self.batches.residence}"
+
+    def speed(self) -> dict[str, float]:
+        """Of the steps of the epoch so far, and the time that warming up took before them."""
+        return {
+            "images_per_second": self.images_per_step / self.stopwatch.seconds_per_step(),
+            "warm_up_seconds": self.stopwatch.warm_up_seconds,
+        }
+
+    @property
+    def evaluated(self) -> SemiMoE:
+        """The model to evaluate: the average of the weights, where one is kept."""
+        return self.model if self.average is None else self.average.model
 
     def train_epoch(self, stop: Callable[[], bool], progress: Callable[[], None]) -> bool:
         """Train the rest of the current epoch; False if `stop()` was true after some step."""
-        self.model.train()
-        for group in self.sgd.param_groups:
-            group["lr"] = self.learning_rate
-        for labelled, unlabelled in self._batches():
-            losses = self.train_step(labelled, unlabelled)
-            self._add(losses)
+        batches = self.begin_epoch()
+        self.stopwatch.start()
+        for batch in batches:
+            self.train_step(batch)
             self.step += 1
+            self.stopwatch.tick()
             progress()
             if stop():
                 return False
@@ -108,21 +138,46 @@ class Trainer:
                 buffer.copy_(self.world.mean(buffer))
         return True
 
-    def train_step(self, labelled: tuple[Tensor, Tensor], unlabelled: Tensor | None) -> StepLosses:
-        """One optimiser step on normalised images (B, 3, H, W), their masks (B, H, W), and unlabelled images."""
-        self.sgd.zero_grad(set_to_none=True)
-        self.adam.zero_grad(set_to_none=True)
-        losses = self._losses(labelled, unlabelled)
-        losses.total.backward()
+    def begin_epoch(self) -> Iterator[Batch]:
+        """Set the model and the schedule to the current epoch, and give the batches of its remaining steps."""
+        self.model.train()
+        self.lr.fill_(self.learning_rate)
+        self.weight.fill_(self.unsupervised_weight)
+        return self.batches.of_epoch(self.epoch, self.step)
+
+    def train_step(self, batch: Batch) -> None:
+        """One optimiser step. Its losses go to `sums`; nothing waits for the device."""
+        self.update(batch)
+
+    def _update(self, batch: Batch) -> None:
+        self.sgd.zero_grad()
+        self.adam.zero_grad()
+        parts = batch.parts(self.config.accumulate)
+        for number, part in enumerate(parts, 1):
+            with self._gradients_reduced(number == len(parts)):
+                losses = self._losses(part)
+                (losses.total / len(parts)).backward()
+            for name, total in self.sums.items():
+                total += getattr(losses, name).detach() / len(parts)
         self.sgd.step()
         self.adam.step()
-        return losses
+        if self.average is not None:
+            self.average.update()
 
-    def _losses(self, labelled: tuple[Tensor, Tensor], unlabelled: Tensor | None) -> StepLosses:
-        images, masks = labelled
+    def _gradients_reduced(self, last: bool) -> AbstractContextManager[Any]:
+        """Among several processes, gradients are summed over them with the last part of a batch only."""
+        return self.objective.no_sync() if self.world.size > 1 and not last else nullcontext()
+
+    def _losses(self, batch: Batch) -> StepLosses:
+        images, masks = self._augmented(batch.labelled)
         targets = (masks, *F.distance_targets(masks, self.config.ring_radius))
+        unlabelled = None if batch.unlabelled is None else self._augmented(batch.unlabelled)[0]
         with autocast(self.config.precision, self.device):
-            return self.objective(images, targets, unlabelled, self.unsupervised_weight)
+            return self.objective(images, targets, unlabelled, self.weight)
+
+    def _augmented(self, batch: Images) -> tuple[Tensor, Tensor | None]:
+        images, masks = augment.apply(*batch, self.mean, self.std)
+        return images.contiguous(memory_format=torch.channels_last), masks
 
     def _settle(self) -> None:
         """Let DDP see one backward pass, after which it packs the gradients anew for good, and undo all else it does.
@@ -132,11 +187,13 @@ class Trainer:
         """
         before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            self._losses(*next(self._batches())).total.backward()
+            self._losses(next(self.batches.of_epoch(0)).parts(self.config.accumulate)[0]).total.backward()
         self.model.load_state_dict(before, strict=False)
 
     def next_epoch(self) -> None:
-        self.epoch, self.step, self.sums = self.epoch + 1, 0, self._zero_sums()
+        self.epoch, self.step = self.epoch + 1, 0
+        for total in self.sums.values():
+            total.zero_()
 
     def epoch_means(self) -> dict[str, Any]:
         """Means over the steps of the epoch so far, as plain numbers; the one place that waits for the device."""
@@ -146,6 +203,8 @@ class Trainer:
     def state(self) -> dict[str, Tensor]:
         """Every tensor beside the model that the next step depends on."""
         state = {f"adaptive.{key}": value for key, value in self.adaptive.state_dict().items()}
+        if self.average is not None:
+            state |= {f"average.{key}": value for key, value in self.average.model.state_dict().items()}
         for name, parameter, optimiser in self._optimised():
             moments = optimiser.state[parameter].items()
             state |= {f"optim.{name}.{key}": value for key, value in moments if value is not None}
@@ -162,6 +221,8 @@ class Trainer:
         """
         self.model.load_state_dict(with_prefix(state, "model."))
         self.adaptive.load_state_dict(with_prefix(state, "adaptive."))
+        if self.average is not None:
+            self.average.model.load_state_dict(with_prefix(state, "average."))
         for name, parameter, optimiser in self._optimised():
             moments = with_prefix(state, f"optim.{name}.")
             optimiser.state[parameter] = {key: _like(parameter, value) for key, value in moments.items()}
@@ -191,37 +252,10 @@ class Trainer:
 
     def _running_statistics(self) -> dict[str, Tensor]:
         """Running means and variances of BN: each process has those of its own rows until the epoch ends."""
-        return {name: buffer for name, buffer in self.model.named_buffers() if buffer.is_floating_point()}
-
-    def _batches(self) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor | None]]:
-        """The augmented batches of the epoch's remaining steps."""
-        c, steps = self.config, self.steps_per_epoch
-        random = generator(c.seed, self.epoch, ORDER)
-        labelled = epoch_order(len(self.data.labelled), steps * c.labeled_batch, random).to(self.device)
-        unlabelled = None
-        if self.unlabelled is not None:
-            unlabelled = epoch_order(len(self.unlabelled), steps * c.unlabeled_batch, random).to(self.device)
-        for step in range(self.step, steps):
-            rows = labelled[step * c.labeled_batch : (step + 1) * c.labeled_batch]
-            images, masks = self._augmented(LABELLED, step, rows, *self.labelled)
-            others = None
-            if unlabelled is not None:
-                rows = unlabelled[step * c.unlabeled_batch : (step + 1) * c.unlabeled_batch]
-                others, _ = self._augmented(UNLABELLED, step, rows, self.unlabelled)
-            yield (images, masks), others
-
-    def _augmented(
-        self, stream: int, step: int, rows: Tensor, images: Tensor, masks: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """This process's share of the global batch that the rows of the data set make up, augmented."""
-        random = generator(self.config.seed, self.epoch, stream, step)
-        share = self.world.share(len(rows))
-        parameters = augment.draw(len(rows), self.config.image_size, random)[share]
-        rows = rows[share]
-        masks = None if masks is None else masks[rows]
-        preprocessing = self.data.preprocessing
-        images, masks = augment.apply(images[rows], masks, parameters, preprocessing.mean, preprocessing.std)
-        return images.contiguous(memory_format=torch.channels_last), masks
+        buffers = dict(self.model.named_buffers())
+        if self.average is not None:
+            buffers |= {f"average.{name}": buffer for name, buffer in self.average.model.named_buffers()}
+        return {name: buffer for name, buffer in buffers.items() if buffer.is_floating_point()}
 
     def _optimised(self) -> Iterator[tuple[str, torch.nn.Parameter, torch.optim.Optimizer]]:
         for name, parameter in self.model.named_parameters():
@@ -241,14 +275,10 @@ class Trainer:
         }
         return {name: torch.zeros(shape, device=self.device) for name, shape in shapes.items()}
 
-    def _add(self, losses: StepLosses) -> None:
-        for name, total in self.sums.items():
-            total += getattr(losses, name).detach()
-
 
 def _like(parameter: Tensor, value: Tensor) -> Tensor:
-    """A moment on the device and in the layout of its parameter; a step counter stays on the CPU, as Adam keeps it."""
-    return value.cpu() if value.ndim == 0 else torch.empty_like(parameter).copy_(value)
+    """A moment, or a count of steps, on the device and in the layout of its parameter."""
+    return value.to(parameter.device) if value.ndim == 0 else torch.empty_like(parameter).copy_(value)
 
 
 def states_of_ranks(state: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:

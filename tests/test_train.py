@@ -31,7 +31,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
         assert tensors.keys() == expected.keys()
         assert all(torch.equal(tensors[key], expected[key]) for key in expected)
     ours, theirs = (
-        [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in text.splitlines()]
+        [{k: v for k, v in json.loads(line).items() if k != "speed"} for line in text.splitlines()]
         for text in ((f / train.METRICS_FILE).read_text() for f in (folder, other))
     )
     assert ours == theirs
