@@ -222,6 +222,33 @@ def test_what_the_user_can_mend_is_said_once(options: list[str], tmp_path: Path)
     assert not (tmp_path / "run").exists()
 
 
+PATIENT = """
+import time
+from datetime import timedelta
+from semimoe_fast import distributed
+distributed.TIMEOUT = timedelta(seconds=4)
+with distributed.join() as world:
+    started = time.monotonic()
+    world.leader_first(lambda: time.sleep(8) if world.leads else print(time.monotonic() - started > 7))
+"""
+
+
+@pytest.mark.slow
+def test_all_wait_for_the_first_as_long_as_it_takes(tmp_path: Path) -> None:
+    """A rank that decodes many images is not a lost one."""
+    (tmp_path / "patient.py").write_text(PATIENT)
+    command = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    process = subprocess.run(
+        [sys.executable, *command, str(tmp_path / "patient.py")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == "True\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
