@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,9 +113,13 @@ def read(path: str | Path, device: str | torch.device = "cpu") -> tuple[dict[str
     return metadata, tensors
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call write(temporary path), sync it and move it over `path`: a crash leaves the old file or the new one."""
-    part = path.with_name(f".{path.name}.part")
+def write_atomically(path: Path, write: Callable[[Path], object], shared: bool = False) -> None:
+    """Call write(temporary path), sync it and move it over `path`: a crash leaves the old file or the new one.
+
+    Of a shared path several processes may write the same content at once, each to a temporary path of its own. For
+    others that is always the same one, so that what a killed process left of it goes with the next.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part" if shared else f".{path.name}.part")
     try:
         write(part)
         with part.open("rb") as file:

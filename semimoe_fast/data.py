@@ -6,10 +6,14 @@ any non-zero value is gland. Whatever is wrong with a folder or a file is a User
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +23,8 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from .errors import UserError
+
+A, B = TypeVar("A"), TypeVar("B")
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, of pixels in [0, 1]
 
@@ -31,7 +37,7 @@ NORMALIZATION: dict[str, Statistics] = {
 
 @dataclass
 class Dataset:
-    """N images of one size, in memory."""
+    """N images of one size. They may be mapped from a file and larger than memory: read them, never write them."""
 
     images: Tensor  # uint8 (N, 3, S, S)
     masks: Tensor | None  # uint8 0/1 (N, S, S)
@@ -44,6 +50,22 @@ class Dataset:
         masks = None if self.masks is None else self.masks[rows]
         return Dataset(self.images[rows], masks, self.names[rows])
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of names and decoded content, which is read once, however often it is asked for."""
+        digest = hashlib.sha256("\n".join(self.names).encode())
+        for tensor in (self.images, self.masks):
+            if tensor is not None:
+                digest.update(tensor.contiguous().numpy())
+        return digest.hexdigest()
+
+
+class Pair(NamedTuple):
+    """The files of one image."""
+
+    image: Path
+    mask: Path | None
+
 
 def load_part(root: Path, part: str, size: int, with_masks: bool) -> Dataset:
     """Read ROOT/PART and resize it to size x size pixels; without masks a mask folder is ignored.
@@ -51,33 +73,51 @@ def load_part(root: Path, part: str, size: int, with_masks: bool) -> Dataset:
     Raises UserError for missing or empty folders, images without a mask or masks without an image, pairs of different
     sizes, and files that read_image or read_mask refuse.
     """
+    return read_pairs(list_pairs(root, part, with_masks), size, part)
+
+
+def list_pairs(root: Path, part: str, with_masks: bool) -> list[Pair]:
+    """The files of ROOT/PART, sorted. Raises UserError where they do not pair, as `load_part` says."""
     images = list_images(_part_folder(root, part, "image"))
     masks = _masks_of(images, _part_folder(root, part, "mask")) if with_masks else [None] * len(images)
+    return [Pair(*paths) for paths in zip(images, masks, strict=True)]
 
-    def read(image_path: Path, mask_path: Path | None) -> tuple[Tensor, Tensor | None]:
-        image = read_image(image_path)
-        height, width = image.shape[:2]
-        if mask_path is None:
-            return resize_image(image, size), None
-        mask = read_mask(mask_path)
-        if mask.shape != (height, width):
-            raise UserError(
-                f"{image_path} is {width} x {height} pixels but its mask {mask_path} is {mask.shape[1]} x "
-                f"{mask.shape[0]}: give the mask the size of its image"
-            )
-        return resize_image(image, size), resize_mask(mask, size)
 
+def read_pairs(pairs: Sequence[Pair], size: int, title: str) -> Dataset:
+    """Decode and resize files into memory, under a progress bar. Raises UserError as `read_pair` does."""
+    images, masks = zip(*in_threads(lambda pair: read_pair(pair, size), pairs, title), strict=True)
+    return Dataset(
+        images=torch.stack(images),
+        masks=None if masks[0] is None else torch.stack(masks),
+        names=[pair.image.stem for pair in pairs],
+    )
+
+
+def read_pair(pair: Pair, size: int) -> tuple[Tensor, Tensor | None]:
+    """An image, uint8 (3, size, size), and its mask, uint8 0/1 (size, size), if it has one.
+
+    Raises UserError where the two differ in size, and for files that read_image or read_mask refuse.
+    """
+    image = read_image(pair.image)
+    if pair.mask is None:
+        return resize_image(image, size), None
+    height, width = image.shape[:2]
+    mask = read_mask(pair.mask)
+    if mask.shape != (height, width):
+        raise UserError(
+            f"{pair.image} is {width} x {height} pixels but its mask {pair.mask} is {mask.shape[1]} x "
+            f"{mask.shape[0]}: give the mask the size of its image"
+        )
+    return resize_image(image, size), resize_mask(mask, size)
+
+
+def in_threads(call: Callable[[A], B], items: Sequence[A], title: str) -> list[B]:
+    """call(item) of every item, in their order, under a progress bar; the first error ends it."""
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
-        pairs = tqdm(pool.map(read, images, masks), part, len(images), leave=False, disable=None)
-        read_images, read_masks = zip(*pairs, strict=True)
+        return list(tqdm(pool.map(call, items), title, len(items), leave=False, disable=None))
     finally:
-        pool.shutdown(cancel_futures=True)  # the first bad file ends it
-    return Dataset(
-        images=torch.stack(read_images),
-        masks=torch.stack(read_masks) if with_masks else None,
-        names=[path.stem for path in images],
-    )
+        pool.shutdown(cancel_futures=True)
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -151,17 +191,21 @@ def resize_mask(mask: np.ndarray, size: int) -> Tensor:
     return torch.from_numpy(mask[row[:, None], column])
 
 
-def channel_statistics(images: Tensor) -> Statistics:
-    """Mean and std of each channel of uint8 images (N, C, H, W), pixels scaled to [0, 1].
+def channel_statistics(*sets: Tensor) -> Statistics:
+    """Mean and std of each channel of all images, uint8 sets (N, C, H, W), pixels scaled to [0, 1].
 
     A std is at least one grey level, so that a constant channel can be divided by it. Raises ValueError for no pixels.
     """
-    if images.numel() == 0:
-        raise ValueError(f"no pixels to measure in images of shape {tuple(images.shape)}")
+    if not any(images.numel() for images in sets):
+        raise ValueError(f"no pixels to measure in images of shape {', '.join(str(tuple(s.shape)) for s in sets)}")
+    counts = torch.zeros(sets[0].shape[1], 256, dtype=torch.int64)
+    for images in sets:
+        for some in images.split(64):  # the sets may be larger than memory
+            counts += torch.stack([torch.bincount(c.flatten(), minlength=256) for c in some.unbind(1)]).cpu()
     level = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
-    for channel in images.unbind(1):
-        share = torch.bincount(channel.flatten(), minlength=256).double().cpu() / channel.numel()
+    for count in counts:
+        share = count.double() / count.sum()
         mean = (share * level).sum()
         means.append(mean.item())
         stds.append(max((share * (level - mean).square()).sum().sqrt().item(), 1 / 255))

@@ -27,6 +27,7 @@ from .device import choose_device
 from .errors import UserError, explain
 
 TIMEOUT = timedelta(minutes=10)  # until a rank that is alive and does nothing counts as lost
+PATIENCE = timedelta(days=1)  # the same, while rank 0 does for all what takes as long as it takes: decoding the images
 
 T = TypeVar("T")
 
@@ -41,6 +42,7 @@ class World:
     size: int = 1
     local_rank: int = 0  # on this machine, where it picks the device
     store: dist.Store | None = None  # shared by all ranks; torchrun's agent keeps it, so it survives any of them
+    patient: dist.ProcessGroup | None = None  # of all ranks, for waits of up to PATIENCE
 
     @property
     def leads(self) -> bool:
@@ -133,11 +135,13 @@ class World:
 
     def leader_first(self, call: Callable[[], T]) -> T:
         """call() on rank 0 and, where it came to no bad end, on the others: what it prints or refuses shows once."""
+        if self.size == 1:
+            return call()
         if not self.leads:
-            self.wait()
+            dist.barrier(self.patient)
             return call()
         result = call()
-        self.wait()
+        dist.barrier(self.patient)
         return result
 
     def claim(self) -> bool:
@@ -177,7 +181,8 @@ def join() -> Iterator[World]:
     # For good, because DDP must not be the last to hold the group: it would end it with the interpreter's lock in hand,
     # for which the threads of gloo may be waiting that it then waits for (torch 2.13).
     _joined.append(dist.group.WORLD)
-    world = World(rank, size, int(os.environ.get("LOCAL_RANK", "0")), store)
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    world = World(rank, size, int(os.environ.get("LOCAL_RANK", "0")), store, patient)
     try:
         with world.watched("start it again"):
             yield world

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import NoReturn
 
-import torch
-
 from .batches import TrainingData
+from .cache import Cache
 from .checkpoint import Preprocessing
 from .config import NONE, TrainConfig
 from .data import NORMALIZATION, Dataset, channel_statistics, load_part
@@ -16,16 +14,18 @@ from .errors import UserError
 from .synthetic import glands
 
 
-def load_data(config: TrainConfig) -> tuple[TrainingData, Dataset]:
-    """Training and validation sets, checked against the configuration. Raises UserError."""
-    labelled, unlabelled, val = synthetic_data(config) if config.data is None else folder_data(config)
+def load_data(config: TrainConfig, cache: Cache | None = None) -> tuple[TrainingData, Dataset]:
+    """Training and validation sets, checked against the configuration; a folder's by way of the cache, if there is one.
+
+    Raises UserError.
+    """
+    labelled, unlabelled, val = synthetic_data(config) if config.data is None else folder_data(config, cache)
     if unlabelled is not None and config.unlabeled_batch > len(unlabelled):
         _refuse_batch("unlabeled", config.unlabeled_batch, len(unlabelled))
     if unlabelled is None and config.labeled_batch > len(labelled):
         _refuse_batch("labeled", config.labeled_batch, len(labelled))
     if config.normalization == "measured":
-        images = labelled.images if unlabelled is None else torch.cat([labelled.images, unlabelled.images])
-        mean, std = channel_statistics(images)
+        mean, std = channel_statistics(*(part.images for part in (labelled, unlabelled) if part is not None))
     else:
         mean, std = NORMALIZATION[config.normalization]
     preprocessing = Preprocessing(config.image_size, tuple(mean), tuple(std), config.ring_radius)
@@ -48,18 +48,19 @@ def synthetic_data(config: TrainConfig) -> tuple[Dataset, Dataset | None, Datase
     return labelled, unlabelled if config.semi_supervised and len(unlabelled) else None, val
 
 
-def folder_data(config: TrainConfig) -> tuple[Dataset, Dataset | None, Dataset]:
+def folder_data(config: TrainConfig, cache: Cache | None = None) -> tuple[Dataset, Dataset | None, Dataset]:
+    load = load_part if cache is None else cache.load_part
     if not config.data.is_dir():
         raise UserError(f"--data is {config.data}, which is no folder: correct the path")
     labelled = config.labeled or only_part(config.data, "train_sup_", "--labeled")
     unlabelled = None
     if config.semi_supervised:
         name = config.unlabeled or only_part(config.data, "train_unsup_", "--unlabeled")
-        unlabelled = load_part(config.data, name, config.image_size, with_masks=False)
+        unlabelled = load(config.data, name, config.image_size, with_masks=False)
     return (
-        load_part(config.data, labelled, config.image_size, with_masks=True),
+        load(config.data, labelled, config.image_size, with_masks=True),
         unlabelled,
-        load_part(config.data, config.val, config.image_size, with_masks=True),
+        load(config.data, config.val, config.image_size, with_masks=True),
     )
 
 
@@ -74,14 +75,3 @@ def only_part(root: Path, prefix: str, flag: str) -> str:
             f"(parts of this folder: {', '.join(parts) or NONE})"
         )
     return found[0]
-
-
-def fingerprint(dataset: Dataset | None) -> str:
-    """Names and decoded content of a data set."""
-    if dataset is None:
-        return NONE
-    digest = hashlib.sha256("\n".join(dataset.names).encode())
-    for tensor in (dataset.images, dataset.masks):
-        if tensor is not None:
-            digest.update(tensor.contiguous().numpy())
-    return digest.hexdigest()

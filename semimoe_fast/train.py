@@ -3,6 +3,8 @@
 A run folder holds config.json, metrics.jsonl (a line an epoch), best.safetensors and last.safetensors, curves.png and
 overlays.png. A run that was interrupted or killed continues with `--resume FOLDER` and ends as if it had not been.
 
+Images from --data are decoded by the first of the runs that lie beside each other; the others find them in `cache`.
+
 `torchrun --nproc-per-node N -m semimoe_fast.train` trains the same run on N devices; rank 0 alone writes and prints.
 """
 
@@ -18,7 +20,6 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,16 +29,18 @@ from tqdm import tqdm
 
 from . import checkpoint, distributed, report
 from .batches import TrainingData
+from .cache import Cache
 from .checkpoint import Preprocessing
-from .config import CONFIG_FILE, PLACE, TrainConfig, parse
+from .config import CONFIG_FILE, NONE, PLACE, TrainConfig, parse
 from .data import Dataset
 from .device import configure
 from .distributed import World
 from .errors import UserError, run_command
 from .evaluate import GATED, count_set, score_set
-from .sources import fingerprint, load_data
+from .sources import load_data
 from .trainer import Trainer, states_of_ranks
 
+RUNS = Path("runs")
 METRICS_FILE = "metrics.jsonl"
 BEST, LAST = "best.safetensors", "last.safetensors"
 
@@ -49,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             torch.set_num_threads(config.threads)
         device = world.device(config.device)
         settings = configure(device, config.precision, config.deterministic)
-        data, val = load_data(config)
+        cache = Cache(cache_folder(config), writes=world.leads)
+        data, val = world.leader_first(lambda: load_data(config, cache))  # the others find what it decoded
         begin = Run.resume if config.resume else Run.start
         run = begin(config, data, val, device, world)
         if world.leads:
@@ -201,11 +205,12 @@ class Run:
             file.flush()
             os.fsync(file.fileno())  # ahead of the checkpoint that counts on it
 
-    @cached_property
+    @property
     def fingerprints(self) -> list[str]:
-        """Of the labelled, unlabelled and validation images; they are hashed once, not at every save."""
+        """Of the labelled, unlabelled and validation images."""
         data = self.trainer.data
-        return [fingerprint(part) for part in (data.labelled, data.unlabelled, self.val)]
+        parts = (data.labelled, data.unlabelled, self.val)
+        return [NONE if part is None else part.fingerprint for part in parts]
 
     def metadata(self) -> dict[str, Any]:
         return {
@@ -245,6 +250,12 @@ class Run:
             checkpoint.write_atomically(path, lambda part: part.write_text("".join(lines)))
 
 
+def cache_folder(config: TrainConfig) -> Path:
+    """Where decoded images are kept: beside the run folder, so that the runs next to each other share it."""
+    run = config.resume or config.out
+    return (RUNS if run is None else run.resolve().parent) / "cache"
+
+
 def new_folder(config: TrainConfig) -> Path:
     """Create the run folder: --out, which must be new or empty, or runs/NAME-DATE-TIME; and in it the configuration."""
     folder = _create_folder(config)
@@ -264,7 +275,7 @@ def _create_folder(config: TrainConfig) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     name = "synthetic" if config.data is None else config.data.resolve().name
-    stem = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    stem = RUNS / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     for attempt in itertools.count(1):
         folder = stem if attempt == 1 else stem.with_name(f"{stem.name}-{attempt}")
         try:

@@ -300,6 +300,13 @@ def test_statistics_are_those_of_the_pixels():
     np.testing.assert_allclose(std, pixels.std((0, 2, 3)), rtol=1e-12)
 
 
+def test_statistics_of_several_sets_are_those_of_all_their_images():
+    images = torch.from_numpy(RNG.integers(0, 200, (140, 3, 5, 4), np.uint8))  # more than are counted at once
+    assert channel_statistics(images[:9], images[9:]) == channel_statistics(images)
+    pixels = images.numpy() / 255
+    np.testing.assert_allclose(channel_statistics(images)[0], pixels.mean((0, 2, 3)), rtol=1e-12)  # as above
+
+
 def test_constant_channel_can_be_divided_by_its_std():
     images = torch.full((1, 3, 4, 4), 51, dtype=torch.uint8)
     assert channel_statistics(images) == (pytest.approx([0.2] * 3), pytest.approx([1 / 255] * 3))

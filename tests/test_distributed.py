@@ -219,6 +219,50 @@ def test_what_the_user_can_mend_is_said_once(options: list[str], tmp_path: Path)
     assert not (tmp_path / "run").exists()
 
 
+PATIENT = """
+import time
+from datetime import timedelta
+from semimoe_fast import distributed
+distributed.TIMEOUT = timedelta(seconds=4)
+with distributed.join() as world:
+    started = time.monotonic()
+    world.leader_first(lambda: time.sleep(8) if world.leads else print(time.monotonic() - started > 7))
+"""
+
+
+@pytest.mark.slow
+def test_all_wait_for_the_first_as_long_as_it_takes(tmp_path: Path) -> None:
+    """A rank that decodes many images is not a lost one."""
+    (tmp_path / "patient.py").write_text(PATIENT)
+    command = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    process = subprocess.run(
+        [sys.executable, *command, str(tmp_path / "patient.py")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == "True\n"
+
+
+@pytest.mark.slow
+def test_images_are_kept_by_the_first_process(glands_folder: Path, tmp_path: Path) -> None:
+    """With a cache and, where none can be, with one line that says so, the run is the same."""
+    options = "--image-size 32 --width 2 --epochs 1 --warmup-epochs 0 --device cpu --data".split()
+    runs = [tmp_path / name / "run" for name in ("kept", "not")]
+    for run in runs:
+        run.parent.mkdir()
+    (tmp_path / "not" / "cache").touch()
+    for run, warnings in zip(runs, (0, 1), strict=True):
+        process = launch(*options, str(glands_folder), "--out", str(run))
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert errors.count("decoded images are not kept") == warnings
+    assert len(list((tmp_path / "kept" / "cache").iterdir())) == 3
+    assert_same_run(*runs)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
