@@ -4,6 +4,8 @@ PYTHON ?= python3
 ARGS ?=
 OUT ?= benchmarks/results/gpu_check.json
 FUZZ_SECONDS ?= 60
+# Threads that spin at barriers starve each other where other programs compute too.
+export OMP_WAIT_POLICY ?= passive
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -33,7 +35,7 @@ lint: $(VENV)/lint.done
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/* $(wildcard tests/cuda_on_cpu/* tests/fuzz/*)
 
-# Other cases each time; a failure names the seed that repeats it.
+# Other cases each time; a failure names the seed, and `build/fuzz/fuzz_... 0 SEED` repeats it.
 fuzz: $(VENV)/fuzz.done
 	$(VENV)/bin/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM='$(CURDIR)/$(VENV)/bin/ninja' -DSEMIMOE_FUZZ=ON
 	$(VENV)/bin/cmake --build build/fuzz

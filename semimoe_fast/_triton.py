@@ -13,15 +13,14 @@ OLDEST = (8, 0)  # Ampere: bfloat16 and tf32 in the tensor cores
 
 def why_unavailable(device_type: str) -> str | None:
     """Why Triton cannot serve tensors on "cpu" or "cuda", in one line; None where it can."""
+    if device_type not in ("cpu", "cuda"):
+        return f"the Triton kernels serve cuda tensors, not {device_type}"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type == "cpu" and not interpreted:
+        return "Triton kernels run on a GPU, and on the CPU only in its interpreter (TRITON_INTERPRET=1)"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: run `pip install triton`"
-    if device_type == "cpu":
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            return None
-        return "Triton kernels run on a GPU, and on the CPU only in its interpreter (TRITON_INTERPRET=1)"
-    if device_type != "cuda":
-        return f"the Triton kernels serve cuda tensors, not {device_type}"
-    return _why_no_gpu()
+    return None if device_type == "cpu" else _why_no_gpu()
 
 
 def interprets() -> bool:

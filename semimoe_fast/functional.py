@@ -2,9 +2,11 @@
 
     from semimoe_fast import functional as F
 
-Everything takes CPU or CUDA tensors in any memory layout. Masks may also be anything that speaks DLPack (NumPy, CuPy,
-Numba, JAX), of bool or any integer dtype, where every non-zero value is foreground; results are torch tensors on the
-device of the input. Losses accumulate in at least float32 whatever the dtype of the logits.
+Everything takes CPU or CUDA tensors in any memory layout. The masks of the two distance operations may also be anything
+that speaks DLPack (NumPy, CuPy, Numba, JAX), of bool or any integer dtype, where every non-zero value is foreground
+(instances that touch are one region); results are torch tensors on the device of the input. The targets of the losses
+are class numbers from 0; other numbers, such as 255, are of no class. Losses accumulate in at least float32 whatever
+the dtype of the logits.
 
 Source of the formulas: Semi-MoE, arXiv 2509.13834.
 """
@@ -12,6 +14,7 @@ Source of the formulas: Semi-MoE, arXiv 2509.13834.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -44,6 +47,8 @@ def distance_targets(mask: Any, ring_radius: float = 2) -> tuple[Tensor, Tensor]
     boundary: uint8, 1 on background pixels at most `ring_radius` pixels from the foreground.
     Raises TypeError for floating-point masks, ValueError for other shapes or a negative radius.
     """
+    if not isinstance(ring_radius, Real):
+        raise TypeError(f"ring_radius is {ring_radius!r}: give a number of pixels")
     if not ring_radius >= 0:
         raise ValueError(f"ring_radius is {ring_radius}: give a radius of at least 0 pixels")
     masks, restore = _mask_batch(mask)
@@ -163,8 +168,9 @@ def objective_terms(
 ) -> Tensor:
     """squared_dice_loss, tanh_mse_loss and soft_dice_loss of one set of predictions, in this order.
 
-    (B, K, H, W), (B, 1, H, W), (B, 2, H, W) against (B, H, W), (B, 1, H, W) or (B, H, W), (B, H, W) -> (3,).
-    Differentiable once in the predictions.
+    (B, K, H, W), (B, 1, H, W), (B, L, H, W) against (B, H, W), (B, 1, H, W) or (B, H, W), (B, H, W) -> (3,). mask and
+    boundary hold class numbers below K and L (2 in training); a 0/255 mask is `mask != 0` first. Differentiable once in
+    the predictions.
     """
     _check_objective("objective_terms", mask_logits, raw_sdf, boundary_logits, mask, sdf, boundary)
     compute = ops.implementation("objective_terms", mask_logits.device)
@@ -176,7 +182,7 @@ def joint_objective_terms(
 ) -> Tensor:
     """The sum of `objective_terms` over S sets of predictions against the same targets, which are read once.
 
-    predictions: S x (mask_logits (B, K, H, W), raw_sdf (B, 1, H, W), boundary_logits (B, 2, H, W)), each tensor in a
+    predictions: S x (mask_logits (B, K, H, W), raw_sdf (B, 1, H, W), boundary_logits (B, L, H, W)), each tensor in a
     dtype of its own; targets as `objective_terms` takes them -> (3,). Differentiable once in the predictions.
     Raises ValueError where shapes or the numbers of classes disagree, TypeError for floating-point classes.
     """
@@ -241,7 +247,7 @@ def _mask_tensor(mask: Any) -> Tensor:
         return _mask_tensor(torch.from_dlpack(mask))
     if hasattr(mask, "__cuda_array_interface__"):  # Numba's device arrays do not speak DLPack
         return _mask_tensor(torch.as_tensor(mask, device="cuda"))
-    raise TypeError(f"a mask is a tensor or an array that speaks DLPack, got {type(mask).__name__}")
+    raise TypeError(f"a mask is a tensor or an array, got {type(mask).__name__}: use np.asarray(mask)")
 
 
 def _check_gate(
@@ -320,6 +326,8 @@ def _check_classes(name: str, logits: Tensor, target: Tensor) -> None:
         raise ValueError(
             f"{name}: logits (B, K, H, W) and target (B, H, W) disagree: {tuple(logits.shape)}, {tuple(target.shape)}"
         )
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{name}: the target is a tensor, got {type(target).__name__}; use torch.as_tensor(target)")
     if target.is_floating_point():
         raise TypeError(f"{name}: the target holds class numbers, got dtype {target.dtype}; use target.long()")
 

@@ -33,7 +33,7 @@ class Stopwatch:
                 self.start()
 
     def seconds_per_step(self) -> float:
-        """Mean over the steps since the epoch began, or since the last that warmed up; infinite where there are none."""
+        """Mean over the steps since the epoch began or the last one warmed up; infinite where there are none."""
         return self._elapsed() / self.steps if self.steps else math.inf
 
     def _elapsed(self) -> float:

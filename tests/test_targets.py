@@ -178,7 +178,7 @@ def test_fallback_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     [
         (lambda: F.squared_distance(torch.zeros(4, 4)), TypeError, "float32 is ambiguous: threshold it first"),
         (lambda: F.squared_distance(np.full((4, 4), np.nan)), TypeError, "float64 is ambiguous"),
-        (lambda: F.squared_distance([[0, 1]]), TypeError, "speaks DLPack, got list"),
+        (lambda: F.squared_distance([[0, 1]]), TypeError, "a mask is a tensor or an array, got list: use np.asarray"),
         (lambda: F.squared_distance(torch.zeros(4).bool()), ValueError, "(B, H, W) or (H, W)"),
         (lambda: F.squared_distance(torch.zeros(1).bool().expand(40000, 40000)), ValueError, "too large"),
         (lambda: F.distance_targets(MASK, ring_radius=-1), ValueError, "ring_radius is -1"),
