@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from . import functional as F
 from .model import AdaptiveMultiObjectiveLoss, SemiMoE
@@ -53,8 +54,9 @@ def objective(
     weighted, pseudo_terms = _unsupervised(model, adaptive, unlabelled, unsupervised_weight)
     output = model(labelled)
     gated = (output.mask, output.sdf, output.boundary)
-    terms = F.joint_objective_terms([output.own, gated], *targets)
-    supervised = adaptive(terms)
+    with record_function("losses"):
+        terms = F.joint_objective_terms([output.own, gated], *targets)
+        supervised = adaptive(terms)
     return StepLosses(
         total=supervised + weighted,
         supervised_total=supervised.detach(),
@@ -72,5 +74,7 @@ def _unsupervised(
     if images is None:
         return torch.zeros_like(adaptive.log_vars[0]), torch.zeros_like(adaptive.log_vars)
     means, products, own = model.run_experts(images)
-    terms = F.objective_terms(*own, *model.gating.pseudo_labels(means, products))
-    return adaptive(terms) * weight, terms
+    labels = model.gating.pseudo_labels(means, products)
+    with record_function("losses"):
+        terms = F.objective_terms(*own, *labels)
+        return adaptive(terms) * weight, terms

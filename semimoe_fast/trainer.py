@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from . import augment
 from . import functional as F
@@ -24,6 +25,8 @@ from .distributed import World
 from .model import AdaptiveMultiObjectiveLoss, SemiMoE
 from .objective import Objective, StepLosses
 from .schedule import epoch_order, generator, learning_rate, unsupervised_weight
+
+Batch = tuple[tuple[Tensor, Tensor], Tensor | None]  # labelled images and masks, unlabelled images
 
 ORDER, LABELLED, UNLABELLED = range(3)  # streams of random numbers
 
@@ -96,7 +99,7 @@ class Trainer:
         self.model.train()
         for group in self.sgd.param_groups:
             group["lr"] = self.learning_rate
-        for labelled, unlabelled in self._batches():
+        for labelled, unlabelled in _timed(self._batches()):
             losses = self.train_step(labelled, unlabelled)
             self._add(losses)
             self.step += 1
@@ -120,7 +123,8 @@ class Trainer:
 
     def _losses(self, labelled: tuple[Tensor, Tensor], unlabelled: Tensor | None) -> StepLosses:
         images, masks = labelled
-        targets = (masks, *F.distance_targets(masks, self.config.ring_radius))
+        with record_function("targets"):
+            targets = (masks, *F.distance_targets(masks, self.config.ring_radius))
         with autocast(self.config.precision, self.device):
             return self.objective(images, targets, unlabelled, self.unsupervised_weight)
 
@@ -193,7 +197,7 @@ class Trainer:
         """Running means and variances of BN: each process has those of its own rows until the epoch ends."""
         return {name: buffer for name, buffer in self.model.named_buffers() if buffer.is_floating_point()}
 
-    def _batches(self) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor | None]]:
+    def _batches(self) -> Iterator[Batch]:
         """The augmented batches of the epoch's remaining steps."""
         c, steps = self.config, self.steps_per_epoch
         random = generator(c.seed, self.epoch, ORDER)
@@ -210,6 +214,7 @@ class Trainer:
                 others, _ = self._augmented(UNLABELLED, step, rows, self.unlabelled)
             yield (images, masks), others
 
+    @record_function("augmentation")
     def _augmented(
         self, stream: int, step: int, rows: Tensor, images: Tensor, masks: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
@@ -244,6 +249,16 @@ class Trainer:
     def _add(self, losses: StepLosses) -> None:
         for name, total in self.sums.items():
             total += getattr(losses, name).detach()
+
+
+def _timed(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same, with the time until each is there marked for a profiler."""
+    while True:
+        with record_function("data"):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def _like(parameter: Tensor, value: Tensor) -> Tensor:
