@@ -102,6 +102,8 @@ class TrainConfig:
     """auto, cpu, cuda or cuda:N; auto takes CUDA where there is one."""
     threads: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """CPU threads; by default as many as torch takes. Runs are bitwise equal at equal numbers of threads."""
+    profile: bool = False
+    """Profile a few early steps: where their time goes as a table, and a Chrome trace in the run folder."""
     seed: int = 0
     """Of weights, order, augmentation, dropout and synthetic images."""
 
@@ -150,9 +152,9 @@ class TrainConfig:
             raise UserError(f"--synthetic is {self.synthetic}: give at least one labelled and one validation image")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; the run folder's own place (out, resume) is not part of a configuration."""
+        """Plain JSON values; the run folder's own place (out, resume) and a look at its speed are not part of them."""
         values = dataclasses.asdict(self)
-        for name in ("out", "resume"):
+        for name in ("out", "resume", "profile"):
             del values[name]
         lists = {name: list(values[name]) for name in ("synthetic", "coefficients")}
         return values | lists | {"data": None if self.data is None else str(self.data.resolve())}
@@ -209,12 +211,12 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def _refuse_changes(stored: TrainConfig, config: TrainConfig) -> None:
-    """A resumed run keeps its configuration; only the place of the data, device and threads may differ."""
+    """A resumed run keeps its configuration; only the place of the data, device, threads and a profile may differ."""
     for field in dataclasses.fields(TrainConfig):
         before, now = getattr(stored, field.name), getattr(config, field.name)
         if before != now and field.name == "out":
             raise UserError(f"--out is {now}, but --resume {stored.resume} continues in its own folder: leave one out")
-        if before != now and field.name not in ("data", "device", "threads"):
+        if before != now and field.name not in ("data", "device", "threads", "profile"):
             raise UserError(
                 f"{flag(field.name)} is {now}, but the run in {stored.resume} was started with {before}: "
                 "leave it out, or start a new run"

@@ -25,6 +25,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 from tqdm import tqdm
 
 from . import checkpoint, distributed, report
@@ -34,6 +35,7 @@ from .data import Dataset
 from .distributed import World
 from .errors import UserError, run_command
 from .evaluate import GATED, count_set, score_set
+from .profile import PAUSE, StepProfile
 from .sources import fingerprint, load_data
 from .trainer import Trainer, TrainingData, states_of_ranks
 
@@ -137,16 +139,24 @@ class Run:
         pace = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines; a log file needs few
         bar = {"initial": done, "unit": "step", "mininterval": pace} | ({} if self.world.leads else {"disable": True})
         tensorboard = report.TensorBoard(self.folder, trainer.model.tasks, trainer.epoch, self.world.leads)
-        with closing(tensorboard), tqdm(None, "train", self.config.epochs * steps, **bar) as progress:
+        profile = StepProfile(trainer, self.folder, self.config.profile and self.world.leads)
+        with closing(tensorboard), profile, tqdm(None, "train", self.config.epochs * steps, **bar) as progress:
+
+            def advance() -> None:
+                progress.update()
+                profile.step()
+
             while trainer.epoch < self.config.epochs:
                 started, first = time.perf_counter(), trainer.step
-                finished = trainer.train_epoch(interruption, progress.update)
+                finished = trainer.train_epoch(interruption, advance)
                 if not finished:
                     self.save(LAST)
                     return False
                 images = (trainer.step - first) * trainer.images_per_step
-                record = self._finish_epoch(images / (time.perf_counter() - started))
-                tensorboard.write(record)
+                images_per_second = images / (time.perf_counter() - started)
+                with record_function(PAUSE):
+                    record = self._finish_epoch(images_per_second)
+                    tensorboard.write(record)
                 progress.set_postfix_str(summary_of(record))
         return True
 
