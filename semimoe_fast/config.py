@@ -21,7 +21,7 @@ from .model import STRIDE
 
 NONE = "none"
 CONFIG_FILE = "config.json"
-PLACE = ("data", "device", "threads", "residence", "cuda_graph")  # what a resumed run may change
+PLACE = ("data", "device", "threads", "residence", "cuda_graph", "profile")  # what a resumed run may change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +121,8 @@ class TrainConfig:
     """auto, cpu, cuda or cuda:N; auto takes CUDA where there is one."""
     threads: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """CPU threads; by default as many as torch takes. Runs are bitwise equal at equal numbers of threads."""
+    profile: bool = False
+    """Profile a few early steps: where their time goes as a table, and a Chrome trace in the run folder."""
     seed: int = 0
     """Of weights, order, augmentation, dropout and synthetic images."""
 
@@ -179,9 +181,9 @@ class TrainConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; the run folder's own place (out, resume) is not part of a configuration."""
+        """Plain JSON values; the run folder's own place (out, resume) and a look at its speed are not part of them."""
         values = dataclasses.asdict(self)
-        for name in ("out", "resume"):
+        for name in ("out", "resume", "profile"):
             del values[name]
         lists = {name: list(values[name]) for name in ("synthetic", "coefficients")}
         return values | lists | {"data": None if self.data is None else str(self.data.resolve())}

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from . import functional as F
 
@@ -103,17 +104,20 @@ class MultiGating(nn.Module):
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Means (B, E, channels), products (B, E, sum O_k, H, W), and the predictions of the experts' own heads."""
         own_weights, own_biases = [head.weight for head in own_heads], [head.bias for head in own_heads]
-        return F.expert_products(features, [head.weight for head in self.heads], own_weights, own_biases)
+        with record_function("gates"):
+            return F.expert_products(features, [head.weight for head in self.heads], own_weights, own_biases)
 
     def mix(self, means: Tensor, products: Tensor) -> tuple[Tensor, ...]:
         """What `forward` gives, from what `products` gives."""
-        weights = self.gate_weights(means)
-        return *F.mix_products(products, weights, [head.bias for head in self.heads]), weights
+        with record_function("gates"):
+            weights = self.gate_weights(means)
+            return *F.mix_products(products, weights, [head.bias for head in self.heads]), weights
 
     @torch.no_grad()
     def pseudo_labels(self, means: Tensor, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Labels from the gated predictions: mask (B, H, W), sdf (B, 1, H, W), boundary (B, H, W); no gradient."""
-        return F.label_products(products, self.gate_weights(means), [head.bias for head in self.heads])
+        with record_function("gates"):
+            return F.label_products(products, self.gate_weights(means), [head.bias for head in self.heads])
 
     def gate_weights(self, means: Tensor) -> Tensor:
         """(B, E, channels) -> (B, T, E), softmax over the experts, in the parameters' dtype whatever autocast says."""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from . import functional as F
 from .model import AdaptiveMultiObjectiveLoss, SemiMoE
@@ -63,8 +64,9 @@ def objective(
     weighted, pseudo_terms = _unsupervised(model, adaptive, guessed, unsupervised_weight)
     means, products, own = learned
     *gated, gate_weights = model.gating.mix(means, products)
-    terms = F.joint_objective_terms([own, gated], *targets)
-    supervised = adaptive(terms)
+    with record_function("losses"):
+        terms = F.joint_objective_terms([own, gated], *targets)
+        supervised = adaptive(terms)
     return StepLosses(
         total=supervised + weighted,
         supervised_total=supervised.detach(),
@@ -99,5 +101,7 @@ def _unsupervised(
     if output is None:
         return torch.zeros_like(adaptive.log_vars[0]), torch.zeros_like(adaptive.log_vars)
     means, products, own = output
-    terms = F.objective_terms(*own, *model.gating.pseudo_labels(means, products))
-    return adaptive(terms) * weight, terms
+    labels = model.gating.pseudo_labels(means, products)
+    with record_function("losses"):
+        terms = F.objective_terms(*own, *labels)
+        return adaptive(terms) * weight, terms

@@ -25,6 +25,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 from tqdm import tqdm
 
 from . import checkpoint, distributed, report
@@ -37,6 +38,7 @@ from .device import configure
 from .distributed import World
 from .errors import UserError, run_command
 from .evaluate import GATED, count_set, score_set
+from .profile import PAUSE, StepProfile
 from .sources import load_data
 from .trainer import Trainer, states_of_ranks
 
@@ -145,13 +147,20 @@ class Run:
         pace = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines; a log file needs few
         bar = {"initial": done, "unit": "step", "mininterval": pace} | ({} if self.world.leads else {"disable": True})
         tensorboard = report.TensorBoard(self.folder, trainer.model.tasks, trainer.epoch, self.world.leads)
-        with closing(tensorboard), tqdm(None, "train", self.config.epochs * steps, **bar) as progress:
+        profile = StepProfile(trainer, self.folder, self.config.profile and self.world.leads)
+        with closing(tensorboard), profile, tqdm(None, "train", self.config.epochs * steps, **bar) as progress:
+
+            def advance() -> None:
+                progress.update()
+                profile.step()
+
             while trainer.epoch < self.config.epochs:
-                if not trainer.train_epoch(interruption, progress.update):
+                if not trainer.train_epoch(interruption, advance):
                     self.save(LAST)
                     return False
-                record = self._finish_epoch()
-                tensorboard.write(record)
+                with record_function(PAUSE):
+                    record = self._finish_epoch()
+                    tensorboard.write(record)
                 progress.set_postfix_str(summary_of(record))
         return True
 

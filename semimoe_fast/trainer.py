@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from . import augment
 from . import functional as F
@@ -25,7 +26,9 @@ from .graphs import WARM_UP, GraphedStep, compile_experts
 from .model import AdaptiveMultiObjectiveLoss, SemiMoE
 from .objective import Objective, StepLosses
 from .schedule import generator, learning_rate, unsupervised_weight
-from .speed import Stopwatch
+from .speed import Stopwatch, flops_per_step, peak_memory_bytes
+
+T = TypeVar("T")
 
 
 class Trainer:
@@ -60,9 +63,10 @@ class Trainer:
         self.epoch = 0
         self.step = 0  # within the epoch
         self.sums = self._zero_sums()
-        graphed = config.cuda_graph and device.type == "cuda" and self.world.size == 1
+        graphed = config.cuda_graph and not config.profile and device.type == "cuda" and self.world.size == 1
         self.update = GraphedStep(self._update, device) if graphed else self._update
         self.stopwatch = Stopwatch(device, WARM_UP + 1 if graphed else 1)
+        self.flops = flops_per_step(config.width, config.image_size, self.images_per_step)
         if self.world.size > 1:
             self._settle()
 
@@ -112,8 +116,11 @@ class Trainer:
 
     def speed(self) -> dict[str, float]:
         """Of the steps of the epoch so far, and the time that warming up took before them."""
+        seconds = self.stopwatch.seconds_per_step()
         return {
-            "images_per_second": self.images_per_step / self.stopwatch.seconds_per_step(),
+            "images_per_second": self.images_per_step / seconds,
+            "tflop_per_second": self.flops / seconds / 1e12,
+            "peak_memory_bytes": peak_memory_bytes(self.device),
             "warm_up_seconds": self.stopwatch.warm_up_seconds,
         }
 
@@ -126,7 +133,7 @@ class Trainer:
         """Train the rest of the current epoch; False if `stop()` was true after some step."""
         batches = self.begin_epoch()
         self.stopwatch.start()
-        for batch in batches:
+        for batch in _timed("data", batches):
             self.train_step(batch)
             self.step += 1
             self.stopwatch.tick()
@@ -170,14 +177,16 @@ class Trainer:
 
     def _losses(self, batch: Batch) -> StepLosses:
         images, masks = self._augmented(batch.labelled)
-        targets = (masks, *F.distance_targets(masks, self.config.ring_radius))
+        with record_function("targets"):
+            targets = (masks, *F.distance_targets(masks, self.config.ring_radius))
         unlabelled = None if batch.unlabelled is None else self._augmented(batch.unlabelled)[0]
         with autocast(self.config.precision, self.device):
             return self.objective(images, targets, unlabelled, self.weight)
 
     def _augmented(self, batch: Images) -> tuple[Tensor, Tensor | None]:
-        images, masks = augment.apply(*batch, self.mean, self.std)
-        return images.contiguous(memory_format=torch.channels_last), masks
+        with record_function("augmentation"):
+            images, masks = augment.apply(*batch, self.mean, self.std)
+            return images.contiguous(memory_format=torch.channels_last), masks
 
     def _settle(self) -> None:
         """Let DDP see one backward pass, after which it packs the gradients anew for good, and undo all else it does.
@@ -274,6 +283,17 @@ class Trainer:
             "gate_weights": gates,
         }
         return {name: torch.zeros(shape, device=self.device) for name, shape in shapes.items()}
+
+
+def _timed(name: str, items: Iterator[T]) -> Iterator[T]:
+    """The items; a profile shows under `name` the time that each was waited for."""
+    while True:
+        with record_function(name):
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item
 
 
 def _like(parameter: Tensor, value: Tensor) -> Tensor:

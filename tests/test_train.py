@@ -77,6 +77,14 @@ def test_command_is_the_same_run(tiny: list[str], finished: Path, tmp_path: Path
     assert_same_run(tmp_path / "run", finished)
 
 
+def test_profiled_run_is_the_same_run(tiny: list[str], finished: Path, tmp_path: Path, capsys) -> None:
+    """Three of its steps are recorded, with the end of an epoch between them."""
+    train.main([*tiny, "--profile", "--out", str(tmp_path / "run")])
+    assert "mean of 3 steps (the run had no more)" in capsys.readouterr().out
+    assert_same_run(tmp_path / "run", finished)
+    assert (tmp_path / "run" / config.CONFIG_FILE).read_text() == (finished / config.CONFIG_FILE).read_text()
+
+
 @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 def test_bf16_follows_fp32(tiny: list[str], finished: Path, tmp_path: Path, device: str) -> None:
     train.main([*tiny, "--precision", "bf16", "--device", device, "--out", str(tmp_path / "run")])
@@ -111,7 +119,7 @@ def test_interrupted_run_resumes_bitwise(
         with pytest.raises(SystemExit) as exit_:
             train.main([*tiny, "--out", str(folder)])
     assert exit_.value.code == 128 + signal.SIGINT
-    train.main(["--resume", str(folder)])
+    train.main(["--resume", str(folder), "--profile"])  # which, like the place, is no part of the configuration
     assert_same_run(folder, finished)
 
 
