@@ -4,8 +4,8 @@ PYTHON ?= python3
 ARGS ?=
 OUT ?= benchmarks/results/gpu_check.json
 FUZZ_SECONDS ?= 60
-# Threads that spin at barriers starve each other where other programs compute too.
-export OMP_WAIT_POLICY ?= passive
+# Threads that spin long at barriers starve each other where other programs compute too.
+export GOMP_SPINCOUNT ?= 10000
 
 VENV := .venv
 RUN := $(VENV)/bin/python

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from .baseline import Habits, clock
-from .step_ratios import CASES, HABITS, PROVIDERS, Case, Step, baseline, check, versions
+from .step_ratios import CASES, HABITS, PROVIDERS, WARM_UP_ROUNDS, Case, Step, baseline, check, versions
 
 pytestmark = pytest.mark.benchmark(timer=clock)
 
@@ -30,7 +30,7 @@ def two_threads() -> Iterator[None]:
 
 def measure(benchmark, case: Case, provider: AbstractContextManager[Step]) -> None:
     with provider as step:
-        benchmark.pedantic(step, rounds=5, warmup_rounds=1)
+        benchmark.pedantic(step, rounds=5, warmup_rounds=WARM_UP_ROUNDS)
     benchmark.extra_info.update(versions())
     if benchmark.enabled:
         benchmark.extra_info["images_per_second"] = 2 * case.batch / benchmark.stats["median"]

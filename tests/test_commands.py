@@ -119,6 +119,12 @@ def refused(command, arguments: list[str]) -> str:
         ("--threads 0", "--threads is 0: give a positive number"),
         ("--steps-per-epoch 0", "--steps-per-epoch is 0: give a positive number"),
         ("--dropout 1", "--dropout is 1.0"),
+        ("--ema 1", "--ema is 1.0: give a decay between 0 and 1, such as 0.999"),
+        ("--accumulate 0", "--accumulate is 0: give a positive number"),
+        (
+            "--accumulate 2 --labeled-batch 3",
+            "--labeled-batch is 3, which --accumulate 2 cannot share: give a multiple",
+        ),
         ("--momentum -1", "--momentum is -1.0: give 0 or more"),
         ("--synthetic 0 4 2", "at least one labelled and one validation image"),
         ("--device cuda:99", "--device is 'cuda:99', but torch sees"),

@@ -123,6 +123,18 @@ def test_interrupted_run_resumes_bitwise(
     assert_same_run(folder, finished)
 
 
+def test_options_resume_bitwise(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the average of the weights, parts of a batch and images that come from the host."""
+    options = [*tiny, *"--ema 0.9 --accumulate 2 --joint-forward --residence host".split()]
+    train.main([*options, "--out", str(tmp_path / "undisturbed")])
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Interruption", lambda _: StopAfter(3))
+        with pytest.raises(SystemExit):
+            train.main([*options, "--out", str(tmp_path / "run")])
+    train.main(["--resume", str(tmp_path / "run")])
+    assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
+
+
 @pytest.mark.parametrize("victim", ["save last", "save best", "metrics", "validation", "step"])
 def test_killed_run_resumes_bitwise(
     tiny: list[str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
