@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from semimoe_fast import functional as F
-from semimoe_fast.model import AdaptiveMultiObjectiveLoss, ExpertUNet, Gate, MultiGating, SemiMoE
+from semimoe_fast.model import AdaptiveMultiObjectiveLoss, ExpertUNet, Gate, MultiGating, SemiMoE, UpsamplingConv2d
 from semimoe_fast.objective import objective
 
 
@@ -126,3 +126,20 @@ def test_model_compiles_without_graph_breaks() -> None:
     image = torch.randn(1, 3, 16, 16)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(image).mask, model(image).mask)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (4, 3)])
+def test_upsampling_convolution_is_both_in_turn(size: tuple[int, int]) -> None:
+    layer = UpsamplingConv2d(3, 2, 3, padding=1).double()
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    expected = torch.nn.functional.conv2d(
+        torch.nn.functional.interpolate(x, scale_factor=2), layer.weight, layer.bias, padding=1
+    )
+    upstream = torch.randn_like(expected)
+    result = layer(x)
+    torch.testing.assert_close(result, expected)
+    inputs = (x, layer.weight, layer.bias)
+    for ours, theirs in zip(
+        torch.autograd.grad(result, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)

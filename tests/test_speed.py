@@ -20,8 +20,8 @@ def by_hand(width: int, side: int, images: int) -> int:
         for level, out in enumerate(channels):
             here = side // 2**level
             convolutions += [(channels[level - 1] if level else 3, out, 3, here), (out, out, 3, here)]  # down
-            if level < 4:  # up: after the upsampling, then of both halves, then once more
-                convolutions += [(2 * out, out, 3, here), (2 * out, out, 3, here), (out, out, 3, here)]
+            if level < 4:  # up: transposed, 16 products for each pixel of the level below; of both halves; once more
+                convolutions += [(2 * out, out, 4, here // 2), (2 * out, out, 3, here), (out, out, 3, here)]
         for ins, outs, kernel, here in convolutions:
             passes = 2 if ins == 3 else 3
             total += passes * 2 * images * ins * outs * kernel**2 * here**2

@@ -148,29 +148,3 @@ def test_speed_of_every_epoch_is_recorded(finished: Path) -> None:
 def test_settings_are_told() -> None:
     assert configure(CPU, "auto", deterministic=False).endswith(" threads, fp32, channels-last")
     assert configure(CPU, "bf16", deterministic=False).endswith(" threads, bf16 autocast, channels-last")
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_memory_of_a_step(precision: str, tiny: list[str]) -> None:
-    """What the forward pass keeps for the backward one is linear in the batch, and half as much in bf16."""
-
-    def kept(batch: int, precision: str) -> int:
-        options = [*tiny, *f"--synthetic {batch} {batch} 1 --labeled-batch {batch} --unlabeled-batch {batch}".split()]
-        runner = trainer(options, precision=precision, width=8)
-        (images,) = runner.begin_epoch()
-        storages: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            if not isinstance(tensor, torch.nn.Parameter):
-                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            losses = runner._losses(images)
-        losses.total.backward()
-        return sum(storages.values())
-
-    one, two, four = (kept(batch, precision) for batch in (2, 4, 8))
-    assert (four - two) == pytest.approx(2 * (two - one), rel=0.02)
-    if precision == "bf16":
-        assert kept(8, "bf16") < 0.6 * kept(8, "fp32")
