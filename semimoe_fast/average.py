@@ -9,21 +9,29 @@ from torch import nn
 
 
 class Average:
-    """A copy of a model that follows it: average <- decay * average + (1 - decay) * model, BN statistics included.
+    """The mean of what a model was after its steps, of weights and of BN's statistics, older ones weighing less.
 
-    model: the average; it takes no gradient. Integer buffers are copied. `update` neither allocates nor waits for the
-    device.
+    A step weighs `decay` times as much as the one after it. The sums start at 0 and are divided by the weights that
+    they hold, as Adam's moments are (arXiv 1412.6980), so that the initial weights have no part in the mean.
+
+    sums: of every floating-point tensor of the model's state, updated in place without waiting for the device.
     """
 
     def __init__(self, followed: nn.Module, decay: float) -> None:
+        self.followed, self.decay = followed.state_dict(), decay
         self.model = copy.deepcopy(followed).requires_grad_(False).eval()
-        self.decay = decay
-        pairs = list(zip(self.model.state_dict().values(), followed.state_dict().values(), strict=True))
-        self.averaged = tuple(zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True))
-        self.counted = tuple(zip(*(pair for pair in pairs if not pair[0].is_floating_point()), strict=True))
+        self.sums = {name: torch.zeros_like(v) for name, v in self.followed.items() if v.is_floating_point()}
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take one step after the model's own."""
-        torch._foreach_lerp_(*self.averaged, 1 - self.decay)
-        torch._foreach_copy_(*self.counted)
+        """Take in the model after one more step."""
+        torch._foreach_lerp_(list(self.sums.values()), [self.followed[name] for name in self.sums], 1 - self.decay)
+
+    @torch.no_grad()
+    def after(self, steps: int) -> nn.Module:
+        """The mean over so many steps, as a model in eval mode; before the first, the model as it is."""
+        weights = 1 - self.decay**steps
+        for name, value in self.model.state_dict().items():
+            summed = name in self.sums and steps > 0
+            value.copy_(self.sums[name] / weights if summed else self.followed[name])
+        return self.model

@@ -121,6 +121,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], shared: bool =
     """
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part" if shared else f".{path.name}.part")
     try:
+        part.touch()  # with the permissions that the user's files have, which not every writer gives
         write(part)
         with part.open("rb") as file:
             os.fsync(file.fileno())

@@ -97,7 +97,8 @@ class TrainConfig:
     """Labelled and unlabelled images as one batch through the U-Nets: fewer, larger kernels, but batch normalisation
     sees both together."""
     ema: Annotated[float | None, tyro.conf.arg(metavar="DECAY")] = None
-    """Validate, and keep as best, a moving average of the weights with this decay a step, such as 0.999."""
+    """Validate, and keep as best, a moving average of the weights, in which a step weighs DECAY times as much as the
+    next: 0.99 averages over about 100 steps."""
     scale_lr: bool = False
     """Multiply --lr by the images of a step over those of the published recipe (2 labelled and 2 unlabelled)."""
     sync_bn: bool = False
@@ -247,6 +248,7 @@ def _refuse_changes(stored: TrainConfig, config: TrainConfig) -> None:
             raise UserError(f"--out is {now}, but --resume {stored.resume} continues in its own folder: leave one out")
         if before != now and field.name not in PLACE:
             raise UserError(
-                f"{flag(field.name)} is {now}, but the run in {stored.resume} was started with {before}: "
+                f"{flag(field.name)} is {now}, but the run in {stored.resume} was started with "
+                f"{'none' if before is None else before}: "
                 "leave it out, or start a new run"
             )

@@ -53,7 +53,7 @@ def configure(device: torch.device, precision: Precision, deterministic: bool) -
     bf16 = in_bf16(precision, device)
     settings = ["bf16 autocast" if bf16 else "fp32", "channels-last"]
     if device.type == "cpu":
-        return ", ".join([f"CPU, {torch.get_num_threads()} threads", *settings])
+        return ", ".join([f"CPU, threads: {torch.get_num_threads()}", *settings])
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = bf16
     settings += [

@@ -51,7 +51,7 @@ def synthetic_data(config: TrainConfig) -> tuple[Dataset, Dataset | None, Datase
 def folder_data(config: TrainConfig, cache: Cache | None = None) -> tuple[Dataset, Dataset | None, Dataset]:
     load = load_part if cache is None else cache.load_part
     if not config.data.is_dir():
-        raise UserError(f"--data is {config.data}, which is no folder: correct the path")
+        raise UserError(f"--data is {config.data}, which is no folder: give the path of the folder as --data")
     labelled = config.labeled or only_part(config.data, "train_sup_", "--labeled")
     unlabelled = None
     if config.semi_supervised:

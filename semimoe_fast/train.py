@@ -129,9 +129,13 @@ class Run:
             return run  # killed before its first checkpoint: the seed makes it start over as it did
         metadata, tensors = checkpoint.read(path)
         expected = run.metadata()
-        for key, remedy in (("config", "start a new run"), ("data", "give the --data it was trained on")):
-            if without_place(metadata.get(key)) != without_place(expected[key]):
-                raise UserError(f"{path}: is of another {key} than {run.folder}; {remedy}")
+        if without_place(metadata.get("config")) != without_place(expected["config"]):
+            raise UserError(f"{path}: is of another configuration than {run.folder / CONFIG_FILE}; start a new run")
+        if metadata.get("data") != expected["data"]:
+            raise UserError(
+                f"{path}: the images have changed since, or are others; restore them, give their folder as --data, or "
+                "start a new run"
+            )
         run.trainer.restore(tensors, metadata["epoch"], metadata["step"])
         if (before := len(states_of_ranks(tensors))) != world.size and world.leads:
             print(f"{path}: is of {before} processes, now {world.size}: dropout goes on with other random numbers")
@@ -246,6 +250,8 @@ class Run:
             self.trainer.evaluated, self.val, self._preprocessing, self.trainer.device, self.folder / "overlays.png"
         )
         print(report.summary(records, self.folder))
+        if self.config.ema is not None:
+            print("validation is of the average weights (--ema), as in best.safetensors; last.safetensors has the last")
 
     @property
     def _preprocessing(self) -> Preprocessing:
@@ -255,8 +261,11 @@ class Run:
         """Drop records of epochs that will be trained again, and a line that a kill left unfinished."""
         path = self.folder / METRICS_FILE
         if path.exists():
-            lines = path.read_text().splitlines(keepends=True)[: self.trainer.epoch]
-            checkpoint.write_atomically(path, lambda part: part.write_text("".join(lines)))
+            lines = path.read_text().splitlines()[: self.trainer.epoch]
+            whole = [line for line in lines if _is_json(line)]
+            if len(whole) < len(lines):
+                print(f"{path}: {len(lines) - len(whole)} damaged lines are dropped; the run goes on", file=sys.stderr)
+            checkpoint.write_atomically(path, lambda part: part.write_text("".join(f"{line}\n" for line in whole)))
 
 
 def cache_folder(config: TrainConfig) -> Path:
@@ -298,6 +307,14 @@ def _create_folder(config: TrainConfig) -> Path:
 def without_place(value: Any) -> Any:
     """A stored configuration without what a resumed run may change."""
     return {k: v for k, v in value.items() if k not in PLACE} if isinstance(value, dict) else value
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def summary_of(record: dict[str, Any]) -> str:

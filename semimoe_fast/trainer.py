@@ -110,9 +110,13 @@ class Trainer:
     @property
     def settings(self) -> str:
         """How the steps are executed, in words."""
-        compiled = "" if self.config.compile == "none" else f", U-Nets compiled ({self.config.compile})"
+        compiled = "" if self.config.compile == "none" else ", U-Nets compiled, which takes the first a minute or more"
         step = "one CUDA graph" if isinstance(self.update, GraphedStep) else "eager"
-        return f"steps: {step}{compiled}; images: on the {self.batches.residence}"
+        unlabelled = 0 if self.data.unlabelled is None else len(self.data.unlabelled)
+        images = (
+            f"{len(self.data.labelled)} labelled and {unlabelled} unlabelled images on the {self.batches.residence}"
+        )
+        return f"{images}; steps: {step}{compiled}"
 
     def speed(self) -> dict[str, float]:
         """Of the steps of the epoch so far, and the time that warming up took before them."""
@@ -126,8 +130,8 @@ class Trainer:
 
     @property
     def evaluated(self) -> SemiMoE:
-        """The model to evaluate: the average of the weights, where one is kept."""
-        return self.model if self.average is None else self.average.model
+        """The model to evaluate: that of the average weights, where they are kept."""
+        return self.model if self.average is None else self.average.after(self.epoch * self.steps_per_epoch + self.step)
 
     def train_epoch(self, stop: Callable[[], bool], progress: Callable[[], None]) -> bool:
         """Train the rest of the current epoch; False if `stop()` was true after some step."""
@@ -213,7 +217,7 @@ class Trainer:
         """Every tensor beside the model that the next step depends on."""
         state = {f"adaptive.{key}": value for key, value in self.adaptive.state_dict().items()}
         if self.average is not None:
-            state |= {f"average.{key}": value for key, value in self.average.model.state_dict().items()}
+            state |= {f"average.{key}": value for key, value in self.average.sums.items()}
         for name, parameter, optimiser in self._optimised():
             moments = optimiser.state[parameter].items()
             state |= {f"optim.{name}.{key}": value for key, value in moments if value is not None}
@@ -231,7 +235,8 @@ class Trainer:
         self.model.load_state_dict(with_prefix(state, "model."))
         self.adaptive.load_state_dict(with_prefix(state, "adaptive."))
         if self.average is not None:
-            self.average.model.load_state_dict(with_prefix(state, "average."))
+            for name, value in with_prefix(state, "average.").items():
+                self.average.sums[name].copy_(value)
         for name, parameter, optimiser in self._optimised():
             moments = with_prefix(state, f"optim.{name}.")
             optimiser.state[parameter] = {key: _like(parameter, value) for key, value in moments.items()}
@@ -261,10 +266,10 @@ class Trainer:
 
     def _running_statistics(self) -> dict[str, Tensor]:
         """Running means and variances of BN: each process has those of its own rows until the epoch ends."""
-        buffers = dict(self.model.named_buffers())
+        statistics = {name: buffer for name, buffer in self.model.named_buffers() if buffer.is_floating_point()}
         if self.average is not None:
-            buffers |= {f"average.{name}": buffer for name, buffer in self.average.model.named_buffers()}
-        return {name: buffer for name, buffer in buffers.items() if buffer.is_floating_point()}
+            statistics |= {f"average.{name}": self.average.sums[name] for name in statistics}
+        return statistics
 
     def _optimised(self) -> Iterator[tuple[str, torch.nn.Parameter, torch.optim.Optimizer]]:
         for name, parameter in self.model.named_parameters():

@@ -207,3 +207,10 @@ def test_incomplete_published_checkpoints_are_refused(tmp_path: Path) -> None:
         import_published(tmp_path / "nothing.pth")
     with pytest.raises(ValueError, match="the published layout has experts for mask, sdf, boundary"):
         export_published(SemiMoE(width=2, expert_tasks=("mask", "sdf")))
+
+
+def test_files_have_the_permissions_of_the_user_s_others(tmp_path: Path) -> None:
+    """A colleague may read them, as the umask says."""
+    (tmp_path / "other").touch()
+    save(tmp_path / "c.safetensors", SemiMoE(width=1))
+    assert (tmp_path / "c.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode

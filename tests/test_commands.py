@@ -39,7 +39,7 @@ def test_data_may_move_but_not_change(folder_run: Path, glands_folder: Path, tmp
     train.main(["--resume", str(folder_run), "--data", str(moved)])
     image = next((moved / "train_unsup_4" / "image").iterdir())
     image.rename(image.with_name("renamed.png"))
-    with pytest.raises(UserError, match="is of another data than"):
+    with pytest.raises(UserError, match="the images have changed since, or are others"):
         train.main(["--resume", str(folder_run), "--data", str(moved)])
 
 
@@ -172,7 +172,7 @@ def test_checkpoint_of_another_run_is_refused(finished: Path, tmp_path: Path) ->
     copy = shutil.copytree(finished, tmp_path / "copy")
     stored = json.loads((copy / config.CONFIG_FILE).read_text())
     (copy / config.CONFIG_FILE).write_text(json.dumps(stored | {"lr": 0.2}))
-    assert "is of another config than" in refused(train.main, ["--resume", str(copy)])
+    assert "is of another configuration than" in refused(train.main, ["--resume", str(copy)])
 
 
 def test_ambiguous_parts_are_listed(glands_folder: Path, tmp_path: Path) -> None:

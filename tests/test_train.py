@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,6 +176,17 @@ def test_killed_run_resumes_bitwise(
             file.write('{"epoch": 1, "half a li')
     train.main(["--resume", str(folder)])
     assert_same_run(folder, finished)
+
+
+def test_damaged_record_is_dropped_and_the_run_ends_well(finished: Path, tmp_path: Path, capsys) -> None:
+    """A line that a full disk cut short, of an epoch before the checkpoint."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    lines = (folder / train.METRICS_FILE).read_text().splitlines()
+    (folder / train.METRICS_FILE).write_text("\n".join([lines[0], lines[1][:100], lines[2]]))
+    train.main(["--resume", str(folder)])
+    assert "1 damaged lines are dropped" in capsys.readouterr().err
+    assert (folder / train.METRICS_FILE).read_text() == f"{lines[0]}\n{lines[2]}\n"
 
 
 def test_run_without_checkpoint_starts_over(tiny: list[str], finished: Path, tmp_path: Path, monkeypatch) -> None:
