@@ -121,8 +121,10 @@ def write_atomically(path: Path, write: Callable[[Path], object], shared: bool =
     """
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part" if shared else f".{path.name}.part")
     try:
-        part.touch()  # with the permissions that the user's files have, which not every writer gives
+        part.touch()
+        permissions = part.stat().st_mode  # what the umask says, which not every writer heeds
         write(part)
+        part.chmod(permissions)
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
