@@ -27,8 +27,9 @@ help:
 train: $(VENV)/train.done
 	$(RUN) -m semimoe_fast.train $(ARGS)
 
+# Files go to as many processes as there are cores, each on one thread. The slow tests: make test ARGS="-m slow"
 test: $(VENV)/test.done
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile -m "not slow" $(ARGS)
 
 lint: $(VENV)/lint.done
 	$(RUN) -m ruff check .

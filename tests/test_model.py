@@ -121,6 +121,7 @@ def test_unknown_task_is_refused() -> None:
         SemiMoE(expert_tasks=("mask", "contour"))
 
 
+@pytest.mark.slow
 def test_model_compiles_without_graph_breaks() -> None:
     model = SemiMoE(width=1).eval()
     image = torch.randn(1, 3, 16, 16)

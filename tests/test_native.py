@@ -146,7 +146,9 @@ def test_a_gpu_the_kernels_were_not_built_for_is_explained(monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")
-@pytest.mark.parametrize("architecture", [75, 80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize(
+    "architecture", [90, *(pytest.param(sm, marks=pytest.mark.slow) for sm in (75, 80, 86, 89, 100, 120))]
+)
 def test_cuda_kernels_compile_without_spills(architecture: int, tmp_path: Path) -> None:
     command = ["nvcc", "-std=c++17", f"-arch=sm_{architecture}", "-Xptxas=-v", "-Werror=all-warnings", "-cubin"]
     compiled = subprocess.run(

@@ -114,6 +114,7 @@ def test_pip_install(tree: Path, environment: Environment, tmp_path: Path) -> No
         assert "fused" in environment.run("-m", "semimoe_fast.info", cwd=folder)
 
 
+@pytest.mark.slow
 def test_editable_install(tree: Path, environment: Environment, tmp_path: Path) -> None:
     """Built as on a machine without nvcc."""
     install(environment, "--no-build-isolation", "--editable", tree, SEMIMOE_CUDA="AUTO", CUDACXX="/nowhere/nvcc")
@@ -147,6 +148,7 @@ def test_wheel_alone(tree: Path, environment: Environment, tmp_path: Path) -> No
     assert report["built_with"]["cuda"] is None
 
 
+@pytest.mark.slow
 @NEEDS_NVCC
 def test_chosen_cuda_architectures(tree: Path, environment: Environment, tmp_path: Path) -> None:
     install(environment, "--no-build-isolation", tree, SEMIMOE_CUDA="ON", SEMIMOE_CUDA_ARCHS="80,90")
