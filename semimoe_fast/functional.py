@@ -8,7 +8,8 @@ that speaks DLPack (NumPy, CuPy, Numba, JAX), of bool or any integer dtype, wher
 are class numbers from 0; other numbers, such as 255, are of no class. Losses accumulate in at least float32 whatever
 the dtype of the logits.
 
-All other arguments are tensors on one device: anything else raises TypeError, tensors on several devices ValueError.
+Apart from those masks, arrays are torch tensors, and those of one call are on one device: TypeError for anything else,
+ValueError for several devices.
 
 Source of the formulas: Semi-MoE, arXiv 2509.13834.
 """
