@@ -58,11 +58,22 @@ void launch(void (*kernel)(Problem), const Problem& problem, const Grid& grid, c
   check(cudaLaunchKernelEx(&config, kernel, problem));
 }
 
+// Lets this thread make calls that are no part of what a stream captures, and restores its mode, whatever is thrown.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { check(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // inside, the mode before
+};
+
 // Loads every kernel, which a launch would do at its first, perhaps inside of a capture, and returns whether the
 // current device runs the largest cluster and the module holds code for it that does.
 bool prepare() {
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // loading is no part of what is captured
-  check(cudaThreadExchangeStreamCaptureMode(&mode));
+  const RelaxedCapture relaxed;
   cudaFuncAttributes attributes{};
   for (const auto kernel : {pack_kernel, search_tiles_kernel, search_far_kernel, write_targets_kernel, cluster_kernel})
     check(cudaFuncGetAttributes(&attributes, kernel));  // those of cluster_kernel in the end
@@ -76,7 +87,6 @@ bool prepare() {
     const cudaLaunchConfig_t config = configuration({kMostSlabs, kMostSlabs, kMemory}, nullptr, cluster);
     check(cudaOccupancyMaxActiveClusters(&clusters, cluster_kernel, &config));
   }
-  check(cudaThreadExchangeStreamCaptureMode(&mode));
   return clusters > 0;
 }
 

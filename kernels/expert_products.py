@@ -30,6 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._images import launches
+
 CHUNK = 512  # pixels of a program
 TILE_BYTES = 8192
 LEAST_DOT = 16  # rows, columns and depth of a product in tensor cores
@@ -233,10 +235,11 @@ def forward(
     own = [x.new_empty(batch, rows, height, width) for rows in own_rows]
     if x.numel():
         with torch.cuda.device_of(x):
-            _forward_kernel[(chunks, batch, len(features))](
-                tuple(features), weights.to(x.dtype), own_biases, sums, products, tuple(own),
-                *_plane_strides(x), height * width, **constants,
-            )  # fmt: skip
+            weights = weights.to(x.dtype)
+            for images, (of_features, *results) in launches(batch, features, sums, products, own):
+                _forward_kernel[(chunks, images, len(features))](
+                    of_features, weights, own_biases, *results, *_plane_strides(x), height * width, **constants
+                )
     return sums.sum(1) / (height * width), products, own
 
 
@@ -261,11 +264,14 @@ def backward(
     partial_biases = torch.empty(batch, chunks, len(features), rows, device=x.device)
     if x.numel():
         with torch.cuda.device_of(x):
-            _backward_kernel[(chunks, batch, len(features))](
-                tuple(features), weights.to(x.dtype), grad_means, grad_products, grad_own and tuple(grad_own),
-                tuple(grad_features), partial, partial_biases, *_plane_strides(x), *_plane_strides(grad_features[0]),
-                height * width, ROWS=rows, **constants,
-            )  # fmt: skip
+            strides = *_plane_strides(x), *_plane_strides(grad_features[0])
+            weights = weights.to(x.dtype)
+            for images, (of_features, *gradients) in launches(
+                batch, features, grad_means, grad_products, grad_own, grad_features, partial, partial_biases
+            ):
+                _backward_kernel[(chunks, images, len(features))](
+                    of_features, weights, *gradients, *strides, height * width, ROWS=rows, **constants
+                )
     of_rows, of_biases = partial.sum((0, 1)), partial_biases.sum((0, 1))
     own = [(e, slice(head_rows, head_rows + o)) for e, o in enumerate(own_rows)]
     grad_weights = torch.cat([of_rows[:, :head_rows].sum(0), *(of_rows[e, rows] for e, rows in own)])

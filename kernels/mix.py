@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._images import launches
 from .objective import tanh
 
 WARPS = 4
@@ -160,10 +161,11 @@ def forward(products: Tensor, gate_weights: Tensor, biases: Tensor, rows: Sequen
     with torch.cuda.device_of(products):
         if products.numel():
             block = _block(products)
-            _forward_kernel[_grid(products, block)](
-                products, gate_weights, biases, tuple(outputs), height * width,
-                tuple(rows), _first(rows), head_rows, experts, block, num_warps=WARPS,
-            )  # fmt: skip
+            for images, (z, weights, out) in launches(batch, products, gate_weights, outputs):
+                _forward_kernel[(_blocks(products, block), images)](
+                    z, weights, biases, out, height * width,
+                    tuple(rows), _first(rows), head_rows, experts, block, num_warps=WARPS,
+                )  # fmt: skip
     return outputs
 
 
@@ -175,10 +177,11 @@ def labels(products: Tensor, gate_weights: Tensor, biases: Tensor, classes: int)
     with torch.cuda.device_of(products):
         if products.numel():
             block = _block(products)
-            _labels_kernel[_grid(products, block)](
-                products, gate_weights, biases, mask, sdf, boundary, height * width,
-                classes, head_rows, experts, block, num_warps=WARPS,
-            )  # fmt: skip
+            for images, (z, weights, *out) in launches(batch, products, gate_weights, mask, sdf, boundary):
+                _labels_kernel[(_blocks(products, block), images)](
+                    z, weights, biases, *out, height * width,
+                    classes, head_rows, experts, block, num_warps=WARPS,
+                )  # fmt: skip
     return mask, sdf, boundary
 
 
@@ -191,15 +194,15 @@ def backward(products: Tensor, gate_weights: Tensor, grad_outputs: Sequence[Tens
     rows = [grad.shape[1] for grad in grad_outputs]
     grad_products = torch.empty_like(products)
     block = _block(products)
-    grid = _grid(products, block)
-    partial = torch.empty(batch, grid[0], head_rows, experts + 1, device=products.device)
+    blocks = _blocks(products, block)
+    partial = torch.empty(batch, blocks, head_rows, experts + 1, device=products.device)
     with torch.cuda.device_of(products):
         if products.numel():
-            _backward_kernel[grid](
-                products, gate_weights, tuple(grad_outputs), grad_products, partial,
-                height * width, tuple(rows), _first(rows), head_rows, experts,
-                triton.next_power_of_2(experts + 1), block, num_warps=WARPS,
-            )  # fmt: skip
+            for images, parts in launches(batch, products, gate_weights, grad_outputs, grad_products, partial):
+                _backward_kernel[(blocks, images)](
+                    *parts, height * width, tuple(rows), _first(rows), head_rows, experts,
+                    triton.next_power_of_2(experts + 1), block, num_warps=WARPS,
+                )  # fmt: skip
     of_rows = partial.sum(1)
     of_tasks = torch.stack([of_task.sum(1) for of_task in of_rows[..., :experts].split(rows, 1)], 1)
     return grad_products, of_tasks, of_rows[..., experts].sum(0)
@@ -213,5 +216,6 @@ def _block(products: Tensor) -> int:
     return WARPS * 32 * VECTOR_BYTES // products.element_size()
 
 
-def _grid(products: Tensor, block: int) -> tuple[int, int]:
-    return triton.cdiv(products.shape[3] * products.shape[4], block), products.shape[0]
+def _blocks(products: Tensor, block: int) -> int:
+    """Of an image."""
+    return triton.cdiv(products.shape[3] * products.shape[4], block)

@@ -8,12 +8,15 @@ that speaks DLPack (NumPy, CuPy, Numba, JAX), of bool or any integer dtype, wher
 are class numbers from 0; other numbers, such as 255, are of no class. Losses accumulate in at least float32 whatever
 the dtype of the logits.
 
+Apart from those masks, arrays are torch tensors, and those of one call are on one device: TypeError for anything else,
+ValueError for several devices.
+
 Source of the formulas: Semi-MoE, arXiv 2509.13834.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -99,11 +102,17 @@ def expert_products(
     -> means over the pixels (B, E, C), at least float32; products H X_e (B, E, sum O_k, H, W), and own predictions
     A_e X_e + b_e, E tensors (B, O_e, H, W), in the dtype of the features. Differentiable once in all.
     """
+    _check_tensors(
+        ("features", features),
+        ("head_weights", head_weights),
+        ("own_weights", own_weights),
+        ("own_biases", own_biases),
+    )
     _check_features(features)
     heads = _check_heads("head_weights", head_weights, features)
     if len(own_weights) != len(own_biases):
         raise ValueError(f"own_biases match own_weights, got {len(own_biases)} and {len(own_weights)}")
-    if not own_weights:
+    if len(own_weights) == 0:
         own_weights = [features[0].new_zeros(0, features[0].shape[1])] * len(features)
         own_biases = [weight[:, 0] for weight in own_weights]
     own = _check_heads("own_weights", own_weights, features)
@@ -139,8 +148,10 @@ def label_products(
 def squared_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Mean over images and classes of 1 - (2 sum P T + 1) / (sum (P^2 + T^2) + 1), P = softmax(logits), T one-hot.
 
-    logits: (B, K, H, W); target: (B, H, W) integer classes, a value outside 0 .. K-1 belongs to none -> scalar.
+    logits: (B, K, H, W), K at least 2; target: (B, H, W) integer classes, a value outside 0 .. K-1 belongs to none
+    -> scalar. Raises ValueError for K = 1, where P is 1 whatever the logits, and for shapes that disagree.
     """
+    _check_tensors(logits=logits, target=target)
     _check_classes("squared_dice_loss", logits, target)
     return ops.implementation("squared_dice_loss", logits.device)(logits, target)
 
@@ -148,8 +159,9 @@ def squared_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
 def soft_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Mean over images and classes of 1 - (2 sum P T + e) / (sum P + sum T + e), e = 1e-8.
 
-    Shapes as `squared_dice_loss`.
+    Shapes and errors as `squared_dice_loss`.
     """
+    _check_tensors(logits=logits, target=target)
     _check_classes("soft_dice_loss", logits, target)
     return ops.implementation("soft_dice_loss", logits.device)(logits, target)
 
@@ -159,6 +171,7 @@ def tanh_mse_loss(raw: Tensor, sdf: Tensor) -> Tensor:
 
     raw: (B, 1, H, W); sdf: (B, 1, H, W) or (B, H, W) -> scalar.
     """
+    _check_tensors(raw=raw, sdf=sdf)
     _check_sdf(raw, sdf)
     return ops.implementation("tanh_mse_loss", raw.device)(raw, sdf)
 
@@ -169,8 +182,8 @@ def objective_terms(
     """squared_dice_loss, tanh_mse_loss and soft_dice_loss of one set of predictions, in this order.
 
     (B, K, H, W), (B, 1, H, W), (B, L, H, W) against (B, H, W), (B, 1, H, W) or (B, H, W), (B, H, W) -> (3,). mask and
-    boundary hold class numbers below K and L (2 in training); a 0/255 mask is `mask != 0` first. Differentiable once in
-    the predictions.
+    boundary hold class numbers below K and L, each at least 2 (2 in training); a 0/255 mask is `mask != 0` first.
+    Differentiable once in the predictions. Errors as `squared_dice_loss`.
     """
     _check_objective("objective_terms", mask_logits, raw_sdf, boundary_logits, mask, sdf, boundary)
     compute = ops.implementation("objective_terms", mask_logits.device)
@@ -186,10 +199,11 @@ def joint_objective_terms(
     dtype of its own; targets as `objective_terms` takes them -> (3,). Differentiable once in the predictions.
     Raises ValueError where shapes or the numbers of classes disagree, TypeError for floating-point classes.
     """
-    if not predictions or any(len(prediction) != 3 for prediction in predictions):
+    sets = predictions if isinstance(predictions, Sequence) else ()
+    if not sets or not all(isinstance(prediction, Sequence) and len(prediction) == 3 for prediction in sets):
         raise ValueError(
-            "predictions are S tuples (mask_logits, raw_sdf, boundary_logits), got lengths "
-            f"{[len(prediction) for prediction in predictions]}"
+            "predictions are S tuples (mask_logits, raw_sdf, boundary_logits), got "
+            f"{type(predictions).__name__} of lengths {[len(x) if isinstance(x, Sequence) else None for x in sets]}"
         )
     for prediction in predictions:
         _check_objective("joint_objective_terms", *prediction, mask, sdf, boundary)
@@ -209,6 +223,7 @@ def adaptive_loss(
 
     terms, log_vars (s): (T,); coefficients (c): T numbers -> scalar.
     """
+    _check_tensors(terms=terms, log_vars=log_vars)
     if terms.ndim != 1 or terms.shape != log_vars.shape or len(coefficients) != terms.shape[0]:
         raise ValueError(
             f"adaptive_loss needs as many terms as log_vars and coefficients, got {tuple(terms.shape)}, "
@@ -250,10 +265,33 @@ def _mask_tensor(mask: Any) -> Tensor:
     raise TypeError(f"a mask is a tensor or an array, got {type(mask).__name__}: use np.asarray(mask)")
 
 
+def _check_tensors(*sequences: tuple[str, Any], **tensors: Any) -> None:
+    """Raise TypeError for arguments, and items of sequences, that are no tensors; ValueError where devices differ."""
+    every = [(name, x) for name, items in sequences for x in (items if isinstance(items, Iterable) else [items])]
+    every += tensors.items()
+    for name, x in every:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: a tensor is needed, got {type(x).__name__}; use torch.as_tensor")
+        first, expected = every[0][0], every[0][1].device
+        if x.device != expected:
+            raise ValueError(f"{name} is on {x.device}, {first} on {expected}: move them to one device with .to()")
+
+
+def _check_floating(name: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: floating-point numbers are needed, got dtype {x.dtype}; use .float()")
+
+
 def _check_gate(
     features: Sequence[Tensor], gate_weights: Tensor, head_weights: Sequence[Tensor], head_biases: Sequence[Tensor]
 ) -> list[Tensor]:
     """Raise ValueError where shapes disagree; the head weights as (O_k, C) matrices."""
+    _check_tensors(
+        ("features", features),
+        ("head_weights", head_weights),
+        ("head_biases", head_biases),
+        gate_weights=gate_weights,
+    )
     _check_features(features)
     _check_weights(gate_weights, (features[0].shape[0], len(head_weights), len(features)))
     matrices = _check_heads("head_weights", head_weights, features)
@@ -268,6 +306,7 @@ def _check_features(features: Sequence[Tensor]) -> None:
         raise ValueError(f"features are E tensors of one shape (B, C, H, W), got {[tuple(x.shape) for x in features]}")
     if any(x.dtype != features[0].dtype for x in features):
         raise TypeError(f"features are E tensors of one dtype, got {[x.dtype for x in features]}")
+    _check_floating("features", features[0])
 
 
 def _check_weights(gate_weights: Tensor, expected: tuple[int, int, int]) -> None:
@@ -290,6 +329,8 @@ def _check_biases(name: str, biases: Sequence[Tensor], matrices: Sequence[Tensor
 
 
 def _check_products(products: Tensor, gate_weights: Tensor, head_biases: Sequence[Tensor]) -> None:
+    _check_tensors(("head_biases", head_biases), products=products, gate_weights=gate_weights)
+    _check_floating("products", products)
     rows = [len(bias) for bias in head_biases]
     if products.ndim != 5 or products.shape[2] != sum(rows):
         raise ValueError(f"products are (B, E, {sum(rows)}, H, W) for these biases, got {tuple(products.shape)}")
@@ -311,6 +352,14 @@ def _check_objective(
     sdf: Tensor,
     boundary: Tensor,
 ) -> None:
+    _check_tensors(
+        mask_logits=mask_logits,
+        raw_sdf=raw_sdf,
+        boundary_logits=boundary_logits,
+        mask=mask,
+        sdf=sdf,
+        boundary=boundary,
+    )
     _check_classes(f"{name}: mask", mask_logits, mask)
     _check_sdf(raw_sdf, sdf)
     _check_classes(f"{name}: boundary", boundary_logits, boundary)
@@ -326,13 +375,18 @@ def _check_classes(name: str, logits: Tensor, target: Tensor) -> None:
         raise ValueError(
             f"{name}: logits (B, K, H, W) and target (B, H, W) disagree: {tuple(logits.shape)}, {tuple(target.shape)}"
         )
-    if not isinstance(target, Tensor):
-        raise TypeError(f"{name}: the target is a tensor, got {type(target).__name__}; use torch.as_tensor(target)")
+    if logits.shape[1] < 2:
+        raise ValueError(
+            f"{name}: logits of {logits.shape[1]} channel(s) have no gradient, softmax needs at least 2: give "
+            "background and foreground; of one channel x, torch.cat([torch.zeros_like(x), x], 1) makes them"
+        )
+    _check_floating(f"{name}: logits", logits)
     if target.is_floating_point():
         raise TypeError(f"{name}: the target holds class numbers, got dtype {target.dtype}; use target.long()")
 
 
 def _check_sdf(raw: Tensor, sdf: Tensor) -> None:
+    _check_floating("the raw sdf", raw)
     per_image = (raw.shape[0], *raw.shape[2:])
     if raw.ndim != 4 or raw.shape[1] != 1 or tuple(sdf.shape) not in (tuple(raw.shape), per_image):
         raise ValueError(

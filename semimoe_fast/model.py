@@ -149,8 +149,9 @@ class MultiGating(nn.Module):
 class SemiMoE(nn.Module):
     """Experts and gating together: images (B, in_channels, H, W) -> Output, any H and W.
 
-    expert_tasks names what each expert learns, "mask", "sdf" or "boundary"; several experts may share a task. The
-    gated tasks are the distinct ones, in the order of their first expert.
+    num_classes: K, at least 2, the background among them. expert_tasks names what each expert learns, "mask", "sdf" or
+    "boundary"; several experts may share a task. The gated tasks are the distinct ones, in the order of their first
+    expert. Raises ValueError for fewer classes and for unknown tasks.
     """
 
     def __init__(
@@ -161,6 +162,8 @@ class SemiMoE(nn.Module):
         expert_tasks: Sequence[str] = ("mask", "sdf", "boundary"),
     ) -> None:
         super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes is {num_classes}: give at least 2, the background is a class of its own")
         out_channels = {"mask": num_classes, "sdf": 1, "boundary": 2}
         if unknown := [task for task in expert_tasks if task not in out_channels]:
             raise ValueError(f"expert_tasks has {unknown[0]!r}: choose from {', '.join(out_channels)}")

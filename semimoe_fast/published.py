@@ -47,7 +47,7 @@ def import_published(source: str | Path | Mapping[str, StateDict]) -> SemiMoE:
             expert.load_state_dict(_import_expert(parts[part]), assign=True)
         gating = {rename_gating(key): value.clone() for key, value in parts[GATING_PART].items()}
         model.gating.load_state_dict(gating, assign=True)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, ValueError) as error:
         detail = " ".join(str(error).split())
         raise UserError(f"{name}: is not a published Semi-MoE checkpoint: {detail}") from error
     return model.eval()

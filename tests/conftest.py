@@ -1,10 +1,11 @@
-"""Fixtures of every test: the golden archives, and poisoned uninitialised memory."""
+"""Fixtures of every test: the golden archives, poisoned uninitialised memory, and a patient start of processes."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,25 @@ RESEARCH_ONLY = {"targets_glas"}  # holds GlaS content, which may not be distrib
 
 torch.utils.deterministic.fill_uninitialized_memory = True
 torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN, so that unwritten outputs show
+
+
+class PatientPopen(subprocess.Popen):
+    """Tries for a minute to start a process: on a busy machine fork fails with EAGAIN, in Python BlockingIOError.
+
+    It does so while all processes of the machine or container together are as many as it allows, and some soon end.
+    """
+
+    def __init__(self, *args: object, **options: object) -> None:
+        for pause in (1, 2, 4, 8, 16, 32):
+            try:
+                super().__init__(*args, **options)
+                return
+            except BlockingIOError:
+                time.sleep(pause)
+        super().__init__(*args, **options)
+
+
+subprocess.Popen = PatientPopen  # subprocess.run uses it too
 
 
 @pytest.fixture(scope="session")

@@ -205,6 +205,9 @@ def test_incomplete_published_checkpoints_are_refused(tmp_path: Path) -> None:
     parts = export_published(SemiMoE(width=2))
     with pytest.raises(UserError, match="has no gating_model"):
         import_published({part: parts[part] for part in ("segment_model", "sdf_model", "boundary_model")})
+    head = "Conv_1x1.weight"
+    with pytest.raises(UserError, match="num_classes is 1"):
+        import_published({**parts, "segment_model": {**parts["segment_model"], head: parts["segment_model"][head][:1]}})
     del parts["sdf_model"]["Conv3.conv.0.weight"]
     with pytest.raises(UserError, match="not a published Semi-MoE checkpoint"):
         import_published(parts)

@@ -214,6 +214,11 @@ def test_a_gpu_reads_every_integer_type(engine: Engine, dtype: type) -> None:
     check(engine, mask)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found")
+def test_a_failure_leaves_the_stream_capture_mode_as_it_was() -> None:
+    assert cuda_library().capture_mode_after_failure() == 0
+
+
 @pytest.mark.parametrize(("value", "sdf_value"), [(0, -1), (1, 1), (255, 1)])
 def test_constant_masks(engine: Engine, value: int, sdf_value: int) -> None:
     squared, sdf, boundary = engine(np.full((2, 5, 7), value, np.uint8), 2)

@@ -180,7 +180,7 @@ def test_pseudo_labels_equal_reference_and_carry_no_gradient() -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     batch=st.integers(1, 3),
-    classes=st.integers(1, 5),
+    classes=st.integers(2, 5),
     height=st.sampled_from([1, 5, 8, 17]),
     width=st.sampled_from([1, 4, 13]),
     seed=st.integers(0, 2**16),
@@ -434,6 +434,61 @@ def test_bad_arguments_get_one_clear_line(call, error: type[Exception], message:
         call()
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["squared_dice_loss", "soft_dice_loss", "objective: mask", "objective: boundary"])
+def test_one_channel_is_refused_with_the_remedy(name: str) -> None:
+    """Softmax over it is 1 everywhere: a loss without a gradient."""
+    one, two, classes = zeros(1, 1, 4, 4), zeros(1, 2, 4, 4), zeros(1, 4, 4).long()
+
+    def loss(logits: Tensor) -> Tensor:
+        if name in LOSSES:
+            return getattr(F, name)(logits, classes)
+        mask_logits, boundary_logits = (logits, two) if name.endswith("mask") else (two, logits)
+        return F.objective_terms(mask_logits, one, boundary_logits, classes, classes.float(), classes)
+
+    with pytest.raises(
+        ValueError, match=r"1 channel\(s\) have no gradient.*torch.cat\(\[torch.zeros_like\(x\), x\], 1"
+    ):
+        loss(one)
+    x = one.clone().requires_grad_()
+    loss(torch.cat([torch.zeros_like(x), x], 1)).sum().backward()
+    assert x.grad.any()
+
+
+TENSORS = {  # arguments of every operation, of which each tensor in turn is replaced
+    "multi_gate": ONE_HEAD,
+    "pseudo_labels": ([zeros(1, 2, 4, 4)], zeros(1, 3, 1), [zeros(o, 2) for o in (2, 1, 2)], [*map(zeros, (2, 1, 2))]),
+    "expert_products": ([zeros(1, 2, 4, 4)], [zeros(2, 2)], [zeros(2, 2)], [zeros(2)]),
+    "mix_products": (zeros(1, 1, 2, 4, 4), zeros(1, 1, 1), [zeros(2)]),
+    "label_products": (zeros(1, 1, 5, 4, 4), zeros(1, 3, 1), [*map(zeros, (2, 1, 2))]),
+    "squared_dice_loss": (zeros(1, 2, 4, 4), zeros(1, 4, 4).long()),
+    "soft_dice_loss": (zeros(1, 2, 4, 4), zeros(1, 4, 4).long()),
+    "tanh_mse_loss": (zeros(1, 1, 4, 4), zeros(1, 4, 4)),
+    "objective_terms": (*ONE_SET, zeros(1, 4, 4).long(), zeros(1, 4, 4), zeros(1, 4, 4).long()),
+    "joint_objective_terms": ([ONE_SET], zeros(1, 4, 4).long(), zeros(1, 4, 4), zeros(1, 4, 4).long()),
+    "adaptive_loss": (zeros(3), zeros(3)),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_only_tensors_on_one_device_are_taken(name: str) -> None:
+    """Whichever argument, or item of one, is something else: one line names it before anything is read of it."""
+    leaves, structure = torch.utils._pytree.tree_flatten(TENSORS[name])
+    operation = getattr(F, name)
+    operation(*TENSORS[name])
+    assert len(leaves) >= 2
+    for i, leaf in enumerate(leaves):
+        for stranger, error in ((leaf.numpy(), TypeError), (None, TypeError), (leaf.to("meta"), ValueError)):
+            arguments = torch.utils._pytree.tree_unflatten([*leaves[:i], stranger, *leaves[i + 1 :]], structure)
+            with pytest.raises(error, match=r"^\w+(: a tensor is needed.*torch\.as_tensor| is on .*\.to\(\))$"):
+                operation(*arguments)
+
+
+@pytest.mark.parametrize("name", ["multi_gate", "mix_products", "squared_dice_loss", "tanh_mse_loss"])
+def test_integer_predictions_are_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=r"floating-point numbers are needed, got dtype torch.int64; use .float\(\)"):
+        getattr(F, name)(*torch.utils._pytree.tree_map(Tensor.long, TENSORS[name]))
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:

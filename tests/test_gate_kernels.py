@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -169,6 +170,59 @@ def test_rows_beyond_32_bits() -> None:
         products, torch.ones(1, 1, 1), torch.zeros(3), (outputs,), pixels, (3,), (0,), 3, 1, used
     )  # fmt: skip
     assert outputs[::pixels].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("batch", "side"), [(2**18, 1), (1, 2**14)])
+def test_grids_of_many_images_and_of_large_ones(batch: int, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA ends the second and third axis at 65,535. The tensors have no memory, and nothing is launched."""
+    from semimoe_fast.kernels import expert_products, mix, objective
+
+    grids: list[tuple[int, ...]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]):
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    for module in (expert_products, mix, objective):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Recorder())
+
+    def empty(channels: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(batch, channels, side, side, dtype=dtype, device="meta")
+
+    features, own, gated = [[empty(channels) for channels in rows] for rows in ((4, 4, 4), OWN, HEADS)]
+    weights, biases = torch.empty(10, 4, device="meta"), torch.empty(5, device="meta")
+    gates, products = torch.empty(batch, 3, 3, device="meta"), torch.empty(batch, 3, 5, side, side, device="meta")
+    expert_products.forward(features, weights, biases, OWN)
+    expert_products.backward(features, weights, OWN, None, products, own)
+    mix.forward(products, gates, biases, HEADS)
+    mix.labels(products, gates, biases, 2)
+    mix.backward(products, gates, gated)
+    targets, sums = [empty(1, torch.uint8), empty(1), empty(1, torch.uint8)], torch.empty(batch, 8, device="meta")
+    objective.forward([own, gated], targets, torch.float32)
+    objective.backward(biases[:3], [own, gated], targets, sums, sums)
+    programs = batch * max(side * side // 1024, 1)  # or more, of seven kernels, and the finish of the objective
+    assert sum(map(math.prod, grids)) >= 7 * programs + 1
+    assert all(grid[0] < 2**31 and max(grid[1:], default=1) <= 65_535 for grid in grids), grids
+
+
+def test_a_batch_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three launches instead of one, the last for one image, change nothing."""
+    features, own = [draw(5, 4, 5, 7, seed=e) for e in range(3)], [draw(o, 4, seed=o) for o in OWN]
+    gates, biases = draw(5, 3, 3), [draw(o) for o in HEADS]
+    leaves = [*features, *own, gates, *biases]
+
+    def results() -> list[Tensor]:
+        means, products, predictions = F.expert_products(features, own, own, biases)
+        outputs = [means, products, *predictions, *F.mix_products(products, gates, biases)]
+        gradients = torch.autograd.grad(sum(output.square().sum() for output in outputs), leaves)
+        return [*outputs, *gradients, *F.label_products(products, gates, biases)]
+
+    whole = results()
+    monkeypatch.setattr("semimoe_fast.kernels._images.IMAGES", 2)
+    for part, expected in zip(results(), whole, strict=True):
+        torch.testing.assert_close(part, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("used", [(0,), (1,), (2,), (3, 4)], ids=["means", "products", "one own", "two own"])

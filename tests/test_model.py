@@ -121,6 +121,11 @@ def test_unknown_task_is_refused() -> None:
         SemiMoE(expert_tasks=("mask", "contour"))
 
 
+def test_a_mask_of_one_class_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_classes is 1: give at least 2"):
+        SemiMoE(num_classes=1)
+
+
 @pytest.mark.slow
 def test_model_compiles_without_graph_breaks() -> None:
     model = SemiMoE(width=1).eval()

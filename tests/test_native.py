@@ -145,6 +145,23 @@ def test_a_gpu_the_kernels_were_not_built_for_is_explained(monkeypatch: pytest.M
     assert "with 70 in SEMIMOE_CUDA_ARCHS" in reason
 
 
+def test_processes_of_the_tests_start_once_the_system_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As compilers need on a machine where fork fails now and then."""
+    (original,) = subprocess.Popen.__bases__
+    start, failures, pauses = original.__init__, [BlockingIOError(), BlockingIOError()], []
+
+    def start_in_the_end(*args, **options) -> None:
+        if failures:
+            raise failures.pop()
+        start(*args, **options)
+
+    monkeypatch.setattr(original, "__init__", start_in_the_end)
+    monkeypatch.setattr("time.sleep", pauses.append)
+    done = subprocess.run([sys.executable, "-c", "print('started')"], capture_output=True, text=True)
+    assert done.stdout == "started\n"
+    assert pauses == [1, 2]
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")
 @pytest.mark.parametrize(
     "architecture", [90, *(pytest.param(sm, marks=pytest.mark.slow) for sm in (75, 80, 86, 89, 100, 120))]

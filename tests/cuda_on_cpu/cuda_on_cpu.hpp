@@ -37,9 +37,13 @@ struct dim3 {
   dim3(unsigned size = 1) : x(size) {}
 };
 
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeRelaxed = 2 };
+
 namespace emulated {
 
 inline int compute_capability_major = 9;
+inline bool kernels_load = true;
+inline cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;  // of the only thread
 inline unsigned seed = 0;
 inline std::map<void*, std::size_t> opted_in;  // kernels to more shared memory
 
@@ -262,7 +266,7 @@ T* in_block(unsigned rank, T* here) {
 // ---------------------------------------------------------------------------------------------------------- launching
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidDeviceFunction = 98 };
 enum { cudaDevAttrComputeCapabilityMajor, cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum { cudaLaunchAttributeClusterDimension = 4 };
 
@@ -293,6 +297,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
 }
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+  if (!emulated::kernels_load) return cudaErrorInvalidDeviceFunction;
   return attributes->ptxVersion = 10 * emulated::compute_capability_major, cudaSuccess;
 }
 template <class Kernel>
@@ -304,8 +309,9 @@ template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t*) {
   return *clusters = 1, cudaSuccess;
 }
-enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
-inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  return std::swap(*mode, emulated::capture_mode), cudaSuccess;
+}
 inline cudaError_t cudaMemsetAsync(void* address, int value, std::size_t bytes, cudaStream_t) {
   return std::memset(address, value, bytes), cudaSuccess;
 }

@@ -12,3 +12,19 @@ extern "C" const char* run(const semimoe::Problem* problem, int compute_capabili
   message = error.what();
   return message.c_str();
 }
+
+// The stream capture mode of the thread, 0 at first, after kernels of a device not yet known have failed to load.
+extern "C" int capture_mode_after_failure() {
+  emulated::compute_capability_major = 7;
+  emulated::kernels_load = false;
+  semimoe::Problem problem{};
+  problem.batch = problem.height = problem.width = 1;
+  bool failed = false;
+  try {
+    semimoe::launch(problem, nullptr);
+  } catch (const std::runtime_error&) {
+    failed = true;
+  }
+  emulated::kernels_load = true;
+  return failed ? emulated::capture_mode : -1;
+}
