@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from scipy.ndimage import distance_transform_edt
 from skimage.morphology import dilation, disk
 from skimage.segmentation import find_boundaries
@@ -37,6 +36,7 @@ from semimoe_fast.config import TrainConfig
 from semimoe_fast.data import NORMALIZATION, list_images, read_image, read_mask, resize_image, resize_mask
 from semimoe_fast.device import choose_device
 from semimoe_fast.model import initialize
+from semimoe_fast.options import read_options
 from semimoe_fast.schedule import epoch_order, generator, learning_rate, unsupervised_weight
 from semimoe_fast.sources import only_part
 from semimoe_fast.synthetic import Folder, write
@@ -376,4 +376,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, prog="python -m benchmarks.baseline"))
+    main(read_options(Options, "benchmarks.baseline"))
