@@ -282,7 +282,8 @@ class Baseline:
         """One step on a batch that is on the device."""
         habits, networks = self.habits, self.networks
         u = unsupervised_weight(self.epoch, self.config.epochs, self.config.unsupervised_weight)
-        with torch.backends.cudnn.flags(enabled=True, benchmark=not habits.untuned_cudnn):
+        tf32 = torch.backends.cudnn.allow_tf32  # which `flags` would turn on
+        with torch.backends.cudnn.flags(enabled=True, benchmark=not habits.untuned_cudnn, allow_tf32=tf32):
             features, own = zip(*(expert(batch.unlabelled) for expert in networks.experts), strict=True)
             with torch.set_grad_enabled(habits.keep_gating_graph):
                 pseudo = networks.gating(features)  # by its name alive, with its graph, to the end of the step

@@ -249,6 +249,7 @@ def test_sigkill_and_resume_as_processes(tiny: list[str], tmp_path: Path, delay:
 
 
 def test_resume_of_a_finished_run_only_reports(finished: Path, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("tyro")
     before = (finished / train.LAST).read_bytes()
     train.main(["--resume", str(finished)])
     assert (finished / train.LAST).read_bytes() == before
