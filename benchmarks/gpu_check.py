@@ -56,7 +56,7 @@ OPERATIONS_FIRST = (
 STEPS = ("benchmarks/test_step.py", *ON_CUDA)
 RATIOS = "from benchmarks.step_ratios import Options, main; main(Options(only_cuda=True, ablation=False))"
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
-SANITIZED = ("capture cluster", "capture launches", "native", "gating", "objective")  # of gpu_sanitize.py
+SANITIZED = ("native", "capture cluster", "capture launches", "gating", "objective")  # of gpu_sanitize.py
 RUNS = ("graph", "eager", "profile", "compiled")  # of gpu_train.py
 
 UNFINISHED, TIME_IS_UP = "interrupted", "the time was up"
@@ -171,8 +171,8 @@ def sanitize(work: Work, record: Record) -> None:
         record["status"] = "skipped: compute-sanitizer is not installed; it comes with the CUDA toolkit"
         return
     record["cases"] = {}
-    for case in SANITIZED:
-        for tool in SANITIZER_TOOLS:
+    for tool in SANITIZER_TOOLS:
+        for case in SANITIZED:
             log = f"{tool}, {case}"
             command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
             program = [sys.executable, "-P", "-m", "benchmarks.gpu_sanitize", case]
