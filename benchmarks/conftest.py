@@ -22,7 +22,7 @@ Forward = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 @pytest.fixture(autouse=True)
-def _exact_float32() -> None:
+def exact_float32() -> None:
     """float32 is float32, of what is measured and of what it is checked against, whatever ran before."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 

@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
     """Put what a benchmark has measured into its report."""
     measured = getattr(getattr(item, "funcargs", {}).get("benchmark"), "stats", None)
-    if call.when == "call" and measured is not None:
+    if call.when == "call" and call.excinfo is None and measured is not None:
         result = {name: getattr(measured, name) for name in ("name", "group", "params", "extra_info")}
         result["stats"] = {name: getattr(measured.stats, name) for name in KEPT}
         item.user_properties.append(("benchmark", json.loads(json.dumps(result, default=str))))

@@ -36,10 +36,24 @@ def test_slow_runs_last():
     time.sleep(60)
 """
 BENCHMARK = """
+import pytest, torch
+from benchmarks.conftest import device, exact_float32, measure, provider
+
+OPERATION = "objective_terms"
+
+def twice(x): return 2 * x
+
 def test_cuda_is_measured(benchmark):
     benchmark.extra_info["copies"] = 3
     benchmark.pedantic(lambda: None, rounds=4)
+def test_cuda_fails(benchmark): benchmark(lambda: 1 / 0)
 def test_of_the_cpu_is_not(benchmark): benchmark(lambda: None)
+@pytest.mark.parametrize("size", range(2, 11))  # one more than Dynamo's limit
+def test_variants_with_cuda(measure, provider, size):
+    if provider != "reference compiled": pytest.skip("eager")
+    compiled = torch.compile(twice, backend="eager", fullgraph=True, dynamic=False)
+    x = torch.ones(size, requires_grad=True)
+    measure(lambda inputs: [compiled(*inputs)], [x], [], [torch.ones(size)], "both")
 """
 
 Start = Callable[..., tuple[int, dict]]
@@ -105,8 +119,10 @@ def test_failed_tests_and_a_time_limit_leave_results_and_benchmarks(
     order = [line["test"].split("::")[1] for line in gpu_check.read_lines(tmp_path / "gpu" / "tests.jsonl")]
     assert order == ["test_of_cuda_runs_first", "test_that_runs_second", "test_left_out"]
     ops = stages["ops"]
-    assert (ops["status"], ops["failed_tests_beside"]) == ("passed", 1)
-    (measured,) = ops["benchmarks"]
+    assert (ops["status"], ops["failed_tests_beside"]) == ("failed with exit status 1", 1)
+    assert [test.split("::")[1] for test in ops["failed"]] == ["test_cuda_fails"]
+    measured, *variants = ops["benchmarks"]
+    assert len(variants) == 9
     assert (measured["name"], measured["extra_info"]) == ("test_cuda_is_measured", {"copies": 3})
     assert measured["stats"]["rounds"] == 4
     assert 0 < measured["stats"]["min"] <= measured["stats"]["median"]
