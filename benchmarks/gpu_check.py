@@ -60,7 +60,7 @@ SANITIZED = ("native", "capture cluster", "capture launches", "gating", "objecti
 RUNS = ("graph", "eager", "profile", "compiled")  # of gpu_train.py
 
 UNFINISHED, TIME_IS_UP = "interrupted", "the time was up"
-OUTCOMES = ("passed", "failed", "skipped")
+LOST = 77  # exit status of benchmarks/gpu_lines.py for a CUDA context that is broken
 
 Record = dict[str, Any]
 
@@ -107,12 +107,21 @@ class Work:
         return self.run(log, sys.executable, "-P", *arguments, **variables)
 
     def pytest(self, record: Record, log: str, first: Sequence[str], *arguments: str, **variables: str) -> None:
-        """Run pytest, the tests that match `first` first, and note how it ended and what each test did, if it did."""
-        lines = FOLDER / f"{log}.jsonl"
-        lines.unlink(missing_ok=True)
-        options = ["-p", "benchmarks.gpu_lines", f"--lines={lines}", *(f"--first={pattern}" for pattern in first)]
+        """Run pytest, the tests that match `first` first, and note how it ended and what each test did, if it did.
+
+        Where a test takes the process with it, another one goes on with the tests behind it.
+        """
+        lines, done = FOLDER / f"{log}.jsonl", FOLDER / f"{log}.done.jsonl"
+        lines.write_text("")
+        options = ["-p", "benchmarks.gpu_lines", f"--lines={lines}", f"--done={done}"]
+        options += [f"--first={pattern}" for pattern in first]
+        crashed = True
         try:
-            note_end(record, self.python(log, "-m", "pytest", "-q", *options, *arguments, **variables), log)
+            while crashed:
+                shutil.copy(lines, done)
+                status = self.python(log, "-m", "pytest", "-q", *options, *arguments, **variables)
+                note_end(record, status, log)
+                crashed = status is not None and (status < 0 or status == LOST) and read(lines) != read(done)
         finally:
             record |= summarize(read_lines(lines))
 
@@ -233,11 +242,13 @@ def read_lines(path: Path) -> list[Record]:
 
 
 def summarize(lines: Sequence[Record]) -> Record:
-    """Tests by their outcome, and what was measured."""
-    by_outcome = {outcome: [line for line in lines if line["outcome"] == outcome] for outcome in OUTCOMES}
-    summary: Record = {"passed": len(by_outcome["passed"])}
-    for outcome in ("failed", "skipped"):
-        summary[outcome] = {line["test"]: line["message"] for line in by_outcome[outcome]}
+    """Tests by their outcome, the first where there are several, and what was measured."""
+    outcomes: dict[str, Record] = {"passed": {}, "failed": {}, "skipped": {}, "started": {}}
+    for line in lines:
+        outcomes[line["outcome"]].setdefault(line["test"], line.get("message"))
+    ended = outcomes["passed"] | outcomes["failed"] | outcomes["skipped"]
+    summary = {"passed": len(outcomes["passed"]), "failed": outcomes["failed"], "skipped": outcomes["skipped"]}
+    summary["unfinished"] = [test for test in outcomes["started"] if test not in ended]  # its process ended in it
     measured = [line["benchmark"] for line in lines if "benchmark" in line]
     return summary | ({"benchmarks": measured} if measured else {})
 
@@ -349,7 +360,7 @@ def say(record: Record) -> str:
     counts = [f"{record['passed']} passed", f"{len(record['failed'])} failed"] if "passed" in record else []
     counts += [f"{record['failed_tests_beside']} failed tests beside"] if record.get("failed_tests_beside") else []
     head = ", ".join([record["status"], *counts, f"{record['seconds']:.0f} s"])
-    return "\n  ".join([head, *list(record.get("failed", {}))[:20]])
+    return "\n  ".join([head, *[*record.get("failed", {}), *record.get("unfinished", [])][:20]])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

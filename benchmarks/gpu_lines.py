@@ -1,26 +1,32 @@
-"""A pytest plugin: a line of JSON for every test as soon as it ends, so that a run that is ended leaves its results.
+"""A pytest plugin: lines of JSON for every test as soon as it begins and ends, so that a killed run leaves its results.
 
-    python -m pytest -p benchmarks.gpu_lines --lines=FILE --first=PATTERN ...
+    python -m pytest -p benchmarks.gpu_lines --lines=FILE --done=FILE --first=PATTERN ...
 
 Tests whose names match the first of the patterns run first, then those of the second, and so on; slow ones run last.
+Tests that the lines of another file name are left out. A failed test that has broken the process's CUDA context, in
+which all others would fail too, ends the process with the exit status LOST; pytest-xdist replaces such a worker.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 LONGEST_MESSAGE = 4000  # characters, of a failure
+LOST = 77
 KEPT = ("min", "median", "iqr", "rounds")  # of a benchmark
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--lines", help="file to append a line of JSON for each test to")
+    parser.addoption("--done", help="file with such lines of an earlier run, which this one continues")
     parser.addoption("--first", action="append", default=[], help="regular expression of tests to run first")
 
 
@@ -31,7 +37,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    patterns = config.getoption("--first")
+    patterns, done = config.getoption("--first"), config.getoption("--done")
+    ran = {json.loads(line)["test"] for line in Path(done).read_text().splitlines()} if done else set()
+    items[:] = [item for item in items if item.nodeid not in ran]
 
     def rank(item: pytest.Item) -> tuple[bool, int]:
         slow = item.get_closest_marker("slow") is not None
@@ -51,6 +59,16 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
     return (yield)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Once the failure is written down, or on its way to the controller."""
+    if report.failed and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(LOST)
+
+
 class Lines:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,6 +76,9 @@ class Lines:
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self.write(test=report.nodeid, outcome="failed", message=report.longreprtext[-LONGEST_MESSAGE:])
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.write(test=nodeid, outcome="started")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:

@@ -36,6 +36,7 @@ def test_slow_runs_last():
     time.sleep(60)
 """
 BENCHMARK = """
+import os, signal
 import pytest, torch
 from benchmarks.conftest import device, exact_float32, measure, provider
 
@@ -47,6 +48,11 @@ def test_cuda_is_measured(benchmark):
     benchmark.extra_info["copies"] = 3
     benchmark.pedantic(lambda: None, rounds=4)
 def test_cuda_fails(benchmark): benchmark(lambda: 1 / 0)
+def test_cuda_crashes(benchmark): os.kill(os.getpid(), signal.SIGSEGV)
+def test_cuda_breaks(benchmark):
+    def synchronize(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, synchronize
+    assert False
 def test_of_the_cpu_is_not(benchmark): benchmark(lambda: None)
 @pytest.mark.parametrize("size", range(2, 11))  # one more than Dynamo's limit
 def test_variants_with_cuda(measure, provider, size):
@@ -116,11 +122,15 @@ def test_failed_tests_and_a_time_limit_leave_results_and_benchmarks(
     assert failed.endswith("test_that_runs_second")
     assert "one is not two" in message
     assert list(tests["skipped"].values()) == ["Skipped: no reason"]
-    order = [line["test"].split("::")[1] for line in gpu_check.read_lines(tmp_path / "gpu" / "tests.jsonl")]
-    assert order == ["test_of_cuda_runs_first", "test_that_runs_second", "test_left_out"]
+    lines = gpu_check.read_lines(tmp_path / "gpu" / "tests.jsonl")
+    order = [line["test"].split("::")[1] for line in lines if line["outcome"] == "started"]
+    assert order == ["test_of_cuda_runs_first", "test_that_runs_second", "test_left_out", "test_slow_runs_last"]
+    assert [test.split("::")[1] for test in tests["unfinished"]] == order[-1:]
     ops = stages["ops"]
-    assert (ops["status"], ops["failed_tests_beside"]) == ("failed with exit status 1", 1)
-    assert [test.split("::")[1] for test in ops["failed"]] == ["test_cuda_fails"]
+    assert ops["failed_tests_beside"] == 1
+    assert ops["status"].startswith("failed")
+    assert [test.split("::")[1] for test in ops["failed"]] == ["test_cuda_fails", "test_cuda_breaks"]
+    assert [test.split("::")[1] for test in ops["unfinished"]] == ["test_cuda_crashes"]
     measured, *variants = ops["benchmarks"]
     assert len(variants) == 9
     assert (measured["name"], measured["extra_info"]) == ("test_cuda_is_measured", {"copies": 3})
