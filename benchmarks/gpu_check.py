@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,9 @@ FOLDER = ROOT / "build" / "gpu"
 BUILT = "built"  # a file in the folder, with the digest of the sources that were built
 # What building, testing and measuring import, by module name, but for the benchmarks' peers.
 NEEDED = """torch triton numpy PIL matplotlib safetensors tqdm pytest pytest_benchmark hypothesis scipy skimage
-            setuptools pybind11 cmake ninja""".split()
+            pip setuptools pybind11""".split()
+TOOLS = ("cmake", "ninja")  # on the path, or beside Python
+CUDA_TOOLS = "/usr/local/cuda/bin"  # nvcc and compute-sanitizer, where they are not on the path
 BUILT_FROM = ("csrc", "kernels", "semimoe_fast", "CMakeLists.txt", "pyproject.toml", "setup.py")
 MINUTES = 9.0
 GRACE = 15.0  # seconds that a command has to finish once it is told to
@@ -42,7 +45,12 @@ WORKERS = 8
 
 # The packaging tests install the tree into environments of their own, which says nothing about the GPU.
 TESTS = ("tests", "--ignore=tests/test_packaging.py", "-m", "not network")
-TESTS_FIRST = ("cuda(?! on the cpu)", r"(gate|adaptive)_kernels?\.py", "triton", r"test_(functional|profile)\.py")
+TESTS_FIRST = (
+    "cuda(?! on the cpu)|_gpu_|_device",
+    r"(gate|adaptive)_kernels?\.py",
+    "triton",
+    r"test_(functional|profile)\.py",
+)
 ON_CUDA = ("-k", "cuda or cupy or cucim or monai")
 OPERATIONS = ("benchmarks/test_targets.py", "benchmarks/test_losses.py", "benchmarks/test_gating.py", *ON_CUDA)
 OPERATIONS_FIRST = (
@@ -81,7 +89,7 @@ class Work:
     def environment(self) -> dict[str, str]:
         """In which Python finds the package as it was built, then what is installed, then benchmarks/."""
         paths = [str(self.site), *filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]
-        tools = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])  # nvcc and compute-sanitizer
+        tools = os.pathsep.join([os.environ.get("PATH", ""), CUDA_TOOLS])
         return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PATH": tools}
 
     def run(self, log: str, *command: str | Path, **variables: str) -> int | None:
@@ -292,6 +300,8 @@ def digest_of(paths: Sequence[str]) -> str:
 
 def check_machine() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    places = (None, sysconfig.get_path("scripts"))
+    missing += [tool for tool in TOOLS if not any(shutil.which(tool, path=place) for place in places)]
     if "torch" in missing:
         refuse(f"{sys.executable} has no PyTorch: choose another, as in make gpu-check PYTHON=/path/to/python")
     import torch

@@ -70,6 +70,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(gpu_check, "FOLDER", tmp_path / "gpu")
     monkeypatch.setattr(gpu_check, "GRACE", 1.0)
+    monkeypatch.setattr(gpu_check, "TOOLS", ())
+    monkeypatch.setattr(gpu_check, "CUDA_TOOLS", "")
     monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow")
     for name, text in (("test_some.py", TESTS), ("test_speed.py", BENCHMARK)):
@@ -201,8 +203,9 @@ def test_nothing_is_run_on_what_could_not_be_built(start: Start, monkeypatch: py
 def test_what_is_missing_is_said(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match="speed is no stage: choose from build, tests"):
         start("speed")
-    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None if name == "ninja" else name)
-    with pytest.raises(SystemExit, match="lacks ninja: install them first"):
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None if name == "pybind11" else name)
+    monkeypatch.setattr(gpu_check, "TOOLS", ("no such tool",))
+    with pytest.raises(SystemExit, match="lacks pybind11, no such tool: install them first"):
         start("tests")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="no CUDA GPU was found"):
