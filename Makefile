@@ -21,7 +21,8 @@ help:
 	@echo 'make lint       check the style of the Python and the C++ code'
 	@echo 'make fuzz       compare the C++ code with its definition on random cases, under sanitizers, for $$(FUZZ_SECONDS) s each'
 	@echo 'make bench      measure the operations and the training step beside their peers; ARGS goes to pytest'
-	@echo 'make gpu-check  tests and benchmarks on this machine'"'"'s GPU with the PyTorch of $$(PYTHON), into the JSON file $$(OUT)'
+	@echo 'make gpu-check  check and measure on this machine'"'"'s GPU with the PyTorch of $$(PYTHON), into the JSON file $$(OUT);'
+	@echo '                ARGS takes stages (build tests sanitize ops step train) and --minutes N for each of them'
 	@echo 'make clean      remove .venv and everything built'
 
 train: $(VENV)/train.done
@@ -47,7 +48,7 @@ bench: $(VENV)/bench.done
 	$(RUN) -m pytest benchmarks --benchmark-only --benchmark-sort=name --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py --out '$(OUT)'
+	$(PYTHON) benchmarks/gpu_check.py --out '$(OUT)' $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info _semimoe_fast*.so

@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from scipy.ndimage import distance_transform_edt
 from skimage.morphology import dilation, disk
 from skimage.segmentation import find_boundaries
@@ -37,6 +36,7 @@ from semimoe_fast.config import TrainConfig
 from semimoe_fast.data import NORMALIZATION, list_images, read_image, read_mask, resize_image, resize_mask
 from semimoe_fast.device import choose_device
 from semimoe_fast.model import initialize
+from semimoe_fast.options import read_options
 from semimoe_fast.schedule import epoch_order, generator, learning_rate, unsupervised_weight
 from semimoe_fast.sources import only_part
 from semimoe_fast.synthetic import Folder, write
@@ -282,7 +282,8 @@ class Baseline:
         """One step on a batch that is on the device."""
         habits, networks = self.habits, self.networks
         u = unsupervised_weight(self.epoch, self.config.epochs, self.config.unsupervised_weight)
-        with torch.backends.cudnn.flags(enabled=True, benchmark=not habits.untuned_cudnn):
+        tf32 = torch.backends.cudnn.allow_tf32  # which `flags` would turn on
+        with torch.backends.cudnn.flags(enabled=True, benchmark=not habits.untuned_cudnn, allow_tf32=tf32):
             features, own = zip(*(expert(batch.unlabelled) for expert in networks.experts), strict=True)
             with torch.set_grad_enabled(habits.keep_gating_graph):
                 pseudo = networks.gating(features)  # by its name alive, with its graph, to the end of the step
@@ -376,4 +377,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, prog="python -m benchmarks.baseline"))
+    main(read_options(Options, "benchmarks.baseline"))

@@ -1,7 +1,8 @@
-"""What the benchmarks of the differentiable operations share: devices, and the clock."""
+"""What the benchmarks share: devices, exact oracles, inputs that no cache holds, and the clock."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -15,9 +16,25 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 PROVIDERS = ["reference", "reference compiled", "portable", "fused"]
 DIRECTIONS = ["forward", "backward", "both"]
 ROUNDS = 7
-REPLAYS = 50
+REPLAYS = 20
 
-Forward = Callable[[], Sequence[Tensor]]
+Forward = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def exact_float32() -> None:
+    """float32 is float32, of what is measured and of what it is checked against, whatever ran before."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def copies_beyond_cache(input_bytes: int, device: torch.device) -> int:
+    """How many copies of the inputs are more than the GPU's L2 cache holds: taken in turn, none is found there.
+
+    On the CPU one: its caches are part of what is measured.
+    """
+    if device.type != "cuda":
+        return 1
+    return 1 + torch.cuda.get_device_properties(device).L2_cache_size // input_bytes
 
 
 @pytest.fixture(params=DEVICES)
@@ -32,71 +49,81 @@ def provider(request: pytest.FixtureRequest, device: torch.device, monkeypatch: 
     if request.param == "fused" and ops.choose(operation, device.type)[0] != "fused":
         pytest.skip(ops.choose(operation, device.type)[1])
     monkeypatch.setenv("SEMIMOE_BACKEND", request.param.split()[0])
+    torch.compiler.reset()  # shapes compiled before count against Dynamo's limit of variants
     return request.param
 
 
 @pytest.fixture
-def measure(benchmark, device: torch.device) -> Callable[[Forward, Sequence[Tensor], Sequence[Tensor], str], None]:
-    """Time `forward()`, the backward pass of its outputs with given gradients to given leaves, or both.
+def measure(
+    benchmark, device: torch.device
+) -> Callable[[Forward, Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], str], None]:
+    """Time `forward(inputs)`, the backward pass of its outputs with given gradients, or both.
 
-    On a GPU, `extra_info` gets two figures more: graph_us, the median of replays of all of it from a CUDA graph, by the
-    GPU's clock, and peak_bytes, what a call allocates at most beyond its inputs.
+    Gradients are of the parameters and of those inputs that ask for them.
+
+    On a GPU the inputs are one of several copies in turn, and `extra_info` gets two figures more: graph_us, the time of
+    a call in a CUDA graph, by the GPU's clock, and peak_bytes, what a call allocates at most beyond its inputs.
     """
 
-    def run(forward: Forward, leaves: Sequence[Tensor], gradients: Sequence[Tensor], direction: str) -> None:
+    def run(
+        forward: Forward,
+        inputs: Sequence[Tensor],
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        direction: str,
+    ) -> None:
+        leaves = [*parameters, *(x for x in inputs if x.requires_grad)]
         for leaf in leaves:
             leaf.requires_grad_(direction != "forward")
+        copies = [
+            [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+            for _ in range(copies_beyond_cache(sum(x.nbytes for x in inputs), device))
+        ]
+        turn = itertools.cycle(copies)
+
+        def compute(copy: Sequence[Tensor], outputs: Sequence[Tensor] | None = None) -> None:
+            outputs = forward(copy) if outputs is None else outputs
+            if direction != "forward":
+                leaves = [x for x in (*copy, *parameters) if x.requires_grad]
+                torch.autograd.grad(outputs, leaves, gradients)
 
         def synchronize() -> None:
             if device.type == "cuda":
                 torch.cuda.synchronize()
 
-        def prepare() -> tuple[tuple[Sequence[Tensor], ...], dict]:
-            outputs = (forward(),) if direction == "backward" else ()
+        def prepare() -> tuple[tuple, dict]:
+            copy = next(turn)
+            outputs = forward(copy) if direction == "backward" else None
             synchronize()
-            return outputs, {}
+            return (copy, outputs), {}
 
-        def call(*prepared: Sequence[Tensor]) -> None:
-            outputs = prepared[0] if prepared else forward()
-            if direction != "forward":
-                torch.autograd.grad(outputs, leaves, gradients)
+        def call(copy: Sequence[Tensor], outputs: Sequence[Tensor] | None) -> None:
+            compute(copy, outputs)
             synchronize()
 
         if device.type == "cuda":
-            benchmark.extra_info |= on_gpu(lambda: call(*prepare()[0]), forward, leaves, gradients, direction)
+            benchmark.extra_info |= {"copies": len(copies), **on_gpu(compute, copies)}
         benchmark.pedantic(call, setup=prepare, rounds=ROUNDS, warmup_rounds=2)
 
     return run
 
 
-def on_gpu(
-    whole: Callable[[], None],
-    forward: Forward,
-    leaves: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    direction: str,
-) -> dict[str, float]:
-    """Peak memory of a call, and the time of forward and, where it is asked for, backward pass from a CUDA graph."""
-    whole()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    whole()
-    figures = {"peak_bytes": torch.cuda.max_memory_allocated() - before}
-
-    def captured() -> None:
-        outputs = forward()
-        if direction != "forward":
-            torch.autograd.grad(outputs, leaves, gradients)
-
+def on_gpu(compute: Callable[[Sequence[Tensor]], None], copies: Sequence[Sequence[Tensor]]) -> dict[str, float]:
+    """Peak memory of a call on one of the copies, and its time from a CUDA graph of calls on all of them."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            captured()
-    torch.cuda.current_stream().wait_stream(side)
+            compute(copies[0])
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    compute(copies[0])
+    figures = {"peak_bytes": torch.cuda.max_memory_allocated() - before}
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured()
+        for copy in copies:
+            compute(copy)
     times = []
     for _ in range(REPLAYS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -104,5 +131,5 @@ def on_gpu(
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(1000 * start.elapsed_time(end))
+        times.append(1000 * start.elapsed_time(end) / len(copies))
     return figures | {"graph_us": statistics.median(times)}

@@ -5,11 +5,12 @@
 
 On a machine that is shared, set GOMP_SPINCOUNT=10000: threads that spin long at barriers starve each other.
 
-A round is one step of each provider, one after the other, so that what else the machine does meets all of them; the
+A round is one step of each provider, one after the other, so that what else the machine does meets all of them; on a
+GPU it is ten of each between two synchronizations, since a training run does not wait for the device after a step. The
 ratios are medians over the rounds of the ratio within a round.
 
 - baseline: benchmarks.baseline with all its habits, fed by its loader's two workers
-- ours: semimoe_fast.trainer.Trainer, augmentation and targets included
+- ours: semimoe_fast.trainer.Trainer as a run configures it, augmentation and targets included
 - bare: forward and backward of the three U-Nets on both batches and nothing else, in ours' precision and layout
 """
 
@@ -26,14 +27,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor
 
 from semimoe_fast.config import TrainConfig
-from semimoe_fast.device import autocast
-from semimoe_fast.graphs import WARM_UP
+from semimoe_fast.device import autocast, configure
 from semimoe_fast.model import SemiMoE
 from semimoe_fast.objective import objective
+from semimoe_fast.options import read_options
 from semimoe_fast.sources import load_data
 from semimoe_fast.synthetic import Folder, write
 from semimoe_fast.trainer import Trainer
@@ -41,10 +41,11 @@ from semimoe_fast.trainer import Trainer
 from .baseline import Baseline, Batch, Habits, clock
 
 IMAGES = {"labeled": 17, "unlabeled": 68, "val": 1}  # as in GlaS
-WARM_UP_ROUNDS = WARM_UP + 2 if torch.cuda.is_available() else 1  # ours captures a graph after some steps
+STEPS_ON_CUDA = 10  # of a round; more than ours takes to capture its graph, so that one round warms up
+WARM_UP_ROUNDS = 1
 EPOCH = 1  # at the first, the learning rate is 0
 HABITS = [field.name for field in dataclasses.fields(Habits)]
-Step = Callable[[], object]
+Round = Callable[[], object]  # as many steps as `Case.steps` says
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,11 @@ class Case:
 
     def __str__(self) -> str:
         return f"width {self.width}, {2 * self.batch} x {self.size} x {self.size}, {self.device}"
+
+    @property
+    def steps(self) -> int:
+        """Of a round."""
+        return STEPS_ON_CUDA if self.device == "cuda" else 1
 
     @property
     def config(self) -> TrainConfig:
@@ -92,29 +98,36 @@ def images_of_size(size: int) -> Path:
 
 
 @contextlib.contextmanager
-def baseline(case: Case, habits: Habits | None = None) -> Iterator[Step]:
+def baseline(case: Case, habits: Habits | None = None) -> Iterator[Round]:
     trainer = Baseline(case.config, torch.device(case.device), habits, EPOCH)
     batches = trainer.batches(case.config.data, workers=2)
+
+    def steps() -> None:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True  # PyTorch's defaults
+        trainer.train(batches, case.steps)
+
     try:
-        yield lambda: trainer.train(batches, 1)
+        yield steps
     finally:
         batches.close()  # ends the workers
 
 
 @contextlib.contextmanager
-def ours(case: Case) -> Iterator[Step]:
-    config = dataclasses.replace(case.config, steps_per_epoch=1)
-    trainer = Trainer(config, load_data(config)[0], torch.device(case.device))
+def ours(case: Case) -> Iterator[Round]:
+    device = torch.device(case.device)
+    config = dataclasses.replace(case.config, steps_per_epoch=case.steps)
+    trainer = Trainer(config, load_data(config)[0], device)
 
-    def step() -> None:
+    def steps() -> None:
+        configure(device, config.precision, config.deterministic)
         trainer.epoch, trainer.step = EPOCH, 0
         trainer.train_epoch(stop=lambda: False, progress=lambda: None)
 
-    yield step
+    yield steps
 
 
 @contextlib.contextmanager
-def bare(case: Case) -> Iterator[Step]:
+def bare(case: Case) -> Iterator[Round]:
     device, layout = torch.device(case.device), torch.channels_last
     model = SemiMoE(width=case.width).to(device, memory_format=layout).train()
     shape = (2, case.batch, 3, case.size, case.size)
@@ -127,11 +140,13 @@ def bare(case: Case) -> Iterator[Step]:
     with torch.no_grad():
         upstream = [torch.randn_like(prediction) for prediction in predictions()]
 
-    def step() -> None:
-        model.zero_grad()
-        torch.autograd.backward(predictions(), upstream)
+    def steps() -> None:
+        configure(device, case.config.precision, case.config.deterministic)
+        for _ in range(case.steps):
+            model.zero_grad()
+            torch.autograd.backward(predictions(), upstream)
 
-    yield step
+    yield steps
 
 
 PROVIDERS = {"baseline": baseline, "ours": ours, "bare": bare}
@@ -141,6 +156,7 @@ def check(case: Case, habits: Habits | None = None) -> None:
     """That the baseline and ours compute the same losses and gradients of one batch, before any clock runs."""
     device = torch.device(case.device)
     config = dataclasses.replace(case.config, dropout=0.0, width=4, precision="fp32")
+    configure(device, config.precision, config.deterministic)
     trainer, reference = Trainer(config, load_data(config)[0], device), Baseline(config, device, habits, EPOCH)
     trainer.epoch = EPOCH
     trainer.model.train()
@@ -170,15 +186,17 @@ def versions() -> dict[str, object]:
 # ------------------------------------------------------------------------------------------------------------ rounds
 
 
-def interleave(providers: Mapping[str, contextlib.AbstractContextManager[Step]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every step, by provider; the first rounds warm up and are not counted."""
+def interleave(
+    providers: Mapping[str, contextlib.AbstractContextManager[Round]], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of every round, by provider; the first rounds warm up and are not counted."""
     with contextlib.ExitStack() as stack:
-        steps = {name: stack.enter_context(provider) for name, provider in providers.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        entered = {name: stack.enter_context(provider) for name, provider in providers.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in entered}
         for _ in range(WARM_UP_ROUNDS + rounds):
-            for name, step in steps.items():
+            for name, steps in entered.items():
                 start = clock()
-                step()
+                steps()
                 seconds[name].append(clock() - start)
     return {name: times[WARM_UP_ROUNDS:] for name, times in seconds.items()}
 
@@ -191,7 +209,7 @@ def compare(case: Case, rounds: int) -> str:
     """A row of the table: milliseconds a step, images a second, ratios."""
     check(case)
     seconds = interleave({name: provider(case) for name, provider in PROVIDERS.items()}, rounds)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    medians = {name: statistics.median(times) / case.steps for name, times in seconds.items()}
     rates = [f"{2 * case.batch / medians[name]:.3g}" for name in ("baseline", "ours")]
     ratios = [ratio(seconds["baseline"], seconds["ours"]), ratio(seconds["ours"], seconds["bare"])]
     cells = [str(case), *(f"{1e3 * s:.4g}" for s in medians.values()), *rates, *(f"{r:.2f}" for r in ratios)]
@@ -215,8 +233,10 @@ class Options:
     """Compare the training steps in interleaved rounds and print Markdown tables."""
 
     rounds: int = 5
-    """Steps of each provider that are counted."""
+    """Rounds that are counted."""
     threads: int = 2
+    only_cuda: bool = False
+    """Leave out the cases of the CPU."""
     ablation: bool = True
     """Also give up the baseline's habits one by one, in the first case."""
 
@@ -228,7 +248,7 @@ def main(options: Options) -> None:
         "| step | baseline ms | ours ms | bare ms | baseline images/s | ours images/s | baseline / ours | ours / bare |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for case in CASES:
+    for case in ON_CUDA if options.only_cuda else CASES:
         print(compare(case, options.rounds), flush=True)
     if options.ablation:
         print(f"\n| habit, {CASES[0]} | with / without |\n| --- | --- |")
@@ -237,4 +257,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, prog="python -m benchmarks.step_ratios"))
+    main(read_options(Options, "benchmarks.step_ratios"))

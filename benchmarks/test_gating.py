@@ -60,24 +60,24 @@ def test_multi_gating(
     block, naive = ours(gating, own_heads), published(gating, own_heads)
     memory_format = torch.channels_last if layout == "channels-last" else torch.contiguous_format
     features = [torch.randn(batch, 64, 256, 256, device=device).contiguous(memory_format=memory_format) for _ in HEADS]
-    features = [x.to(dtype) for x in features]
+    features = [x.to(dtype).requires_grad_() for x in features]
     if provider == "reference":
         block = naive
     elif provider == "reference compiled":
         block = torch.compile(naive, fullgraph=True, dynamic=False)
 
-    def forward() -> tuple[Tensor, ...]:
+    def forward(features: Sequence[Tensor]) -> tuple[Tensor, ...]:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             return block(features)
 
-    leaves = [*features, *gating.parameters(), *own_heads.parameters()]
-    gradients = [torch.randn_like(output) for output in forward()]
+    parameters = [*gating.parameters(), *own_heads.parameters()]
+    gradients = [torch.randn_like(output) for output in forward(features)]
     with torch.no_grad():
-        for output, expected in zip(forward(), naive([x.float() for x in features]), strict=True):
+        for output, expected in zip(forward(features), naive([x.float() for x in features]), strict=True):
             # float32: sums of 192 terms; bf16 rounds each to 8 bits
             tolerance = 1e-3 if dtype == torch.float32 else 0.1
             torch.testing.assert_close(output.float(), expected, rtol=tolerance, atol=tolerance)
-    measure(forward, leaves, gradients, direction)
+    measure(forward, features, parameters, gradients, direction)
 
 
 @pytest.mark.parametrize("batch", [2, 8])
@@ -95,4 +95,4 @@ def test_pseudo_labels(benchmark, measure, device: torch.device, provider: str, 
     for result, oracle in zip(label(products, gates, biases), expected, strict=True):
         disagreement = (result.double() - oracle.double()).abs() > 1e-5  # where two outputs are equal but for rounding
         assert disagreement.float().mean() < 1e-4
-    measure(lambda: label(products, gates, biases), [], [], "forward")
+    measure(lambda inputs: label(*inputs, biases), [products, gates], [], [], "forward")

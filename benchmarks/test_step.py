@@ -3,7 +3,7 @@
     make bench ARGS="-k step"
 
 The providers are those of benchmarks.step_ratios, which measures them in turn and is to be trusted where the machine
-does other things too. In `extra_info`: images a second, device, threads and versions.
+does other things too. In `extra_info`: images a second, steps of a round, device, threads and versions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from .baseline import Habits, clock
-from .step_ratios import CASES, HABITS, PROVIDERS, WARM_UP_ROUNDS, Case, Step, baseline, check, versions
+from .step_ratios import CASES, HABITS, PROVIDERS, WARM_UP_ROUNDS, Case, Round, baseline, check, versions
 
 pytestmark = pytest.mark.benchmark(timer=clock)
 
@@ -28,12 +28,12 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def measure(benchmark, case: Case, provider: AbstractContextManager[Step]) -> None:
-    with provider as step:
-        benchmark.pedantic(step, rounds=5, warmup_rounds=WARM_UP_ROUNDS)
-    benchmark.extra_info.update(versions())
+def measure(benchmark, case: Case, provider: AbstractContextManager[Round]) -> None:
+    with provider as steps:
+        benchmark.pedantic(steps, rounds=5, warmup_rounds=WARM_UP_ROUNDS)
+    benchmark.extra_info.update(versions(), steps_per_round=case.steps)
     if benchmark.enabled:
-        benchmark.extra_info["images_per_second"] = 2 * case.batch / benchmark.stats["median"]
+        benchmark.extra_info["images_per_second"] = 2 * case.batch * case.steps / benchmark.stats["median"]
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

@@ -11,13 +11,15 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from .device import Compile, Precision
 from .errors import UserError
 from .model import STRIDE
+from .options import read_options
+
+if TYPE_CHECKING:
+    import tyro
 
 NONE = "none"
 CONFIG_FILE = "config.json"
@@ -222,7 +224,7 @@ def parse(arguments: Sequence[str] | None = None, processes: int = 1) -> TrainCo
         default = dataclasses.replace(read_config(given.resume), resume=given.resume)
     else:
         default = SYNTHETIC if given.data is None else TrainConfig()
-    config = tyro.cli(TrainConfig, args=arguments, default=default, prog="python -m semimoe_fast.train")
+    config = read_options(TrainConfig, "semimoe_fast.train", arguments, default)
     if config.resume is not None:
         _refuse_changes(default, config)
     config.check(processes)

@@ -50,6 +50,7 @@ def configure(device: torch.device, precision: Precision, deterministic: bool) -
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         # A warning, no error: the gradient of max pooling may add in any order, but of 2 x 2 squares adds nothing up.
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and nothing unwritten is read
     bf16 = in_bf16(precision, device)
     settings = ["bf16 autocast" if bf16 else "fp32", "channels-last"]
     if device.type == "cpu":

@@ -6,10 +6,9 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,6 +19,10 @@ from .data import Dataset, load_part
 from .device import Precision, autocast, choose_device
 from .errors import UserError, run_command
 from .model import Output, SemiMoE
+from .options import read_options
+
+if TYPE_CHECKING:
+    import tyro
 
 GATED = "gated"
 
@@ -128,7 +131,7 @@ def require_mask(path: Path, model: SemiMoE) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    config = tyro.cli(EvaluateConfig, args=arguments, prog="python -m semimoe_fast.evaluate")
+    config = read_options(EvaluateConfig, "semimoe_fast.evaluate", arguments)
     if config.batch < 1:
         raise UserError(f"--batch is {config.batch}: give a positive number")
     device = choose_device(config.device)

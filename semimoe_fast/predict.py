@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 from tqdm import tqdm
 
@@ -19,6 +18,7 @@ from .device import Precision, autocast, choose_device
 from .errors import UserError, run_command
 from .evaluate import gated_foreground, require_mask
 from .model import SemiMoE
+from .options import read_options
 from .overlay import outline
 
 
@@ -68,7 +68,7 @@ def segment(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    config = tyro.cli(PredictConfig, args=arguments, prog="python -m semimoe_fast.predict")
+    config = read_options(PredictConfig, "semimoe_fast.predict", arguments)
     if not 0 <= config.threshold < 1:
         raise UserError(f"--threshold is {config.threshold}: give a number from 0 to below 1")
     device = choose_device(config.device)

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from numpy.random import Generator
 from PIL import Image
 
 from .errors import UserError, run_command
+from .options import read_options
 
 # Optical densities (red, green, blue) of one unit of haematoxylin and of eosin, as in the purple slides of GlaS.
 DENSITIES = np.array([[0.92, 1.38, 0.62], [0.24, 0.86, 0.28]])
@@ -363,7 +363,7 @@ def _save(folder: Path, pictures: torch.Tensor) -> None:
 
 
 def main() -> None:
-    write(tyro.cli(Folder, prog="python -m semimoe_fast.synthetic"))
+    write(read_options(Folder, "semimoe_fast.synthetic"))
 
 
 if __name__ == "__main__":

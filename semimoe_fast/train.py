@@ -47,9 +47,10 @@ METRICS_FILE = "metrics.jsonl"
 BEST, LAST = "best.safetensors", "last.safetensors"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | TrainConfig | None = None) -> None:
+    """Train as a command line says, that of the process by default, or as a configuration does. Raises UserError."""
     with distributed.join() as world:
-        config = world.leader_first(lambda: parse(arguments, world.size))
+        config = world.leader_first(lambda: _configuration(arguments, world))
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         device = world.device(config.device)
@@ -68,6 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 sys.exit(128 + interruption.received)
     if world.leads:
         run.report()
+
+
+def _configuration(given: Sequence[str] | TrainConfig | None, world: World) -> TrainConfig:
+    if not isinstance(given, TrainConfig):
+        return parse(given, world.size)
+    given.check(world.size)
+    return given
 
 
 class Interruption:

@@ -1,10 +1,10 @@
-"""Fixtures of every test: the golden archives, poisoned uninitialised memory, and a patient start of processes."""
+"""Fixtures of every test: golden archives, runs of a few steps; poisoned memory, a patient start of processes."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +21,32 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which so far nothing has done
 
-from semimoe_fast import train
+from semimoe_fast import synthetic, train
+from semimoe_fast.config import SYNTHETIC, TrainConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(os.environ.get("SEMIMOE_SHARED", Path(__file__).parents[1] / ".." / "shared"))
 RESEARCH_ONLY = {"targets_glas"}  # holds GlaS content, which may not be distributed with the project
 
-torch.utils.deterministic.fill_uninitialized_memory = True
-torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN, so that unwritten outputs show
+
+@pytest.fixture(autouse=True, scope="session")
+def _settings_of_every_test() -> None:
+    """For what is computed in fixtures that serve several tests."""
+    set_torch()
+
+
+@pytest.fixture(autouse=True)
+def _settings(_settings_of_every_test: None) -> None:
+    """Whatever an earlier test has left."""
+    set_torch()
+
+
+def set_torch() -> None:
+    """torch.empty is filled with NaN, so that unwritten outputs show; float32 on a GPU is float32, not TF32."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
 
 
 class PatientPopen(subprocess.Popen):
@@ -78,16 +96,36 @@ def glas_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny() -> list[str]:
-    """Options of a training run of six steps."""
+    """Options of a training run of six steps; skips where the parser of command lines is missing."""
+    pytest.importorskip("tyro")
     sizes = "--synthetic 2 4 2 --image-size 32 --width 2 --epochs 3 --labeled-batch 2 --unlabeled-batch 2"
     return f"{sizes} --warmup-epochs 1 --lr 0.1 --val-every 1 --device cpu --seed 3".split()
 
 
 @pytest.fixture(scope="session")
-def finished(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_config() -> TrainConfig:
+    """The same run as a configuration."""
+    return dataclasses.replace(
+        SYNTHETIC,
+        synthetic=(2, 4, 2),
+        image_size=32,
+        width=2,
+        epochs=3,
+        labeled_batch=2,
+        unlabeled_batch=2,
+        warmup_epochs=1,
+        lr=0.1,
+        val_every=1,
+        device="cpu",
+        seed=3,
+    )
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of such a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    train.main([*tiny, "--out", str(folder)])
+    train.main(dataclasses.replace(tiny_config, out=folder))
     return folder
 
 
@@ -95,6 +133,5 @@ def finished(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 def glands_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The GlaS layout: one labelled image, four unlabelled, two for validation."""
     folder = tmp_path_factory.mktemp("data") / "glands"
-    command = [sys.executable, "-m", "semimoe_fast.synthetic", "--out", str(folder)]
-    subprocess.run([*command, *"--labeled 1 --unlabeled 4 --val 2 --size 40".split()], check=True, capture_output=True)
+    synthetic.write(synthetic.Folder(folder, labeled=1, unlabeled=4, val=2, size=40))
     return folder

@@ -325,6 +325,7 @@ OPTIONS = "--image-size 32 --width 2 --epochs 1 --warmup-epochs 0 --device cpu".
 
 
 def test_cache_is_beside_the_run(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("tyro")
     monkeypatch.chdir(tmp_path)
     assert train.cache_folder(config.SYNTHETIC) == Path("runs/cache")
     for out, expected in (("there/run", tmp_path / "there"), (".", tmp_path.parent)):
@@ -337,6 +338,7 @@ def test_cache_is_beside_the_run(tmp_path: Path, monkeypatch) -> None:
 
 def test_second_run_and_resumed_run_decode_nothing(glands_folder: Path, tmp_path: Path, monkeypatch) -> None:
     """And they are the run that no cache had a part in."""
+    pytest.importorskip("tyro")
     runs = [tmp_path / "runs" / name for name in ("plain", "first", "second")]
     with monkeypatch.context() as patch:
         patch.setattr(Cache, "load_part", lambda self, *part, **kind: load_part(*part, **kind))
@@ -358,6 +360,7 @@ def test_synthetic_run_keeps_nothing(finished: Path) -> None:
 
 
 def test_load_data_without_a_cache_is_the_same(glands_folder: Path, kept: Cache) -> None:
+    pytest.importorskip("tyro")
     given = config.parse(["--data", str(glands_folder), *OPTIONS])
     (plain, plain_val), (mapped, mapped_val) = sources.load_data(given), sources.load_data(given, kept)
     assert plain.preprocessing == mapped.preprocessing

@@ -17,6 +17,8 @@ from semimoe_fast.data import read_image, read_mask
 from semimoe_fast.errors import UserError
 from semimoe_fast.model import SemiMoE
 
+pytest.importorskip("tyro", reason="commands read their options with tyro")
+
 SMALL = "--image-size 32 --width 2 --epochs 1 --warmup-epochs 0 --lr 0.1 --device cpu".split()
 
 

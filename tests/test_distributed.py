@@ -20,6 +20,8 @@ from semimoe_fast.errors import UserError
 from semimoe_fast.sources import load_data
 from semimoe_fast.trainer import Trainer
 
+pytest.importorskip("tyro", reason="commands read their options with tyro")
+
 EPOCHS = 4  # of two steps; long enough to be disturbed
 
 

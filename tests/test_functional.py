@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -65,26 +64,27 @@ def cast(arguments: tuple, convert) -> tuple:
 @pytest.mark.parametrize("case", ["a", "b"])
 def test_golden_gating(case: str, backend: str, golden) -> None:
     """Gates, outputs and every gradient of the published gating module (dropout off)."""
-    archive = golden("gating")
-    gating = MultiGating(64, 3, (2, 1, 2), dropout=0.0)
-    parameters = {k.removeprefix("param/"): torch.from_numpy(v) for k, v in archive.items() if k.startswith("param/")}
+    device = DEVICES[-1]
+    archive = {key: torch.from_numpy(value).to(device) for key, value in golden("gating").items()}
+    gating = MultiGating(64, 3, (2, 1, 2), dropout=0.0).to(device)
+    parameters = {k.removeprefix("param/"): v for k, v in archive.items() if k.startswith("param/")}
     gating.load_state_dict({rename_gating(k): v for k, v in parameters.items()})
-    features = torch.from_numpy(archive[f"{case}/features"]).requires_grad_()
+    features = archive[f"{case}/features"].requires_grad_()
     *outputs, gates = gating(features.split(64, 1))
 
     # float32 sums of 192 terms, in another order than the published code's
     close = {"rtol": 1e-4, "atol": 1e-5}
     tasks = ("mask", "sdf", "boundary")
     for k, task in enumerate(tasks):
-        np.testing.assert_allclose(outputs[k].detach(), archive[f"{case}/out_{task}"], **close)
-        np.testing.assert_allclose(gates[:, k].detach(), archive[f"{case}/gate_{task}"], **close)
-    torch.autograd.backward(outputs, [torch.from_numpy(archive[f"{case}/grad_out_{task}"]) for task in tasks])
-    np.testing.assert_allclose(features.grad, archive[f"{case}/grad_features"], **close)
+        torch.testing.assert_close(outputs[k].detach(), archive[f"{case}/out_{task}"], **close)
+        torch.testing.assert_close(gates[:, k].detach(), archive[f"{case}/gate_{task}"], **close)
+    torch.autograd.backward(outputs, [archive[f"{case}/grad_out_{task}"] for task in tasks])
+    torch.testing.assert_close(features.grad, archive[f"{case}/grad_features"], **close)
     ours = dict(gating.named_parameters())
     for key in parameters:
         expected = archive[f"{case}/grad_param/{key}"]
-        scale = np.abs(expected).max()  # sums over all pixels cancel, so the largest entry sets the rounding error
-        np.testing.assert_allclose(ours[rename_gating(key)].grad, expected, rtol=1e-4, atol=1e-5 * scale, err_msg=key)
+        scale = expected.abs().max().item()  # sums over all pixels cancel: the largest entry sets the rounding error
+        torch.testing.assert_close(ours[rename_gating(key)].grad, expected, rtol=1e-4, atol=1e-5 * scale, msg=key)
 
 
 @pytest.mark.parametrize("case", ["a", "b"])

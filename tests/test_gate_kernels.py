@@ -120,7 +120,8 @@ def test_experts_laid_out_differently() -> None:
     for result, expected in zip(
         F.expert_products(mixed, [draw(2, 4)])[:2], F.expert_products(features, [draw(2, 4)])[:2], strict=True
     ):
-        torch.testing.assert_close(result, expected, rtol=0, atol=0)
+        # a thread's share of the pixels follows the layout on a GPU, and with it the order in which they are summed
+        torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from semimoe_fast import config
 from semimoe_fast.batches import Images
+from semimoe_fast.config import TrainConfig
 from semimoe_fast.graphs import WARM_UP, GraphedStep
 from semimoe_fast.sources import load_data
 from semimoe_fast.trainer import Trainer
@@ -66,10 +66,10 @@ def tensors(value) -> Iterator[Tensor]:
             yield from tensors(part)
 
 
-def trainer(options: list[str], device: torch.device = CPU, **changes) -> Trainer:
-    parsed = dataclasses.replace(config.parse(options), **changes)
-    parsed.check()
-    return Trainer(parsed, load_data(parsed)[0], device)
+def trainer(config: TrainConfig, device: torch.device = CPU, **changes) -> Trainer:
+    config = dataclasses.replace(config, **changes)
+    config.check()
+    return Trainer(config, load_data(config)[0], device)
 
 
 def train(runner: Trainer) -> dict[str, Tensor]:
@@ -90,14 +90,16 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("changes", OPTIONS, ids=str)
-def test_replayed_operators_are_the_eager_run(tiny: list[str], monkeypatch: pytest.MonkeyPatch, changes: dict) -> None:
+def test_replayed_operators_are_the_eager_run(
+    tiny_config: TrainConfig, monkeypatch: pytest.MonkeyPatch, changes: dict
+) -> None:
     """Bit for bit, through changing batches, learning rates and weights, dropout included: all that moves is read from
     memory, and nothing of it was fixed when the step was recorded. The tape misses native code that goes by addresses,
     so this is the portable backend."""
     monkeypatch.setenv("SEMIMOE_BACKEND", "portable")
-    options = [*tiny, *"--synthetic 4 8 2 --epochs 5".split()]
-    expected = train(trainer(options, **changes))
-    graphed = trainer(options, **changes)
+    config = dataclasses.replace(tiny_config, synthetic=(4, 8, 2), epochs=5)
+    expected = train(trainer(config, **changes))
+    graphed = trainer(config, **changes)
     graphed.update = GraphedStep(graphed._update, CPU, Tape.capture)
     result = train(graphed)
     assert graphed.update.calls > WARM_UP + 3
@@ -120,11 +122,12 @@ def test_what_python_fixes_shows_on_the_tape() -> None:
 
 @CUDA
 @pytest.mark.parametrize("changes", OPTIONS, ids=str)
-def test_cuda_graph_is_the_eager_run(tiny: list[str], changes: dict) -> None:
+def test_cuda_graph_is_the_eager_run(tiny_config: TrainConfig, changes: dict) -> None:
     """Up to the order of sums inside cuDNN's algorithms, whose choice may differ; dropout draws the same."""
-    options = [*tiny, *"--synthetic 4 8 2 --epochs 5 --lr 0.01 --device cuda --precision fp32".split()]
-    device = torch.device("cuda")
-    graphed, eager = (trainer(options, device, cuda_graph=graph, **changes) for graph in (True, False))
+    config = dataclasses.replace(
+        tiny_config, synthetic=(4, 8, 2), epochs=5, lr=0.01, device="cuda", precision="fp32", **changes
+    )
+    graphed, eager = (trainer(config, torch.device("cuda"), cuda_graph=graph) for graph in (True, False))
     torch.cuda.manual_seed(0)
     result = train(graphed)
     torch.cuda.manual_seed(0)
@@ -137,8 +140,8 @@ def test_cuda_graph_is_the_eager_run(tiny: list[str], changes: dict) -> None:
 
 
 @CUDA
-def test_a_step_does_not_wait_for_the_device(tiny: list[str]) -> None:
-    runner = trainer([*tiny, "--device", "cuda"], torch.device("cuda"), cuda_graph=False)
+def test_a_step_does_not_wait_for_the_device(tiny_config: TrainConfig) -> None:
+    runner = trainer(tiny_config, torch.device("cuda"), device="cuda", cuda_graph=False)
     batches = list(runner.begin_epoch())
     runner.train_step(batches[0])  # the first may compile kernels and make workspaces
     torch.cuda.set_sync_debug_mode("error")
@@ -149,14 +152,14 @@ def test_a_step_does_not_wait_for_the_device(tiny: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_experts_are_the_eager_ones(tiny: list[str]) -> None:
+def test_compiled_experts_are_the_eager_ones(tiny_config: TrainConfig) -> None:
     """One compilation serves all three, since they have one width; the rest stays as it was."""
     from torch._dynamo.utils import counters
 
-    options = [*tiny, "--dropout", "0", "--lr", "0.01"]
+    config = dataclasses.replace(tiny_config, dropout=0.0, lr=0.01)
     counters.clear()
     torch.compiler.reset()
-    result, expected = train(trainer(options, compile="default")), train(trainer(options))
+    result, expected = train(trainer(config, compile="default")), train(trainer(config))
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     for key, value in expected.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import io
 import json
@@ -19,6 +20,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, record_function, schedule
 
 from semimoe_fast import profile, train
+from semimoe_fast.config import TrainConfig
 from semimoe_fast.model import MultiGating
 from semimoe_fast.profile import CATEGORIES, PAUSE, categorise, time_by_category
 
@@ -27,17 +29,18 @@ ROW = re.compile(r"^(\S.*?) +(\d+\.\d\d) +(\d+\.\d)%$", re.MULTILINE)
 
 
 @pytest.fixture(scope="module", params=DEVICES)
-def profiled(request, tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def profiled(request, tiny_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a profiled run of nine steps in three epochs, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "profiled"
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        train.main([*tiny, "--device", request.param, "--steps-per-epoch", "3", "--profile", "--out", str(folder)])
+        train.main(dataclasses.replace(tiny_config, device=request.param, steps_per_epoch=3, profile=True, out=folder))
     return folder, output.getvalue()
 
 
 def test_table(profiled: tuple[Path, str]) -> None:
     """All categories, the longest first, and what they add up to."""
     folder, output = profiled
+    on_cpu = "; CPU, threads: " in output
     *rows, (last, total, whole) = [(name, float(ms), float(share)) for name, ms, share in ROW.findall(output)]
     assert (last, whole) == ("step", 100.0)
     assert sorted(name for name, _, _ in rows) == sorted(CATEGORIES)
@@ -46,8 +49,10 @@ def test_table(profiled: tuple[Path, str]) -> None:
     assert sum(ms for _, ms, _ in rows) == pytest.approx(total, abs=0.01 * rounding)
     assert sum(share for _, _, share in rows) == pytest.approx(100, abs=0.1 * rounding)
     share_of = {name: share for name, _, share in rows}
-    for name in ("convolutions", "batch normalisation", "gates", "host gaps"):
+    # of a step this small a GPU's kernels take next to nothing
+    for name in ("convolutions", "batch normalisation", "gates", "host gaps") if on_cpu else ("host gaps",):
         assert share_of[name] > 1, name
+    assert all(ms > 0 for name, ms, _ in rows if name in ("convolutions", "batch normalisation", "gates"))
     assert "mean of 5 steps after 3 of warm-up" in output
     speed, flops = re.search(r"([\d.]+) images/s, ([\d.e-]+) TFLOP/s", output).groups()
     assert float(speed) == pytest.approx(4 / (total / 1000), rel=0.02)

@@ -135,6 +135,8 @@ def test_device_arrays_of_other_libraries(library: str) -> None:
     if not torch.cuda.is_available():
         pytest.skip("PyTorch finds no CUDA device")
     module = pytest.importorskip(library)
+    if not module.is_available():
+        pytest.skip(f"{library} finds no CUDA device")
     mask = MASK.astype(np.int32) * 65536
     array = module.asarray(mask) if library == "cupy" else module.to_device(mask)
     squared = F.squared_distance(array)

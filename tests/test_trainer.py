@@ -154,3 +154,10 @@ def test_settings_are_told() -> None:
     threads = torch.get_num_threads()
     assert configure(CPU, "auto", deterministic=False).endswith(f"threads: {threads}, fp32, channels-last")
     assert configure(CPU, "bf16", deterministic=False).endswith(f"threads: {threads}, bf16 autocast, channels-last")
+
+
+def test_deterministic_runs_do_not_fill_memory() -> None:
+    """Which PyTorch else does with all that is allocated uninitialised, at each step."""
+    configure(CPU, "auto", deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory

@@ -1,0 +1,118 @@
+"""The native and the Triton kernels on small awkward inputs, to be run under NVIDIA's compute-sanitizer.
+
+    compute-sanitizer --tool memcheck python -m benchmarks.gpu_sanitize CASE
+
+CASE: one of `CASES`. A capture needs a process in which its path has not run before. Results are checked too, as far as
+it costs nothing: native ones are those of the CPU to the last bit, the others are finite.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from semimoe_fast import functional as F
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HEIGHTS, WIDTHS = (1, 32, 33, 256), (1, 33, 256, 300)
+CLUSTER, LAUNCHES = (4, 256, 256), (2, 300, 500)  # shapes that take one path or the other, where there are clusters
+HEADS = (2, 1, 2)
+
+
+def masks(height: int, width: int) -> Iterator[Tensor]:
+    """Noise, a single dot in a corner and in the middle, and constants."""
+    random = torch.Generator().manual_seed(height + 1000 * width)
+    yield (torch.rand(2, height, width, generator=random) < 0.3).to(torch.uint8)
+    for y, x in ((0, 0), (height // 2, width // 2), (height - 1, width - 1)):
+        dot = torch.zeros(2, height, width, dtype=torch.uint8)
+        dot[0, y, x] = 1
+        dot[1] = 1 - dot[0]
+        yield dot
+    yield torch.ones(1, height, width, dtype=torch.uint8)
+
+
+def check_distances(mask: Tensor, results: Sequence[Tensor]) -> None:
+    for result, expected in zip(results, F.distance_targets(mask), strict=True):
+        torch.testing.assert_close(result.cpu(), expected, rtol=0, atol=0)
+
+
+def native() -> None:
+    shapes = [(height, width) for height in HEIGHTS for width in WIDTHS]
+    for height, width in [*shapes, LAUNCHES[1:]]:
+        for mask in masks(height, width):
+            check_distances(mask, F.distance_targets(mask.to(DEVICE)))
+            on_device = F.squared_distance(mask.to(DEVICE, torch.int64))
+            assert torch.equal(on_device.cpu(), F.squared_distance(mask))
+
+
+def capture(shape: tuple[int, int, int], other: tuple[int, int, int]) -> None:
+    """Capture the one path after the other has run."""
+    F.distance_targets(torch.ones(other, dtype=torch.uint8, device=DEVICE))
+    mask = next(masks(*shape[1:]))
+    static = mask.to(DEVICE)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = F.distance_targets(static)
+    graph.replay()
+    check_distances(mask, results)
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
+    tensor = torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE, dtype)
+    return (tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor).requires_grad_()
+
+
+def differentiate(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
+    gradients = torch.autograd.grad(outputs, leaves, [torch.ones_like(output) for output in outputs])
+    assert all(tensor.isfinite().all() for tensor in (*outputs, *gradients))
+
+
+def gating() -> None:
+    """expert_products, mix_products and label_products, forward and backward."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for channels_last in (False, True):
+            for channels, height, width in ((1, 1, 1), (5, 1, 33), (64, 33, 32)):
+                features = [draw(2, channels, height, width, dtype=dtype, channels_last=channels_last) for _ in HEADS]
+                weights, biases = [draw(rows, channels) for rows in HEADS], [draw(rows) for rows in HEADS]
+                gates = draw(2, 3, 3)
+                means, products, own = F.expert_products(features, weights, weights, biases)
+                outputs = [means, *F.mix_products(products, gates, biases), *own]
+                differentiate(outputs, [*features, *weights, *biases, gates])
+                F.label_products(products.detach(), gates.detach(), [bias.detach() for bias in biases])
+
+
+def objective() -> None:
+    """joint_objective_terms and adaptive_loss, forward and backward."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for height, width in ((1, 1), (1, 33), (32, 32), (33, 257)):
+            sets = [[draw(2, rows, height, width, dtype=dtype) for rows in HEADS] for _ in range(2)]
+            mask = torch.randint(0, 2, (2, height, width), dtype=torch.uint8).to(DEVICE)
+            terms = F.joint_objective_terms(sets, mask, 2.0 * mask - 1, 1 - mask)
+            log_vars = draw(3)
+            differentiate([F.adaptive_loss(terms, log_vars)], [*sets[0], *sets[1], log_vars])
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "native": native,
+    "capture cluster": lambda: capture(CLUSTER, LAUNCHES),
+    "capture launches": lambda: capture(LAUNCHES, CLUSTER),
+    "gating": gating,
+    "objective": objective,
+}
+
+
+def main() -> None:
+    os.environ["SEMIMOE_BACKEND"] = "fused"  # so that nothing else can serve
+    CASES[sys.argv[1]]()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    print(f"{sys.argv[1]}: done")
+
+
+if __name__ == "__main__":
+    main()
