@@ -137,7 +137,7 @@ def test_wheel_alone(tree: Path, environment: Environment, tmp_path: Path) -> No
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    assert "semimoe_fast/kernels/__init__.py" in names
+    assert {"semimoe_fast/kernels/__init__.py", "semimoe_fast/py.typed"} <= set(names)
     top_level = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert {name.split(".")[0] for name in top_level} == {"semimoe_fast", "_semimoe_fast"}  # nothing called kernels
 

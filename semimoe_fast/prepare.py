@@ -1,0 +1,151 @@
+"""Lay out GlaS or CRAG for training: `python -m semimoe_fast.prepare --source DIR --out DIR --labeled 17 --seed 0`.
+
+GlaS (Warwick QU Dataset) is one folder of train_1.bmp, train_1_anno.bmp, ..., testA_1.bmp, ..., testB_1.bmp, ...
+CRAG (CRAG_v2) is train/{Images,Annotation}/*.png and valid/{Images,Annotation}/*.png. Their masks hold instance
+numbers and are copied as they are: any non-zero value is gland.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import UserError, run_command
+from .options import read_options
+
+Pairs = list[tuple[Path, Path]]  # image and mask
+TRAIN = "train"
+SPLIT_FILE = "split.json"
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Copy GlaS or CRAG, as distributed, into train_sup_N/{image,mask}, train_unsup_M/image and val/{image,mask}.
+
+    GlaS: val is test A, and test B becomes the part test_b. CRAG: val is its valid folder. split.json lists the images
+    of every part, the seed and the source.
+    """
+
+    source: Path
+    """Folder of the data set as it was unpacked, or the folder above."""
+    out: Path
+    """Folder to write to; it must be new or empty."""
+    labeled: int = 17
+    """Training images that keep their masks; the others become the unlabeled part."""
+    seed: int = 0
+    """Which training images are labeled."""
+
+
+def prepare(config: PrepareConfig) -> dict[str, int]:
+    """Write the parts and split.json; the number of images of each part.
+
+    The labeled images are the first ones in the order of a digest of seed and file name, so that a seed means the same
+    split on every machine. Raises UserError for a folder that is in use, no data set, or incomplete, and where there
+    are fewer training images than --labeled.
+    """
+    if config.out.exists() and not (config.out.is_dir() and not any(config.out.iterdir())):
+        raise UserError(f"{config.out} exists and is not an empty folder: choose another --out")
+    name, folder, parts = _find(config.source)
+    train = sorted(parts.pop(TRAIN), key=lambda pair: _digest(config.seed, pair[0].name))
+    if not 1 <= config.labeled <= len(train):
+        raise UserError(f"--labeled is {config.labeled}: give 1 to {len(train)}, the training images of {folder}")
+    labeled, unlabeled = train[: config.labeled], train[config.labeled :]
+    written = {f"train_sup_{len(labeled)}": labeled, **parts}
+    if unlabeled:
+        written[f"train_unsup_{len(unlabeled)}"] = unlabeled
+    for part, pairs in written.items():
+        _copy(pairs, config.out / part, with_masks=not part.startswith("train_unsup"))
+    split = {
+        "dataset": name,
+        "source": str(folder.resolve()),
+        "seed": config.seed,
+        "parts": {
+            part: sorted(image.relative_to(folder).as_posix() for image, _ in pairs) for part, pairs in written.items()
+        },
+    }
+    (config.out / SPLIT_FILE).write_text(json.dumps(split, indent=2) + "\n")
+    return {part: len(pairs) for part, pairs in written.items()}
+
+
+def _find(source: Path) -> tuple[str, Path, dict[str, Pairs]]:
+    """The data set's name, its own folder and its parts, at `source` or one level below."""
+    if not source.is_dir():
+        raise UserError(f"{source} is not a folder: give --source the folder of GlaS or CRAG")
+    for folder in (source, *sorted(path for path in source.iterdir() if path.is_dir())):
+        for name, (sign, read) in DATASETS.items():
+            if next(folder.glob(sign), None) is not None:
+                return name, folder, read(folder)
+    signs = " nor ".join(f"{sign} ({name})" for name, (sign, _) in DATASETS.items())
+    raise UserError(f"{source} has neither {signs}: give --source the folder of GlaS or CRAG as it was unpacked")
+
+
+def _glas(folder: Path) -> dict[str, Pairs]:
+    def pairs(prefix: str) -> Pairs:
+        files = sorted(folder.glob(f"{prefix}_*.bmp"))
+        masks = {path.stem.removesuffix("_anno"): path for path in files if path.stem.endswith("_anno")}
+        images = [path for path in files if not path.stem.endswith("_anno")]
+        return _paired(images, masks, folder / f"{prefix}_*.bmp", "{}_anno.bmp")
+
+    return {TRAIN: pairs("train"), "val": pairs("testA"), "test_b": pairs("testB")}
+
+
+def _crag(folder: Path) -> dict[str, Pairs]:
+    def pairs(part: str) -> Pairs:
+        masks = {path.stem: path for path in sorted((folder / part / "Annotation").glob("*.png"))}
+        images = sorted((folder / part / "Images").glob("*.png"))
+        return _paired(images, masks, folder / part / "Images" / "*.png", "Annotation/{}.png")
+
+    return {TRAIN: pairs("train"), "val": pairs("valid")}
+
+
+# A file that tells the data set, and what reads its parts.
+DATASETS: dict[str, tuple[str, Callable[[Path], dict[str, Pairs]]]] = {
+    "GlaS": ("train_*_anno.bmp", _glas),
+    "CRAG": ("train/Images", _crag),
+}
+
+
+def _paired(images: Sequence[Path], masks: dict[str, Path], expected: Path, mask_name: str) -> Pairs:
+    """Every image with its mask, by stem. Raises UserError where one of the two is missing, or there is none at all."""
+    if not images and not masks:
+        raise UserError(f"{expected}: there is no such file; unpack the data set again")
+    stems = {image.stem for image in images}
+    for image in images:
+        if image.stem not in masks:
+            raise UserError(f"{image} has no mask {mask_name.format(image.stem)}: unpack the data set again")
+    for stem, mask in masks.items():
+        if stem not in stems:
+            raise UserError(f"{mask} has no image {stem}: unpack the data set again")
+    return [(image, masks[image.stem]) for image in images]
+
+
+def _digest(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}/{name}".encode()).digest()
+
+
+def _copy(pairs: Pairs, folder: Path, with_masks: bool) -> None:
+    """Copy images, and masks under the stems of their images."""
+    for image, mask in pairs:
+        _copy_file(image, folder / "image" / image.name)
+        if with_masks:
+            _copy_file(mask, folder / "mask" / f"{image.stem}{mask.suffix}")
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    config = read_options(PrepareConfig, "semimoe_fast.prepare", arguments)
+    for part, count in prepare(config).items():
+        print(f"{config.out / part}: {count} images")
+    print(f"train with: python -m semimoe_fast.train --data {config.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)
