@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 NATIVE := setup.py CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: help train test lint fuzz bench gpu-check clean
+.PHONY: help train test lint fuzz bench tables gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo 'make lint       check the style of the Python and the C++ code'
 	@echo 'make fuzz       compare the C++ code with its definition on random cases, under sanitizers, for $$(FUZZ_SECONDS) s each'
 	@echo 'make bench      measure the operations and the training step beside their peers; ARGS goes to pytest'
+	@echo 'make tables     write the tables of the Markdown pages from benchmarks/results/*.json'
 	@echo 'make gpu-check  check and measure on this machine'"'"'s GPU with the PyTorch of $$(PYTHON), into the JSON file $$(OUT);'
 	@echo '                ARGS takes stages (build tests sanitize ops step train) and --minutes N for each of them'
 	@echo 'make clean      remove .venv and everything built'
@@ -46,6 +47,9 @@ fuzz: $(VENV)/fuzz.done
 
 bench: $(VENV)/bench.done
 	$(RUN) -m pytest benchmarks --benchmark-only --benchmark-sort=name --benchmark-columns=min,median,iqr,rounds $(ARGS)
+
+tables:
+	$(PYTHON) benchmarks/tables.py
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --out '$(OUT)' $(ARGS)

@@ -77,7 +77,7 @@ def accuracy() -> str:
     ]
     columns = ["labeled + unlabeled", "Semi-MoE: Dice", "Jaccard", "supervised baseline: Dice", "Jaccard"]
     cells = [[label, *(f"{score:.3f}" for score in scores)] for label, *scores in rows]
-    return markdown(columns, cells) + source(synthetic, "Synthetic glands") + source(glas, "GlaS")
+    return markdown(columns, cells) + source(synthetic, "Synthetic glands") + source(glas, "GlaS").lstrip()
 
 
 def targets() -> str:
