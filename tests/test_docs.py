@@ -40,23 +40,22 @@ def test_python_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
         exec(compile("\n" * line + block, str(page), "exec"), namespace)
 
 
-# What a line of shell becomes before it runs: the first pattern that it contains decides. Everything else stays.
+# What a line of shell becomes before it runs: the first pattern that it contains decides. Of an option given twice, the
+# last counts.
 SMALL_RUN = (
-    "--image-size 32 --width 2 --epochs 1 --warmup-epochs 0 --steps-per-epoch 1 --lr 0.1 --device cpu --threads 1"
+    "--image-size 32 --width 2 --epochs 1 --warmup-epochs 0 --steps-per-epoch 1 --lr 0.1 "
+    "--labeled-batch 2 --unlabeled-batch 2 --device cpu --threads 1"
 )
 SUBSTITUTIONS = [
     (r"^make train", "make --dry-run train"),  # the recipe is python -m semimoe_fast.train, which other lines run
     (r"^make (\w+)", r"make --dry-run \1"),  # .ci/run executes test and lint
     (r"^git (stash|stash pop)$", "true"),  # changes the working tree
     (r"^pip install \.", "python -m pip install --dry-run --quiet --no-deps --no-build-isolation ."),
-    (
-        r"(semimoe_fast\.synthetic .*)",
-        r"\1 --size 32 --labeled 2 --unlabeled 4 --val 2",
-    ),  # the last of two options counts
+    (r"(semimoe_fast\.synthetic .*)", r"\1 --size 32 --labeled 2 --unlabeled 4 --val 2"),
     (r"^torchrun --nproc-per-node 4 (.*)", rf"torchrun --nproc-per-node 2 \1 {SMALL_RUN}"),
-    (r"(semimoe_fast\.train --resume .*)", r"\1"),  # as it is: it brings its own options
+    (r"(semimoe_fast\.train --resume .*)", r"\1"),  # as it is: a resumed run brings its own options
     (r"(semimoe_fast\.train .*)", rf"\1 {SMALL_RUN}"),
-    (r"(semimoe_fast\.evaluate|semimoe_fast\.predict|semimoe_fast\.prepare|semimoe_fast\.info)(.*)", r"\1\2"),
+    (r"(semimoe_fast\.(evaluate|predict|prepare) .*)", r"\1"),  # as they are
 ]
 
 
@@ -112,7 +111,7 @@ def test_make_has_the_targets_that_the_pages_name() -> None:
 def test_links_lead_to_files() -> None:
     pages = [*PAGES, *(ROOT / "benchmarks" / "results").glob("*.md"), ROOT / "CHANGELOG.md"]
     for page in pages:
-        for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):
+        for target in re.findall(r"""(?:\]\(|src=")([^)"#\s]+)""", page.read_text()):
             assert "://" in target or (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
 
 
