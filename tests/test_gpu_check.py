@@ -220,6 +220,7 @@ def test_no_process_outlives_its_time(tmp_path: Path, monkeypatch: pytest.Monkey
     program = "trap '' INT; sleep 60 & echo $!; wait"
     assert work.run("sleep", shutil.which("sh"), "-c", program) is None
     child = int((tmp_path / "sleep.log").read_text())
+    assert work.run("late", "no such command") is None  # nothing is started any more
     deadline = time.monotonic() + 5
     while Path(f"/proc/{child}/stat").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2]:
         assert time.monotonic() < deadline
