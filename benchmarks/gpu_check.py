@@ -95,6 +95,9 @@ class Work:
     def run(self, log: str, *command: str | Path, **variables: str) -> int | None:
         """The exit status of a command, whose output goes to a file in build/gpu; None where its time was up."""
         with (FOLDER / f"{log}.log").open("w") as output:
+            left = self.until - time.monotonic()
+            if left <= 0:
+                return None
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,
@@ -104,7 +107,7 @@ class Work:
                 start_new_session=True,
             )
             try:
-                return process.wait(max(0.0, self.until - time.monotonic()))
+                return process.wait(left)
             except subprocess.TimeoutExpired:
                 return None
             finally:

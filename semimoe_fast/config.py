@@ -11,15 +11,12 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from .device import Compile, Precision
 from .errors import UserError
 from .model import STRIDE
 from .options import read_options
-
-if TYPE_CHECKING:
-    import tyro
 
 NONE = "none"
 CONFIG_FILE = "config.json"
@@ -34,20 +31,20 @@ class TrainConfig:
     are the published recipe (add --data DIR to --help to see them).
     """
 
-    data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    data: Annotated[Path | None, "DIR"] = None
     """Folder with the parts below, each PART/image and PART/mask; none: synthetic glands."""
-    labeled: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    labeled: Annotated[str | None, "NAME"] = None
     """Labelled part; by default the only train_sup_* of the folder."""
-    unlabeled: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    unlabeled: Annotated[str | None, "NAME"] = None
     """Unlabelled part (its masks are ignored); by default the only train_unsup_*; `none`: the supervised baseline (give
     it as many steps with --steps-per-epoch)."""
     val: str = "val"
     """Validation part."""
     synthetic: tuple[int, int, int] = (8, 64, 80)
     """Synthetic images: labelled (of a laboratory that stains weakly), unlabelled, validation."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    out: Annotated[Path | None, "DIR"] = None
     """Run folder, new; by default runs/NAME-DATE-TIME."""
-    resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
+    resume: Annotated[Path | None, "RUN"] = None
     """Run folder to continue; it brings its own configuration."""
 
     image_size: int = 256
@@ -62,7 +59,7 @@ class TrainConfig:
 
     epochs: int = 200
     """Epochs of the whole run; the schedules below follow it."""
-    steps_per_epoch: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    steps_per_epoch: Annotated[int | None, "INT"] = None
     """Steps of an epoch; by default one pass over the unlabelled part (of the labelled, if alone)."""
     labeled_batch: int = 2
     """Labelled images of a step, of all processes together; a small labelled part is repeated."""
@@ -92,13 +89,13 @@ class TrainConfig:
     """s at the start."""
     dropout: float = 0.1
     """In the gates."""
-    accumulate: Annotated[int, tyro.conf.arg(metavar="PARTS")] = 1
+    accumulate: Annotated[int, "PARTS"] = 1
     """Cut every batch into so many parts, trained one after the other before the optimiser's step: less memory, but
     batch normalisation sees each part alone."""
     joint_forward: bool = False
     """Labelled and unlabelled images as one batch through the U-Nets: fewer, larger kernels, but batch normalisation
     sees both together."""
-    ema: Annotated[float | None, tyro.conf.arg(metavar="DECAY")] = None
+    ema: Annotated[float | None, "DECAY"] = None
     """Validate, and keep as best, a moving average of the weights, in which a step weighs DECAY times as much as the
     next: 0.99 averages over about 100 steps."""
     scale_lr: bool = False
@@ -122,7 +119,7 @@ class TrainConfig:
     """Where the images wait: auto keeps them on the device unless they would take half of its free memory."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; auto takes CUDA where there is one."""
-    threads: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    threads: Annotated[int | None, "INT"] = None
     """CPU threads; by default as many as torch takes. Runs are bitwise equal at equal numbers of threads."""
     profile: bool = False
     """Profile a few early steps: where their time goes as a table, and a Chrome trace in the run folder."""

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from .device import Precision, autocast, choose_device
 from .errors import UserError, run_command
 from .model import Output, SemiMoE
 from .options import read_options
-
-if TYPE_CHECKING:
-    import tyro
 
 GATED = "gated"
 
@@ -42,7 +39,7 @@ class EvaluateConfig:
     """Folder with PART/image and PART/mask."""
     part: str = "val"
     """Part of the folder to score."""
-    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    json: Annotated[Path | None, "FILE"] = None
     """Write the scores to this file too."""
     batch: int = 8
     """Images at a time."""

@@ -65,6 +65,7 @@ Start = Callable[..., tuple[int, dict]]
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     """Run gpu_check on a machine that has a GPU by its own account, on small tests and benchmarks instead of ours."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # nor is there one for the benchmarks, where this machine has one
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # of these tests, not of those that are started here
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a stub")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
@@ -220,6 +221,7 @@ def test_no_process_outlives_its_time(tmp_path: Path, monkeypatch: pytest.Monkey
     program = "trap '' INT; sleep 60 & echo $!; wait"
     assert work.run("sleep", shutil.which("sh"), "-c", program) is None
     child = int((tmp_path / "sleep.log").read_text())
+    assert work.run("late", "no such command") is None  # nothing is started any more
     deadline = time.monotonic() + 5
     while Path(f"/proc/{child}/stat").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2]:
         assert time.monotonic() < deadline

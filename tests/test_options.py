@@ -47,3 +47,13 @@ def test_options_are_the_configuration(tiny: list[str], tiny_config: TrainConfig
 def test_a_configuration_is_checked() -> None:
     with pytest.raises(UserError, match="--width is 0"):
         train.main(TrainConfig(width=0))
+
+
+def test_help_shows_what_a_value_is(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tyro")
+    for _ in range(2):  # as often as one likes
+        with pytest.raises(SystemExit):
+            config.parse(["--help"])
+        text = capsys.readouterr().out
+        assert "--data DIR" in text
+        assert "--ema DECAY" in text
