@@ -18,6 +18,7 @@ from semimoe_fast import cache, checkpoint, config, data, sources, train
 from semimoe_fast.cache import Cache
 from semimoe_fast.data import Dataset, load_part
 from semimoe_fast.errors import UserError
+from semimoe_fast.lock import FolderLock
 
 RNG = np.random.default_rng(0)
 SIZE = 16
@@ -331,7 +332,8 @@ def test_cache_is_beside_the_run(tmp_path: Path, monkeypatch) -> None:
         given = config.parse(["--out", out])
         assert train.cache_folder(given) == expected / "cache"
     (tmp_path / "runs").mkdir()
-    resumed = train.new_folder(config.SYNTHETIC)
+    with FolderLock() as lock:
+        resumed = train.new_folder(config.SYNTHETIC, lock)
     assert train.cache_folder(config.parse(["--resume", str(resumed)])) == tmp_path / "runs" / "cache"
 
 

@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from semimoe_fast import checkpoint, config, evaluate, predict, train
 from semimoe_fast.data import read_image, read_mask
 from semimoe_fast.errors import UserError
+from semimoe_fast.lock import FolderLock
 from semimoe_fast.model import SemiMoE
 
 SMALL = "--image-size 32 --width 2 --epochs 1 --warmup-epochs 0 --lr 0.1 --device cpu".split()
@@ -158,7 +160,8 @@ def test_help_shows_the_defaults_of_what_would_run(capsys) -> None:
 
 def test_runs_started_together_get_their_own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    folders = [train.new_folder(config.SYNTHETIC) for _ in range(3)]
+    with FolderLock() as lock:
+        folders = [train.new_folder(config.SYNTHETIC, lock) for _ in range(3)]
     assert len(set(folders)) == 3
     assert all(folder.is_dir() and folder.parent == Path("runs") for folder in folders)
 
@@ -173,6 +176,57 @@ def test_checkpoint_of_another_run_is_refused(finished: Path, tmp_path: Path) ->
     stored = json.loads((copy / config.CONFIG_FILE).read_text())
     (copy / config.CONFIG_FILE).write_text(json.dumps(stored | {"lr": 0.2}))
     assert "is of another configuration than" in refused(train.main, ["--resume", str(copy)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": "0.1"}, 'lr of the configuration is "0.1", not a finite number'),
+        ({"width": 2.5}, "width of the configuration is 2.5, not an integer"),
+        ({"width": 10**9}, "--width is 1000000000: give at most 4096"),
+        ({"epochs": 10**30}, "give at most 2147483647"),
+        ({"epochs": None}, "epochs of the configuration is null, not an integer"),
+        ({"threads": "1"}, 'threads of the configuration is "1", not an integer or null'),
+        ({"synthetic": [2, 4]}, "synthetic of the configuration is [2, 4], not a list of 3, each an integer"),
+        ({"coefficients": 1}, "coefficients of the configuration is 1, not a list of 3, each a finite number"),
+        ({"precision": ["fp32"]}, "precision of the configuration is [\"fp32\"], not 'auto' or 'fp32' or 'bf16'"),
+        ({"joint_forward": "no"}, 'joint_forward of the configuration is "no", not true or false'),
+        ({"data": 7}, "data of the configuration is 7, not a path or null"),
+        ({"depth": 7}, "has 'depth', which is no option of this version"),
+        ("[1]", "the configuration is [1], not an object"),
+        ("{}", "the configuration has no"),
+        ("{", "is not JSON"),
+        (b"\xff", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_damaged_configuration_is_refused(finished: Path, tmp_path: Path, changes, message: str) -> None:
+    stored = (finished / config.CONFIG_FILE).read_text()
+    text = json.dumps(json.loads(stored) | changes) if isinstance(changes, dict) else changes
+    (tmp_path / config.CONFIG_FILE).write_bytes(text if isinstance(text, bytes) else text.encode())
+    told = refused(train.main, ["--resume", str(tmp_path)])
+    assert message in told
+    assert len(told) < 400
+
+
+@pytest.mark.parametrize(
+    ("changes", "without", "message"),
+    [
+        ({"epoch": "1"}, "", 'epoch of its metadata is "1", not an integer'),
+        ({"epoch": 10**9}, "", "is of epoch 1000000000, step 0, which this run does not have"),
+        ({"best_dice": None}, "", "best_dice of its metadata is null, not a finite number"),
+        ({}, "random.cpu", "its tensors are not those of this run ('random.cpu')"),
+        ({}, "model.gating.heads.0.bias", "its tensors are not those of this run (Error(s) in loading state_dict"),
+        ({}, "optim.model.gating.heads.0.bias.momentum_buffer", "its tensors are not those of this run ('optim.model."),
+    ],
+)
+def test_damaged_state_is_refused(finished: Path, tmp_path: Path, changes: dict, without: str, message: str) -> None:
+    (tmp_path / config.CONFIG_FILE).write_bytes((finished / config.CONFIG_FILE).read_bytes())
+    metadata, tensors = checkpoint.read(finished / train.LAST)
+    tensors.pop(without, None)
+    save_file(tensors, tmp_path / train.LAST, {checkpoint.METADATA_KEY: json.dumps(metadata | changes)})
+    assert message in refused(train.main, ["--resume", str(tmp_path)])
 
 
 def test_ambiguous_parts_are_listed(glands_folder: Path, tmp_path: Path) -> None:
