@@ -11,14 +11,14 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_type_hints
+from typing import Any, BinaryIO, Literal, NamedTuple, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import UserError, first_sentence
+from .errors import UserError, first_sentence, printable
 from .model import SemiMoE
 from .published import export_published, import_published
 from .validation import check_types, shown
@@ -121,7 +121,7 @@ def read(path: str | Path, device: str | torch.device = "cpu") -> tuple[dict[str
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; give the best.safetensors or last.safetensors of a run folder")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with path.open("rb") as opened, safe_open(_utf8(path, opened), framework="pt", device=str(device)) as file:
             header = (file.metadata() or {}).get(METADATA_KEY)
             if header is None:
                 raise UserError(f"{path}: a safetensors file, but not a checkpoint of semimoe_fast; {REMEDY}")
@@ -138,6 +138,11 @@ def read(path: str | Path, device: str | torch.device = "cpu") -> tuple[dict[str
     if metadata["format"] != FORMAT:
         raise UserError(f"{path}: has checkpoint format {metadata['format']}, this version reads format {FORMAT}")
     return metadata, tensors
+
+
+def _utf8(path: Path, opened: BinaryIO) -> str:
+    """A path to an open file that safe_open takes, which wants UTF-8."""
+    return str(path) if printable(str(path)) == str(path) else f"/proc/self/fd/{opened.fileno()}"
 
 
 def _checked_arguments(path: Path, arguments: Any, weights: Mapping[str, Tensor]) -> dict[str, Any]:

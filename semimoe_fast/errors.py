@@ -41,15 +41,13 @@ def explain(error: BaseException) -> str | None:
         line = f"{error.filename or 'the system'}: {error.strerror or error}; give a place that can be used"
     elif isinstance(error, torch.OutOfMemoryError):
         wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
-        line = (
-            f"the GPU is out of memory{f' for {wanted[1]} more' if wanted else ''}; use smaller batches (in training also --accumulate), "
-            "a smaller --image-size or --width, or --device cpu"
-        )
+        line = f"the GPU is out of memory{f' for {wanted[1]} more' if wanted else ''}; use smaller batches "
+        line += "(in training also --accumulate), a smaller --image-size or --width, or --device cpu"
     elif isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
         line = "the memory of this machine does not suffice; use smaller batches, a smaller --image-size or --width"
     else:
         return None
-    return line.replace("\n", "\\n")  # file names may hold line breaks
+    return one_line(line)
 
 
 def first_sentence(error: BaseException) -> str:
@@ -60,8 +58,13 @@ def first_sentence(error: BaseException) -> str:
 
 def warn(text: str) -> None:
     """Print a warning as one line on stderr, above a progress bar if there is one."""
-    tqdm.write("warning: " + printable(text).replace("\n", "\\n"), file=sys.stderr)
+    tqdm.write(f"warning: {one_line(text)}", file=sys.stderr)
     sys.stderr.flush()
+
+
+def one_line(text: str) -> str:
+    """The text as it can be printed anywhere; names of files may hold line breaks, and bytes that are not UTF-8."""
+    return printable(text).replace("\n", "\\n")
 
 
 def printable(name: str) -> str:

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from . import augment
 from .checkpoint import Preprocessing
 from .data import Dataset
-from .errors import printable
+from .errors import printable, warn
 from .evaluate import GATED, gated_foreground
 from .model import SemiMoE
 from .overlay import outline
@@ -107,9 +107,11 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            pass
-        else:
+            return
+        try:
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
+        except UnicodeEncodeError:
+            warn(f"{folder}: TensorBoard writes to no folder whose name is not UTF-8; metrics.jsonl has its scalars")
 
     def write(self, record: dict[str, Any]) -> None:
         if self.writer is None:

@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.torch import save_file
 
 from semimoe_fast import checkpoint, config, evaluate, predict, train
 from semimoe_fast.data import read_image, read_mask
-from semimoe_fast.errors import UserError
+from semimoe_fast.errors import UserError, run_command
 from semimoe_fast.lock import FolderLock
 from semimoe_fast.model import SemiMoE
 
@@ -83,6 +84,71 @@ def test_predict_never_overwrites_an_image(folder_run: Path, glands_folder: Path
         )
         assert "masks would replace them" in message
     assert {path: path.read_bytes() for path in images.iterdir()} == before
+
+
+def decodes_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Image, "open", lambda path: pytest.fail(f"{path} is decoded"))
+
+
+def test_predict_refuses_outputs_that_would_replace_each_other(tmp_path: Path, monkeypatch) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for name in ("a.png", "a_overlay.png"):
+        (images / name).touch()
+    decodes_nothing(monkeypatch)
+    arguments = ["--checkpoint", "none", "--input", str(images), "--out", str(out), "--overlay"]
+    assert refused(predict.main, arguments) == (
+        f"{images / 'a.png'} and {images / 'a_overlay.png'} would both be written to {out / 'a_overlay.png'}: "
+        "rename one, or leave out --overlay"
+    )
+    assert not out.exists()
+    assert "none: no such checkpoint" in refused(predict.main, arguments[:-1])  # masks alone do not meet
+
+
+def test_places_to_write_to_are_checked_first(glands_folder: Path, finished: Path, tmp_path: Path, monkeypatch) -> None:
+    decodes_nothing(monkeypatch)
+    file = tmp_path / "file"
+    file.touch()
+    for command, arguments, message in (
+        (train, ["--data", str(glands_folder), *SMALL, "--out", str(finished)], "is not empty; give another --out"),
+        (train, ["--data", str(glands_folder), *SMALL, "--out", str(file)], "is a file; give a folder as --out"),
+        (
+            predict,
+            ["--checkpoint", "none", "--input", str(glands_folder / "val" / "image"), "--out", str(file)],
+            "a file",
+        ),
+        (evaluate, ["--checkpoint", "none", "--data", "none", "--json", str(tmp_path)], "a folder: give a file"),
+    ):
+        assert message in refused(command.main, arguments)
+
+
+def test_names_that_are_not_utf8_are_no_obstacle(glands_folder: Path, tmp_path: Path, capsys) -> None:
+    """Of images, masks, data and run folders: bytes of Latin-1, as an old archive has them."""
+    home = tmp_path / os.fsdecode(b"r\xe9sultats")
+    data = shutil.copytree(glands_folder, home / "data")
+    for path in [*data.glob("*/image/0000.png"), *data.glob("*/mask/0000.png")]:
+        path.rename(path.with_name(os.fsdecode(b"l\xe9sion.png")))
+    run = ["--checkpoint", str(home / "run" / train.BEST), "--device", "cpu"]
+    for command, arguments in (
+        (train, ["--data", str(data), *SMALL, "--out", str(home / "run")]),
+        (train, ["--resume", str(home / "run")]),
+        (evaluate, [*run, "--data", str(data), "--json", str(home / "scores.json")]),
+        (predict, [*run, "--input", str(data / "val" / "image"), "--out", str(home / "masks"), "--overlay"]),
+    ):
+        run_command(lambda command=command, arguments=arguments: command.main(arguments))
+    assert "gated, l\\udce9sion" in capsys.readouterr().out
+    assert "l\udce9sion" in json.loads((home / "scores.json").read_text())["images"]
+    assert (home / "masks" / "l\udce9sion_overlay.png").is_file()
+    with pytest.raises(SystemExit):
+        run_command(lambda: train.main(["--data", str(home), *SMALL]))
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}/r\\udce9sultats: 0 parts are named")
+
+
+def test_checkpoint_for_other_images_is_refused(glands_folder: Path, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "gray", SemiMoE(in_channels=1, width=2))
+    arguments = ["--checkpoint", str(tmp_path / "gray"), "--data", str(glands_folder), "--device", "cpu"]
+    assert "gray: takes images of 1 channels, not RGB" in refused(evaluate.main, arguments)
 
 
 def test_checkpoints_with_other_experts(glands_folder: Path, tmp_path: Path) -> None:
