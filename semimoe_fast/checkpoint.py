@@ -150,15 +150,13 @@ def _checked_arguments(path: Path, arguments: Any, weights: Mapping[str, Tensor]
     check_types(path, "model", arguments, ARGUMENTS, REMEDY)
     if unknown := arguments.keys() - ARGUMENTS.keys():
         raise UserError(f"{path}: model has {min(unknown)!r}, which is no argument of this version; {REMEDY}")
-    experts = len({key.split(".")[1] for key in weights if key.startswith("experts.")})
-    stem, head = (weights.get(f"experts.0.{layer}.weight") for layer in ("encoder.0.0", "head"))
-    shapes = [None if weight is None else list(weight.shape) for weight in (stem, head)]
     width, channels, tasks = (arguments[name] for name in ("width", "in_channels", "expert_tasks"))
     if not tasks:
         raise UserError(f"{path}: expert_tasks of model is empty; {REMEDY}")
-    rows = {"mask": arguments["num_classes"], "sdf": 1, "boundary": 2}[tasks[0]]
-    fits = experts == len(tasks) and shapes == [[width, channels, 3, 3], [rows, width, 1, 1]]
-    if not fits or min(width, channels, rows) < 1:
+    rows = {"mask": arguments["num_classes"], "sdf": 1, "boundary": 2}
+    shapes = {f"experts.{e}.head.weight": (rows[task], width, 1, 1) for e, task in enumerate(tasks)}
+    shapes["experts.0.encoder.0.0.weight"] = (width, channels, 3, 3)
+    if not all(key in weights and tuple(weights[key].shape) == shape and min(shape) for key, shape in shapes.items()):
         raise UserError(f"{path}: {_misfit(arguments)}; {REMEDY}")
     return arguments
 

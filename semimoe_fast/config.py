@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 
+from .checkpoint import MOST_PIXELS
 from .device import Compile, Precision
 from .errors import UserError, first_sentence
 from .model import STRIDE
@@ -23,7 +24,12 @@ from .validation import check_types
 NONE = "none"
 CONFIG_FILE = "config.json"
 REMEDY = "restore the file as the run wrote it, or start a new run"
-MOST = {"width": 4096, "image_size": 16384, "threads": 4096, "seed": 2**63 - 1}  # any other integer: what 32 bits hold
+MOST = {
+    "width": 4096,
+    "image_size": MOST_PIXELS,
+    "threads": 4096,
+    "seed": 2**63 - 1,
+}  # any other integer: what 32 bits hold
 PLACE = ("data", "device", "threads", "residence", "cuda_graph", "profile")  # what a resumed run may change
 
 

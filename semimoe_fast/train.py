@@ -1,7 +1,8 @@
 """Train Semi-MoE: `python -m semimoe_fast.train`, `--help` for everything it takes.
 
 A run folder holds config.json, metrics.jsonl (a line an epoch), best.safetensors and last.safetensors, curves.png and
-overlays.png. A run that was interrupted or killed continues with `--resume FOLDER` and ends as if it had not been.
+overlays.png, and is locked while a process trains in it. A run that was interrupted or killed continues with
+`--resume FOLDER` and ends as if it had not been.
 
 Images from --data are decoded by the first of the runs that lie beside each other; the others find them in `cache`.
 
@@ -174,7 +175,7 @@ class Run:
             run.trainer.restore(tensors, epoch, step)
         except torch.OutOfMemoryError:
             raise
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, TypeError, RuntimeError) as error:
             raise UserError(
                 f"{path}: its tensors are not those of this run ({first_sentence(error)}); {REMEDY}"
             ) from error
@@ -272,13 +273,13 @@ class Run:
     def report(self) -> None:
         """Draw the pictures and print what came out."""
         path = self.folder / METRICS_FILE
-        lines = records.read(path)
+        kept = records.read(path)
         report.draw_overlays(
             self.trainer.evaluated, self.val, self._preprocessing, self.trainer.device, self.folder / "overlays.png"
         )
-        if any("val" in record for record in lines):
-            report.draw_curves(lines, self.trainer.model.tasks, self.folder / "curves.png")
-            print(report.summary(lines, self.folder))
+        if any("val" in record for record in kept):
+            report.draw_curves(kept, self.trainer.model.tasks, self.folder / "curves.png")
+            print(report.summary(kept, self.folder))
         else:
             warn(f"{path}: holds no record of a validation any more; curves.png and the table of scores are left out")
         if self.config.ema is not None:

@@ -243,7 +243,7 @@ class Trainer:
                 self.average.sums[name].copy_(value)
         for name, parameter, optimiser in self._optimised():
             moments = with_prefix(state, f"optim.{name}.")
-            if not moments and (optimiser is self.adam or self.config.momentum):
+            if moments.keys() != self._moments(optimiser):
                 raise KeyError(f"optim.{name}")
             optimiser.state[parameter] = {key: _like(parameter, value) for key, value in moments.items()}
         ranks = states_of_ranks(state)
@@ -282,6 +282,12 @@ class Trainer:
             yield f"model.{name}", parameter, self.sgd
         for name, parameter in self.adaptive.named_parameters():
             yield f"adaptive.{name}", parameter, self.adam
+
+    def _moments(self, optimiser: torch.optim.Optimizer) -> set[str]:
+        """What an optimiser keeps for each parameter once it has taken a step."""
+        if optimiser is self.adam:
+            return {"step", "exp_avg", "exp_avg_sq"}
+        return {"momentum_buffer"} if self.config.momentum else set()
 
     def _zero_sums(self) -> dict[str, Tensor]:
         objectives, gates = self.adaptive.log_vars.shape, (len(self.model.tasks), len(self.model.experts))

@@ -128,6 +128,10 @@ HOSTILE = {
     "width is negative": (with_model(width=-2), "do not fit its own configuration"),
     "channels are absurd": (with_model(in_channels=10**9), "do not fit its own configuration"),
     "classes are absurd": (with_model(num_classes=10**9), "do not fit its own configuration"),
+    "classes are beyond 64 bits, of the second expert": (
+        with_model(num_classes=10**30, expert_tasks=["sdf", "mask", "boundary"]),
+        "do not fit its own configuration",
+    ),
     "no experts": (with_model(expert_tasks=[]), "expert_tasks of model is empty"),
     "too many experts": (with_model(expert_tasks=["mask"] * 10_000), "do not fit its own configuration"),
     "unknown task": (

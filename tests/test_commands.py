@@ -285,6 +285,7 @@ def test_damaged_configuration_is_refused(finished: Path, tmp_path: Path, change
         ({}, "random.cpu", "its tensors are not those of this run ('random.cpu')"),
         ({}, "model.gating.heads.0.bias", "its tensors are not those of this run (Error(s) in loading state_dict"),
         ({}, "optim.model.gating.heads.0.bias.momentum_buffer", "its tensors are not those of this run ('optim.model."),
+        ({}, "optim.adaptive.log_vars.exp_avg", "its tensors are not those of this run ('optim.adaptive.log_vars')"),
     ],
 )
 def test_damaged_state_is_refused(finished: Path, tmp_path: Path, changes: dict, without: str, message: str) -> None:
