@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import mmap
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ import torch
 
 from .checkpoint import write_atomically
 from .data import Dataset, Pair, in_threads, list_pairs, read_pair, read_pairs
+from .errors import warn
 
-FORMAT = 1  # to be raised when the same files are decoded to other values, or stored in another way
+FORMAT = 2  # to be raised when the same files are decoded to other values, or stored in another way
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's, which older Pythons do not name
 
 
@@ -53,7 +53,7 @@ class Cache:
                 dataset = entry.read(path)
             except OSError as error:
                 self.writes = False
-                _warn(f"{error.filename or path}: {error.strerror or error}; decoded images are not kept")
+                warn(f"{error.filename or path}: {error.strerror or error}; decoded images are not kept")
         return read_pairs(pairs, size, part) if dataset is None else dataset
 
     def _find(self, entry: Entry, path: Path) -> Dataset | None:
@@ -64,7 +64,7 @@ class Cache:
         except OSError as error:
             dataset, reason = None, error.strerror or str(error)
         if dataset is None and self.writes:
-            _warn(f"{path}: {reason}; its images are decoded anew")
+            warn(f"{path}: {reason}; its images are decoded anew")
         return dataset
 
 
@@ -157,7 +157,3 @@ def key_of(pairs: Sequence[Pair], size: int, title: str) -> str:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -11,15 +11,24 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
+from .checkpoint import MOST_PIXELS
 from .device import Compile, Precision
-from .errors import UserError
+from .errors import UserError, first_sentence
 from .model import STRIDE
 from .options import read_options
+from .validation import check_types
 
 NONE = "none"
 CONFIG_FILE = "config.json"
+REMEDY = "restore the file as the run wrote it, or start a new run"
+MOST = {
+    "width": 4096,
+    "image_size": MOST_PIXELS,
+    "threads": 4096,
+    "seed": 2**63 - 1,
+}  # any other integer: what 32 bits hold
 PLACE = ("data", "device", "threads", "residence", "cuda_graph", "profile")  # what a resumed run may change
 
 
@@ -137,6 +146,8 @@ class TrainConfig:
             for value in values if isinstance(values, tuple) else [values]:
                 if isinstance(value, float) and not math.isfinite(value):
                     raise UserError(f"{flag(field.name)} is {value}: give a finite number")
+                if isinstance(value, int) and value > (most := MOST.get(field.name, 2**31 - 1)):
+                    raise UserError(f"{flag(field.name)} is {value}: give at most {most}")
         positive = (
             "image_size width epochs labeled_batch unlabeled_batch decay_epochs val_every save_every lr log_var_lr "
             "accumulate"
@@ -190,6 +201,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """What `to_dict` gave."""
         tuples = {name: tuple(values[name]) for name in ("synthetic", "coefficients")}
         return cls(**values | tuples | {"data": None if values["data"] is None else Path(values["data"])})
 
@@ -232,11 +244,16 @@ def read_config(run: Path) -> TrainConfig:
     """The configuration of an existing run folder."""
     path = run / CONFIG_FILE
     try:
-        return TrainConfig.from_dict(json.loads(path.read_text()))
+        values = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{run}: holds no run to resume ({CONFIG_FILE} is missing); give the folder of a run") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: is not the configuration of this version ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON ({first_sentence(error)}); {REMEDY}") from error
+    hints = {name: hint for name, hint in get_type_hints(TrainConfig).items() if name in SYNTHETIC.to_dict()}
+    check_types(path, "the configuration", values, hints, REMEDY)
+    if unknown := values.keys() - hints.keys():
+        raise UserError(f"{path}: has {min(unknown)!r}, which is no option of this version; {REMEDY}")
+    return TrainConfig.from_dict(values)
 
 
 def _refuse_changes(stored: TrainConfig, config: TrainConfig) -> None:

@@ -17,12 +17,12 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from .errors import UserError
+from .errors import UserError, warn
 
 A, B = TypeVar("A"), TypeVar("B")
 
@@ -53,7 +53,7 @@ class Dataset:
     @cached_property
     def fingerprint(self) -> str:
         """Digest of names and decoded content, which is read once, however often it is asked for."""
-        digest = hashlib.sha256("\n".join(self.names).encode())
+        digest = hashlib.sha256("\n".join(self.names).encode("utf-8", "surrogateescape"))  # the bytes of the file names
         for tensor in (self.images, self.masks):
             if tensor is not None:
                 digest.update(tensor.contiguous().numpy())
@@ -144,6 +144,8 @@ def list_images(folder: Path) -> list[Path]:
 
 def read_image(path: Path) -> np.ndarray:
     """Read any 8-bit image Pillow knows as RGB, uint8 (H, W, 3); grey and palette are converted, alpha is dropped.
+
+    EXIF orientation is applied; a warning tells of pages after the first.
 
     Raises UserError for unreadable files and for more than 8 bits per channel.
     """
@@ -237,13 +239,19 @@ def _masks_of(images: list[Path], folder: Path) -> list[Path]:
 
 
 def _decode(path: Path) -> tuple[Image.Image, bool]:
-    """The file's image, decoded to the last pixel, and whether the file has more than 8 bits per channel."""
+    """The file's image, decoded to the last pixel and upright, and whether the file has more than 8 bits per channel.
+
+    Of several pages the first is taken, which a warning says.
+    """
     try:
-        with Image.open(path) as image:
+        # From an open file, because Pillow maps a named one, and then scrambles gray TIFFs that lie on their side.
+        with path.open("rb") as file, Image.open(file) as image:
+            pages = getattr(image, "n_frames", 1)
             # Pillow cuts 16-bit colours to 8 without a word; only the decoder's raw mode, such as RGB;16B, tells.
             # BGR;16 is another thing: 16 bits per pixel.
             raw_modes = str([tile[3] for tile in image.tile]).replace("BGR;16", "")
             image.load()
+            _turn_upright(image, path)
     except UnidentifiedImageError as error:
         raise UserError(
             f"{path} cannot be read as an image (unknown or damaged header): replace or remove it"
@@ -251,4 +259,14 @@ def _decode(path: Path) -> tuple[Image.Image, bool]:
     except Exception as error:  # a broken file makes Pillow's decoders raise almost anything
         reason = str(error) or type(error).__name__
         raise UserError(f"{path} cannot be read as an image ({reason}): replace or remove it") from error
+    if pages > 1:
+        warn(f"{path} has {pages} pages, of which the first alone is read: save the others as files of their own")
     return image, image.mode[0] in "IF" or ";16" in raw_modes
+
+
+def _turn_upright(image: Image.Image, path: Path) -> None:
+    """Apply the EXIF orientation, as viewers and annotation tools do."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception as error:  # Pillow raises almost anything, and the pixels are whole
+        warn(f"{path}: its EXIF data cannot be read ({error}); it is taken to be upright")

@@ -8,6 +8,7 @@ rare (metrics, votes, states) goes over gloo between the hosts and never waits f
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 import sys
@@ -24,10 +25,12 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from .device import choose_device
-from .errors import UserError, explain
+from .errors import UserError, explain, first_sentence
 
 TIMEOUT = timedelta(minutes=10)  # until a rank that is alive and does nothing counts as lost
 PATIENCE = timedelta(days=1)  # the same, while rank 0 does for all what takes as long as it takes: decoding the images
+
+LAUNCH = "start several processes with torchrun, or unset WORLD_SIZE and RANK to train in one"
 
 T = TypeVar("T")
 
@@ -169,12 +172,16 @@ class World:
 def join() -> Iterator[World]:
     """The world that torchrun set up in the environment, or the world of one without it.
 
-    The ranks leave it together; an error of the user's is printed by the first rank that meets it.
+    The ranks leave it together; the first rank that meets an error of the user's prints it. Raises UserError where the
+    environment is incomplete or the ranks do not meet.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launched_size() == 1:
         yield World()
         return
-    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    except dist.DistError as error:
+        raise UserError(f"the processes of this run do not meet ({first_sentence(error)}); {LAUNCH}") from error
     dist.init_process_group(
         store=store, rank=rank, world_size=size, timeout=TIMEOUT
     )  # gloo, and NCCL where there is CUDA
@@ -188,13 +195,40 @@ def join() -> Iterator[World]:
             yield world
     except BaseException as error:
         first = world.claim()  # before the connections close, which the other ranks would take for a loss
-        if not isinstance(error, UserError | OSError):
+        if (line := explain(error)) is None:
             raise
         if first:
-            print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+            print(f"error: {line}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
         dist.destroy_process_group()
+
+
+def launched_size() -> int:
+    """WORLD_SIZE, or 1 without it. Raises UserError where the variables that torchrun sets are incomplete or wrong."""
+    if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ:
+        return 1
+    size = _number_from_environment("WORLD_SIZE", 1)
+    if size > 1:
+        _number_from_environment("RANK", 0, size - 1)
+        _number_from_environment("MASTER_PORT", 1, 65535)
+        if not os.environ.get("MASTER_ADDR"):
+            raise UserError(f"WORLD_SIZE is {size} but MASTER_ADDR is not set; {LAUNCH}")
+        for name, least, most in (("LOCAL_RANK", 0, size - 1), ("LOCAL_WORLD_SIZE", 1, size)):
+            if name in os.environ:
+                _number_from_environment(name, least, most)
+    return size
+
+
+def _number_from_environment(name: str, least: int, most: float = math.inf) -> int:
+    text = os.environ.get(name)
+    if text is None:
+        others = [f"{other} is {os.environ[other]}" for other in ("WORLD_SIZE", "RANK") if other in os.environ]
+        raise UserError(f"{' and '.join(others)} but {name} is not set; {LAUNCH}")
+    if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
+        limits = f"from {least} to {most}" if most < math.inf else f"from {least}"
+        raise UserError(f"the environment variable {name} is {text!r}, not a number {limits}; {LAUNCH}")
+    return int(text)
 
 
 def _tells_of_loss(error: RuntimeError) -> bool:

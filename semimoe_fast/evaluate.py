@@ -122,7 +122,11 @@ def as_json(counts: dict[str, Tensor], names: Sequence[str]) -> dict[str, Any]:
 
 
 def require_mask(path: Path, model: SemiMoE) -> None:
-    """Raise UserError for a checkpoint whose experts learn no mask."""
+    """Raise UserError for a checkpoint whose experts learn no mask, or not from RGB images."""
+    if model.in_channels != 3:
+        raise UserError(
+            f"{path}: takes images of {model.in_channels} channels, not RGB; take a checkpoint of a training run"
+        )
     if "mask" not in model.tasks:
         raise UserError(f"{path}: its experts learn {', '.join(model.tasks)}, no mask; take a checkpoint with one")
 
@@ -134,6 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = choose_device(config.device)
     if config.json is not None and not config.json.parent.is_dir():
         raise UserError(f"--json is {config.json}, but there is no folder {config.json.parent}: create it first")
+    if config.json is not None and config.json.is_dir():
+        raise UserError(f"--json is {config.json}, which is a folder: give a file")
     model, metadata, _ = checkpoint.load(config.checkpoint, device)
     require_mask(config.checkpoint, model)
     preprocessing = Preprocessing.of(config.checkpoint, metadata)

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from . import augment
 from .checkpoint import Preprocessing
 from .data import Dataset
+from .errors import printable, warn
 from .evaluate import GATED, gated_foreground
 from .model import SemiMoE
 from .overlay import outline
@@ -82,7 +83,7 @@ def draw_overlays(
         axis.set_title(title)
     for row, index in enumerate(chosen.tolist()):
         image = images[row].permute(1, 2, 0).numpy()
-        axes[row, 0].set_ylabel(val.names[index], fontsize=7)
+        axes[row, 0].set_ylabel(printable(val.names[index]), fontsize=7, parse_math=False)
         axes[row, 0].imshow(image)
         for axis, mask in ((axes[row, 1], masks[row] != 0), (axes[row, 2], predicted[row])):
             axis.imshow(outline(image, mask))
@@ -106,9 +107,11 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            pass
-        else:
+            return
+        try:
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
+        except UnicodeEncodeError:
+            warn(f"{folder}: TensorBoard writes to no folder whose name is not UTF-8; metrics.jsonl has its scalars")
 
     def write(self, record: dict[str, Any]) -> None:
         if self.writer is None:
@@ -124,7 +127,8 @@ class TensorBoard:
     def _scalars(self, record: dict[str, Any]) -> Iterator[tuple[str, float]]:
         for name in ("total", "supervised_total", "unsupervised_total", "lr"):
             yield name, record[name]
-        yield "images_per_second", record["speed"]["images_per_second"]
+        if (speed := record["speed"]["images_per_second"]) is not None:
+            yield "images_per_second", speed
         for name in ("supervised_terms", "unsupervised_terms", "loss_weights"):
             for task, value in zip(self.tasks, record[name], strict=True):
                 yield f"{name}/{task}", value
@@ -149,6 +153,8 @@ def summary(records: Records, folder: Path) -> str:
                     f"{s['swept_dice']:12.4f}{s['swept_jaccard']:9.4f}{s['swept_threshold']:11.2f}"
                 )
     lines.append("swept: at the threshold with the best Jaccard on these very images")
-    lines.append(f"best: epoch {best['epoch'] + 1} of {len(records)}; curves.png, overlays.png, metrics.jsonl,")
+    lines.append(
+        f"best: epoch {best['epoch'] + 1} of {records[-1]['epoch'] + 1}; curves.png, overlays.png, metrics.jsonl,"
+    )
     lines.append(f"best.safetensors and last.safetensors are in {folder}")
     return "\n".join(lines)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import resource
 import time
 
@@ -14,32 +13,40 @@ from .model import SemiMoE
 
 
 class Stopwatch:
-    """The time of steps, apart from those that warm up: they choose algorithms, compile, and capture graphs.
+    """The time of an epoch's steps, without the first steps of a run, which choose algorithms, compile and capture.
 
-    The device is waited for twice: when it has warmed up, and when an epoch's time is read.
+    The warm-up may take several epochs. The device is waited for when it has warmed up and at the end of an epoch.
     """
 
     def __init__(self, device: torch.device, warm_up_steps: int) -> None:
         self.device, self.warm_up_steps = device, warm_up_steps
-        self.warm_up_seconds = 0.0
+        self.warm_up_seconds = 0.0  # of the steps alone, not of validation between them
         self.start()
 
     def start(self) -> None:
         """An epoch begins."""
-        self.steps, self.started = 0, time.perf_counter()
+        self.steps, self.seconds, self.started = 0, 0.0, time.perf_counter()
 
     def tick(self) -> None:
         """A step was issued."""
-        self.steps += 1
-        if self.warm_up_steps:
-            self.warm_up_steps -= 1
-            if not self.warm_up_steps:
-                self.warm_up_seconds += self._elapsed()
-                self.start()
+        if not self.warm_up_steps:
+            self.steps += 1
+            return
+        self.warm_up_steps -= 1
+        if not self.warm_up_steps:
+            self.warm_up_seconds += self._elapsed()
+            self.start()
 
-    def seconds_per_step(self) -> float:
-        """Mean over the steps since the epoch began or the last one warmed up; infinite where there are none."""
-        return self._elapsed() / self.steps if self.steps else math.inf
+    def stop(self) -> None:
+        """The last step of the epoch was issued."""
+        if self.warm_up_steps:
+            self.warm_up_seconds += self._elapsed()
+        else:
+            self.seconds = self._elapsed()
+
+    def seconds_per_step(self) -> float | None:
+        """Mean over the steps of the epoch just stopped that came after the warm-up; None if there were none."""
+        return self.seconds / self.steps if self.steps else None
 
     def _elapsed(self) -> float:
         if self.device.type == "cuda":

@@ -1,7 +1,8 @@
 """Train Semi-MoE: `python -m semimoe_fast.train`, `--help` for everything it takes.
 
 A run folder holds config.json, metrics.jsonl (a line an epoch), best.safetensors and last.safetensors, curves.png and
-overlays.png. A run that was interrupted or killed continues with `--resume FOLDER` and ends as if it had not been.
+overlays.png, and is locked while a process trains in it. A run that was interrupted or killed continues with
+`--resume FOLDER` and ends as if it had not been.
 
 Images from --data are decoded by the first of the runs that lie beside each other; the others find them in `cache`.
 
@@ -13,7 +14,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -28,19 +28,21 @@ import torch
 from torch.profiler import record_function
 from tqdm import tqdm
 
-from . import checkpoint, distributed, report
+from . import checkpoint, distributed, records, report
 from .batches import TrainingData
 from .cache import Cache
-from .checkpoint import Preprocessing
+from .checkpoint import REMEDY, Preprocessing
 from .config import CONFIG_FILE, NONE, PLACE, TrainConfig, parse
 from .data import Dataset
 from .device import configure
 from .distributed import World
-from .errors import UserError, run_command
+from .errors import UserError, first_sentence, run_command, warn
 from .evaluate import GATED, count_set, score_set
+from .lock import FolderLock
 from .profile import PAUSE, StepProfile
 from .sources import load_data
 from .trainer import Trainer, states_of_ranks
+from .validation import check_types
 
 RUNS = Path("runs")
 METRICS_FILE = "metrics.jsonl"
@@ -49,16 +51,26 @@ BEST, LAST = "best.safetensors", "last.safetensors"
 
 def main(arguments: Sequence[str] | TrainConfig | None = None) -> None:
     """Train as a command line says, that of the process by default, or as a configuration does. Raises UserError."""
+    with FolderLock() as lock:
+        run = train(arguments, lock)
+        if run.world.leads:
+            run.report()
+
+
+def train(arguments: Sequence[str] | TrainConfig | None, lock: FolderLock) -> Run:
+    """Train to the last epoch; exits where a signal interrupts that."""
     with distributed.join() as world:
-        config = world.leader_first(lambda: _configuration(arguments, world))
+        config = world.leader_first(lambda: configuration(arguments, world, lock))
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         device = world.device(config.device)
         settings = configure(device, config.precision, config.deterministic)
         cache = Cache(cache_folder(config), writes=world.leads)
         data, val = world.leader_first(lambda: load_data(config, cache))  # the others find what it decoded
-        begin = Run.resume if config.resume else Run.start
-        run = begin(config, data, val, device, world)
+        if config.resume:
+            run = Run.resume(config, data, val, device, world)
+        else:
+            run = Run.start(config, data, val, device, world, lock)
         if world.leads:
             print(f"{settings}; {run.trainer.settings}", flush=True)
         remedy = f"continue with: {world.command} --resume {run.folder}"
@@ -67,15 +79,21 @@ def main(arguments: Sequence[str] | TrainConfig | None = None) -> None:
                 if world.leads:
                     print(f"interrupted by {interruption.name}; {remedy}", flush=True)
                 sys.exit(128 + interruption.received)
-    if world.leads:
-        run.report()
+    return run
 
 
-def _configuration(given: Sequence[str] | TrainConfig | None, world: World) -> TrainConfig:
-    if not isinstance(given, TrainConfig):
-        return parse(given, world.size)
-    given.check(world.size)
-    return given
+def configuration(given: Sequence[str] | TrainConfig | None, world: World, lock: FolderLock) -> TrainConfig:
+    """What is asked for, checked, once its run folder is known to be free: to decode the images may take hours."""
+    if isinstance(given, TrainConfig):
+        config = given
+        config.check(world.size)
+    else:
+        config = parse(given, world.size)
+    if world.leads and config.resume is not None:
+        lock.take(config.resume)
+    elif world.leads and config.out is not None:
+        refuse_used(config.out)
+    return config
 
 
 class Interruption:
@@ -124,13 +142,23 @@ class Run:
     best_dice: float = -1.0
 
     @classmethod
-    def start(cls, config: TrainConfig, data: TrainingData, val: Dataset, device: torch.device, world: World) -> Run:
+    def start(
+        cls,
+        config: TrainConfig,
+        data: TrainingData,
+        val: Dataset,
+        device: torch.device,
+        world: World,
+        lock: FolderLock,
+    ) -> Run:
+        """A new run in a new folder, which is locked from then on."""
         trainer = Trainer(config, data, device, world)
-        folder = Path(world.told(lambda: str(new_folder(config))))
+        folder = Path(world.told(lambda: str(new_folder(config, lock))))
         return cls(config, folder, trainer, val, world)
 
     @classmethod
     def resume(cls, config: TrainConfig, data: TrainingData, val: Dataset, device: torch.device, world: World) -> Run:
+        """The run of an existing folder, which is locked already, where its last checkpoint left it."""
         run = cls(config, config.resume, Trainer(config, data, device, world), val, world)
         path = run.folder / LAST
         if not path.is_file():
@@ -144,7 +172,18 @@ class Run:
                 f"{path}: the images have changed since, or are others; restore them, give their folder as --data, or "
                 "start a new run"
             )
-        run.trainer.restore(tensors, metadata["epoch"], metadata["step"])
+        check_types(path, "its metadata", metadata, {"epoch": int, "step": int, "best_dice": float}, REMEDY)
+        epoch, step = metadata["epoch"], metadata["step"]
+        if not (0 <= epoch <= config.epochs and 0 <= step <= run.trainer.steps_per_epoch):
+            raise UserError(f"{path}: is of epoch {epoch}, step {step}, which this run does not have; {REMEDY}")
+        try:
+            run.trainer.restore(tensors, epoch, step)
+        except torch.OutOfMemoryError:
+            raise
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise UserError(
+                f"{path}: its tensors are not those of this run ({first_sentence(error)}); {REMEDY}"
+            ) from error
         if (before := len(states_of_ranks(tensors))) != world.size and world.leads:
             print(f"{path}: is of {before} processes, now {world.size}: dropout goes on with other random numbers")
         run.best_dice = metadata["best_dice"]
@@ -154,7 +193,7 @@ class Run:
         """Train to the last epoch; False if interrupted, with the checkpoint written."""
         trainer, steps = self.trainer, self.trainer.steps_per_epoch
         if self.world.leads:
-            self._truncate_metrics()
+            records.truncate(self.folder / METRICS_FILE, trainer.epoch)
         done = trainer.epoch * steps + trainer.step
         pace = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines; a log file needs few
         bar = {"initial": done, "unit": "step", "mininterval": pace} | ({} if self.world.leads else {"disable": True})
@@ -196,7 +235,8 @@ class Run:
         if "val" in record and record["val"][GATED]["dice"] > self.best_dice:
             self.best_dice = record["val"][GATED]["dice"]
             self.save(BEST)
-        self.record(record)
+        if self.world.leads:
+            records.append(self.folder / METRICS_FILE, record)
         if last or trainer.epoch % config.save_every == 0:
             self.save(LAST)
         return record
@@ -218,14 +258,6 @@ class Run:
             checkpoint.save(self.folder / name, model, self.metadata(), state)
         self.world.wait()
 
-    def record(self, record: dict[str, Any]) -> None:
-        if not self.world.leads:
-            return
-        with (self.folder / METRICS_FILE).open("a") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # ahead of the checkpoint that counts on it
-
     @property
     def fingerprints(self) -> list[str]:
         """Of the labelled, unlabelled and validation images."""
@@ -243,37 +275,24 @@ class Run:
             "best_dice": self.best_dice,
         }
 
-    def records(self) -> list[dict[str, Any]]:
-        path = self.folder / METRICS_FILE
-        try:
-            return [json.loads(line) for line in path.read_text().splitlines()]
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); without it there is nothing to report") from error
-
     def report(self) -> None:
         """Draw the pictures and print what came out."""
-        records = self.records()
-        report.draw_curves(records, self.trainer.model.tasks, self.folder / "curves.png")
+        path = self.folder / METRICS_FILE
+        kept = records.read(path)
         report.draw_overlays(
             self.trainer.evaluated, self.val, self._preprocessing, self.trainer.device, self.folder / "overlays.png"
         )
-        print(report.summary(records, self.folder))
+        if any("val" in record for record in kept):
+            report.draw_curves(kept, self.trainer.model.tasks, self.folder / "curves.png")
+            print(report.summary(kept, self.folder))
+        else:
+            warn(f"{path}: holds no record of a validation any more; curves.png and the table of scores are left out")
         if self.config.ema is not None:
             print("validation is of the average weights (--ema), as in best.safetensors; last.safetensors has the last")
 
     @property
     def _preprocessing(self) -> Preprocessing:
         return self.trainer.data.preprocessing
-
-    def _truncate_metrics(self) -> None:
-        """Drop records of epochs that will be trained again, and a line that a kill left unfinished."""
-        path = self.folder / METRICS_FILE
-        if path.exists():
-            lines = path.read_text().splitlines()[: self.trainer.epoch]
-            whole = [line for line in lines if _is_json(line)]
-            if len(whole) < len(lines):
-                print(f"{path}: {len(lines) - len(whole)} damaged lines are dropped; the run goes on", file=sys.stderr)
-            checkpoint.write_atomically(path, lambda part: part.write_text("".join(f"{line}\n" for line in whole)))
 
 
 def cache_folder(config: TrainConfig) -> Path:
@@ -282,24 +301,30 @@ def cache_folder(config: TrainConfig) -> Path:
     return (RUNS if run is None else run.resolve().parent) / "cache"
 
 
-def new_folder(config: TrainConfig) -> Path:
-    """Create the run folder: --out, which must be new or empty, or runs/NAME-DATE-TIME; and in it the configuration."""
+def new_folder(config: TrainConfig, lock: FolderLock) -> Path:
+    """Create and lock the run folder, --out or runs/NAME-DATE-TIME, and write the configuration into it."""
     folder = _create_folder(config)
+    lock.take(folder)
+    if config.out is not None:
+        refuse_used(folder)  # another process may have filled it while this one read its images
     text = json.dumps(config.to_dict(), indent=2) + "\n"
     checkpoint.write_atomically(folder / CONFIG_FILE, lambda part: part.write_text(text))
     return folder
 
 
+def refuse_used(folder: Path) -> None:
+    """Raise UserError where --out is a file, or a folder that is not empty."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give a folder as --out")
+    if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        remedy = f", or --resume {folder} to continue its run" if (folder / CONFIG_FILE).exists() else ""
+        raise UserError(f"{folder} is not empty; give another --out{remedy}")
+
+
 def _create_folder(config: TrainConfig) -> Path:
-    folder = config.out
-    if folder is not None:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder} is a file; give a folder as --out")
-        if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-            remedy = f", or --resume {folder} to continue its run" if (folder / CONFIG_FILE).exists() else ""
-            raise UserError(f"{folder} is not empty; give another --out{remedy}")
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+    if config.out is not None:
+        config.out.mkdir(parents=True, exist_ok=True)
+        return config.out
     name = "synthetic" if config.data is None else config.data.resolve().name
     stem = RUNS / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     for attempt in itertools.count(1):
@@ -315,14 +340,6 @@ def _create_folder(config: TrainConfig) -> Path:
 def without_place(value: Any) -> Any:
     """A stored configuration without what a resumed run may change."""
     return {k: v for k, v in value.items() if k not in PLACE} if isinstance(value, dict) else value
-
-
-def _is_json(line: str) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
 
 
 def summary_of(record: dict[str, Any]) -> str:

@@ -118,12 +118,15 @@ class Trainer:
         )
         return f"{images}; steps: {step}{compiled}"
 
-    def speed(self) -> dict[str, float]:
-        """Of the steps of the epoch so far, and the time that warming up took before them."""
+    def speed(self) -> dict[str, float | None]:
+        """Of the steps of the epoch just trained, and the time that the warm-up took before them.
+
+        images_per_second and tflop_per_second are None where the epoch had no step after the warm-up.
+        """
         seconds = self.stopwatch.seconds_per_step()
         return {
-            "images_per_second": self.images_per_step / seconds,
-            "tflop_per_second": self.flops / seconds / 1e12,
+            "images_per_second": None if seconds is None else self.images_per_step / seconds,
+            "tflop_per_second": None if seconds is None else self.flops / seconds / 1e12,
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "warm_up_seconds": self.stopwatch.warm_up_seconds,
         }
@@ -144,6 +147,7 @@ class Trainer:
             progress()
             if stop():
                 return False
+        self.stopwatch.stop()
         if self.world.size > 1:
             for buffer in self._running_statistics().values():
                 buffer.copy_(self.world.mean(buffer))
@@ -230,7 +234,7 @@ class Trainer:
         """Take up the run where a checkpoint left it: the tensors of `state`, and the model's under `model.`.
 
         Where it was left by another number of processes, their sums and statistics are averaged, and ranks above 0
-        start their dropout anew.
+        start their dropout anew. Raises KeyError or RuntimeError for tensors that are not those of this run.
         """
         self.model.load_state_dict(with_prefix(state, "model."))
         self.adaptive.load_state_dict(with_prefix(state, "adaptive."))
@@ -239,6 +243,8 @@ class Trainer:
                 self.average.sums[name].copy_(value)
         for name, parameter, optimiser in self._optimised():
             moments = with_prefix(state, f"optim.{name}.")
+            if moments.keys() != self._moments(optimiser):
+                raise KeyError(f"optim.{name}")
             optimiser.state[parameter] = {key: _like(parameter, value) for key, value in moments.items()}
         ranks = states_of_ranks(state)
         same = len(ranks) == self.world.size
@@ -276,6 +282,12 @@ class Trainer:
             yield f"model.{name}", parameter, self.sgd
         for name, parameter in self.adaptive.named_parameters():
             yield f"adaptive.{name}", parameter, self.adam
+
+    def _moments(self, optimiser: torch.optim.Optimizer) -> set[str]:
+        """What an optimiser keeps for each parameter once it has taken a step."""
+        if optimiser is self.adam:
+            return {"step", "exp_avg", "exp_avg_sq"}
+        return {"momentum_buffer"} if self.config.momentum else set()
 
     def _zero_sums(self) -> dict[str, Tensor]:
         objectives, gates = self.adaptive.log_vars.shape, (len(self.model.tasks), len(self.model.experts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import sys
@@ -18,6 +19,7 @@ from semimoe_fast import cache, checkpoint, config, data, sources, train
 from semimoe_fast.cache import Cache
 from semimoe_fast.data import Dataset, load_part
 from semimoe_fast.errors import UserError
+from semimoe_fast.lock import FolderLock
 
 RNG = np.random.default_rng(0)
 SIZE = 16
@@ -250,6 +252,26 @@ def test_file_of_another_key_is_not_taken_for_it(root: Path, kept: Cache, capsys
     assert "damaged" in capsys.readouterr().err
 
 
+def test_names_that_are_not_utf8_are_kept(root: Path, kept: Cache, monkeypatch) -> None:
+    for kind in ("image", "mask"):
+        (root / "train" / kind / "1.png").rename(root / "train" / kind / os.fsdecode(b"\xe9.png"))
+    expected = load_part(root, "train", SIZE, True)
+    assert_same(kept.load_part(root, "train", SIZE, True), expected)
+    decodes_nothing(monkeypatch)
+    assert_same(kept.load_part(root, "train", SIZE, True), expected)
+    (path,) = files(kept)
+    with safe_open(path, framework="pt") as file:
+        assert json.loads(file.metadata()["names"]) == ["10", "2", "\udce9"]
+
+
+def test_pages_that_are_left_out_are_told_when_they_are_decoded(root: Path, kept: Cache, capsys) -> None:
+    page = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
+    (root / "train" / "image" / "1.png").unlink()
+    page.save(root / "train" / "image" / "1.tif", save_all=True, append_images=[page])
+    kept.load_part(root, "train", SIZE, True)
+    assert capsys.readouterr().err.count("1.tif has 2 pages") == 1
+
+
 # ------------------------------------------------------------------------------------------------ what may go wrong
 
 
@@ -332,7 +354,8 @@ def test_cache_is_beside_the_run(tmp_path: Path, monkeypatch) -> None:
         given = config.parse(["--out", out])
         assert train.cache_folder(given) == expected / "cache"
     (tmp_path / "runs").mkdir()
-    resumed = train.new_folder(config.SYNTHETIC)
+    with FolderLock() as lock:
+        resumed = train.new_folder(config.SYNTHETIC, lock)
     assert train.cache_folder(config.parse(["--resume", str(resumed)])) == tmp_path / "runs" / "cache"
 
 

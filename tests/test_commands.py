@@ -11,10 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from safetensors.torch import save_file
 
 from semimoe_fast import checkpoint, config, evaluate, predict, train
 from semimoe_fast.data import read_image, read_mask
-from semimoe_fast.errors import UserError
+from semimoe_fast.errors import UserError, run_command
+from semimoe_fast.lock import FolderLock
 from semimoe_fast.model import SemiMoE
 
 pytest.importorskip("tyro", reason="commands read their options with tyro")
@@ -83,6 +86,71 @@ def test_predict_never_overwrites_an_image(folder_run: Path, glands_folder: Path
         )
         assert "masks would replace them" in message
     assert {path: path.read_bytes() for path in images.iterdir()} == before
+
+
+def decodes_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Image, "open", lambda path: pytest.fail(f"{path} is decoded"))
+
+
+def test_predict_refuses_outputs_that_would_replace_each_other(tmp_path: Path, monkeypatch) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for name in ("a.png", "a_overlay.png"):
+        (images / name).touch()
+    decodes_nothing(monkeypatch)
+    arguments = ["--checkpoint", "none", "--input", str(images), "--out", str(out), "--overlay"]
+    assert refused(predict.main, arguments) == (
+        f"{images / 'a.png'} and {images / 'a_overlay.png'} would both be written to {out / 'a_overlay.png'}: "
+        "rename one, or leave out --overlay"
+    )
+    assert not out.exists()
+    assert "none: no such checkpoint" in refused(predict.main, arguments[:-1])  # masks alone do not meet
+
+
+def test_places_to_write_to_are_checked_first(glands_folder: Path, finished: Path, tmp_path: Path, monkeypatch) -> None:
+    decodes_nothing(monkeypatch)
+    file = tmp_path / "file"
+    file.touch()
+    for command, arguments, message in (
+        (train, ["--data", str(glands_folder), *SMALL, "--out", str(finished)], "is not empty; give another --out"),
+        (train, ["--data", str(glands_folder), *SMALL, "--out", str(file)], "is a file; give a folder as --out"),
+        (
+            predict,
+            ["--checkpoint", "none", "--input", str(glands_folder / "val" / "image"), "--out", str(file)],
+            "a file",
+        ),
+        (evaluate, ["--checkpoint", "none", "--data", "none", "--json", str(tmp_path)], "a folder: give a file"),
+    ):
+        assert message in refused(command.main, arguments)
+
+
+def test_names_that_are_not_utf8_are_no_obstacle(glands_folder: Path, tmp_path: Path, capsys) -> None:
+    """Of images, masks, data and run folders: bytes of Latin-1, as an old archive has them."""
+    home = tmp_path / os.fsdecode(b"r\xe9sultats")
+    data = shutil.copytree(glands_folder, home / "data")
+    for path in [*data.glob("*/image/0000.png"), *data.glob("*/mask/0000.png")]:
+        path.rename(path.with_name(os.fsdecode(b"l\xe9sion.png")))
+    run = ["--checkpoint", str(home / "run" / train.BEST), "--device", "cpu"]
+    for command, arguments in (
+        (train, ["--data", str(data), *SMALL, "--out", str(home / "run")]),
+        (train, ["--resume", str(home / "run")]),
+        (evaluate, [*run, "--data", str(data), "--json", str(home / "scores.json")]),
+        (predict, [*run, "--input", str(data / "val" / "image"), "--out", str(home / "masks"), "--overlay"]),
+    ):
+        run_command(lambda command=command, arguments=arguments: command.main(arguments))
+    assert "gated, l\\udce9sion" in capsys.readouterr().out
+    assert "l\udce9sion" in json.loads((home / "scores.json").read_text())["images"]
+    assert (home / "masks" / "l\udce9sion_overlay.png").is_file()
+    with pytest.raises(SystemExit):
+        run_command(lambda: train.main(["--data", str(home), *SMALL]))
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}/r\\udce9sultats: 0 parts are named")
+
+
+def test_checkpoint_for_other_images_is_refused(glands_folder: Path, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "gray", SemiMoE(in_channels=1, width=2))
+    arguments = ["--checkpoint", str(tmp_path / "gray"), "--data", str(glands_folder), "--device", "cpu"]
+    assert "gray: takes images of 1 channels, not RGB" in refused(evaluate.main, arguments)
 
 
 def test_checkpoints_with_other_experts(glands_folder: Path, tmp_path: Path) -> None:
@@ -160,7 +228,8 @@ def test_help_shows_the_defaults_of_what_would_run(capsys) -> None:
 
 def test_runs_started_together_get_their_own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    folders = [train.new_folder(config.SYNTHETIC) for _ in range(3)]
+    with FolderLock() as lock:
+        folders = [train.new_folder(config.SYNTHETIC, lock) for _ in range(3)]
     assert len(set(folders)) == 3
     assert all(folder.is_dir() and folder.parent == Path("runs") for folder in folders)
 
@@ -175,6 +244,58 @@ def test_checkpoint_of_another_run_is_refused(finished: Path, tmp_path: Path) ->
     stored = json.loads((copy / config.CONFIG_FILE).read_text())
     (copy / config.CONFIG_FILE).write_text(json.dumps(stored | {"lr": 0.2}))
     assert "is of another configuration than" in refused(train.main, ["--resume", str(copy)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": "0.1"}, 'lr of the configuration is "0.1", not a finite number'),
+        ({"width": 2.5}, "width of the configuration is 2.5, not an integer"),
+        ({"width": 10**9}, "--width is 1000000000: give at most 4096"),
+        ({"epochs": 10**30}, "give at most 2147483647"),
+        ({"epochs": None}, "epochs of the configuration is null, not an integer"),
+        ({"threads": "1"}, 'threads of the configuration is "1", not an integer or null'),
+        ({"synthetic": [2, 4]}, "synthetic of the configuration is [2, 4], not a list of 3, each an integer"),
+        ({"coefficients": 1}, "coefficients of the configuration is 1, not a list of 3, each a finite number"),
+        ({"precision": ["fp32"]}, "precision of the configuration is [\"fp32\"], not 'auto' or 'fp32' or 'bf16'"),
+        ({"joint_forward": "no"}, 'joint_forward of the configuration is "no", not true or false'),
+        ({"data": 7}, "data of the configuration is 7, not a path or null"),
+        ({"depth": 7}, "has 'depth', which is no option of this version"),
+        ("[1]", "the configuration is [1], not an object"),
+        ("{}", "the configuration has no"),
+        ("{", "is not JSON"),
+        (b"\xff", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_damaged_configuration_is_refused(finished: Path, tmp_path: Path, changes, message: str) -> None:
+    stored = (finished / config.CONFIG_FILE).read_text()
+    text = json.dumps(json.loads(stored) | changes) if isinstance(changes, dict) else changes
+    (tmp_path / config.CONFIG_FILE).write_bytes(text if isinstance(text, bytes) else text.encode())
+    told = refused(train.main, ["--resume", str(tmp_path)])
+    assert message in told
+    assert len(told) < 400
+
+
+@pytest.mark.parametrize(
+    ("changes", "without", "message"),
+    [
+        ({"epoch": "1"}, "", 'epoch of its metadata is "1", not an integer'),
+        ({"epoch": 10**9}, "", "is of epoch 1000000000, step 0, which this run does not have"),
+        ({"best_dice": None}, "", "best_dice of its metadata is null, not a finite number"),
+        ({}, "random.cpu", "its tensors are not those of this run ('random.cpu')"),
+        ({}, "model.gating.heads.0.bias", "its tensors are not those of this run (Error(s) in loading state_dict"),
+        ({}, "optim.model.gating.heads.0.bias.momentum_buffer", "its tensors are not those of this run ('optim.model."),
+        ({}, "optim.adaptive.log_vars.exp_avg", "its tensors are not those of this run ('optim.adaptive.log_vars')"),
+    ],
+)
+def test_damaged_state_is_refused(finished: Path, tmp_path: Path, changes: dict, without: str, message: str) -> None:
+    (tmp_path / config.CONFIG_FILE).write_bytes((finished / config.CONFIG_FILE).read_bytes())
+    metadata, tensors = checkpoint.read(finished / train.LAST)
+    tensors.pop(without, None)
+    save_file(tensors, tmp_path / train.LAST, {checkpoint.METADATA_KEY: json.dumps(metadata | changes)})
+    assert message in refused(train.main, ["--resume", str(tmp_path)])
 
 
 def test_ambiguous_parts_are_listed(glands_folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 from pathlib import Path
 
@@ -251,6 +253,60 @@ def test_jpeg_mask_is_refused(tmp_path):
     with pytest.raises(UserError) as caught:
         read_mask(path)
     assert_one_line(caught, [str(path), "JPEG", "save it as a PNG"])
+
+
+ORIENTATIONS = {  # the EXIF tag, and what turns the stored pixels upright
+    1: lambda pixels: pixels,
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    6: lambda pixels: np.rot90(pixels, -1),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_images_and_masks_are_turned_upright(tmp_path, suffix, orientation):
+    for stored, read in ((COLOURS, read_image), (IDS, read_mask)):
+        exif = Image.Exif()
+        exif[0x112] = orientation
+        Image.fromarray(stored).save(tmp_path / f"a.{suffix}", exif=exif)
+        expected = ORIENTATIONS[orientation](stored if stored is COLOURS else IDS > 0)
+        np.testing.assert_array_equal(read(tmp_path / f"a.{suffix}"), expected)
+
+
+def test_turned_jpeg_mask_is_still_refused(tmp_path):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.fromarray(IDS).save(tmp_path / "a.jpg", exif=exif)
+    with pytest.raises(UserError, match="is a JPEG"):
+        read_mask(tmp_path / "a.jpg")
+
+
+def test_image_with_damaged_exif_is_read_as_it_is(tmp_path, capsys):
+    Image.fromarray(COLOURS).save(tmp_path / "a.png", exif=b"Exif\0\0no TIFF header")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), COLOURS)
+    assert capsys.readouterr().err.startswith(f"warning: {tmp_path / 'a.png'}: its EXIF data cannot be read")
+
+
+def test_first_of_several_pages_is_read_with_a_warning(tmp_path, capsys):
+    path = tmp_path / "a.tif"
+    Image.fromarray(COLOURS).save(path, save_all=True, append_images=[Image.fromarray(COLOURS[::-1])] * 2)
+    np.testing.assert_array_equal(read_image(path), COLOURS)
+    warning = f"warning: {path} has 3 pages, of which the first alone is read: save the others as files of their own\n"
+    assert capsys.readouterr().err == warning
+
+
+def test_names_that_are_not_utf8_have_a_fingerprint(root):
+    """They tell sets apart as other names do, whose fingerprints have stayed the same."""
+    before = load_part(root, "train", 16, with_masks=False)
+    content = hashlib.sha256(b"1\n10\n2" + before.images.numpy().tobytes()).hexdigest()
+    assert before.fingerprint == content
+    path = root / "train" / "image" / "1.tif"
+    path.rename(path.with_name(os.fsdecode(b"\xe9.tif")))
+    after = load_part(root, "train", 16, with_masks=False)
+    assert after.names == ["10", "2", "\udce9"]
+    assert after.fingerprint != before.fingerprint
 
 
 # ---------------------------------------------------------------------------------------------------------- resizing

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
-from semimoe_fast import checkpoint, config, train
+from semimoe_fast import checkpoint, config, distributed, train
 from semimoe_fast.distributed import World
 from semimoe_fast.errors import UserError
 from semimoe_fast.sources import load_data
@@ -290,3 +291,40 @@ def test_devices_of_several_processes() -> None:
         World(1, 2, 1).device("cuda:0")
     with pytest.raises(UserError, match=r"give at most --nproc-per-node \d+, or --device cpu"):
         World(99, 100, 99).device("cuda")
+
+
+MEETING = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"RANK": None}, "WORLD_SIZE is 2 but RANK is not set"),
+        ({"WORLD_SIZE": None}, "RANK is 1 but WORLD_SIZE is not set"),
+        ({"MASTER_ADDR": None}, "WORLD_SIZE is 2 but MASTER_ADDR is not set"),
+        ({"MASTER_PORT": None}, "WORLD_SIZE is 2 and RANK is 1 but MASTER_PORT is not set"),
+        ({"WORLD_SIZE": "two"}, "the environment variable WORLD_SIZE is 'two', not a number from 1"),
+        ({"WORLD_SIZE": "0"}, "the environment variable WORLD_SIZE is '0', not a number from 1"),
+        ({"RANK": "2"}, "the environment variable RANK is '2', not a number from 0 to 1"),
+        ({"RANK": ""}, "the environment variable RANK is '', not a number from 0 to 1"),
+        ({"MASTER_PORT": "99999"}, "the environment variable MASTER_PORT is '99999', not a number from 1 to 65535"),
+        ({"LOCAL_RANK": "x"}, "the environment variable LOCAL_RANK is 'x', not a number from 0 to 1"),
+    ],
+)
+def test_half_set_environments_are_refused(tiny: list[str], monkeypatch, changes: dict, message: str) -> None:
+    for name, value in (MEETING | changes).items():
+        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError) as caught:
+        train.main(tiny)
+    assert (
+        str(caught.value)
+        == f"{message}; start several processes with torchrun, or unset WORLD_SIZE and RANK to train in one"
+    )
+
+
+def test_processes_that_cannot_meet_say_so(tiny: list[str], monkeypatch) -> None:
+    for name, value in (MEETING | {"MASTER_ADDR": "nowhere.invalid"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=1))
+    with pytest.raises(UserError, match="the processes of this run do not meet"):
+        train.main(tiny)

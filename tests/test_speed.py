@@ -1,14 +1,51 @@
-"""FLOPs against a count by hand, memory against what the system says."""
+"""Steps against a clock of our own, FLOPs against a count by hand, memory against what the system says."""
 
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from semimoe_fast.speed import flops_per_step, peak_memory_bytes
+from semimoe_fast.speed import Stopwatch, flops_per_step, peak_memory_bytes
+
+
+class Clock:
+    """A clock that only the steps and validations below move."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        patch.setattr(time, "perf_counter", lambda: self.now)
+
+    def epoch(self, watch: Stopwatch, *steps: float) -> None:
+        watch.start()
+        for seconds in steps:
+            self.now += seconds
+            watch.tick()
+        watch.stop()
+        self.now += 100  # validation
+
+
+def test_warm_up_may_take_several_epochs_and_is_no_part_of_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps an epoch, five of warm-up."""
+    clock = Clock(monkeypatch)
+    watch = Stopwatch(torch.device("cpu"), 5)
+    for _ in range(2):
+        clock.epoch(watch, 8, 8)
+        assert watch.seconds_per_step() is None
+    clock.epoch(watch, 8, 1)
+    assert (watch.seconds_per_step(), watch.warm_up_seconds) == (1, 40)
+    clock.epoch(watch, 2, 4)
+    assert (watch.seconds_per_step(), watch.warm_up_seconds) == (3, 40)
+
+
+def test_warm_up_that_ends_with_its_epoch_leaves_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    watch = Stopwatch(torch.device("cpu"), 2)
+    clock.epoch(watch, 8, 8)
+    assert (watch.seconds_per_step(), watch.warm_up_seconds) == (None, 16)
 
 
 def by_hand(width: int, side: int, images: int) -> int:

@@ -40,7 +40,15 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 
 def test_run_folder(finished: Path) -> None:
-    expected = {"config.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "curves.png", "overlays.png"}
+    expected = {
+        ".lock",
+        "config.json",
+        "metrics.jsonl",
+        "best.safetensors",
+        "last.safetensors",
+        "curves.png",
+        "overlays.png",
+    }
     if importlib.util.find_spec("tensorboard") is not None:
         expected.add("tensorboard")
         assert (next((finished / "tensorboard").iterdir())).stat().st_size > 1000
@@ -173,7 +181,7 @@ def test_killed_run_resumes_bitwise(
         elif victim == "validation":
             patch.setattr(train, "count_set", dying(train.count_set, in_second_epoch))
         elif victim == "metrics":
-            patch.setattr(train.Run, "record", dying(train.Run.record, in_second_epoch))
+            patch.setattr(train.records, "append", dying(train.records.append, in_second_epoch))
         else:
             patch.setattr(train.Trainer, "train_step", dying(train.Trainer.train_step, in_second_epoch))
         with pytest.raises(Killed):
@@ -186,13 +194,14 @@ def test_killed_run_resumes_bitwise(
 
 
 def test_damaged_record_is_dropped_and_the_run_ends_well(finished: Path, tmp_path: Path, capsys) -> None:
-    """A line that a full disk cut short, of an epoch before the checkpoint."""
+    """A line that a full disk cut short, of an epoch before the checkpoint, and two that are no records at all."""
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     lines = (folder / train.METRICS_FILE).read_text().splitlines()
-    (folder / train.METRICS_FILE).write_text("\n".join([lines[0], lines[1][:100], lines[2]]))
+    damaged = [lines[0].encode(), lines[1][:100].encode(), b"\xff\xfe", b"1", lines[2].encode()]
+    (folder / train.METRICS_FILE).write_bytes(b"\n".join(damaged))
     train.main(["--resume", str(folder)])
-    assert "1 damaged lines are dropped" in capsys.readouterr().err
+    assert "3 damaged lines are dropped" in capsys.readouterr().err
     assert (folder / train.METRICS_FILE).read_text() == f"{lines[0]}\n{lines[2]}\n"
 
 

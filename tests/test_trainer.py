@@ -150,6 +150,15 @@ def test_speed_of_every_epoch_is_recorded(finished: Path) -> None:
         assert speed["warm_up_seconds"] == first["warm_up_seconds"]
 
 
+def test_epoch_that_only_warms_up_has_no_speed(tiny: list[str], tmp_path: Path) -> None:
+    train.main([*tiny, *"--epochs 2 --steps-per-epoch 1 --val-every 2".split(), "--out", str(tmp_path / "run")])
+    lines = (tmp_path / "run" / train.METRICS_FILE).read_text().splitlines()
+    first, second = (json.loads(line)["speed"] for line in lines)
+    assert (first["images_per_second"], first["tflop_per_second"]) == (None, None)
+    assert second["images_per_second"] > 0
+    assert first["warm_up_seconds"] == second["warm_up_seconds"] > 0
+
+
 def test_settings_are_told() -> None:
     threads = torch.get_num_threads()
     assert configure(CPU, "auto", deterministic=False).endswith(f"threads: {threads}, fp32, channels-last")
