@@ -44,7 +44,7 @@ GRACE = 15.0  # seconds that a command has to finish once it is told to
 WORKERS = 8
 
 # The packaging tests install the tree into environments of their own, which says nothing about the GPU.
-TESTS = ("tests", "--ignore=tests/test_packaging.py", "-m", "not network")
+TESTS = ("tests", "--ignore=tests/commands/test_packaging.py", "-m", "not network")
 TESTS_FIRST = (
     "cuda(?! on the cpu)|_gpu_|_device",
     r"(gate|adaptive)_kernels?\.py",

@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file with the tensors, and JSON beside them in its header. No pickle anywhere.
 
 A file holds the model under `model.`, whatever else a run must keep under other prefixes, and the metadata that
-rebuilds the model: its configuration, the normalisation of its images and the image size it was trained at.
+rebuilds the model: its configuration, the normalization of its images and the image size it was trained at.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def save(
 ) -> None:
     """Write a checkpoint so that `path` holds, at any moment, the old file or the new one, whole and on the disk.
 
-    metadata must be JSON; state holds further tensors (optimisers, random states), on any device. Raises ValueError
+    metadata must be JSON; state holds further tensors (optimizers, random states), on any device. Raises ValueError
     where they use the names kept for the model.
     """
     metadata, state = dict(metadata or {}), dict(state or {})
@@ -102,7 +102,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     metadata, tensors = read(path, device)
     weights = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
     arguments = _checked_arguments(Path(path), metadata.get("model"), weights)
-    with torch.device("meta"):  # nothing to initialise, no random number drawn
+    with torch.device("meta"):  # nothing to initialize, no random number drawn
         model = SemiMoE(**arguments)
     for key, expected in model.state_dict().items():
         if key in weights and weights[key].dtype != expected.dtype:

@@ -11,15 +11,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from . import augment, checkpoint
+from . import checkpoint
 from .checkpoint import Preprocessing
-from .data import list_images, read_image, resize_image
-from .device import Precision, autocast, choose_device
+from .data.folders import list_images, read_image
+from .device import Precision, choose_device
 from .errors import UserError, run_command
-from .evaluate import gated_foreground, require_mask
-from .model import SemiMoE
+from .evaluation.overlay import outline
+from .inference.predictor import require_mask, segment
 from .options import read_options
-from .overlay import outline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,28 +42,6 @@ class PredictConfig:
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
     """auto: bf16 autocast on CUDA, fp32 on the CPU."""
-
-
-@torch.no_grad()
-def segment(
-    model: SemiMoE,
-    image: np.ndarray,
-    preprocessing: Preprocessing,
-    device: torch.device,
-    threshold: float = 0.5,
-    precision: Precision = "auto",
-) -> np.ndarray:
-    """Mask of one image: uint8 (H, W, 3) -> bool (H, W).
-
-    The image is resized to the size the model was trained at, the probability back, bilinearly.
-    """
-    pixels = resize_image(image, preprocessing.image_size)[None].to(device)
-    with autocast(precision, device):
-        output = model(augment.normalize(pixels, preprocessing.mean, preprocessing.std))
-    probability = torch.nn.functional.interpolate(
-        gated_foreground(output)[:, None], image.shape[:2], mode="bilinear", align_corners=False
-    )
-    return (probability[0, 0] > threshold).cpu().numpy()
 
 
 def plan(config: PredictConfig) -> dict[Path, list[Path]]:

@@ -43,7 +43,7 @@ def import_published(source: str | Path | Mapping[str, StateDict]) -> SemiMoE:
         stem, head = (parts["segment_model"][key] for key in ("Conv1.conv.0.weight", "Conv_1x1.weight"))
         if stem.ndim != 4 or head.ndim != 4 or 0 in stem.shape + head.shape:
             raise ValueError(f"the first and the last weight are {tuple(stem.shape)} and {tuple(head.shape)}")
-        with torch.device("meta"):  # nothing to initialise, no random number drawn
+        with torch.device("meta"):  # nothing to initialize, no random number drawn
             model = SemiMoE(in_channels=stem.shape[1], num_classes=head.shape[0], width=stem.shape[0])
         for part, expert in zip(EXPERT_PARTS, model.experts, strict=True):
             expert.load_state_dict(_import_expert(parts[part]), assign=True)

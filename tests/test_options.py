@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from semimoe_fast import config, train
-from semimoe_fast.config import TrainConfig
+from semimoe_fast import train
 from semimoe_fast.errors import UserError
+from semimoe_fast.training import config
+from semimoe_fast.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +26,7 @@ names += [f"benchmarks.{path.stem}" for path in Path("benchmarks").glob("*.py")]
 for name in names:
     if not name.startswith("semimoe_fast.kernels"):
         importlib.import_module(name)
-assert "semimoe_fast.trainer" in names
+assert "semimoe_fast.training.trainer" in names
 """
 
 
