@@ -4,10 +4,11 @@
 
 Eager, fp32, NCHW; convolutions with biases ahead of BN; a gating module that concatenates the experts' features and
 forms every task's mixture of them; losses as their formulas read; a loader whose workers read, augment and compute the
-targets with SciPy and scikit-image; five optimisers; numbers read and caches emptied in every step. Each of these is a
+targets with SciPy and scikit-image; five optimizers; numbers read and caches emptied in every step. Each of these is a
 field of `Habits` and can be given up alone. What the habits cost, they cost in time: the arithmetic is that of
-semimoe_fast.objective, as tests/test_baseline.py shows. So that nothing here gets faster along with the package, the
-networks and the step are written out; only what has one slow and obvious form is taken from semimoe_fast.reference.
+semimoe_fast.objective, as tests/training/test_baseline.py shows. So that nothing here gets faster along with the
+package, the networks and the step are written out; only what has one slow and obvious form is taken from
+semimoe_fast.ops.reference.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ from torch import Tensor, nn
 from torch.utils import data
 
 from semimoe_fast import functional as F
-from semimoe_fast import reference
-from semimoe_fast.augment import normalize
-from semimoe_fast.config import TrainConfig
-from semimoe_fast.data import NORMALIZATION, list_images, read_image, read_mask, resize_image, resize_mask
+from semimoe_fast.data.augment import normalize
+from semimoe_fast.data.folders import NORMALIZATION, list_images, read_image, read_mask, resize_image, resize_mask
 from semimoe_fast.device import choose_device
 from semimoe_fast.model import initialize
+from semimoe_fast.ops import reference
 from semimoe_fast.options import read_options
-from semimoe_fast.schedule import epoch_order, generator, learning_rate, unsupervised_weight
-from semimoe_fast.sources import only_part
 from semimoe_fast.synthetic import Folder, write
+from semimoe_fast.training.config import TrainConfig
+from semimoe_fast.training.schedule import epoch_order, generator, learning_rate, unsupervised_weight
+from semimoe_fast.training.sources import only_part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Habits:
     """Five numbers are read from the device in every step."""
     empty_cache: bool = True
     """The device's memory cache is emptied three times in every step."""
-    separate_optimisers: bool = True
+    separate_optimizers: bool = True
     """An SGD for each expert and for the gating, not one for all."""
     untuned_cudnn: bool = True
     """cuDNN chooses algorithms by heuristics; it does not try them (cudnn.benchmark)."""
@@ -212,7 +213,7 @@ def targets(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class Batch(NamedTuple):
     images: Tensor  # (B, 3, S, S)
     targets: tuple[Tensor, ...]  # mask, sdf, boundary, (B, S, S) each
-    unlabelled: Tensor  # (B', 3, S, S)
+    unlabeled: Tensor  # (B', 3, S, S)
 
 
 # ----------------------------------------------------------------------------------------------------------- trainer
@@ -236,11 +237,11 @@ class Baseline:
         self.networks = Networks(config.width, config.dropout, habits).to(device, memory_format=self.memory_format)
         self.networks.train()
         self.log_vars = nn.Parameter(torch.full((3,), config.initial_log_var, device=device))
-        parts = [*self.networks.experts, self.networks.gating] if habits.separate_optimisers else [self.networks]
+        parts = [*self.networks.experts, self.networks.gating] if habits.separate_optimizers else [self.networks]
         lr = learning_rate(epoch, config.lr, config.warmup_epochs, config.decay_epochs, config.decay)
         decay = config.weight_decay
-        self.optimisers = [torch.optim.SGD(p.parameters(), lr, config.momentum, weight_decay=decay) for p in parts]
-        self.optimisers.append(torch.optim.Adam([self.log_vars], config.log_var_lr, weight_decay=decay))
+        self.optimizers = [torch.optim.SGD(p.parameters(), lr, config.momentum, weight_decay=decay) for p in parts]
+        self.optimizers.append(torch.optim.Adam([self.log_vars], config.log_var_lr, weight_decay=decay))
 
     def batches(self, folder: Path, workers: int) -> Iterator[Batch]:
         """Batches of the parts train_sup_* and train_unsup_* without end; the workers start anew in every epoch.
@@ -249,9 +250,9 @@ class Baseline:
         """
         config, with_targets = self.config, self.habits.loader_targets
         sup, unsup = (folder / only_part(folder, prefix, "") for prefix in ("train_sup_", "train_unsup_"))
-        labelled = Samples(sup / "image", sup / "mask", config, with_targets)
-        unlabelled = Samples(unsup / "image", None, config, with_targets)
-        steps = len(unlabelled) // config.unlabeled_batch
+        labeled = Samples(sup / "image", sup / "mask", config, with_targets)
+        unlabeled = Samples(unsup / "image", None, config, with_targets)
+        steps = len(unlabeled) // config.unlabeled_batch
         order = generator(config.seed)
         while True:
             loaders = [
@@ -263,20 +264,20 @@ class Baseline:
                     pin_memory=self.device.type == "cuda",
                 )
                 for samples, batch, share in (
-                    (labelled, config.labeled_batch, -(-workers // 2)),
-                    (unlabelled, config.unlabeled_batch, workers // 2),
+                    (labeled, config.labeled_batch, -(-workers // 2)),
+                    (unlabeled, config.unlabeled_batch, workers // 2),
                 )
             ]
             for (images, *of_images), (others,) in zip(*loaders, strict=True):
                 yield Batch(images, tuple(of_images), others)
 
     def train(self, batches: Iterator[Batch], steps: int) -> None:
-        for images, of_images, unlabelled in islice(batches, steps):
+        for images, of_images, unlabeled in islice(batches, steps):
             of_images = tuple(target.to(self.device) for target in of_images)
             if not self.habits.loader_targets:
                 (mask,) = of_images
                 of_images = (mask, *F.distance_targets(mask, self.config.ring_radius))
-            self.step(Batch(self.to_device(images), of_images, self.to_device(unlabelled)))
+            self.step(Batch(self.to_device(images), of_images, self.to_device(unlabeled)))
 
     def step(self, batch: Batch) -> Losses:
         """One step on a batch that is on the device."""
@@ -284,7 +285,7 @@ class Baseline:
         u = unsupervised_weight(self.epoch, self.config.epochs, self.config.unsupervised_weight)
         tf32 = torch.backends.cudnn.allow_tf32  # which `flags` would turn on
         with torch.backends.cudnn.flags(enabled=True, benchmark=not habits.untuned_cudnn, allow_tf32=tf32):
-            features, own = zip(*(expert(batch.unlabelled) for expert in networks.experts), strict=True)
+            features, own = zip(*(expert(batch.unlabeled) for expert in networks.experts), strict=True)
             with torch.set_grad_enabled(habits.keep_gating_graph):
                 pseudo = networks.gating(features)  # by its name alive, with its graph, to the end of the step
             mask, sdf, boundary = (output.detach() for output in pseudo)
@@ -297,11 +298,11 @@ class Baseline:
             supervised = self._adaptive(supervised_terms)
             self._empty_cache()
 
-            for optimiser in self.optimisers:
-                optimiser.zero_grad()
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
             (unsupervised + supervised).backward()
-            for optimiser in self.optimisers:
-                optimiser.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
             if habits.item_syncs:
                 _ = [number.item() for number in (unsupervised, supervised, *supervised_terms)]
             self._empty_cache()
@@ -339,7 +340,7 @@ class Options:
     width: int = 16
     image_size: int = 128
     batch: int = 2
-    """Labelled images of a step, and as many unlabelled ones."""
+    """Labeled images of a step, and as many unlabeled ones."""
     steps: int = 8
     workers: int = 2
     """Processes that load."""

@@ -44,7 +44,7 @@ GRACE = 15.0  # seconds that a command has to finish once it is told to
 WORKERS = 8
 
 # The packaging tests install the tree into environments of their own, which says nothing about the GPU.
-TESTS = ("tests", "--ignore=tests/test_packaging.py", "-m", "not network")
+TESTS = ("tests", "--ignore=tests/commands/test_packaging.py", "-m", "not network")
 TESTS_FIRST = (
     "cuda(?! on the cpu)|_gpu_|_device",
     r"(gate|adaptive)_kernels?\.py",
@@ -95,6 +95,9 @@ class Work:
     def run(self, log: str, *command: str | Path, **variables: str) -> int | None:
         """The exit status of a command, whose output goes to a file in build/gpu; None where its time was up."""
         with (FOLDER / f"{log}.log").open("w") as output:
+            left = self.until - time.monotonic()
+            if left <= 0:
+                return None
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,
@@ -104,7 +107,7 @@ class Work:
                 start_new_session=True,
             )
             try:
-                return process.wait(max(0.0, self.until - time.monotonic()))
+                return process.wait(left)
             except subprocess.TimeoutExpired:
                 return None
             finally:

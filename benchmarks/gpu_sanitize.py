@@ -73,17 +73,17 @@ def differentiate(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
 
 
 def gating() -> None:
-    """expert_products, mix_products and label_products, forward and backward."""
+    """project_experts, mix_projections and label_projections, forward and backward."""
     for dtype in (torch.float32, torch.bfloat16):
         for channels_last in (False, True):
             for channels, height, width in ((1, 1, 1), (5, 1, 33), (64, 33, 32)):
                 features = [draw(2, channels, height, width, dtype=dtype, channels_last=channels_last) for _ in HEADS]
                 weights, biases = [draw(rows, channels) for rows in HEADS], [draw(rows) for rows in HEADS]
                 gates = draw(2, 3, 3)
-                means, products, own = F.expert_products(features, weights, weights, biases)
-                outputs = [means, *F.mix_products(products, gates, biases), *own]
+                means, projections, own = F.project_experts(features, weights, weights, biases)
+                outputs = [means, *F.mix_projections(projections, gates, biases), *own]
                 differentiate(outputs, [*features, *weights, *biases, gates])
-                F.label_products(products.detach(), gates.detach(), [bias.detach() for bias in biases])
+                F.label_projections(projections.detach(), gates.detach(), [bias.detach() for bias in biases])
 
 
 def objective() -> None:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from semimoe_fast import train
-from semimoe_fast.config import TrainConfig
 from semimoe_fast.synthetic import Folder, write
+from semimoe_fast.training import run_folder
+from semimoe_fast.training.config import TrainConfig
 
 RECIPE = TrainConfig(epochs=10)
 RUNS: dict[str, dict[str, Any]] = {
@@ -41,7 +42,7 @@ def measure(run: str, folder: Path, recipe: TrainConfig = RECIPE) -> dict[str, A
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         train.main(config)
     seconds = time.perf_counter() - start
-    records = [json.loads(line) for line in (out / train.METRICS_FILE).read_text().splitlines()]
+    records = [json.loads(line) for line in (out / run_folder.METRICS_FILE).read_text().splitlines()]
     speeds = [record["speed"] for record in records]
     return {
         name: statistics.median(speed[name] for speed in speeds[1:] or speeds)

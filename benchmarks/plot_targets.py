@@ -98,7 +98,7 @@ def draw_batch(axes: Axes, timings: list[Timing], style: dict[str, dict[str, Any
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=row, **style[row])
     for device, floor in {t.device: t.floor for t in timings}.items():
         linestyle = "-." if device == "cuda" else ":"
-        axes.axhline(floor, color="grey", linewidth=1, linestyle=linestyle, label=f"copy of 6 bytes, {device}")
+        axes.axhline(floor, color="gray", linewidth=1, linestyle=linestyle, label=f"copy of 6 bytes, {device}")
 
 
 def draw(timings: list[Timing], path: Path) -> None:

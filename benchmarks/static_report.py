@@ -17,7 +17,7 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # it would leave nothing to compile
 
 import torch
-from semimoe_fast.kernels import adaptive, expert_products, mix, objective
+from semimoe_fast.kernels import adaptive, mix_projections, objective, project_experts
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,23 +46,23 @@ def operations(dtype: torch.dtype, layout: torch.memory_format) -> Iterator[tupl
     weights, own_biases = empty(sum(HEADS) + sum(OWN), CHANNELS), empty(sum(OWN), dtype=torch.float32)
     own = [image(rows) for rows in OWN]
     means = empty(BATCH, EXPERTS, CHANNELS, dtype=torch.float32)
-    products = empty(BATCH, EXPERTS, sum(HEADS), SIDE, SIDE)
+    projections = empty(BATCH, EXPERTS, sum(HEADS), SIDE, SIDE)
     gates, biases = empty(BATCH, len(HEADS), EXPERTS, dtype=torch.float32), empty(sum(HEADS), dtype=torch.float32)
     gated = [image(rows) for rows in HEADS]
-    x, z, out, of_own = (size(tensors) for tensors in (features, [products], gated, own))
+    x, z, out, of_own = (size(tensors) for tensors in (features, [projections], gated, own))
 
     def forward() -> None:
-        expert_products.forward(features, weights, own_biases, OWN)
-        mix.forward(products, gates, biases, HEADS)
+        project_experts.forward(features, weights, own_biases, OWN)
+        mix_projections.forward(projections, gates, biases, HEADS)
 
     def backward() -> None:
-        mix.backward(products, gates, gated)
-        expert_products.backward(features, weights, OWN, means, products, own)
+        mix_projections.backward(projections, gates, gated)
+        project_experts.backward(features, weights, OWN, means, projections, own)
 
     yield "multi-gate forward", x + 2 * z + out + of_own, forward
     yield "multi-gate backward", 2 * x + z + 2 * out + of_own, backward
     labels = PIXELS * (2 + dtype.itemsize)
-    yield "pseudo-labels", z + labels, lambda: mix.labels(products, gates, biases, HEADS[0])
+    yield "pseudo-labels", z + labels, lambda: mix_projections.labels(projections, gates, biases, HEADS[0])
 
     byte, sdf = empty(BATCH, 1, SIDE, SIDE, dtype=torch.uint8), empty(BATCH, 1, SIDE, SIDE, dtype=torch.float32)
     targets, sums = [byte, sdf, byte], empty(BATCH, 8, dtype=torch.float32)
@@ -123,7 +123,7 @@ def report() -> dict[str, list[dict[str, Any]]]:
             case = {"dtype": dtype_name, "layout": layout_name}
             for name, floor, operation in operations(dtype, layout):
                 if layout_name != "NCHW" and not name.startswith("multi-gate"):
-                    continue  # products and logits are NCHW whatever the features are
+                    continue  # projections and logits are NCHW whatever the features are
                 for capability in CAPABILITIES:
                     launches, moved = run(operation, capability)
                     kernels += [

@@ -10,7 +10,7 @@ GPU it is ten of each between two synchronizations, since a training run does no
 ratios are medians over the rounds of the ratio within a round.
 
 - baseline: benchmarks.baseline with all its habits, fed by its loader's two workers
-- ours: semimoe_fast.trainer.Trainer as a run configures it, augmentation and targets included
+- ours: semimoe_fast.training.trainer.Trainer as a run configures it, augmentation and targets included
 - bare: forward and backward of the three U-Nets on both batches and nothing else, in ours' precision and layout
 """
 
@@ -29,14 +29,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from semimoe_fast.config import TrainConfig
 from semimoe_fast.device import autocast, configure
 from semimoe_fast.model import SemiMoE
 from semimoe_fast.objective import objective
 from semimoe_fast.options import read_options
-from semimoe_fast.sources import load_data
 from semimoe_fast.synthetic import Folder, write
-from semimoe_fast.trainer import Trainer
+from semimoe_fast.training.config import TrainConfig
+from semimoe_fast.training.sources import load_data
+from semimoe_fast.training.trainer import Trainer
 
 from .baseline import Baseline, Batch, Habits, clock
 
@@ -52,7 +52,7 @@ Round = Callable[[], object]  # as many steps as `Case.steps` says
 class Case:
     width: int
     size: int
-    batch: int  # labelled images, and as many unlabelled ones
+    batch: int  # labeled images, and as many unlabeled ones
     device: str
 
     def __str__(self) -> str:
@@ -138,13 +138,13 @@ def bare(case: Case) -> Iterator[Round]:
             return [expert(batch)[1] for batch in images for expert in model.experts]
 
     with torch.no_grad():
-        upstream = [torch.randn_like(prediction) for prediction in predictions()]
+        grad_output = [torch.randn_like(prediction) for prediction in predictions()]
 
     def steps() -> None:
         configure(device, case.config.precision, case.config.deterministic)
         for _ in range(case.steps):
             model.zero_grad()
-            torch.autograd.backward(predictions(), upstream)
+            torch.autograd.backward(predictions(), grad_output)
 
     yield steps
 
@@ -162,10 +162,10 @@ def check(case: Case, habits: Habits | None = None) -> None:
     trainer.model.train()
     reference.networks.load_state_dict(trainer.model.state_dict(), strict=False)  # its biases are 0
     batch = next(Baseline(config, torch.device("cpu")).batches(config.data, workers=0))
-    images, unlabelled = (reference.to_device(b) for b in (batch.images, batch.unlabelled))
+    images, unlabeled = (reference.to_device(b) for b in (batch.images, batch.unlabeled))
     targets = tuple(target.to(device) for target in batch.targets)
-    losses = reference.step(Batch(images, targets, unlabelled))
-    expected = objective(trainer.model, trainer.adaptive, images, targets, unlabelled, trainer.unsupervised_weight)
+    losses = reference.step(Batch(images, targets, unlabeled))
+    expected = objective(trainer.model, trainer.adaptive, images, targets, unlabeled, trainer.unsupervised_weight)
     expected.total.backward()
     for name, value in losses._asdict().items():
         torch.testing.assert_close(value, getattr(expected, name), rtol=1e-3, atol=1e-4)  # labels of ties may differ

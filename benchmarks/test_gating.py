@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from semimoe_fast import functional as F
-from semimoe_fast import reference
 from semimoe_fast.model import MultiGating
+from semimoe_fast.ops import reference
 
 from .conftest import DIRECTIONS
 
-OPERATION = "expert_products"  # whose backend stands for all here
+OPERATION = "project_experts"  # whose backend stands for all here
 HEADS = (2, 1, 2)
 Block = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 
@@ -37,8 +37,8 @@ def published(gating: MultiGating, own_heads: Sequence[nn.Conv2d]) -> Block:
 
 def ours(gating: MultiGating, own_heads: Sequence[nn.Conv2d]) -> Block:
     def block(features: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        means, products, own = gating.products(features, own_heads)
-        *gated, _ = gating.mix(means, products)
+        means, projections, own = gating.projections(features, own_heads)
+        *gated, _ = gating.mix(means, projections)
         return *gated, *own
 
     return block
@@ -84,15 +84,15 @@ def test_multi_gating(
 def test_pseudo_labels(benchmark, measure, device: torch.device, provider: str, batch: int) -> None:
     if device.type == "cpu" and batch > 2:
         pytest.skip("the CPU is measured at the batch of its training step")
-    benchmark.group = f"pseudo-labels from products, {batch} x 256 x 256, {device.type}"
-    products = torch.randn(batch, 3, sum(HEADS), 256, 256, device=device)
+    benchmark.group = f"pseudo-labels from projections, {batch} x 256 x 256, {device.type}"
+    projections = torch.randn(batch, 3, sum(HEADS), 256, 256, device=device)
     gates = torch.rand(batch, len(HEADS), 3, device=device)
     biases = [torch.randn(rows, device=device) for rows in HEADS]
-    label = F.label_products
+    label = F.label_projections
     if provider == "reference compiled":
-        label = torch.compile(reference.label_products, fullgraph=True, dynamic=False)
-    expected = reference.label_products(products.double(), gates.double(), [bias.double() for bias in biases])
-    for result, oracle in zip(label(products, gates, biases), expected, strict=True):
+        label = torch.compile(reference.label_projections, fullgraph=True, dynamic=False)
+    expected = reference.label_projections(projections.double(), gates.double(), [bias.double() for bias in biases])
+    for result, oracle in zip(label(projections, gates, biases), expected, strict=True):
         disagreement = (result.double() - oracle.double()).abs() > 1e-5  # where two outputs are equal but for rounding
         assert disagreement.float().mean() < 1e-4
-    measure(lambda inputs: label(*inputs, biases), [products, gates], [], [], "forward")
+    measure(lambda inputs: label(*inputs, biases), [projections, gates], [], [], "forward")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from semimoe_fast import functional as F
-from semimoe_fast import reference
+from semimoe_fast.ops import reference
 
 from .conftest import DIRECTIONS
 
@@ -33,7 +33,7 @@ def test_objective_terms(
     logits = [torch.randn(batch, rows, 256, 256, device=device).requires_grad_() for _ in range(sets) for rows in HEADS]
     mask = torch.randint(0, 2, (batch, 256, 256), dtype=torch.uint8, device=device)
     targets = (mask, torch.rand(batch, 256, 256, device=device) * 2 - 1, 1 - mask)
-    upstream = torch.tensor([1.0, -2.0, 0.5], device=device)
+    grad_output = torch.tensor([1.0, -2.0, 0.5], device=device)
 
     def terms(joint, flat: Sequence[Tensor], targets: Sequence[Tensor] = targets) -> Tensor:
         return joint([flat[s : s + 3] for s in range(0, 3 * sets, 3)], *targets)
@@ -42,11 +42,11 @@ def test_objective_terms(
     expected, result = terms(reference.joint_objective_terms, exact), terms(joint, logits)
     # float32 sums of 65,536 probabilities, in the order of each provider; gradients by their largest entry
     torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-5)
-    oracles = torch.autograd.grad(expected, exact, upstream.double())
-    for gradient, oracle in zip(torch.autograd.grad(result, logits, upstream), oracles, strict=True):
+    oracles = torch.autograd.grad(expected, exact, grad_output.double())
+    for gradient, oracle in zip(torch.autograd.grad(result, logits, grad_output), oracles, strict=True):
         torch.testing.assert_close(gradient.double(), oracle, rtol=0, atol=1e-4 * oracle.abs().max().item())
 
     def forward(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return (terms(joint, inputs[:-3], inputs[-3:]),)
 
-    measure(forward, [*logits, *targets], [], [upstream], direction)
+    measure(forward, [*logits, *targets], [], [grad_output], direction)

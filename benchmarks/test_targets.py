@@ -3,7 +3,7 @@
     make bench ARGS="-k targets --benchmark-json=targets.json"
     .venv/bin/python -m benchmarks.plot_targets targets.json targets.png
 
-Every provider turns uint8 masks into the normalised signed distance and the ring, one image at a time where it knows
+Every provider turns uint8 masks into the normalized signed distance and the ring, one image at a time where it knows
 no batches, on one CPU thread or on a GPU. It is checked against ours before it is timed; a peer that is not installed
 is skipped. On the CPU the masks stay where the caches keep them, as they do when a loader has just decoded them; on a
 GPU more of them than its L2 cache holds take turns.
@@ -29,9 +29,9 @@ from skimage.segmentation import find_boundaries
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
-from semimoe_fast import _native
 from semimoe_fast import functional as F
-from semimoe_fast.synthetic import glands
+from semimoe_fast.data.glands import glands
+from semimoe_fast.ops import _native
 
 from .conftest import copies_beyond_cache
 

@@ -9,17 +9,17 @@ namespace {
 // Of a multiprocessor, as registers and shared memory allow on the largest GPUs.
 constexpr int kBlocks = 4;
 
-__global__ void __launch_bounds__(kThreads) pack_kernel(const Problem problem) { pack(problem); }
+__global__ void __launch_bounds__(kThreads) distance_pack_kernel(const Problem problem) { pack(problem); }
 
-__global__ void __launch_bounds__(kThreads, kBlocks) search_tiles_kernel(const Problem problem) {
+__global__ void __launch_bounds__(kThreads, kBlocks) distance_search_tiles_kernel(const Problem problem) {
   search_tiles(problem, shared_memory<Slab>());
 }
 
-__global__ void __launch_bounds__(kThreads) search_far_kernel(const Problem problem) { search_far(problem); }
+__global__ void __launch_bounds__(kThreads) distance_search_far_kernel(const Problem problem) { search_far(problem); }
 
-__global__ void __launch_bounds__(kThreads) write_targets_kernel(const Problem problem) { write_targets(problem); }
+__global__ void __launch_bounds__(kThreads) distance_write_targets_kernel(const Problem problem) { write_targets(problem); }
 
-__global__ void __launch_bounds__(kThreads, kBlocks) cluster_kernel(const Problem problem) {
+__global__ void __launch_bounds__(kThreads, kBlocks) distance_cluster_kernel(const Problem problem) {
 #ifdef SEMIMOE_CLUSTERS
   cluster_targets(problem, shared_memory<ClusterMemory>());
 #endif
@@ -75,17 +75,17 @@ class RelaxedCapture {
 bool prepare() {
   const RelaxedCapture relaxed;
   cudaFuncAttributes attributes{};
-  for (const auto kernel : {pack_kernel, search_tiles_kernel, search_far_kernel, write_targets_kernel, cluster_kernel})
-    check(cudaFuncGetAttributes(&attributes, kernel));  // those of cluster_kernel in the end
+  for (const auto kernel : {distance_pack_kernel, distance_search_tiles_kernel, distance_search_far_kernel, distance_write_targets_kernel, distance_cluster_kernel})
+    check(cudaFuncGetAttributes(&attributes, kernel));  // those of distance_cluster_kernel in the end
   int device = 0, major = 0, clusters = 0;
   check(cudaGetDevice(&device));
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   if (major >= 9 && attributes.ptxVersion >= 90) {
     constexpr int kMemory = sizeof(ClusterMemory);
-    check(cudaFuncSetAttribute(cluster_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMemory));
+    check(cudaFuncSetAttribute(distance_cluster_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMemory));
     cudaLaunchAttribute cluster{};
     const cudaLaunchConfig_t config = configuration({kMostSlabs, kMostSlabs, kMemory}, nullptr, cluster);
-    check(cudaOccupancyMaxActiveClusters(&clusters, cluster_kernel, &config));
+    check(cudaOccupancyMaxActiveClusters(&clusters, distance_cluster_kernel, &config));
   }
   return clusters > 0;
 }
@@ -107,14 +107,14 @@ void launch(const Problem& problem, void* stream_address) {
   const auto stream = static_cast<cudaStream_t>(stream_address);
   const std::int64_t slabs = problem.batch * problem.slabs(), tiles = slabs * problem.tiles();
   if (has_clusters() && problem.fits_a_cluster()) {
-    launch(cluster_kernel, problem, {slabs, static_cast<unsigned>(problem.slabs()), sizeof(ClusterMemory)}, stream);
+    launch(distance_cluster_kernel, problem, {slabs, static_cast<unsigned>(problem.slabs()), sizeof(ClusterMemory)}, stream);
     return;
   }
   check(cudaMemsetAsync(problem.state, 0, problem.batch * sizeof(State), stream));
-  launch(pack_kernel, problem, {(slabs * problem.width + kThreads - 1) / kThreads}, stream);
-  launch(search_tiles_kernel, problem, {tiles, 0, sizeof(Slab)}, stream);
-  launch(search_far_kernel, problem, {tiles}, stream);
-  if (problem.sdf) launch(write_targets_kernel, problem, {tiles}, stream);
+  launch(distance_pack_kernel, problem, {(slabs * problem.width + kThreads - 1) / kThreads}, stream);
+  launch(distance_search_tiles_kernel, problem, {tiles, 0, sizeof(Slab)}, stream);
+  launch(distance_search_far_kernel, problem, {tiles}, stream);
+  if (problem.sdf) launch(distance_write_targets_kernel, problem, {tiles}, stream);
 }
 
 }  // namespace semimoe

@@ -1,4 +1,4 @@
-// Launchers of csrc/distance.cu. They only enqueue work on the stream: no allocation, no synchronisation.
+// Launchers of csrc/distance.cu. They only enqueue work on the stream: no allocation, no synchronization.
 #pragma once
 
 #include "pixel.hpp"

@@ -3,7 +3,7 @@
 // A row falls into runs of equal class. Nothing beyond its run can be nearest to a pixel, because the run ends at
 // pixels of the opposite class, so with [a, b) its run
 //
-//     d^2(x) = min over x' in [a - 1, b] of (x - x')^2 + f(x'),   f = gap^2 in the run, 0 at its two neighbours,
+//     d^2(x) = min over x' in [a - 1, b] of (x - x')^2 + f(x'),   f = gap^2 in the run, 0 at its two neighbors,
 //
 // the lower envelope of parabolas, found in linear time and in integers (A. Meijster, J. Roerdink, W. Hesselink, "A
 // general algorithm for computing distance transforms in linear time", 2000).
@@ -17,7 +17,7 @@
 
 namespace semimoe {
 
-// The lower envelope of the parabolas (x - centre)^2 + height, restricted to the pixels [begin, end) of one run.
+// The lower envelope of the parabolas (x - center)^2 + height, restricted to the pixels [begin, end) of one run.
 class Envelope {
  public:
   explicit Envelope(int width) : pieces_(static_cast<std::size_t>(width) + 2) {}
@@ -28,11 +28,11 @@ class Envelope {
     count_ = 0;
   }
 
-  // Centres come in increasing order.
-  void add(int centre, std::int32_t height) {
-    while (count_ > 0 && value(last(), last().from) > value({centre, height, 0}, last().from)) --count_;
-    const int from = count_ == 0 ? begin_ : first_pixel_won(last(), centre, height);
-    if (from < end_) pieces_[count_++] = {centre, height, from};
+  // Centers come in increasing order.
+  void add(int center, std::int32_t height) {
+    while (count_ > 0 && value(last(), last().from) > value({center, height, 0}, last().from)) --count_;
+    const int from = count_ == 0 ? begin_ : first_pixel_won(last(), center, height);
+    if (from < end_) pieces_[count_++] = {center, height, from};
   }
 
   void evaluate(std::int32_t* out) const {
@@ -46,7 +46,7 @@ class Envelope {
 
  private:
   struct Piece {
-    int centre;
+    int center;
     std::int32_t height;
     int from;  // the first pixel where this parabola is the lowest
   };
@@ -54,14 +54,14 @@ class Envelope {
   const Piece& last() const { return pieces_[count_ - 1]; }
 
   static std::int32_t value(const Piece& piece, int x) {
-    return (x - piece.centre) * (x - piece.centre) + piece.height;
+    return (x - piece.center) * (x - piece.center) + piece.height;
   }
 
   // The parabola on the right is below the left one from the pixel after their crossing on. The crossing is not left
   // of left.from, hence not negative, and division rounds down.
-  static int first_pixel_won(const Piece& left, int centre, std::int32_t height) {
-    const std::int32_t rise = (centre * centre + height) - (left.centre * left.centre + left.height);
-    return rise / (2 * (centre - left.centre)) + 1;
+  static int first_pixel_won(const Piece& left, int center, std::int32_t height) {
+    const std::int32_t rise = (center * center + height) - (left.center * left.center + left.height);
+    return rise / (2 * (center - left.center)) + 1;
   }
 
   std::vector<Piece> pieces_;

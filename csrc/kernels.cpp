@@ -26,11 +26,11 @@ inline int round_up(int width) { return (width + kLanes - 1) / kLanes * kLanes; 
 
 // ------------------------------------------------------------------------------------------------------------ columns
 
-// One step away from the neighbour, which is `gap` away from the opposite class, or the opposite class itself.
+// One step away from the neighbor, which is `gap` away from the opposite class, or the opposite class itself.
 template <class Gap, Gap kMost>
-inline Gap next(Gap gap, std::uint8_t neighbour, std::uint8_t here) {
+inline Gap next(Gap gap, std::uint8_t neighbor, std::uint8_t here) {
   const Gap grown = static_cast<Gap>(gap + (gap != kMost));
-  return (neighbour != 0) == (here != 0) ? grown : Gap{1};
+  return (neighbor != 0) == (here != 0) ? grown : Gap{1};
 }
 
 void near_gaps(const std::uint8_t* mask, int height, int width, int begin, int end, std::uint8_t* gaps) {
@@ -60,8 +60,8 @@ class Front {
   }
 
   void step(int from, int to) {
-    const std::uint8_t *neighbour = mask_ + from * width_, *here = mask_ + to * width_;
-    for (int x = 0; x < count_; ++x) gaps_[x] = next<Gap, kNoGap>(gaps_[x], neighbour[x], here[x]);
+    const std::uint8_t *neighbor = mask_ + from * width_, *here = mask_ + to * width_;
+    for (int x = 0; x < count_; ++x) gaps_[x] = next<Gap, kNoGap>(gaps_[x], neighbor[x], here[x]);
   }
 
   void lower(Gap* gaps) const {

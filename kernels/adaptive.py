@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _forward_kernel(
+def adaptive_loss_fwd_kernel(
     terms,  # (T,)
     log_vars,  # (T,)
     total,  # () out
@@ -34,8 +34,8 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
-    upstream,  # ()
+def adaptive_loss_bwd_kernel(
+    grad_output,  # ()
     terms,  # (T,)
     log_vars,  # (T,)
     grad_terms,  # (T,) out
@@ -43,7 +43,7 @@ def _backward_kernel(
     COEFFICIENTS: tl.constexpr,
     REGULARIZER: tl.constexpr,
 ):
-    gradient = tl.load(upstream).to(tl.float32)
+    gradient = tl.load(grad_output).to(tl.float32)
     for j in tl.static_range(len(COEFFICIENTS)):
         s = tl.load(log_vars + j).to(tl.float32)
         term = tl.load(terms + j).to(tl.float32)
@@ -56,15 +56,17 @@ def forward(terms: Tensor, log_vars: Tensor, coefficients: Sequence[float], regu
     """(T,), (T,), T numbers, a number -> () float32."""
     total = torch.empty((), device=terms.device)
     with torch.cuda.device_of(terms):
-        _forward_kernel[(1,)](terms, log_vars, total, tuple(coefficients), regularizer, num_warps=1)
+        adaptive_loss_fwd_kernel[(1,)](terms, log_vars, total, tuple(coefficients), regularizer, num_warps=1)
     return total
 
 
 def backward(
-    upstream: Tensor, terms: Tensor, log_vars: Tensor, coefficients: Sequence[float], regularizer: float
+    grad_output: Tensor, terms: Tensor, log_vars: Tensor, coefficients: Sequence[float], regularizer: float
 ) -> tuple[Tensor, Tensor]:
     """(), and what `forward` took -> gradients of terms and log_vars, each in its dtype."""
     gradients = torch.empty_like(terms), torch.empty_like(log_vars)
     with torch.cuda.device_of(terms):
-        _backward_kernel[(1,)](upstream, terms, log_vars, *gradients, tuple(coefficients), regularizer, num_warps=1)
+        adaptive_loss_bwd_kernel[(1,)](
+            grad_output, terms, log_vars, *gradients, tuple(coefficients), regularizer, num_warps=1
+        )
     return gradients

@@ -11,10 +11,10 @@ each set, image and class: with n images times classes, dL/dP = T alpha + beta *
 
     alpha = -2 / (n (mass + e))        beta = ratio / (n (mass + e)), twice that for the mask.
 
-`_sums_kernel` reads logits and targets and writes overlap, mass and squared error of one tile of pixels per program;
-`_finish_kernel`, one program, adds the tiles up in a fixed order (no atomics: equal bits every time) and writes the
-three terms, alpha and beta; `_gradients_kernel` reads logits, targets, alpha, beta and the gradients of the terms, and
-writes the gradient of every logit, P_k (g_k - sum_j P_j g_j) with g = dL/dP.
+`objective_sums_fwd_kernel` reads logits and targets and writes overlap, mass and squared error of one tile of pixels
+per program. `objective_finish_fwd_kernel`, one program, adds the tiles up in a fixed order (no atomics: equal bits
+every time) and writes the three terms, alpha and beta. `objective_bwd_kernel` reads logits, targets, alpha, beta and
+the gradients of the terms, and writes the gradient of every logit, P_k (g_k - sum_j P_j g_j) with g = dL/dP.
 
 Bytes per pixel, with K = 2, float32 logits, uint8 mask and boundary, float32 sdf: forward 20 S + 6, backward 40 S + 6
 (S = 1: 26 and 46; S = 2: 46 and 86); with bfloat16 logits 10 S + 6 and 20 S + 6. The partial sums add 18 floats per
@@ -37,6 +37,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ._math import tanh
 
 WARPS = 4
 VECTOR_BYTES = 16  # the widest load of a thread
@@ -77,14 +79,6 @@ def _softmax(logits, image, channel, pixel, valid, CLASSES: tl.constexpr, DTYPE:
 
 
 @triton.jit
-def tanh(x):
-    """tanh and its derivative, without cancellation where |x| is large."""
-    e = tl.exp(-2 * tl.abs(x))
-    magnitude = (1 - e) / (1 + e)
-    return tl.where(x < 0, -magnitude, magnitude), 4 * e / ((1 + e) * (1 + e))
-
-
-@triton.jit
 def _dice_sums(
     logits,  # (B, CLASSES, H, W)
     target,  # (BLOCK, 1) classes
@@ -108,7 +102,7 @@ def _dice_sums(
 
 
 @triton.jit
-def _sums_kernel(
+def objective_sums_fwd_kernel(
     predictions,  # S x (mask logits (B, K, H, W), raw sdf (B, 1, H, W), boundary logits (B, L, H, W))
     targets,  # mask (B, 1, H, W), sdf (B, 1, H, W), boundary (B, 1, H, W)
     overlaps,  # (tiles, B, C) out, C = S K + S L
@@ -150,7 +144,7 @@ def _sums_kernel(
 
 
 @triton.jit
-def _finish_kernel(
+def objective_finish_fwd_kernel(
     overlaps,  # (tiles, B, C)
     masses,  # (tiles, B, C)
     errors,  # (tiles, B, S)
@@ -205,7 +199,7 @@ def _dice_gradient(
     target,  # (BLOCK, 1) classes
     alpha,  # (CLASSES,)
     beta,  # (CLASSES,)
-    upstream,  # (1,) gradient of the loss
+    grad_output,  # (1,) gradient of the loss
     image,
     pixel,  # (BLOCK, 1)
     inside,  # (BLOCK, 1)
@@ -221,17 +215,17 @@ def _dice_gradient(
     b = tl.load(beta + channel, mask=channel < CLASSES, other=0)
     g = tl.where(target == channel, a, 0) + (p * b if SQUARED else b)
     adjoint = p * (g - tl.sum(p * g, 1)[:, None])
-    tl.store(_at(gradient, image, channel, pixel), tl.load(upstream) * adjoint, mask=valid)
+    tl.store(_at(gradient, image, channel, pixel), tl.load(grad_output) * adjoint, mask=valid)
 
 
 @triton.jit
-def _gradients_kernel(
+def objective_bwd_kernel(
     predictions,  # S x (mask logits (B, K, H, W), raw sdf (B, 1, H, W), boundary logits (B, L, H, W))
     gradients,  # the same, out
     targets,  # mask (B, 1, H, W), sdf (B, 1, H, W), boundary (B, 1, H, W)
     alphas,  # (B, C), C = S K + S L
     betas,  # (B, C)
-    upstream,  # (3,) gradients of the terms
+    grad_output,  # (3,) gradients of the terms
     batch,
     pixels,
     K: tl.constexpr,
@@ -255,16 +249,16 @@ def _gradients_kernel(
         mask_logits, raw, boundary_logits = predictions[s]
         mask_gradient, raw_gradient, boundary_gradient = gradients[s]
         _dice_gradient(
-            mask_logits, mask_gradient, mask, alpha + s * K, beta + s * K, upstream,
+            mask_logits, mask_gradient, mask, alpha + s * K, beta + s * K, grad_output,
             image, pixel, inside, True, K, K_PADDED, DTYPE,
         )  # fmt: skip
         first = SETS * K + s * L
         _dice_gradient(
-            boundary_logits, boundary_gradient, boundary, alpha + first, beta + first, upstream + 2,
+            boundary_logits, boundary_gradient, boundary, alpha + first, beta + first, grad_output + 2,
             image, pixel, inside, False, L, L_PADDED, DTYPE,
         )  # fmt: skip
         value, slope = tanh(_load(raw, image, pixel, inside).to(DTYPE))
-        scale = 2 * tl.load(upstream + 1) / batch / pixels
+        scale = 2 * tl.load(grad_output + 1) / batch / pixels
         tl.store(_at(raw_gradient, image, 0, pixel), scale * (value - sdf) * slope, mask=inside)
 
 
@@ -287,10 +281,10 @@ def forward(
     alphas, betas = (torch.empty(batch, columns, **like) for _ in range(2))
     with torch.cuda.device_of(terms):
         if tiles * batch:
-            _sums_kernel[(tiles * batch,)](
+            objective_sums_fwd_kernel[(tiles * batch,)](
                 tuple(map(_planes, predictions)), _planes(targets), overlaps, masses, errors, batch, pixels, **options
             )
-        _finish_kernel[(1,)](
+        objective_finish_fwd_kernel[(1,)](
             overlaps, masses, errors, terms, alphas, betas, tiles, batch, pixels, sets, *classes,
             TILES=FINISH_TILES, COLUMNS=FINISH_COLUMNS, DTYPE=options["DTYPE"], num_warps=FINISH_WARPS, maxnreg=128,
         )  # fmt: skip
@@ -298,22 +292,22 @@ def forward(
 
 
 def backward(
-    upstream: Tensor,
+    grad_output: Tensor,
     predictions: Sequence[Sequence[Tensor]],
     targets: Sequence[Tensor],
     alphas: Tensor,
     betas: Tensor,
 ) -> list[list[Tensor]]:
-    """Gradients laid out and typed as the predictions; upstream: (3,), the rest as `forward` takes and gives."""
+    """Gradients laid out and typed as the predictions; grad_output: (3,), the rest as `forward` takes and gives."""
     batch, pixels, _ = _sizes(predictions)
     options = _launch_options(predictions, alphas.dtype)
     gradients = [[torch.empty_like(x) for x in prediction] for prediction in predictions]
     programs = triton.cdiv(pixels, options["BLOCK"]) * batch
     if programs:
-        with torch.cuda.device_of(upstream):
-            _gradients_kernel[(programs,)](
+        with torch.cuda.device_of(grad_output):
+            objective_bwd_kernel[(programs,)](
                 tuple(map(_planes, predictions)), tuple(map(_planes, gradients)), _planes(targets),
-                alphas, betas, upstream.contiguous(), batch, pixels, **options,
+                alphas, betas, grad_output.contiguous(), batch, pixels, **options,
             )  # fmt: skip
     return gradients
 

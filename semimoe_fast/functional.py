@@ -86,7 +86,7 @@ def pseudo_labels(
     return ops.implementation("pseudo_labels", features[0].device)(features, gate_weights, matrices, head_biases)
 
 
-def expert_products(
+def project_experts(
     features: Sequence[Tensor],
     head_weights: Sequence[Tensor],
     own_weights: Sequence[Tensor] = (),
@@ -94,12 +94,12 @@ def expert_products(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """All of the multi-gate that is linear in the experts' features X_e, in one pass over them.
 
-    For training: the means go to the gates, whose weights `mix_products` then applies to the products, so that
+    For training: the means go to the gates, whose weights `mix_projections` then applies to the projections, so that
     the features, far larger than all else here, are read once forward, and read and written once backward.
 
     features: E tensors (B, C, H, W); head_weights: T tensors (O_k, C) or (O_k, C, 1, 1); own_weights, own_biases: each
     expert's own head, E tensors (O_e, C) or (O_e, C, 1, 1) and E tensors (O_e,), or none at all
-    -> means over the pixels (B, E, C), at least float32; products H X_e (B, E, sum O_k, H, W), and own predictions
+    -> means over the pixels (B, E, C), at least float32; projections H X_e (B, E, sum O_k, H, W), and own predictions
     A_e X_e + b_e, E tensors (B, O_e, H, W), in the dtype of the features. Differentiable once in all.
     """
     _check_tensors(
@@ -119,30 +119,30 @@ def expert_products(
     _check_biases("own_biases", own_biases, own)
     if len(own) != len(features):
         raise ValueError(f"own_weights has a head for each of the {len(features)} experts or none, got {len(own)}")
-    return ops.implementation("expert_products", features[0].device)(features, heads, own, own_biases)
+    return ops.implementation("project_experts", features[0].device)(features, heads, own, own_biases)
 
 
-def mix_products(products: Tensor, gate_weights: Tensor, head_biases: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Mix the products of `expert_products` with per-image, per-task weights: what `multi_gate` gives.
+def mix_projections(projections: Tensor, gate_weights: Tensor, head_biases: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Mix the projections of `project_experts` with per-image, per-task weights: what `multi_gate` gives.
 
-    products: (B, E, sum O_k, H, W); gate_weights: (B, T, E); head_biases: T tensors (O_k,) -> T tensors (B, O_k, H, W)
-    in the dtype of the products. Differentiable once in all.
+    projections: (B, E, sum O_k, H, W); gate_weights: (B, T, E); head_biases: T tensors (O_k,)
+    -> T tensors (B, O_k, H, W) in the dtype of the projections. Differentiable once in all.
     """
-    _check_products(products, gate_weights, head_biases)
-    return ops.implementation("mix_products", products.device)(products, gate_weights, head_biases)
+    _check_projections(projections, gate_weights, head_biases)
+    return ops.implementation("mix_projections", projections.device)(projections, gate_weights, head_biases)
 
 
-def label_products(
-    products: Tensor, gate_weights: Tensor, head_biases: Sequence[Tensor]
+def label_projections(
+    projections: Tensor, gate_weights: Tensor, head_biases: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pseudo-labels straight from the products of `expert_products`: what `pseudo_labels` gives. No gradient flows.
+    """Pseudo-labels straight from the projections of `project_experts`: what `pseudo_labels` gives. No gradient flows.
 
-    Arguments as `mix_products` with T = 3, for mask (K), sdf (1) and boundary -> mask uint8 (B, H, W), sdf (B, 1, H, W)
-    in the dtype of the products, boundary uint8 (B, H, W).
+    Arguments as `mix_projections` with T = 3, for mask (K), sdf (1) and boundary
+    -> mask uint8 (B, H, W), sdf (B, 1, H, W) in the dtype of the projections, boundary uint8 (B, H, W).
     """
-    _check_products(products, gate_weights, head_biases)
-    _check_tasks("label_products", head_biases)
-    return ops.implementation("label_products", products.device)(products, gate_weights, head_biases)
+    _check_projections(projections, gate_weights, head_biases)
+    _check_tasks("label_projections", head_biases)
+    return ops.implementation("label_projections", projections.device)(projections, gate_weights, head_biases)
 
 
 def squared_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -328,13 +328,13 @@ def _check_biases(name: str, biases: Sequence[Tensor], matrices: Sequence[Tensor
         raise ValueError(f"{name} match the rows {rows} of the weights, got {[tuple(bias.shape) for bias in biases]}")
 
 
-def _check_products(products: Tensor, gate_weights: Tensor, head_biases: Sequence[Tensor]) -> None:
-    _check_tensors(("head_biases", head_biases), products=products, gate_weights=gate_weights)
-    _check_floating("products", products)
+def _check_projections(projections: Tensor, gate_weights: Tensor, head_biases: Sequence[Tensor]) -> None:
+    _check_tensors(("head_biases", head_biases), projections=projections, gate_weights=gate_weights)
+    _check_floating("projections", projections)
     rows = [len(bias) for bias in head_biases]
-    if products.ndim != 5 or products.shape[2] != sum(rows):
-        raise ValueError(f"products are (B, E, {sum(rows)}, H, W) for these biases, got {tuple(products.shape)}")
-    _check_weights(gate_weights, (products.shape[0], len(rows), products.shape[1]))
+    if projections.ndim != 5 or projections.shape[2] != sum(rows):
+        raise ValueError(f"projections are (B, E, {sum(rows)}, H, W) for these biases, got {tuple(projections.shape)}")
+    _check_weights(gate_weights, (projections.shape[0], len(rows), projections.shape[1]))
 
 
 def _check_tasks(name: str, heads: Sequence[Tensor]) -> None:

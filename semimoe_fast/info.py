@@ -7,8 +7,9 @@ import platform
 
 import torch
 
-from . import __version__, _native, ops
+from . import __version__, ops
 from .errors import run_command
+from .ops import _native
 
 
 def versions() -> list[tuple[str, str]]:

@@ -69,8 +69,8 @@ class ExpertUNet(nn.Module):
 class UpsamplingConv2d(nn.Conv2d):
     """Nearest x2 upsampling and a 3x3 convolution of its result, (B, C, H, W) -> (B, O, 2H, 2W), in one.
 
-    Of three neighbours in the upsampled image at least two are copies of one pixel. To add their weights beforehand
-    makes a transposed convolution of 4x4 and stride 2 of it: 4 products instead of 9, and no upsampled copy to keep.
+    Of three neighbors in the upsampled image at least two are copies of one pixel. To add their weights beforehand
+    makes a transposed convolution of 4x4 and stride 2 of it: 4 projections instead of 9, and no upsampled copy to keep.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,28 +116,28 @@ class MultiGating(nn.Module):
         initialize(self)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        means, products, _ = self.products(features)
-        return self.mix(means, products)
+        means, projections, _ = self.projections(features)
+        return self.mix(means, projections)
 
-    def products(
+    def projections(
         self, features: Sequence[Tensor], own_heads: Sequence[nn.Conv2d] = ()
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Means (B, E, channels), products (B, E, sum O_k, H, W), and the predictions of the experts' own heads."""
+        """Means (B, E, channels), projections (B, E, sum O_k, H, W), and the predictions of the experts' own heads."""
         own_weights, own_biases = [head.weight for head in own_heads], [head.bias for head in own_heads]
         with record_function("gates"):
-            return F.expert_products(features, [head.weight for head in self.heads], own_weights, own_biases)
+            return F.project_experts(features, [head.weight for head in self.heads], own_weights, own_biases)
 
-    def mix(self, means: Tensor, products: Tensor) -> tuple[Tensor, ...]:
-        """What `forward` gives, from what `products` gives."""
+    def mix(self, means: Tensor, projections: Tensor) -> tuple[Tensor, ...]:
+        """What `forward` gives, from what `projections` gives."""
         with record_function("gates"):
             weights = self.gate_weights(means)
-            return *F.mix_products(products, weights, [head.bias for head in self.heads]), weights
+            return *F.mix_projections(projections, weights, [head.bias for head in self.heads]), weights
 
     @torch.no_grad()
-    def pseudo_labels(self, means: Tensor, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def pseudo_labels(self, means: Tensor, projections: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Labels from the gated predictions: mask (B, H, W), sdf (B, 1, H, W), boundary (B, H, W); no gradient."""
         with record_function("gates"):
-            return F.label_products(products, self.gate_weights(means), [head.bias for head in self.heads])
+            return F.label_projections(projections, self.gate_weights(means), [head.bias for head in self.heads])
 
     def gate_weights(self, means: Tensor) -> Tensor:
         """(B, E, channels) -> (B, T, E), softmax over the experts, in the parameters' dtype whatever autocast says."""
@@ -174,15 +174,15 @@ class SemiMoE(nn.Module):
         self.gating = MultiGating(width, len(expert_tasks), [out_channels[task] for task in self.tasks])
 
     def forward(self, images: Tensor) -> Output:
-        means, products, own = self.run_experts(images)
-        *gated, gate_weights = self.gating.mix(means, products)
+        means, projections, own = self.run_experts(images)
+        *gated, gate_weights = self.gating.mix(means, projections)
         predictions = dict(zip(self.tasks, gated, strict=True))
         return Output(predictions.get("mask"), predictions.get("sdf"), predictions.get("boundary"), own, gate_weights)
 
     def run_experts(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """The experts and one pass over their features: what `MultiGating.products` gives."""
+        """The experts and one pass over their features: what `MultiGating.projections` gives."""
         features = [expert.features(images) for expert in self.experts]
-        return self.gating.products(features, [expert.head for expert in self.experts])
+        return self.gating.projections(features, [expert.head for expert in self.experts])
 
 
 class AdaptiveMultiObjectiveLoss(nn.Module):

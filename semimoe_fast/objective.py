@@ -23,7 +23,7 @@ class StepLosses(NamedTuple):
     unsupervised_total: Tensor  # already weighted by u
     supervised_terms: Tensor
     unsupervised_terms: Tensor
-    gate_weights: Tensor  # (T, E), mean over the labelled batch
+    gate_weights: Tensor  # (T, E), mean over the labeled batch
 
 
 class Objective(nn.Module):
@@ -35,35 +35,35 @@ class Objective(nn.Module):
 
     def forward(
         self,
-        labelled: Tensor,
+        labeled: Tensor,
         targets: Sequence[Tensor],
-        unlabelled: Tensor | None,
+        unlabeled: Tensor | None,
         unsupervised_weight: float | Tensor,
     ) -> StepLosses:
         return objective(
-            self.model, self.adaptive, labelled, targets, unlabelled, unsupervised_weight, self.joint_forward
+            self.model, self.adaptive, labeled, targets, unlabeled, unsupervised_weight, self.joint_forward
         )
 
 
 def objective(
     model: SemiMoE,
     adaptive: AdaptiveMultiObjectiveLoss,
-    labelled: Tensor,
+    labeled: Tensor,
     targets: Sequence[Tensor],
-    unlabelled: Tensor | None,
+    unlabeled: Tensor | None,
     unsupervised_weight: float | Tensor,
     joint_forward: bool = False,
 ) -> StepLosses:
     """Losses of one step.
 
-    labelled, unlabelled: normalised images (B, 3, H, W); targets: mask (B, H, W), sdf (B, H, W) or (B, 1, H, W),
-    boundary (B, H, W); unsupervised_weight: u. Without unlabelled images the loss is the supervised part alone.
-    BN sees the unlabelled batch first, and both batches apart; with joint_forward both as one, and once.
+    labeled, unlabeled: normalized images (B, 3, H, W); targets: mask (B, H, W), sdf (B, H, W) or (B, 1, H, W),
+    boundary (B, H, W); unsupervised_weight: u. Without unlabeled images the loss is the supervised part alone.
+    BN sees the unlabeled batch first, and both batches apart; with joint_forward both as one, and once.
     """
-    learned, guessed = _run_experts(model, labelled, unlabelled, joint_forward)
+    learned, guessed = _run_experts(model, labeled, unlabeled, joint_forward)
     weighted, pseudo_terms = _unsupervised(model, adaptive, guessed, unsupervised_weight)
-    means, products, own = learned
-    *gated, gate_weights = model.gating.mix(means, products)
+    means, projections, own = learned
+    *gated, gate_weights = model.gating.mix(means, projections)
     with record_function("losses"):
         terms = F.joint_objective_terms([own, gated], *targets)
         supervised = adaptive(terms)
@@ -78,19 +78,19 @@ def objective(
 
 
 def _run_experts(
-    model: SemiMoE, labelled: Tensor, unlabelled: Tensor | None, joint: bool
+    model: SemiMoE, labeled: Tensor, unlabeled: Tensor | None, joint: bool
 ) -> tuple[ExpertOutput, ExpertOutput | None]:
-    """The experts' means, products and own predictions of either batch."""
-    if unlabelled is None:
-        return model.run_experts(labelled), None
+    """The experts' means, projections and own predictions of either batch."""
+    if unlabeled is None:
+        return model.run_experts(labeled), None
     if not joint:
-        guessed = model.run_experts(unlabelled)
-        return model.run_experts(labelled), guessed
-    count = len(unlabelled)
-    means, products, own = model.run_experts(torch.cat([unlabelled, labelled]))
+        guessed = model.run_experts(unlabeled)
+        return model.run_experts(labeled), guessed
+    count = len(unlabeled)
+    means, projections, own = model.run_experts(torch.cat([unlabeled, labeled]))
     return (
-        (means[count:], products[count:], tuple(prediction[count:] for prediction in own)),
-        (means[:count], products[:count], tuple(prediction[:count] for prediction in own)),
+        (means[count:], projections[count:], tuple(prediction[count:] for prediction in own)),
+        (means[:count], projections[:count], tuple(prediction[:count] for prediction in own)),
     )
 
 
@@ -100,8 +100,8 @@ def _unsupervised(
     """u times the adaptive loss of every expert against its pseudo-label, and its terms."""
     if output is None:
         return torch.zeros_like(adaptive.log_vars[0]), torch.zeros_like(adaptive.log_vars)
-    means, products, own = output
-    labels = model.gating.pseudo_labels(means, products)
+    means, projections, own = output
+    labels = model.gating.pseudo_labels(means, projections)
     with record_function("losses"):
         terms = F.objective_terms(*own, *labels)
         return adaptive(terms) * weight, terms

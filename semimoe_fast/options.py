@@ -1,13 +1,13 @@
 """Command lines that are generated from dataclasses, by tyro.
 
 Tyro is imported only where a command line is read, so that the library, the trainer and the benchmarks work without it.
+In the dataclasses, Annotated[int | None, "INT"] says what the help text shows for the value.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Annotated, TypeVar, get_origin, get_type_hints
 
 from .errors import UserError
 
@@ -26,6 +26,8 @@ def read_options(
         import tyro
     except ModuleNotFoundError:
         raise UserError("tyro, which reads the options of commands, is not installed: run `pip install tyro`") from None
-    # The annotations are strings until tyro evaluates them in their module, and some of them name tyro.
-    vars(sys.modules[options.__module__])["tyro"] = tyro
+    for name, hint in get_type_hints(options, include_extras=True).items():
+        if get_origin(hint) is Annotated:
+            marks = [tyro.conf.arg(metavar=mark) if isinstance(mark, str) else mark for mark in hint.__metadata__]
+            options.__annotations__[name] = Annotated[hint.__origin__, *marks]
     return tyro.cli(options, prog=f"python -m {command}", args=arguments, default=default)

@@ -11,15 +11,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from . import augment, checkpoint
+from . import checkpoint
 from .checkpoint import Preprocessing
-from .data import list_images, read_image, resize_image
-from .device import Precision, autocast, choose_device
+from .data.folders import list_images, read_image
+from .device import Precision, choose_device
 from .errors import UserError, run_command
-from .evaluate import gated_foreground, require_mask
-from .model import SemiMoE
+from .evaluation.overlay import outline
+from .inference.predictor import require_mask, segment
 from .options import read_options
-from .overlay import outline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,49 +44,47 @@ class PredictConfig:
     """auto: bf16 autocast on CUDA, fp32 on the CPU."""
 
 
-@torch.no_grad()
-def segment(
-    model: SemiMoE,
-    image: np.ndarray,
-    preprocessing: Preprocessing,
-    device: torch.device,
-    threshold: float = 0.5,
-    precision: Precision = "auto",
-) -> np.ndarray:
-    """Mask of one image: uint8 (H, W, 3) -> bool (H, W).
+def plan(config: PredictConfig) -> dict[Path, list[Path]]:
+    """The files to write for each image: its mask and, if wanted, its overlay.
 
-    The image is resized to the size the model was trained at, the probability back, bilinearly.
+    Raises UserError where there is no image, or a file to be written would replace an image or another such file.
     """
-    pixels = resize_image(image, preprocessing.image_size)[None].to(device)
-    with autocast(precision, device):
-        output = model(augment.normalize(pixels, preprocessing.mean, preprocessing.std))
-    probability = torch.nn.functional.interpolate(
-        gated_foreground(output)[:, None], image.shape[:2], mode="bilinear", align_corners=False
-    )
-    return (probability[0, 0] > threshold).cpu().numpy()
+    paths = list_images(config.input) if config.input.is_dir() else [config.input]
+    if not paths[0].exists():
+        raise UserError(f"{config.input}: no such file or folder; give an image or a folder of images")
+    if paths[0].parent.resolve() == config.out.resolve():
+        raise UserError(f"--out is the folder of the images, {config.out}: masks would replace them, give another")
+    if config.out.exists() and not config.out.is_dir():
+        raise UserError(f"--out is {config.out}, which is a file: give a folder")
+    suffixes = ("", "_overlay") if config.overlay else ("",)
+    outputs = {path: [config.out / f"{path.stem}{suffix}.png" for suffix in suffixes] for path in paths}
+    owners: dict[Path, Path] = {}
+    for path, files in outputs.items():
+        for file in files:
+            if (other := owners.setdefault(file, path)) != path:
+                raise UserError(
+                    f"{other} and {path} would both be written to {file}: rename one, or leave out --overlay"
+                )
+    return outputs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     config = read_options(PredictConfig, "semimoe_fast.predict", arguments)
     if not 0 <= config.threshold < 1:
         raise UserError(f"--threshold is {config.threshold}: give a number from 0 to below 1")
+    outputs = plan(config)
     device = choose_device(config.device)
     model, metadata, _ = checkpoint.load(config.checkpoint, device)
     require_mask(config.checkpoint, model)
     preprocessing = Preprocessing.of(config.checkpoint, metadata)
-    paths = list_images(config.input) if config.input.is_dir() else [config.input]
-    if not paths[0].exists():
-        raise UserError(f"{config.input}: no such file or folder; give an image or a folder of images")
-    if paths[0].parent.resolve() == config.out.resolve():
-        raise UserError(f"--out is the folder of the images, {config.out}: masks would replace them, give another")
     config.out.mkdir(parents=True, exist_ok=True)
-    for path in tqdm(paths, "predict"):
+    for path, (mask_path, *overlay_path) in tqdm(outputs.items(), "predict"):
         image = read_image(path)
         mask = segment(model, image, preprocessing, device, config.threshold, config.precision)
-        Image.fromarray(mask.astype(np.uint8) * 255).save(config.out / f"{path.stem}.png")
-        if config.overlay:
-            Image.fromarray(outline(image, torch.from_numpy(mask))).save(config.out / f"{path.stem}_overlay.png")
-    print(f"masks written to {config.out}: {len(paths)}")
+        Image.fromarray(mask.astype(np.uint8) * 255).save(mask_path)
+        for file in overlay_path:
+            Image.fromarray(outline(image, torch.from_numpy(mask))).save(file)
+    print(f"masks written to {config.out}: {len(outputs)}")
 
 
 if __name__ == "__main__":

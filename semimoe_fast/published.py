@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, first_sentence
 from .model import LEVELS, SemiMoE
 
 EXPERT_PARTS = ("segment_model", "sdf_model", "boundary_model")
@@ -38,19 +38,31 @@ def import_published(source: str | Path | Mapping[str, StateDict]) -> SemiMoE:
     missing = [part for part in PARTS if not isinstance(parts.get(part), Mapping)]
     if missing:
         raise UserError(f"{name}: has no {missing[0]}; a published checkpoint has {', '.join(PARTS)}")
-    parts = {part: {key.removeprefix("module."): v for key, v in parts[part].items()} for part in PARTS}
+    parts = {part: _tensors(name, part, parts[part]) for part in PARTS}
     try:
         stem, head = (parts["segment_model"][key] for key in ("Conv1.conv.0.weight", "Conv_1x1.weight"))
-        with torch.device("meta"):  # nothing to initialise, no random number drawn
+        if stem.ndim != 4 or head.ndim != 4 or 0 in stem.shape + head.shape:
+            raise ValueError(f"the first and the last weight are {tuple(stem.shape)} and {tuple(head.shape)}")
+        with torch.device("meta"):  # nothing to initialize, no random number drawn
             model = SemiMoE(in_channels=stem.shape[1], num_classes=head.shape[0], width=stem.shape[0])
         for part, expert in zip(EXPERT_PARTS, model.experts, strict=True):
             expert.load_state_dict(_import_expert(parts[part]), assign=True)
         gating = {rename_gating(key): value.clone() for key, value in parts[GATING_PART].items()}
         model.gating.load_state_dict(gating, assign=True)
-    except (KeyError, RuntimeError, ValueError) as error:
-        detail = " ".join(str(error).split())
-        raise UserError(f"{name}: is not a published Semi-MoE checkpoint: {detail}") from error
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{name}: is not a published Semi-MoE checkpoint ({first_sentence(error)}); give one of the published code"
+        ) from error
     return model.eval()
+
+
+def _tensors(name: str, part: str, state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """A state dict without `module.` before its keys. Raises UserError for other keys than strings and other values."""
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            kind = f"{type(key).__name__} -> {type(value).__name__}"
+            raise UserError(f"{name}: {part} holds {key!r} ({kind}), not a tensor by name; give the four state dicts")
+    return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def export_published(model: SemiMoE) -> dict[str, dict[str, Tensor]]:
@@ -122,7 +134,7 @@ def published_expert_key(key: str) -> str:
 def rename_gating(key: str) -> str:
     """Published key of the gating module -> ours."""
     key = re.sub(r"^gating(\d)", lambda m: f"gates.{int(m[1]) - 1}", key)
-    return re.sub(r"^(\w+_head)\.conv1", lambda m: f"heads.{HEAD_NAMES.index(m[1])}", key)
+    return re.sub(rf"^({'|'.join(HEAD_NAMES)})\.conv1", lambda m: f"heads.{HEAD_NAMES.index(m[1])}", key)
 
 
 def _published_gating_keys(model: SemiMoE) -> list[str]:

@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which so far nothing has done
 
 from semimoe_fast import synthetic, train
-from semimoe_fast.config import SYNTHETIC, TrainConfig
+from semimoe_fast.training.config import SYNTHETIC, TrainConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(os.environ.get("SEMIMOE_SHARED", Path(__file__).parents[1] / ".." / "shared"))
@@ -132,7 +132,7 @@ def finished(tiny_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def glands_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The GlaS layout: one labelled image, four unlabelled, two for validation."""
+    """The GlaS layout: one labeled image, four unlabeled, two for validation."""
     folder = tmp_path_factory.mktemp("data") / "glands"
     synthetic.write(synthetic.Folder(folder, labeled=1, unlabeled=4, val=2, size=40))
     return folder

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,9 @@ def test_preprocessing_is_kept(tmp_path: Path) -> None:
         Preprocessing.of(tmp_path / "without", load(tmp_path / "without").metadata)
 
 
+MODEL = {"in_channels": 3, "num_classes": 2, "width": 2, "expert_tasks": ["mask", "sdf", "boundary"]}
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
@@ -73,7 +77,7 @@ def rewritten(path: Path, changes: dict) -> None:
         (lambda path: damaged(path, 0.001), "not a readable checkpoint"),
         (lambda path: save_file({"x": torch.zeros(1)}, path), "not a checkpoint of semimoe_fast"),
         (lambda path: rewritten(path, {"format": 99}), "has checkpoint format 99, this version reads format 1"),
-        (lambda path: rewritten(path, {"model": {"width": 4}}), "do not fit its own configuration"),
+        (lambda path: rewritten(path, {"model": MODEL | {"width": 4}}), "do not fit its own configuration"),
     ],
     ids="missing folder empty pickle half header foreign format mismatch".split(),
 )
@@ -85,6 +89,105 @@ def test_bad_checkpoints_are_refused_by_name(tmp_path: Path, write, message: str
     assert str(caught.value).startswith(str(path))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+WEIGHTS = SemiMoE(**MODEL).state_dict()
+STATISTICS = {"image_size": 32, "mean": [0.5, 0.5, 0.5], "std": [0.1, 0.1, 0.1], "ring_radius": 2.0}
+
+
+def hostile(header: object = None, weights: dict[str, torch.Tensor | None] | None = None) -> Callable[[Path], None]:
+    """Writes a whole checkpoint but for its metadata (JSON, or the text itself) or some weights (None: left out)."""
+    state = {f"model.{k}": v for k, v in (WEIGHTS | (weights or {})).items() if v is not None}
+    header = {"format": 1, "model": MODEL} if header is None else header
+    text = header if isinstance(header, str) else json.dumps(header)
+    return lambda path: save_file(state, path, {checkpoint.METADATA_KEY: text})
+
+
+def with_model(**changes: object) -> Callable[[Path], None]:
+    return hostile({"format": 1, "model": MODEL | changes})
+
+
+STEM = "experts.0.encoder.0.0.weight"
+HOSTILE = {
+    "no metadata": (lambda path: save_file(WEIGHTS, path), "not a checkpoint of semimoe_fast"),
+    "of another program": (lambda path: save_file(WEIGHTS, path, {"format": "pt"}), "not a checkpoint of semimoe_fast"),
+    "not JSON": (hostile("{"), "its metadata is not JSON"),
+    "endless JSON": (hostile("[" * 100_000), "its metadata is not JSON"),
+    "JSON of another type": (hostile([1]), "its metadata is [1], not an object"),
+    "no format": (hostile({"model": MODEL}), "its metadata has no format"),
+    "format is a list": (hostile({"format": [1], "model": MODEL}), "format of its metadata is [1], not an integer"),
+    "no model": (hostile({"format": 1}), "model is null, not an object"),
+    "model is a list": (hostile({"format": 1, "model": [2]}), "model is [2], not an object"),
+    "argument missing": (hostile({"format": 1, "model": {"width": 2}}), "model has no in_channels"),
+    "argument unknown": (with_model(depth=9), "model has 'depth', which is no argument"),
+    "width is text": (with_model(width="2"), 'width of model is "2", not an integer'),
+    "width is true": (with_model(width=True), "width of model is true, not an integer"),
+    "width is absurd": (with_model(width=10**9), "do not fit its own configuration"),
+    "width is beyond 64 bits": (with_model(width=10**30), "do not fit its own configuration"),
+    "width is negative": (with_model(width=-2), "do not fit its own configuration"),
+    "channels are absurd": (with_model(in_channels=10**9), "do not fit its own configuration"),
+    "classes are absurd": (with_model(num_classes=10**9), "do not fit its own configuration"),
+    "classes are beyond 64 bits, of the second expert": (
+        with_model(num_classes=10**30, expert_tasks=["sdf", "mask", "boundary"]),
+        "do not fit its own configuration",
+    ),
+    "no experts": (with_model(expert_tasks=[]), "expert_tasks of model is empty"),
+    "too many experts": (with_model(expert_tasks=["mask"] * 10_000), "do not fit its own configuration"),
+    "unknown task": (
+        with_model(expert_tasks=["mask", "depth"]),
+        'expert_tasks of model is ["mask", "depth"], not a list',
+    ),
+    "weight missing": (hostile(weights={STEM: None}), "do not fit its own configuration"),
+    "weight of another shape": (hostile(weights={"gating.heads.0.bias": torch.ones(3)}), "do not fit its own"),
+    "weight of another type": (hostile(weights={STEM: WEIGHTS[STEM].half()}), "is torch.float16, not torch.float32"),
+    "weight of no type": (lambda path: path.write_bytes(tensor_of_type("F6_E2M3")), "not a readable checkpoint"),
+}
+
+
+def tensor_of_type(dtype: str) -> bytes:
+    """A safetensors file of a type that torch may not have."""
+    tensor = {"dtype": dtype, "shape": [4], "data_offsets": [0, 3]}
+    text = json.dumps({"__metadata__": {checkpoint.METADATA_KEY: "{}"}, "x": tensor}).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(3)
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_checkpoints_are_refused_in_a_line(tmp_path: Path, case: str) -> None:
+    write, message = HOSTILE[case]
+    path = tmp_path / "c.safetensors"
+    write(path)
+    with pytest.raises(UserError) as caught:
+        load(path)
+    assert_one_line_with_remedy(caught, path, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([1], "preprocessing is [1], not an object"),
+        ({"image_size": "32"}, 'image_size of preprocessing is "32", not an integer'),
+        ({"image_size": 10**9}, "image_size of preprocessing is 1000000000, not from 1 to 16384"),
+        ({"mean": [0.5]}, "mean of preprocessing is [0.5], not a list of 3, each a finite number"),
+        ({"mean": [10**400, 0, 0]}, "not a list of 3, each a finite number"),
+        ({"std": [0.1, float("nan"), 0.1]}, "std of preprocessing is [0.1, NaN, 0.1], not a list of 3"),
+        ({"std": [0.1, 0, 0.1]}, "std or ring_radius of preprocessing is"),
+        ({"ring_radius": None}, "ring_radius of preprocessing is null, not a finite number"),
+    ],
+)
+def test_hostile_statistics_are_refused_in_a_line(changes: object, message: str) -> None:
+    values = STATISTICS | changes if isinstance(changes, dict) else changes
+    with pytest.raises(UserError) as caught:
+        Preprocessing.of(Path("c.safetensors"), {"preprocessing": values})
+    assert_one_line_with_remedy(caught, Path("c.safetensors"), message)
+
+
+def assert_one_line_with_remedy(caught: pytest.ExceptionInfo, path: Path, message: str) -> None:
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ")
+    assert message in text
+    assert "; " in text
+    assert "\n" not in text
+    assert len(text) < 400
 
 
 def test_names_of_the_model_are_kept(tmp_path: Path) -> None:
@@ -213,6 +316,30 @@ def test_incomplete_published_checkpoints_are_refused(tmp_path: Path) -> None:
         import_published(parts)
     with pytest.raises(UserError, match=r"nothing\.pth: no such file"):
         import_published(tmp_path / "nothing.pth")
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "message"),
+    [
+        ("segment_model", "Conv1.conv.0.weight", 3, "segment_model holds 'Conv1.conv.0.weight' (str -> int)"),
+        ("gating_model", 7, torch.ones(1), "gating_model holds 7 (int -> Tensor)"),
+        ("segment_model", "Conv1.conv.0.weight", torch.ones(4), "the first and the last weight are (4,)"),
+        ("segment_model", "Conv_1x1.weight", torch.ones(()), "the first and the last weight are (2, 3, 3, 3) and ()"),
+        ("segment_model", "Conv1.conv.0.weight", torch.ones(0, 3, 3, 3), "the first and the last weight are (0, 3"),
+        ("sdf_model", "Conv1.conv.0.bias", torch.ones(5), "size of tensor"),
+        ("sdf_model", "Conv1.conv.0.weight", torch.ones(2, 3, 3, 3, dtype=torch.int64), "ExpertUNet"),
+        ("gating_model", "odd_head.conv1.weight", torch.ones(1), "odd_head"),
+    ],
+)
+def test_hostile_published_checkpoints_are_refused_in_a_line(part: str, key: object, value: object, message: str):
+    parts = export_published(SemiMoE(width=2))
+    parts[part][key] = value
+    with pytest.raises(UserError) as caught:
+        import_published(parts)
+    assert_one_line_with_remedy(caught, Path("the dict of state dicts"), message)
+
+
+def test_only_the_published_experts_are_exported() -> None:
     with pytest.raises(ValueError, match="the published layout has experts for mask, sdf, boundary"):
         export_published(SemiMoE(width=2, expert_tasks=("mask", "sdf")))
 

@@ -1,4 +1,4 @@
-"""Shapes for any number of experts, tasks, classes and any width; initialisation; layouts; compilation."""
+"""Shapes for any number of experts, tasks, classes and any width; initialization; layouts; compilation."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_padding_repeats_the_border_and_is_cropped() -> None:
         torch.testing.assert_close(result, whole[..., :20, :37])
 
 
-def test_initialisation() -> None:
+def test_initialization() -> None:
     torch.manual_seed(0)
     expert = ExpertUNet(3, 2, 16)
     convolution, norm = expert.decoder[0][0], expert.decoder[0][1]
@@ -78,7 +78,7 @@ def test_pseudo_labels_use_the_gated_predictions() -> None:
     gating = MultiGating(4, 3).eval()
     features = [torch.randn(2, 4, 8, 8, requires_grad=True) for _ in range(3)]
     mask, sdf, boundary, _ = gating(features)
-    labels = gating.pseudo_labels(*gating.products(features)[:2])
+    labels = gating.pseudo_labels(*gating.projections(features)[:2])
     torch.testing.assert_close(labels[0], mask.argmax(1).to(torch.uint8))
     torch.testing.assert_close(labels[1], sdf.detach().tanh())
     torch.testing.assert_close(labels[2], boundary.argmax(1).to(torch.uint8))
@@ -101,12 +101,12 @@ def test_training_objective_compiles_without_graph_breaks() -> None:
     model, adaptive = SemiMoE(width=1), AdaptiveMultiObjectiveLoss()
     for gate in model.gating.gates:
         gate.dropout.p = 0.0
-    labelled, unlabelled = torch.randn(2, 2, 3, 32, 32)
+    labeled, unlabeled = torch.randn(2, 2, 3, 32, 32)
     mask = torch.randint(0, 2, (2, 32, 32), dtype=torch.uint8)
 
     def total(model: SemiMoE) -> torch.Tensor:
         targets = (mask, *F.distance_targets(mask))
-        return objective(model, adaptive, labelled, targets, unlabelled, 0.5).total
+        return objective(model, adaptive, labeled, targets, unlabeled, 0.5).total
 
     expected = total(model)
     gradients = torch.autograd.grad(expected, [*model.parameters()])
@@ -141,11 +141,13 @@ def test_upsampling_convolution_is_both_in_turn(size: tuple[int, int]) -> None:
     expected = torch.nn.functional.conv2d(
         torch.nn.functional.interpolate(x, scale_factor=2), layer.weight, layer.bias, padding=1
     )
-    upstream = torch.randn_like(expected)
+    grad_output = torch.randn_like(expected)
     result = layer(x)
     torch.testing.assert_close(result, expected)
     inputs = (x, layer.weight, layer.bias)
     for ours, theirs in zip(
-        torch.autograd.grad(result, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+        torch.autograd.grad(result, inputs, grad_output),
+        torch.autograd.grad(expected, inputs, grad_output),
+        strict=True,
     ):
         torch.testing.assert_close(ours, theirs)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from semimoe_fast import config, train
-from semimoe_fast.config import TrainConfig
+from semimoe_fast import train
 from semimoe_fast.errors import UserError
+from semimoe_fast.training import config
+from semimoe_fast.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +26,7 @@ names += [f"benchmarks.{path.stem}" for path in Path("benchmarks").glob("*.py")]
 for name in names:
     if not name.startswith("semimoe_fast.kernels"):
         importlib.import_module(name)
-assert "semimoe_fast.trainer" in names
+assert "semimoe_fast.training.trainer" in names
 """
 
 
@@ -47,3 +48,13 @@ def test_options_are_the_configuration(tiny: list[str], tiny_config: TrainConfig
 def test_a_configuration_is_checked() -> None:
     with pytest.raises(UserError, match="--width is 0"):
         train.main(TrainConfig(width=0))
+
+
+def test_help_shows_what_a_value_is(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tyro")
+    for _ in range(2):  # as often as one likes
+        with pytest.raises(SystemExit):
+            config.parse(["--help"])
+        text = capsys.readouterr().out
+        assert "--data DIR" in text
+        assert "--ema DECAY" in text

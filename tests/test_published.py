@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from semimoe_fast import functional as F
-from semimoe_fast import synthetic
 from semimoe_fast.checkpoint import export_published, import_published
+from semimoe_fast.data import glands
 from semimoe_fast.model import AdaptiveMultiObjectiveLoss, SemiMoE, UpsamplingConv2d
 from semimoe_fast.objective import StepLosses, objective
 from semimoe_fast.published import EXPERT_PARTS, published_expert_key, rename_gating
@@ -105,8 +105,8 @@ def test_pseudo_labels_of_the_golden_step(published: Parts, golden) -> None:
     for gate in model.gating.gates:
         gate.dropout.p = 0.0
     with torch.no_grad():
-        means, products, _ = model.run_experts(torch.from_numpy(expected["image_unlabelled"]).double())
-    mask, sdf, boundary = model.gating.pseudo_labels(means, products)
+        means, projections, _ = model.run_experts(torch.from_numpy(expected["image_unlabelled"]).double())
+    mask, sdf, boundary = model.gating.pseudo_labels(means, projections)
     np.testing.assert_array_equal(mask, expected["step/pseudo_mask"])
     np.testing.assert_array_equal(boundary, expected["step/pseudo_boundary"])
     np.testing.assert_allclose(sdf, expected["step/pseudo_sdf"], **EXACT)
@@ -122,7 +122,7 @@ def test_float32_step_is_the_float64_one_up_to_rounding(layout: torch.memory_for
     """
     torch.manual_seed(0)
     original = SemiMoE(width=8)
-    mask = synthetic.glands(2, 64, seed=1)[1]
+    mask = glands.glands(2, 64, seed=1)[1]
     inputs = {
         "image_labelled": torch.randn(2, 3, 64, 64).numpy(),
         "image_unlabelled": torch.randn(2, 3, 64, 64).numpy(),
@@ -222,10 +222,10 @@ def golden_step(model: SemiMoE, adaptive: AdaptiveMultiObjectiveLoss, inputs: di
     for gate in model.gating.gates:
         gate.dropout.p = 0.0  # the golden run has dropout off
     dtype = adaptive.log_vars.dtype
-    labelled, unlabelled, sdf = (
+    labeled, unlabeled, sdf = (
         torch.from_numpy(inputs[k]).to(dtype) for k in ("image_labelled", "image_unlabelled", "sdf")
     )
     targets = (torch.from_numpy(inputs["mask"]), sdf, torch.from_numpy(inputs["boundary"]))
-    losses = objective(model, adaptive, labelled, targets, unlabelled, float(inputs["step/unsup_weight"]))
+    losses = objective(model, adaptive, labeled, targets, unlabeled, float(inputs["step/unsup_weight"]))
     losses.total.backward()
     return losses

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from .. import _native, _triton, portable, reference
 from ..errors import UserError
-from . import adaptive, distance, gate, objective
+from . import _native, _triton, adaptive, distance, gate, objective, portable, reference
 
 logger = logging.getLogger("semimoe_fast")
 
@@ -27,9 +26,9 @@ OPERATIONS = (
     "distance_targets",
     "multi_gate",
     "pseudo_labels",
-    "expert_products",
-    "mix_products",
-    "label_products",
+    "project_experts",
+    "mix_projections",
+    "label_projections",
     "squared_dice_loss",
     "soft_dice_loss",
     "tanh_mse_loss",
@@ -50,9 +49,9 @@ NATIVE: dict[str, Callable[..., Any]] = {
 TRITON: dict[str, Callable[..., Any]] = {
     "multi_gate": gate.multi_gate,
     "pseudo_labels": gate.pseudo_labels,
-    "expert_products": gate.expert_products,
-    "mix_products": gate.mix_products,
-    "label_products": gate.label_products,
+    "project_experts": gate.project_experts,
+    "mix_projections": gate.mix_projections,
+    "label_projections": gate.label_projections,
     "objective_terms": objective.objective_terms,
     "joint_objective_terms": objective.joint_objective_terms,
     "adaptive_loss": adaptive.adaptive_loss,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import portable
+from . import portable
 
 
 def adaptive_loss(
@@ -35,16 +35,16 @@ def _(terms: Tensor, log_vars: Tensor, coefficients: Sequence[float], regularize
 
 @torch.library.custom_op("semimoe_fast::adaptive_loss_gradients", mutates_args=())
 def _gradients(
-    upstream: Tensor, terms: Tensor, log_vars: Tensor, coefficients: Sequence[float], regularizer: float
+    grad_output: Tensor, terms: Tensor, log_vars: Tensor, coefficients: Sequence[float], regularizer: float
 ) -> tuple[Tensor, Tensor]:
     """(), and what the op above took -> gradients of terms and log_vars."""
     from ..kernels import adaptive
 
-    return adaptive.backward(upstream, terms.contiguous(), log_vars.contiguous(), coefficients, regularizer)
+    return adaptive.backward(grad_output, terms.contiguous(), log_vars.contiguous(), coefficients, regularizer)
 
 
 @_gradients.register_fake
-def _(upstream: Tensor, terms: Tensor, log_vars: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _(grad_output: Tensor, terms: Tensor, log_vars: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return (
         torch.empty_like(terms, memory_format=torch.contiguous_format),
         torch.empty_like(log_vars, memory_format=torch.contiguous_format),
@@ -56,8 +56,8 @@ def _remember(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001
     ctx.save_for_backward(terms, log_vars)
 
 
-def _differentiate(ctx, upstream: Tensor) -> tuple:  # noqa: ANN001
-    return *_gradients(upstream, *ctx.saved_tensors, ctx.coefficients, ctx.regularizer), None, None
+def _differentiate(ctx, grad_output: Tensor) -> tuple:  # noqa: ANN001
+    return *_gradients(grad_output, *ctx.saved_tensors, ctx.coefficients, ctx.regularizer), None, None
 
 
 def _refuse(ctx, *_: object) -> None:  # noqa: ANN001

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _native
+from . import _native
 
 
 @torch.library.custom_op("semimoe_fast::squared_distance", mutates_args=())

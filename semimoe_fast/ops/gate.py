@@ -1,23 +1,29 @@
-"""The fused multi-gate: the pass over the features, and the custom ops of the passes over their products."""
+"""The fused multi-gate: the pass over the features, and the custom ops of the passes over their projections."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import portable_gate
-from ..expert_products import apply, refuse
+from . import gate_portable
+from ._layout import alike
 
 
-def expert_products(
+def refuse(ctx, *_: object) -> None:  # noqa: ANN001
+    """The derivative of a gradient."""
+    raise RuntimeError("the multi-gate has first derivatives only: for second ones set SEMIMOE_BACKEND=reference")
+
+
+def project_experts(
     features: Sequence[Tensor],
     head_weights: Sequence[Tensor],
     own_weights: Sequence[Tensor],
     own_biases: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """See `functional.expert_products`."""
+    """See `functional.project_experts`."""
     return apply(features, head_weights, own_weights, own_biases, fused=True)
 
 
@@ -25,7 +31,7 @@ def multi_gate(
     features: Sequence[Tensor], gate_weights: Tensor, head_weights: Sequence[Tensor], head_biases: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """See `functional.multi_gate`."""
-    return mix_products(_products_alone(features, head_weights), gate_weights, head_biases)
+    return mix_projections(_project_alone(features, head_weights), gate_weights, head_biases)
 
 
 def pseudo_labels(
@@ -33,90 +39,206 @@ def pseudo_labels(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `functional.pseudo_labels`."""
     with torch.no_grad():
-        return label_products(_products_alone(features, head_weights), gate_weights, head_biases)
+        return label_projections(_project_alone(features, head_weights), gate_weights, head_biases)
 
 
-def mix_products(products: Tensor, gate_weights: Tensor, head_biases: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """See `functional.mix_products`."""
-    if products.dtype == torch.float64:  # the kernels accumulate in float32
-        return portable_gate.mix_products(products, gate_weights, head_biases)
-    return tuple(_mix(products, gate_weights, torch.cat(list(head_biases)), [len(bias) for bias in head_biases]))
+def mix_projections(projections: Tensor, gate_weights: Tensor, head_biases: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """See `functional.mix_projections`."""
+    if projections.dtype == torch.float64:  # the kernels accumulate in float32
+        return gate_portable.mix_projections(projections, gate_weights, head_biases)
+    return tuple(_mix(projections, gate_weights, torch.cat(list(head_biases)), [len(bias) for bias in head_biases]))
 
 
-def label_products(
-    products: Tensor, gate_weights: Tensor, head_biases: Sequence[Tensor]
+def label_projections(
+    projections: Tensor, gate_weights: Tensor, head_biases: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `functional.label_products`."""
-    if products.dtype == torch.float64:
-        return portable_gate.label_products(products, gate_weights, head_biases)
+    """See `functional.label_projections`."""
+    if projections.dtype == torch.float64:
+        return gate_portable.label_projections(projections, gate_weights, head_biases)
     with torch.no_grad():
-        return _labels(products, gate_weights, torch.cat(list(head_biases)), len(head_biases[0]))
+        return _labels(projections, gate_weights, torch.cat(list(head_biases)), len(head_biases[0]))
 
 
-def _products_alone(features: Sequence[Tensor], head_weights: Sequence[Tensor]) -> Tensor:
+def _project_alone(features: Sequence[Tensor], head_weights: Sequence[Tensor]) -> Tensor:
     nothing = features[0].new_zeros(0, features[0].shape[1])
-    return expert_products(features, head_weights, [nothing] * len(features), [nothing[:, 0]] * len(features))[1]
+    return project_experts(features, head_weights, [nothing] * len(features), [nothing[:, 0]] * len(features))[1]
 
 
-@torch.library.custom_op("semimoe_fast::mix_products", mutates_args=())
-def _mix(products: Tensor, gate_weights: Tensor, biases: Tensor, rows: Sequence[int]) -> list[Tensor]:
+@torch.library.custom_op("semimoe_fast::mix_projections", mutates_args=())
+def _mix(projections: Tensor, gate_weights: Tensor, biases: Tensor, rows: Sequence[int]) -> list[Tensor]:
     """(B, E, O, H, W), (B, T, E), (O,), T numbers O_k -> T x (B, O_k, H, W)."""
-    from ..kernels import mix
+    from ..kernels import mix_projections
 
-    return mix.forward(products.contiguous(), gate_weights.contiguous(), biases, rows)
+    return mix_projections.forward(projections.contiguous(), gate_weights.contiguous(), biases, rows)
 
 
 @_mix.register_fake
-def _(products: Tensor, gate_weights: Tensor, biases: Tensor, rows: Sequence[int]) -> list[Tensor]:
-    batch, _, _, height, width = products.shape
-    return [products.new_empty(batch, o, height, width) for o in rows]
+def _(projections: Tensor, gate_weights: Tensor, biases: Tensor, rows: Sequence[int]) -> list[Tensor]:
+    batch, _, _, height, width = projections.shape
+    return [projections.new_empty(batch, o, height, width) for o in rows]
 
 
-@torch.library.custom_op("semimoe_fast::mix_products_gradients", mutates_args=())
+@torch.library.custom_op("semimoe_fast::mix_projections_gradients", mutates_args=())
 def _mix_gradients(
-    products: Tensor, gate_weights: Tensor, grad_outputs: Sequence[Tensor]
+    projections: Tensor, gate_weights: Tensor, grad_outputs: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the op above took, and gradients T x (B, O_k, H, W) -> those of products, gate weights and biases."""
-    from ..kernels import mix
+    from ..kernels import mix_projections
 
-    return mix.backward(products.contiguous(), gate_weights.contiguous(), [grad.contiguous() for grad in grad_outputs])
+    return mix_projections.backward(
+        projections.contiguous(), gate_weights.contiguous(), [grad.contiguous() for grad in grad_outputs]
+    )
 
 
 @_mix_gradients.register_fake
-def _(products: Tensor, gate_weights: Tensor, grad_outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _(projections: Tensor, gate_weights: Tensor, grad_outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        torch.empty_like(products, memory_format=torch.contiguous_format),
+        torch.empty_like(projections, memory_format=torch.contiguous_format),
         gate_weights.new_empty(gate_weights.shape, dtype=torch.float32),
-        gate_weights.new_empty(products.shape[2], dtype=torch.float32),
+        gate_weights.new_empty(projections.shape[2], dtype=torch.float32),
     )
 
 
 def _remember_mix(ctx, inputs: tuple, output: list[Tensor]) -> None:  # noqa: ANN001
-    products, gate_weights, biases, _ = inputs
+    projections, gate_weights, biases, _ = inputs
     ctx.biases_dtype = biases.dtype
-    ctx.save_for_backward(products, gate_weights)
+    ctx.save_for_backward(projections, gate_weights)
 
 
 def _differentiate_mix(ctx, grad_outputs: Sequence[Tensor]) -> tuple:  # noqa: ANN001
-    products, gate_weights = ctx.saved_tensors
-    of_products, of_weights, of_biases = _mix_gradients(products, gate_weights, grad_outputs)
-    return of_products, of_weights.to(gate_weights.dtype), of_biases.to(ctx.biases_dtype), None
+    projections, gate_weights = ctx.saved_tensors
+    of_projections, of_weights, of_biases = _mix_gradients(projections, gate_weights, grad_outputs)
+    return of_projections, of_weights.to(gate_weights.dtype), of_biases.to(ctx.biases_dtype), None
 
 
-@torch.library.custom_op("semimoe_fast::label_products", mutates_args=())
-def _labels(products: Tensor, gate_weights: Tensor, biases: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op("semimoe_fast::label_projections", mutates_args=())
+def _labels(projections: Tensor, gate_weights: Tensor, biases: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:
     """(B, E, K + 1 + L, H, W), (B, 3, E), (K + 1 + L,), K -> uint8 (B, H, W), (B, 1, H, W), uint8 (B, H, W)."""
-    from ..kernels import mix
+    from ..kernels import mix_projections
 
-    return mix.labels(products.contiguous(), gate_weights.contiguous(), biases, classes)
+    return mix_projections.labels(projections.contiguous(), gate_weights.contiguous(), biases, classes)
 
 
 @_labels.register_fake
-def _(products: Tensor, gate_weights: Tensor, biases: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    batch, _, _, height, width = products.shape
-    mask = products.new_empty(batch, height, width, dtype=torch.uint8)
-    return mask, products.new_empty(batch, 1, height, width), torch.empty_like(mask)
+def _(projections: Tensor, gate_weights: Tensor, biases: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch, _, _, height, width = projections.shape
+    mask = projections.new_empty(batch, height, width, dtype=torch.uint8)
+    return mask, projections.new_empty(batch, 1, height, width), torch.empty_like(mask)
 
 
 _mix.register_autograd(_differentiate_mix, setup_context=_remember_mix)
 _mix_gradients.register_autograd(refuse)
+
+
+# ---------------------------------------------------------------------------------------- projection of the experts
+
+
+def apply(
+    features: Sequence[Tensor],
+    head_weights: Sequence[Tensor],
+    own_weights: Sequence[Tensor],
+    own_biases: Sequence[Tensor],
+    fused: bool,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """See `functional.project_experts`."""
+    weights, biases = torch.cat([*head_weights, *own_weights]), torch.cat(list(own_biases))
+    means, projections, own = _project_experts(features, weights, biases, [len(bias) for bias in own_biases], fused)
+    return means, projections, tuple(own)
+
+
+def _kernels(x: Tensor, fused: bool) -> Any:
+    """The module whose `forward` and `backward` compute: the plain one for what the kernels are not made for."""
+    if not fused or x.dtype == torch.float64:
+        return gate_portable
+    from ..kernels import project_experts
+
+    return project_experts if x.shape[1] <= project_experts.MOST_CHANNELS else gate_portable
+
+
+@torch.library.custom_op("semimoe_fast::project_experts", mutates_args=())
+def _project_experts(
+    features: Sequence[Tensor], weights: Tensor, own_biases: Tensor, own_rows: Sequence[int], fused: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """E x (B, C, H, W), (O + sum O_e, C), (sum O_e,), E x O_e -> (B, E, C), (B, E, O, H, W), E x (B, O_e, H, W)."""
+    with torch.autocast(weights.device.type, enabled=False):
+        module = _kernels(features[0], fused)
+        return module.forward(alike(features), weights.contiguous(), own_biases.contiguous(), own_rows)
+
+
+@_project_experts.register_fake
+def _(
+    features: Sequence[Tensor], weights: Tensor, own_biases: Tensor, own_rows: Sequence[int], fused: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    x = features[0]
+    batch, channels, height, width = x.shape
+    means = x.new_empty(batch, len(features), channels, dtype=torch.promote_types(x.dtype, torch.float32))
+    projections = x.new_empty(batch, len(features), weights.shape[0] - sum(own_rows), height, width)
+    return means, projections, [x.new_empty(batch, rows, height, width) for rows in own_rows]
+
+
+@torch.library.custom_op("semimoe_fast::project_experts_gradients", mutates_args=())
+def _expert_gradients(
+    features: Sequence[Tensor],
+    weights: Tensor,
+    own_rows: Sequence[int],
+    grad_means: Tensor | None,
+    grad_projections: Tensor | None,
+    grad_own: Sequence[Tensor],
+    fused: bool,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """What the op above took, and the gradients of its results, where there are any -> those of its tensors.
+
+    Of the features as these are, of the parameters in at least float32.
+    """
+    with torch.autocast(weights.device.type, enabled=False):
+        of_features, *of_parameters = _kernels(features[0], fused).backward(
+            alike(features),
+            weights.contiguous(),
+            own_rows,
+            None if grad_means is None else grad_means.contiguous(),
+            None if grad_projections is None else grad_projections.contiguous(),
+            [grad.contiguous() for grad in grad_own] or None,
+        )
+    dtype = torch.promote_types(weights.dtype, torch.float32)
+    return of_features, *(gradient.to(dtype) for gradient in of_parameters)
+
+
+@_expert_gradients.register_fake
+def _(
+    features: Sequence[Tensor], weights: Tensor, own_rows: Sequence[int], *_: object
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    dtype = torch.promote_types(weights.dtype, torch.float32)
+    return (
+        [torch.empty_like(x) for x in alike(features)],
+        weights.new_empty(weights.shape, dtype=dtype),
+        weights.new_empty(sum(own_rows), dtype=dtype),
+    )
+
+
+def _remember_experts(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001
+    ctx.set_materialize_grads(False)  # pseudo-labels need no gradient of products and means
+    features, weights, own_biases, ctx.own_rows, ctx.fused = inputs
+    ctx.biases_dtype = own_biases.dtype
+    ctx.save_for_backward(*features, weights)
+
+
+def _differentiate_experts(
+    ctx,  # noqa: ANN001
+    grad_means: Tensor | None,
+    grad_projections: Tensor | None,
+    grad_own: Sequence[Tensor | None] | None,
+) -> tuple:
+    *features, weights = ctx.saved_tensors
+    own = []  # or all of them, where any is asked for
+    if any(grad is not None for grad in grad_own or ()):
+        x = features[0]
+        each = zip(grad_own, ctx.own_rows, strict=True)
+        own = [x.new_zeros(x.shape[0], rows, *x.shape[2:]) if grad is None else grad for grad, rows in each]
+    of_features, of_weights, of_biases = _expert_gradients(
+        features, weights, ctx.own_rows, grad_means, grad_projections, own, ctx.fused
+    )
+    return of_features, of_weights.to(weights.dtype), of_biases.to(ctx.biases_dtype), None, None
+
+
+_project_experts.register_autograd(_differentiate_experts, setup_context=_remember_experts)
+_expert_gradients.register_autograd(refuse)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native_objective, _triton, portable
-from .._layout import addressable
+from . import _native_objective, _triton, portable
+from ._layout import addressable
 
-STRANGER = 255  # a target of no class
+IGNORE_INDEX = 255  # a target of no class
 
 
 def objective_terms(
@@ -45,7 +45,7 @@ def _bytes(target: Tensor, classes: int) -> Tensor:
     if target.dtype in (torch.uint8, torch.bool):
         return target
     target = target.long()
-    return torch.where((target >= 0) & (target < classes), target, STRANGER).to(torch.uint8)
+    return torch.where((target >= 0) & (target < classes), target, IGNORE_INDEX).to(torch.uint8)
 
 
 def _kernels(device_type: str) -> ModuleType:
@@ -75,7 +75,7 @@ def _(logits: Sequence[Tensor], mask: Tensor, sdf: Tensor, boundary: Tensor) -> 
 
 
 def _backward(
-    upstream: Tensor,
+    grad_output: Tensor,
     logits: Sequence[Tensor],
     mask: Tensor,
     sdf: Tensor,
@@ -85,7 +85,7 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of the terms (3,) and what `_forward` took and gave -> gradients of the logits, in their order."""
     predictions, targets = _sets(map(addressable, logits)), [addressable(x) for x in (mask, sdf, boundary)]
-    gradients = _kernels(mask.device.type).backward(upstream, predictions, targets, alpha, beta)
+    gradients = _kernels(mask.device.type).backward(grad_output, predictions, targets, alpha, beta)
     return [x for prediction in gradients for x in prediction]
 
 
@@ -93,7 +93,7 @@ _gradients = torch.library.custom_op("semimoe_fast::objective_gradients", _backw
 
 
 @_gradients.register_fake
-def _(upstream: Tensor, logits: Sequence[Tensor], *_: Tensor) -> list[Tensor]:
+def _(grad_output: Tensor, logits: Sequence[Tensor], *_: Tensor) -> list[Tensor]:
     return [torch.empty_like(addressable(x)) for x in logits]
 
 
@@ -119,10 +119,10 @@ class _Terms(torch.autograd.Function):
         return terms
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         mask, sdf, boundary, alpha, beta, *logits = ctx.saved_tensors
         compute = _gradients if torch.compiler.is_compiling() or torch.is_grad_enabled() else _backward
-        return None, None, None, *compute(upstream, logits, mask, sdf, boundary, alpha, beta)
+        return None, None, None, *compute(grad_output, logits, mask, sdf, boundary, alpha, beta)
 
 
 def _sets(tensors: Iterable[Tensor]) -> list[tuple[Tensor, ...]]:

@@ -66,7 +66,7 @@ struct Dice {
   std::vector<double> p;         // (batch, classes, pixels)
   std::vector<double> gradient;  // of the loss by the logits, as p
   double loss = 0;
-  double cancelling = 0;  // the largest of what a gradient is the difference of
+  double canceling = 0;  // the largest of what a gradient is the difference of
 
   Dice(const Tensor<float>& logits, const Tensor<std::uint8_t>& target, std::int64_t batch, int classes,
        std::int64_t pixels, bool squared)
@@ -100,7 +100,7 @@ struct Dice {
         for (int k = 0; k < classes; ++k) mean += p[at(k, i)] * g(k);
         for (int k = 0; k < classes; ++k) {
           gradient[at(k, i)] = p[at(k, i)] * (g(k) - mean);
-          cancelling = std::max(cancelling, p[at(k, i)] * (std::abs(g(k)) + std::abs(mean)));
+          canceling = std::max(canceling, p[at(k, i)] * (std::abs(g(k)) + std::abs(mean)));
         }
       }
     }
@@ -108,14 +108,14 @@ struct Dice {
 };
 
 void compare_gradient(const char* what, const Tensor<float>& got, const std::vector<double>& expected,
-                      std::int64_t batch, int channels, std::int64_t pixels, double scale, double cancelling = 0) {
+                      std::int64_t batch, int channels, std::int64_t pixels, double scale, double canceling = 0) {
   double largest = 0;
   for (const double value : expected) largest = std::max(largest, std::abs(value));
   for (std::int64_t image = 0; image < batch; ++image)
     for (int k = 0; k < channels; ++k)
       for (std::int64_t i = 0; i < pixels; ++i)
         compare(what, *got.planes.at(image, k, i), scale * expected[(image * channels + k) * pixels + i],
-                std::abs(scale) * (kGradientTolerance * largest + kRounding * cancelling));
+                std::abs(scale) * (kGradientTolerance * largest + kRounding * canceling));
 }
 
 // Returns how many images the case has.
@@ -153,7 +153,7 @@ int check(std::uint64_t seed) {
   std::vector<semimoe::Prediction<float>> outputs;
   double terms_expected[3] = {};
   std::vector<std::array<std::vector<double>, 3>> gradients_expected;
-  std::vector<std::array<double, 3>> cancelling;
+  std::vector<std::array<double, 3>> canceling;
   for (int set = 0; set < sets; ++set) {
     const Set& of = logits[set];
     objective.sets.push_back({of.mask.input(), of.sdf.input(), of.boundary.input()});
@@ -170,7 +170,7 @@ int check(std::uint64_t seed) {
     terms_expected[0] += squared.loss;
     terms_expected[2] += soft.loss;
     gradients_expected.push_back({squared.gradient, of_sdf, soft.gradient});
-    cancelling.push_back({squared.cancelling, 0, soft.cancelling});
+    canceling.push_back({squared.canceling, 0, soft.canceling});
   }
 
   for (const semimoe::Kernels* kernels : semimoe::supported_kernels()) {
@@ -187,10 +187,10 @@ int check(std::uint64_t seed) {
     for (int set = 0; set < sets; ++set) {
       const auto& [of_mask, of_sdf, of_boundary] = gradients_expected[set];
       compare_gradient("a gradient of the mask", gradients[set].mask, of_mask, batch, K, pixels, upstream[0],
-                       cancelling[set][0]);
+                       canceling[set][0]);
       compare_gradient("a gradient of the sdf", gradients[set].sdf, of_sdf, batch, 1, pixels, upstream[1]);
       compare_gradient("a gradient of the boundary", gradients[set].boundary, of_boundary, batch, L, pixels,
-                       upstream[2], cancelling[set][2]);
+                       upstream[2], canceling[set][2]);
     }
   }
   return batch;

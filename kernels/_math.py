@@ -1,0 +1,14 @@
+"""Arithmetic that several kernels share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    """tanh and its derivative, without cancellation where |x| is large."""
+    e = tl.exp(-2 * tl.abs(x))
+    magnitude = (1 - e) / (1 + e)
+    return tl.where(x < 0, -magnitude, magnitude), 4 * e / ((1 + e) * (1 + e))

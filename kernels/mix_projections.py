@@ -1,0 +1,223 @@
+"""The small pass of the multi-gate: projections of every expert with every head, mixed by the gates; and backward.
+
+With Z_e the projections of expert e (see project_experts.py), w the gate weights and k the task of head row o:
+
+    out[o]  = sum over e of w[k, e] Z_e[o] + c[o]
+    dZ_e[o] = w[k, e] dout[o],    dw[k, e] = sum over pixels and the rows o of k of dout[o] Z_e[o],    dc = sum of dout
+
+and the pseudo-labels straight from the projections, where nothing is stored but labels: argmax, tanh, argmax of out.
+
+Traffic for each pixel, s bytes an element, E experts, O head rows: forward reads E O s and writes O s (labels: s + 2);
+backward reads (E + 1) O s and writes E O s, and partial sums, E + 1 float32 values a row and block of pixels, which
+are added up in a fixed order. At the published sizes that is a tenth of what the passes over the features move, so
+blocks of pixels are all the tiling there is: 16 bytes a thread of every row, the weights of an image in registers.
+
+Accumulation is in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._batch import launches
+from ._math import tanh
+
+WARPS = 4
+VECTOR_BYTES = 16  # the widest load of a thread
+
+
+@triton.jit
+def _mixed_row(
+    projections,  # (E, O, P) of one image
+    weights,  # (E,) of one image and task
+    biases,  # (O,)
+    row,
+    p,
+    pixels,
+    EXPERTS: tl.constexpr,
+    HEAD_ROWS: tl.constexpr,
+):
+    mixed = tl.load(biases + row).to(tl.float32)
+    for e in tl.static_range(EXPERTS):
+        z = tl.load(projections + (e * HEAD_ROWS + row) * pixels + p, mask=p < pixels, other=0.0)
+        mixed += tl.load(weights + e).to(tl.float32) * z.to(tl.float32)
+    return mixed
+
+
+@triton.jit
+def mix_projections_fwd_kernel(
+    projections,  # (B, E, O, P)
+    gate_weights,  # (B, T, E)
+    biases,  # (O,)
+    outputs,  # T x (B, O_k, P)
+    pixels,
+    ROWS: tl.constexpr,  # T x O_k
+    FIRST: tl.constexpr,  # T x the rows of the tasks before
+    HEAD_ROWS: tl.constexpr,  # O
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pixels = tl.cast(pixels, tl.int64)  # of which planes of rows are made
+    image = tl.program_id(1).to(tl.int64)
+    p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tasks: tl.constexpr = len(outputs)
+    z = projections + image * EXPERTS * HEAD_ROWS * pixels
+    for k in tl.static_range(tasks):
+        weights = gate_weights + (image * tasks + k) * EXPERTS
+        for o in tl.static_range(tl.constexpr(ROWS[k])):
+            mixed = _mixed_row(z, weights, biases, FIRST[k] + o, p, pixels, EXPERTS, HEAD_ROWS)
+            tl.store(outputs[k] + (image * ROWS[k] + o) * pixels + p, mixed, mask=p < pixels)
+
+
+@triton.jit
+def _largest_row(
+    z, weights, biases, first, p, pixels, CLASSES: tl.constexpr, EXPERTS: tl.constexpr, HEAD_ROWS: tl.constexpr
+):
+    """Class of the largest output, the first of equal ones; NaN is larger than all, as in torch.argmax."""
+    best = _mixed_row(z, weights, biases, first, p, pixels, EXPERTS, HEAD_ROWS)
+    label = tl.zeros(best.shape, tl.uint8)
+    for k in tl.static_range(1, CLASSES):
+        value = _mixed_row(z, weights, biases, first + k, p, pixels, EXPERTS, HEAD_ROWS)
+        wins = (best == best) & ((value > best) | (value != value))
+        best = tl.where(wins, value, best)
+        label = tl.where(wins, k, label)
+    return label
+
+
+@triton.jit
+def label_projections_fwd_kernel(
+    projections,  # (B, E, O, P), O = K + 1 + L
+    gate_weights,  # (B, 3, E)
+    biases,  # (O,)
+    mask,  # (B, P) uint8
+    sdf,  # (B, P)
+    boundary,  # (B, P) uint8
+    pixels,
+    CLASSES: tl.constexpr,  # K
+    HEAD_ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pixels = tl.cast(pixels, tl.int64)  # of which planes of rows are made
+    image = tl.program_id(1).to(tl.int64)
+    p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    z = projections + image * EXPERTS * HEAD_ROWS * pixels
+    weights = gate_weights + image * 3 * EXPERTS
+    out = image * pixels + p
+    label = _largest_row(z, weights, biases, 0, p, pixels, CLASSES, EXPERTS, HEAD_ROWS)
+    tl.store(mask + out, label, mask=p < pixels)
+    raw = _mixed_row(z, weights + EXPERTS, biases, CLASSES, p, pixels, EXPERTS, HEAD_ROWS)
+    label_of_sdf, _ = tanh(raw)
+    tl.store(sdf + out, label_of_sdf, mask=p < pixels)
+    weights += 2 * EXPERTS
+    label = _largest_row(z, weights, biases, CLASSES + 1, p, pixels, HEAD_ROWS - CLASSES - 1, EXPERTS, HEAD_ROWS)
+    tl.store(boundary + out, label, mask=p < pixels)
+
+
+@triton.jit
+def mix_projections_bwd_kernel(
+    projections,  # (B, E, O, P)
+    gate_weights,  # (B, T, E)
+    grad_outputs,  # T x (B, O_k, P)
+    grad_projections,  # (B, E, O, P)
+    grad_rows,  # (B, blocks, O, E + 1) float32: sums of dout Z_e, and of dout
+    pixels,
+    ROWS: tl.constexpr,
+    FIRST: tl.constexpr,
+    HEAD_ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    PADDED: tl.constexpr,  # a power of 2 above E
+    BLOCK: tl.constexpr,
+):
+    pixels = tl.cast(pixels, tl.int64)
+    block, blocks = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    image = tl.program_id(1).to(tl.int64)
+    p = block * BLOCK + tl.arange(0, BLOCK)
+    inside = p < pixels
+    e = tl.arange(0, PADDED)
+    tasks: tl.constexpr = len(grad_outputs)
+    for k in tl.static_range(tasks):
+        weights = tl.load(gate_weights + (image * tasks + k) * EXPERTS + e, mask=e < EXPERTS, other=0.0).to(tl.float32)
+        for o in tl.static_range(tl.constexpr(ROWS[k])):
+            row = FIRST[k] + o
+            grad = tl.load(grad_outputs[k] + (image * ROWS[k] + o) * pixels + p, mask=inside, other=0.0).to(tl.float32)
+            plane = ((image * EXPERTS + e) * HEAD_ROWS + row)[:, None] * pixels + p[None, :]
+            valid = (e < EXPERTS)[:, None] & inside[None, :]
+            z = tl.load(projections + plane, mask=valid, other=1.0).to(tl.float32)  # ones sum dout itself, in row E
+            tl.store(grad_projections + plane, weights[:, None] * grad[None, :], mask=valid)
+            sums = grad_rows + ((image * blocks + block) * HEAD_ROWS + row) * (EXPERTS + 1) + e
+            tl.store(sums, tl.sum(grad[None, :] * z, 1), mask=e <= EXPERTS)
+
+
+def forward(projections: Tensor, gate_weights: Tensor, biases: Tensor, rows: Sequence[int]) -> list[Tensor]:
+    """(B, E, O, H, W), (B, T, E), (O,), T numbers O_k -> T x (B, O_k, H, W) in the dtype of the projections."""
+    batch, experts, head_rows, height, width = projections.shape
+    outputs = [projections.new_empty(batch, o, height, width) for o in rows]
+    with torch.cuda.device_of(projections):
+        if projections.numel():
+            block = _block(projections)
+            for images, (z, weights, out) in launches(batch, projections, gate_weights, outputs):
+                mix_projections_fwd_kernel[(_blocks(projections, block), images)](
+                    z, weights, biases, out, height * width,
+                    tuple(rows), _first(rows), head_rows, experts, block, num_warps=WARPS,
+                )  # fmt: skip
+    return outputs
+
+
+def labels(projections: Tensor, gate_weights: Tensor, biases: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, E, K + 1 + L, H, W), (B, 3, E), (K + 1 + L,), K -> uint8 (B, H, W), (B, 1, H, W), uint8 (B, H, W)."""
+    batch, experts, head_rows, height, width = projections.shape
+    mask, boundary = (projections.new_empty(batch, height, width, dtype=torch.uint8) for _ in range(2))
+    sdf = projections.new_empty(batch, 1, height, width)
+    with torch.cuda.device_of(projections):
+        if projections.numel():
+            block = _block(projections)
+            for images, (z, weights, *out) in launches(batch, projections, gate_weights, mask, sdf, boundary):
+                label_projections_fwd_kernel[(_blocks(projections, block), images)](
+                    z, weights, biases, *out, height * width,
+                    classes, head_rows, experts, block, num_warps=WARPS,
+                )  # fmt: skip
+    return mask, sdf, boundary
+
+
+def backward(
+    projections: Tensor, gate_weights: Tensor, grad_outputs: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `forward`, grad_outputs: T x (B, O_k, H, W), contiguous.
+
+    -> gradients of the projections, in their dtype, of the gate weights (B, T, E) and of the biases (O,), both float32.
+    """
+    batch, experts, head_rows, height, width = projections.shape
+    rows = [grad.shape[1] for grad in grad_outputs]
+    grad_projections = torch.empty_like(projections)
+    block = _block(projections)
+    blocks = _blocks(projections, block)
+    partial = torch.empty(batch, blocks, head_rows, experts + 1, device=projections.device)
+    with torch.cuda.device_of(projections):
+        if projections.numel():
+            for images, parts in launches(batch, projections, gate_weights, grad_outputs, grad_projections, partial):
+                mix_projections_bwd_kernel[(blocks, images)](
+                    *parts, height * width, tuple(rows), _first(rows), head_rows, experts,
+                    triton.next_power_of_2(experts + 1), block, num_warps=WARPS,
+                )  # fmt: skip
+    of_rows = partial.sum(1)
+    of_tasks = torch.stack([of_task.sum(1) for of_task in of_rows[..., :experts].split(rows, 1)], 1)
+    return grad_projections, of_tasks, of_rows[..., experts].sum(0)
+
+
+def _first(rows: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sum(rows[:k]) for k in range(len(rows)))
+
+
+def _block(projections: Tensor) -> int:
+    return WARPS * 32 * VECTOR_BYTES // projections.element_size()
+
+
+def _blocks(projections: Tensor, block: int) -> int:
+    """Of an image."""
+    return triton.cdiv(projections.shape[3] * projections.shape[4], block)

@@ -1,0 +1,305 @@
+"""One pass over the experts' features, forward and backward: all of the multi-gate that is linear in them.
+
+With X_e the features of expert e, H the rows of all gated heads, stacked, and A_e, b_e the expert's own head:
+
+    means[e, c] = mean over the pixels of X_e[c]            for the gates
+    projections[e] = H X_e                                     which the gates mix, see mix_projections.py
+    own[e]      = A_e X_e + b_e                             the expert's own prediction
+
+and backward, dY_e being the gradients of products[e] and own[e], stacked like the rows R_e = [H; A_e]:
+
+    dX_e = R_e^T dY_e + dmeans_e / pixels,    dR_e = sum over the pixels of dY_e X_e^T,    db_e = sum of dY_e's own rows
+
+Traffic for each pixel, s bytes an element, E experts of C channels, O head rows and O_e own ones: forward reads E C s
+and writes (E O + sum O_e) s; backward reads both and writes E C s. Sums over pixels leave a program as float32 partial
+sums, C values forward and rows times (C + 1) backward for 512 pixels of an expert, 1 to 3 % of the rest in bfloat16.
+They are added up in a fixed order, so that results do not change from run to run.
+
+A program takes one chunk of one image of one expert, tile by tile. A tile is (channels x pixels) of 8 KiB, four loads
+of 16 bytes for each of 128 threads: small enough for the registers without spills, also backward, up to 128 channels,
+so that the programs on a multiprocessor hide each other's waiting. Rows are padded to 16, the least that tensor cores
+take; float32 goes through them as three tf32 projections, which together keep float32's precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._batch import launches
+
+CHUNK = 512  # pixels of a program
+TILE_BYTES = 8192
+LEAST_DOT = 16  # rows, columns and depth of a product in tensor cores
+MOST_CHANNELS = 128  # beyond, the least tile is too large for the registers
+
+
+@triton.jit
+def _project_expert(
+    features,  # (C, P) of one image, strides (stride_c, stride_p)
+    weights,  # (O + sum O_e, C)
+    own_biases,  # (O_e,)
+    sums,  # (C,) of this chunk
+    projections,  # (O, P)
+    own,  # (O_e, P)
+    stride_c,
+    stride_p,
+    pixels,
+    HEAD_ROWS: tl.constexpr,
+    OWN_ROWS: tl.constexpr,
+    OWN_FIRST: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    r, c, p = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
+    is_head, is_own = r < HEAD_ROWS, (r >= HEAD_ROWS) & (r < HEAD_ROWS + OWN_ROWS)
+    row = tl.where(is_own, r + OWN_FIRST, r)
+    rows = weights + row[:, None] * CHANNELS + c[None, :]
+    weight = tl.load(rows, mask=(is_head | is_own)[:, None] & (c < CHANNELS)[None, :], other=0.0)
+    bias = tl.load(own_biases + r - HEAD_ROWS, mask=is_own, other=0.0).to(tl.float32)
+    tile = features + c[:, None].to(OFFSET) * stride_c + p[None, :].to(OFFSET) * stride_p
+    to_rows = r[:, None].to(OFFSET) * pixels + p[None, :]
+    heads = tl.cast(pixels, tl.int64) * HEAD_ROWS  # rows ahead of the own ones
+    total = tl.zeros([BLOCK_C], tl.float32)
+    chunk = tl.program_id(0)
+    for first in range(chunk * CHUNK, (chunk + 1) * CHUNK, BLOCK_P):
+        start, inside = tl.cast(first, tl.int64), (first + p < pixels)[None, :]
+        x = tl.load(tile + start * stride_p, mask=(c < CHANNELS)[:, None] & inside, other=0.0)
+        total += tl.sum(x.to(tl.float32), 1)
+        y = tl.dot(weight, x, input_precision="tf32x3")
+        tl.store(projections + start + to_rows, y, mask=is_head[:, None] & inside)
+        tl.store(own - heads + start + to_rows, y + bias[:, None], mask=is_own[:, None] & inside)
+    tl.store(sums + c, total, mask=c < CHANNELS)
+
+
+@triton.jit
+def project_experts_fwd_kernel(
+    features,  # E x (B, C, P), strides (stride_b, stride_c, stride_p)
+    weights,  # (O + sum O_e, C) in the dtype of the features: all heads, then each expert's own
+    own_biases,  # (sum O_e,)
+    sums,  # (B, chunks, E, C) float32
+    projections,  # (B, E, O, P)
+    own,  # E x (B, O_e, P)
+    stride_b,
+    stride_c,
+    stride_p,
+    pixels,
+    HEAD_ROWS: tl.constexpr,  # O
+    OWN_ROWS: tl.constexpr,  # E x O_e
+    OWN_FIRST: tl.constexpr,  # E x the own rows of the experts before
+    CHANNELS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    OFFSET: tl.constexpr,  # integer type of offsets within an image
+):
+    image = tl.program_id(1).to(tl.int64)
+    experts: tl.constexpr = len(features)
+    partial = (image * tl.num_programs(0) + tl.program_id(0)) * experts
+    for e in tl.static_range(experts):
+        if tl.program_id(2) == e:
+            _project_expert(
+                features[e] + image * stride_b, weights, own_biases + OWN_FIRST[e], sums + (partial + e) * CHANNELS,
+                projections + (image * experts + e) * HEAD_ROWS * pixels, own[e] + image * OWN_ROWS[e] * pixels,
+                stride_c, stride_p, pixels, HEAD_ROWS, OWN_ROWS[e], OWN_FIRST[e], CHANNELS,
+                CHUNK, BLOCK_R, BLOCK_C, BLOCK_P, OFFSET,
+            )  # fmt: skip
+
+
+@triton.jit
+def _project_expert_backward(
+    features,  # (C, P) of one image, strides (stride_c, stride_p)
+    weights,  # (O + sum O_e, C)
+    grad_means,  # (C,), or None
+    grad_projections,  # (O, P), or None
+    grad_own,  # (O_e, P), or None
+    grad_features,  # (C, P), strides (grad_stride_c, grad_stride_p)
+    grad_weights,  # (ROWS, C) of this chunk
+    grad_biases,  # (ROWS,)
+    stride_c,
+    stride_p,
+    grad_stride_c,
+    grad_stride_p,
+    pixels,
+    HEAD_ROWS: tl.constexpr,
+    OWN_ROWS: tl.constexpr,
+    OWN_FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    r, c, p = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
+    is_head, is_own = r < HEAD_ROWS, (r >= HEAD_ROWS) & (r < HEAD_ROWS + OWN_ROWS)
+    row = tl.where(is_own, r + OWN_FIRST, r)
+    rows = weights + row[None, :] * CHANNELS + c[:, None]
+    transposed = tl.load(rows, mask=(is_head | is_own)[None, :] & (c < CHANNELS)[:, None], other=0.0)
+    dx_of_mean = tl.zeros([BLOCK_C], tl.float32)
+    if grad_means is not None:
+        dx_of_mean = tl.load(grad_means + c, mask=c < CHANNELS, other=0.0) / pixels
+    tile = features + c[:, None].to(OFFSET) * stride_c + p[None, :].to(OFFSET) * stride_p
+    grad_tile = grad_features + c[:, None].to(OFFSET) * grad_stride_c + p[None, :].to(OFFSET) * grad_stride_p
+    to_rows = r[:, None].to(OFFSET) * pixels + p[None, :]
+    heads = tl.cast(pixels, tl.int64) * HEAD_ROWS  # rows ahead of the own ones
+    dw = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    db = tl.zeros([BLOCK_R], tl.float32)
+    chunk = tl.program_id(0)
+    for first in range(chunk * CHUNK, (chunk + 1) * CHUNK, BLOCK_P):
+        start, inside = tl.cast(first, tl.int64), (first + p < pixels)[None, :]
+        valid = (c < CHANNELS)[:, None] & inside
+        x = tl.load(tile + start * stride_p, mask=valid, other=0.0)
+        dy = tl.zeros([BLOCK_R, BLOCK_P], x.dtype)
+        if grad_projections is not None:
+            dy += tl.load(grad_projections + start + to_rows, mask=is_head[:, None] & inside, other=0.0)
+        if grad_own is not None:
+            dy += tl.load(grad_own - heads + start + to_rows, mask=is_own[:, None] & inside, other=0.0)
+        dx = tl.dot(transposed, dy, input_precision="tf32x3") + dx_of_mean[:, None]
+        tl.store(grad_tile + start * grad_stride_p, dx, mask=valid)
+        dw = tl.dot(dy, tl.trans(x), dw, input_precision="tf32x3")
+        db += tl.sum(dy.to(tl.float32), 1)
+    tl.store(grad_weights + r[:, None] * CHANNELS + c[None, :], dw, mask=(r < ROWS)[:, None] & (c < CHANNELS)[None, :])
+    tl.store(grad_biases + r, db, mask=r < ROWS)
+
+
+@triton.jit
+def project_experts_bwd_kernel(
+    features,  # E x (B, C, P), strides (stride_b, stride_c, stride_p)
+    weights,  # (O + sum O_e, C) in the dtype of the features
+    grad_means,  # (B, E, C) float32, or None
+    grad_projections,  # (B, E, O, P), or None
+    grad_own,  # E x (B, O_e, P), or None
+    grad_features,  # E x (B, C, P), strides (grad_stride_b, grad_stride_c, grad_stride_p)
+    grad_weights,  # (B, chunks, E, ROWS, C) float32
+    grad_biases,  # (B, chunks, E, ROWS) float32
+    stride_b,
+    stride_c,
+    stride_p,
+    grad_stride_b,
+    grad_stride_c,
+    grad_stride_p,
+    pixels,
+    ROWS: tl.constexpr,  # O + the largest O_e
+    HEAD_ROWS: tl.constexpr,
+    OWN_ROWS: tl.constexpr,
+    OWN_FIRST: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    image = tl.program_id(1).to(tl.int64)
+    experts: tl.constexpr = len(features)
+    partial = (image * tl.num_programs(0) + tl.program_id(0)) * experts
+    for e in tl.static_range(experts):
+        if tl.program_id(2) == e:
+            plane = image * experts + e
+            _project_expert_backward(
+                features[e] + image * stride_b, weights,
+                None if grad_means is None else grad_means + plane * CHANNELS,
+                None if grad_projections is None else grad_projections + plane * HEAD_ROWS * pixels,
+                None if grad_own is None else grad_own[e] + image * OWN_ROWS[e] * pixels,
+                grad_features[e] + image * grad_stride_b,
+                grad_weights + (partial + e) * ROWS * CHANNELS, grad_biases + (partial + e) * ROWS,
+                stride_c, stride_p, grad_stride_c, grad_stride_p, pixels,
+                HEAD_ROWS, OWN_ROWS[e], OWN_FIRST[e], ROWS, CHANNELS, CHUNK, BLOCK_R, BLOCK_C, BLOCK_P, OFFSET,
+            )  # fmt: skip
+
+
+def forward(
+    features: Sequence[Tensor], weights: Tensor, own_biases: Tensor, own_rows: Sequence[int]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Means (B, E, C) float32, projections (B, E, O, H, W), own predictions E x (B, O_e, H, W) in the features' dtype.
+
+    features: E x (B, C, H, W) of the same strides, with one stride from pixel to pixel; weights: (O + sum O_e, C);
+    own_biases: (sum O_e,); own_rows: the E numbers O_e.
+    """
+    x = features[0]
+    batch, channels, height, width = x.shape
+    chunks, constants = _launch(x, weights, own_rows)
+    sums = torch.empty(batch, chunks, len(features), channels, device=x.device)
+    projections = x.new_empty(batch, len(features), constants["HEAD_ROWS"], height, width)
+    own = [x.new_empty(batch, rows, height, width) for rows in own_rows]
+    if x.numel():
+        with torch.cuda.device_of(x):
+            weights = weights.to(x.dtype)
+            for images, (of_features, *results) in launches(batch, features, sums, projections, own):
+                project_experts_fwd_kernel[(chunks, images, len(features))](
+                    of_features, weights, own_biases, *results, *_plane_strides(x), height * width, **constants
+                )
+    return sums.sum(1) / (height * width), projections, own
+
+
+def backward(
+    features: Sequence[Tensor],
+    weights: Tensor,
+    own_rows: Sequence[int],
+    grad_means: Tensor | None,
+    grad_projections: Tensor | None,
+    grad_own: Sequence[Tensor] | None,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Gradients of the features, as these are, of the weights and of the own biases, both float32.
+
+    Arguments as of `forward`, and the contiguous gradients of its results, None where there is none.
+    """
+    x = features[0]
+    batch, channels, height, width = x.shape
+    chunks, constants = _launch(x, weights, own_rows)
+    head_rows, rows = constants["HEAD_ROWS"], constants["HEAD_ROWS"] + max(own_rows)
+    grad_features = [torch.empty_like(x) for x in features]
+    partial = torch.empty(batch, chunks, len(features), rows, channels, device=x.device)
+    partial_biases = torch.empty(batch, chunks, len(features), rows, device=x.device)
+    if x.numel():
+        with torch.cuda.device_of(x):
+            strides = *_plane_strides(x), *_plane_strides(grad_features[0])
+            weights = weights.to(x.dtype)
+            for images, (of_features, *gradients) in launches(
+                batch, features, grad_means, grad_projections, grad_own, grad_features, partial, partial_biases
+            ):
+                project_experts_bwd_kernel[(chunks, images, len(features))](
+                    of_features, weights, *gradients, *strides, height * width, ROWS=rows, **constants
+                )
+    of_rows, of_biases = partial.sum((0, 1)), partial_biases.sum((0, 1))
+    own = [(e, slice(head_rows, head_rows + o)) for e, o in enumerate(own_rows)]
+    grad_weights = torch.cat([of_rows[:, :head_rows].sum(0), *(of_rows[e, rows] for e, rows in own)])
+    return grad_features, grad_weights, torch.cat([of_biases[e, rows] for e, rows in own])
+
+
+def _launch(x: Tensor, weights: Tensor, own_rows: Sequence[int]) -> tuple[int, dict[str, object]]:
+    """Chunks of an image, and the constants of both kernels."""
+    _, channels, height, width = x.shape
+    head_rows, most_rows = weights.shape[0] - sum(own_rows), weights.shape[0] - sum(own_rows) + max(own_rows)
+    block_c = max(triton.next_power_of_2(channels), LEAST_DOT)
+    tile_pixels = TILE_BYTES // (block_c * x.element_size())
+    farthest = max(_plane_strides(x)[1] * channels, max(most_rows, channels) * height * width)
+    return triton.cdiv(height * width, CHUNK), {
+        "HEAD_ROWS": head_rows,
+        "OWN_ROWS": tuple(own_rows),
+        "OWN_FIRST": tuple(sum(own_rows[:e]) for e in range(len(own_rows))),
+        "CHANNELS": channels,
+        "CHUNK": CHUNK,
+        "BLOCK_R": max(triton.next_power_of_2(most_rows), LEAST_DOT),
+        "BLOCK_C": block_c,
+        "BLOCK_P": min(max(tile_pixels, LEAST_DOT), CHUNK),
+        "OFFSET": tl.int32 if farthest < 2**31 else tl.int64,
+        "num_warps": 4,
+        "num_stages": 1,
+    }
+
+
+def _plane_strides(x: Tensor) -> tuple[int, int, int]:
+    """From image to image, channel to channel, pixel to pixel (a row below, in a plane one pixel wide)."""
+    return x.stride(0), x.stride(1), x.stride(3 if x.shape[3] > 1 else 2)

@@ -1,0 +1,314 @@
+"""Synthetic H&E glands: images and exact masks to train, test and benchmark on where there is no data set.
+
+A picture is built as a slide is. Outlines are drawn in the unit square; the depth below the nearest gland's outline
+says what tissue a point is (stroma, epithelium, lumen); tissue and nuclei give the amounts of haematoxylin and eosin;
+the Beer-Lambert law turns the two stains into color; a microscope blurs it and adds noise.
+
+What makes it a task: stain, light and texture differ from image to image by more than gland and stroma differ within
+one, glands touch and leave the picture, and stroma has its own pale holes (vessels, the slide's edge) and its own
+dense nuclei (lymphocytes), so that only the arrangement, a palisade of nuclei around a lumen, tells a gland.
+
+What makes it a semi-supervised one: the labels come from a laboratory that stains weakly, all other images from one
+that does not. How glands look there, only the unlabeled images tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.random import Generator
+
+# Optical densities (red, green, blue) of one unit of haematoxylin and of eosin, as in the purple slides of GlaS.
+DENSITIES = np.array([[0.92, 1.38, 0.62], [0.24, 0.86, 0.28]])
+
+WEAK_STAIN = 0.5
+
+
+def glands(count: int, size: int, seed: int, weakly_stained: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw `count` square pictures of glands with their masks, the first few of them weakly stained.
+
+    Returns images, uint8 (count, 3, size, size), and masks, uint8 0/1 (count, size, size), 1 on glands, lumen included.
+    Image i depends on seed, size, i and the strength of its stain alone. Raises ValueError for count < 0, size < 16 or
+    seed < 0.
+    """
+    if count < 0 or size < 16 or seed < 0:
+        raise ValueError(f"glands need count >= 0, size >= 16 and seed >= 0; got {count}, {size} and {seed}")
+    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    masks = torch.empty(count, size, size, dtype=torch.uint8)
+    for index in range(count):
+        strength = WEAK_STAIN if index < weakly_stained else 1.0
+        image, mask = _slide(np.random.default_rng([seed, index]), size, strength)
+        images[index] = torch.from_numpy(image)
+        masks[index] = torch.from_numpy(mask)
+    return images, masks
+
+
+def _slide(rng: Generator, size: int, strength: float) -> tuple[np.ndarray, np.ndarray]:
+    """One image, uint8 (3, size, size), and its mask, uint8 (size, size)."""
+    scene = _Scene.arrange(rng, size)
+    stain = _stains(rng, scene, size)
+    return _photograph(rng, stain, strength), (scene.depth > 0).astype(np.uint8)
+
+
+def _points(size: int) -> np.ndarray:
+    """Pixel centers of the unit square as complex numbers x + iy, complex64 (size, size)."""
+    axis = (np.arange(size, dtype=np.float32) + 0.5) / size
+    return axis[None, :] + 1j * axis[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------- outlines
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """A closed curve around `center`: an ellipse with its radius modulated by harmonics 2, 3, ... of the angle."""
+
+    center: complex
+    radii: tuple[float, float]
+    angle: float
+    harmonics: np.ndarray  # complex amplitudes, relative to the radius
+
+    @classmethod
+    def random(cls, rng: Generator, radius: float, elongation: float, angle: float, irregularity: float) -> _Outline:
+        stretch = elongation**0.5
+        amplitude = irregularity * rng.uniform(0.2, 1, 4) / np.arange(2, 6)
+        return cls(
+            center=complex(*rng.uniform(-0.1, 1.1, 2)),
+            radii=(radius * stretch, radius / stretch),
+            angle=angle,
+            harmonics=amplitude * np.exp(2j * np.pi * rng.random(4)),
+        )
+
+    def depth(self, points: np.ndarray) -> np.ndarray:
+        """Signed distance to the curve, to first order; positive inside."""
+        turned = (points - np.complex64(self.center)) * np.complex64(np.exp(-1j * self.angle))
+        scaled = turned.real / self.radii[0] + 1j * turned.imag / self.radii[1]
+        radius = np.sqrt(scaled.real**2 + scaled.imag**2) + np.float32(1e-6)
+        direction = scaled / radius
+        curve = np.ones_like(radius)
+        power = direction
+        for harmonic in self.harmonics.astype(np.complex64):
+            power = power * direction
+            curve += (harmonic * power).real
+        slope = np.sqrt((direction.real / self.radii[0]) ** 2 + (direction.imag / self.radii[1]) ** 2)
+        return (curve - radius) / (slope + np.float32(1e-6))
+
+
+class _Canvas:
+    """Places outlines at random so that any two keep a clearance; a negative one lets them overlap by as much."""
+
+    def __init__(self) -> None:
+        self.points = _points(24)  # coarse: a clearance needs no pixels
+        self.covered = np.full((24, 24), -np.inf, np.float32)
+
+    def place(self, propose: Callable[[], _Outline], attempts: int, most: int, clearance: float) -> list[_Outline]:
+        placed: list[_Outline] = []
+        for _ in range(attempts):
+            if len(placed) == most:
+                break
+            outline = propose()
+            depth = outline.depth(self.points)
+            if (depth > 0).mean() > 0.006 and np.minimum(depth, self.covered).max() < -clearance:
+                self.covered = np.maximum(self.covered, depth)
+                placed.append(outline)
+        return placed
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """What lies where: depths below the outlines of each kind of structure, float32 (size, size), in image sides."""
+
+    zoom: float  # length of everything relative to the usual magnification
+    depth: np.ndarray  # glands
+    void: np.ndarray  # vessels and the slide's edge: pale, but no gland
+    follicle: np.ndarray  # lymphoid follicles: dense nuclei, but no gland
+
+    @classmethod
+    def arrange(cls, rng: Generator, size: int) -> _Scene:
+        zoom = rng.uniform(0.85, 1.4)
+        elongation, irregularity = float(rng.choice([1.2, 1.6, 2.8])), rng.uniform(0.1, 0.5)
+        heading = rng.uniform(0, np.pi)
+        radius = zoom * rng.uniform(0.09, 0.17)
+
+        def gland() -> _Outline:
+            return _Outline.random(
+                rng,
+                radius * rng.uniform(0.7, 1.4),
+                elongation * rng.uniform(0.8, 1.25),
+                heading + rng.normal(0, 0.25),
+                irregularity,
+            )
+
+        def hole() -> _Outline:
+            return _Outline.random(rng, rng.uniform(0.03, 0.1), rng.uniform(1, 2.5), rng.uniform(0, np.pi), 0.4)
+
+        canvas = _Canvas()
+        edge = canvas.place(lambda: _slide_edge(rng), 1, 1, 0.0) if rng.random() < 0.2 else []
+        tissue = canvas.place(gland, 60, rng.integers(3, 25), zoom * rng.uniform(-0.015, 0.03))
+        follicles = canvas.place(hole, 8, rng.integers(0, 3), 0.02)
+        vessels = canvas.place(hole, 12, rng.integers(0, 5), 0.02)
+
+        points, ruffle = _points(size), np.float32(0.004 * zoom) * _texture(rng, size, 0.03 * zoom)
+        return cls(zoom, *(_union(outlines, points, ruffle) for outlines in (tissue, edge + vessels, follicles)))
+
+
+def _slide_edge(rng: Generator) -> _Outline:
+    """A huge disc outside of the picture that reaches into one side of it."""
+    direction = np.exp(2j * np.pi * rng.random())
+    return _Outline(0.5 + 0.5j + rng.uniform(2.25, 2.45) * direction, (2.0, 2.0), 0.0, 0.02 * np.ones(4, np.complex64))
+
+
+def _union(outlines: list[_Outline], points: np.ndarray, ruffle: np.ndarray) -> np.ndarray:
+    """Depth below the union of outlines, each ruffled. Where two overlap it falls to 0 on the line between them, so
+    that each keeps its own rim of nuclei there."""
+    first = second = np.full(points.shape, -1, np.float32)
+    for outline in outlines:
+        depth = outline.depth(points) + ruffle
+        second = np.maximum(second, np.minimum(first, depth))
+        first = np.maximum(first, depth)
+    return first - np.maximum(second, 0)
+
+
+# ------------------------------------------------------------------------------------------------------------ tissue
+
+
+def _stains(rng: Generator, scene: _Scene, size: int) -> np.ndarray:
+    """Amounts of haematoxylin and eosin at every pixel, float32 (2, size, size)."""
+    soft = scene.zoom * rng.uniform(0.002, 0.006)  # half-width of a border
+    mottle, drift = _texture(rng, size, 0.02 * scene.zoom), _texture(rng, size, 0.12)
+    wall = scene.zoom * rng.uniform(0.04, 0.085) * (1 + 0.2 * _texture(rng, size, 0.06))  # height of the epithelium
+
+    stain = _stroma(rng, scene, mottle, drift)
+    stain = _glands(rng, scene, stain, mottle, wall, soft)
+    stain = _vessels(rng, scene, stain, soft)
+    stain[0] += rng.uniform(0.4, 0.8) * _nuclei(rng, scene, drift, wall, soft)
+    return stain
+
+
+def _stroma(rng: Generator, scene: _Scene, mottle: np.ndarray, drift: np.ndarray) -> np.ndarray:
+    """Wavy fibres, in places dense and in places loose with gaps between them."""
+    size = len(mottle)
+    across = (_points(size) * np.exp(1j * rng.uniform(0, np.pi))).real / (scene.zoom * rng.uniform(0.03, 0.06))
+    bend = rng.uniform(0.5, 1.5) * _texture(rng, size, 0.08) + 0.25 * _texture(rng, size, 0.02 * scene.zoom)
+    fibre = np.sin(2 * np.pi * (across + bend)) * np.clip(0.5 + 0.5 * _texture(rng, size, 0.07), 0, 1)
+    gap = _step(fibre + mottle - rng.uniform(1.2, 2.8), 0.3)
+    haematoxylin = rng.uniform(0.05, 0.2) + 0.05 * mottle + 0.05 * drift
+    eosin = rng.uniform(0.45, 0.75) + rng.uniform(0.05, 0.3) * fibre + 0.12 * mottle + 0.12 * drift
+    return np.stack([haematoxylin, eosin]).astype(np.float32) * (1 - 0.8 * gap)
+
+
+def _glands(
+    rng: Generator, scene: _Scene, stain: np.ndarray, mottle: np.ndarray, wall: np.ndarray, soft: float
+) -> np.ndarray:
+    """Cytoplasm, goblets of mucin above the nuclei, and a lumen, with debris in it where the gland is deep enough."""
+    size, zoom, depth = len(mottle), scene.zoom, scene.depth
+    gland, lumen = _step(depth, soft), _step(depth - wall, soft)
+    stain = _mix(stain, rng.uniform(0.2, 0.5) + 0.06 * mottle, rng.uniform(0.3, 0.7) + 0.06 * mottle, gland)
+    goblets = _scatter(rng, zoom * 0.024, _band(depth, 0.45 * wall, wall) * float(rng.choice([0.0, 0.3, 0.8])))
+    mucin = _stamp(size, goblets, zoom * 0.011, zoom * 0.008, np.zeros(len(goblets)))
+    stain = _mix(stain, 0.12, 0.08, 0.8 * mucin * gland)
+    debris = _step(_texture(rng, size, 0.02 * zoom) - rng.uniform(0.3, 2.5), 0.3)
+    return _mix(stain, 0.04 + 0.3 * debris, 0.04 + 0.4 * debris, lumen)
+
+
+def _vessels(rng: Generator, scene: _Scene, stain: np.ndarray, soft: float) -> np.ndarray:
+    """Empty space with a wall of muscle or hardly any, outside of the glands."""
+    outside = 1 - _step(scene.depth, soft)
+    muscle = _band(scene.void, -scene.zoom * rng.uniform(0.005, 0.03), 0) * outside
+    stain[1] += rng.uniform(0, 0.4) * muscle
+    return _mix(stain, 0.03, 0.03, _step(scene.void, soft) * outside)
+
+
+def _nuclei(rng: Generator, scene: _Scene, drift: np.ndarray, wall: np.ndarray, soft: float) -> np.ndarray:
+    """A palisade across the base of the epithelium, a sprinkle in the stroma, crowds in the follicles."""
+    size, zoom, depth = len(drift), scene.zoom, scene.depth
+    rows = rng.uniform(0.45, 0.75)
+    palisade = _scatter(rng, zoom * 0.016, rng.uniform(0.85, 1) * _band(depth, 0.06 * wall, rows * wall))
+    inward = np.angle(np.gradient(depth, axis=1) + 1j * np.gradient(depth, axis=0))
+    crowd = np.clip(rng.uniform(0, 0.22) + 0.1 * drift, 0.02, 1) + 0.8 * _step(scene.follicle, soft)
+    stroma = _scatter(rng, zoom * 0.02, crowd * (depth < -0.006 * zoom) * (scene.void < 0))
+    along = _texture(rng, size, 0.2)
+    return np.maximum(
+        _stamp(size, palisade, zoom * 0.013, zoom * 0.0065, _at(inward, palisade)),
+        _stamp(size, stroma, zoom * rng.uniform(0.007, 0.012), zoom * 0.006, _at(along, stroma)),
+    )
+
+
+def _scatter(rng: Generator, spacing: float, density: np.ndarray) -> np.ndarray:
+    """Random points, complex (N,), about `spacing` apart, kept with probability `density` (size, size)."""
+    cells = max(1, round(1 / spacing))
+    grid = _points(cells).ravel()
+    points = grid + (rng.uniform(-0.45, 0.45, grid.shape) + 1j * rng.uniform(-0.45, 0.45, grid.shape)) / cells
+    return points[rng.random(points.shape) < _at(density, points)]
+
+
+def _stamp(size: int, centers: np.ndarray, length: float, width: float, angles: np.ndarray) -> np.ndarray:
+    """Soft ellipses of the given half-axes at centers (N,), turned by angles (N,): float32 (size, size) in [0, 1]."""
+    softness = 0.15
+    reach = int(np.ceil((1 + 2 * softness) * max(length, width) * size))
+    offset = np.arange(-reach, reach + 1)
+    columns = np.floor(centers.real * size).astype(int)[:, None, None] + offset[None, None, :]
+    rows = np.floor(centers.imag * size).astype(int)[:, None, None] + offset[None, :, None]
+    away = ((columns + 0.5 + 1j * (rows + 0.5)) / size - centers[:, None, None]).astype(np.complex64)
+    away = away * np.exp(-1j * angles).astype(np.complex64)[:, None, None]
+    radius = np.sqrt((away.real / np.float32(length)) ** 2 + (away.imag / np.float32(width)) ** 2)
+    columns, rows = np.broadcast_arrays(columns, rows)
+    seen = (radius < 1 + 2 * softness) & (columns >= 0) & (columns < size) & (rows >= 0) & (rows < size)
+    field = np.zeros((size, size), np.float32)
+    np.maximum.at(field, (rows[seen], columns[seen]), _step(1 - radius[seen], softness))
+    return field
+
+
+def _at(field: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Values of a field (size, size) at points (N,) of the unit square."""
+    size = len(field)
+    column, row = (np.clip((part * size).astype(int), 0, size - 1) for part in (points.real, points.imag))
+    return field[row, column]
+
+
+def _texture(rng: Generator, size: int, scale: float) -> np.ndarray:
+    """Gaussian random field of zero mean, unit variance and correlation length `scale`, float32 (size, size)."""
+    field = _blur(rng.standard_normal((size, size), np.float32), scale * size)
+    return (field - field.mean()) / field.std()
+
+
+def _blur(field: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian blur by `sigma` pixels over the last two axes, periodic."""
+    height, width = field.shape[-2:]
+    frequency = np.fft.fftfreq(height)[:, None] ** 2 + np.fft.rfftfreq(width)[None, :] ** 2
+    response = np.exp(-2 * (np.pi * sigma) ** 2 * frequency).astype(np.float32)
+    return np.fft.irfft2(np.fft.rfft2(field) * response, (height, width)).astype(np.float32)
+
+
+def _step(x: np.ndarray, softness: float) -> np.ndarray:
+    """A smooth step from 0 (x << 0) to 1 (x >> 0)."""
+    return 0.5 + 0.5 * np.tanh(x / softness)
+
+
+def _band(depth: np.ndarray, low: np.ndarray | float, high: np.ndarray | float) -> np.ndarray:
+    return ((depth > low) & (depth < high)).astype(np.float32)
+
+
+def _mix(
+    stain: np.ndarray, haematoxylin: np.ndarray | float, eosin: np.ndarray | float, cover: np.ndarray
+) -> np.ndarray:
+    """Replace the stain (2, size, size) by the two given amounts where `cover` is 1, in part where it is less."""
+    above = np.stack(np.broadcast_arrays(haematoxylin, eosin, cover)[:2])
+    return (stain + cover * (above - stain)).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------ camera
+
+
+def _photograph(rng: Generator, stain: np.ndarray, strength: float) -> np.ndarray:
+    """Light through the two stains (Beer-Lambert), then lamp, lens and noise: uint8 (3, size, size)."""
+    size = stain.shape[-1]
+    strengths, hue = strength * np.exp(rng.normal(0, 0.1, (2, 1))), np.exp(rng.normal(0, 0.05, (2, 3)))
+    density = np.tensordot(strengths * hue * DENSITIES, np.maximum(stain, 0), axes=(0, 0))  # (3, size, size)
+    lamp = rng.uniform(0.9, 1.0, (3, 1, 1)) * (1 + 0.04 * _texture(rng, size, 0.3))
+    light = _blur((lamp * np.exp(-density)).astype(np.float32), rng.uniform(0.1, 1.0) * size / 160)
+    light += rng.uniform(0.005, 0.03) * rng.standard_normal(light.shape, np.float32)
+    return (255 * np.clip(light, 0, 1)).round().astype(np.uint8)

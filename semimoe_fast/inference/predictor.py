@@ -1,0 +1,69 @@
+"""From a trained model to masks: foreground probabilities of its predictors, and the mask of one image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoint import Preprocessing
+from ..data import augment
+from ..data.folders import resize_image
+from ..device import Precision, autocast
+from ..errors import UserError
+from ..model import Output, SemiMoE
+
+GATED = "gated"
+
+
+def gated_foreground(output: Output) -> Tensor:
+    """Foreground probability (B, H, W) of the gated mask, float32."""
+    return _not_background(output.mask)
+
+
+def foreground(output: Output, expert_tasks: Sequence[str]) -> dict[str, Tensor]:
+    """Foreground probability (B, H, W), float32, of the gated mask and of each expert's own prediction, by name."""
+    probabilities = {GATED: gated_foreground(output)}
+    for number, (task, own) in enumerate(zip(expert_tasks, output.own, strict=True), 1):
+        name = f"{task} expert" if expert_tasks.count(task) == 1 else f"{task} expert {number}"
+        probabilities[name] = (own[:, 0].float().tanh() + 1) / 2 if task == "sdf" else _not_background(own)
+    return probabilities
+
+
+def _not_background(logits: Tensor) -> Tensor:
+    return logits.float().softmax(1)[:, 1:].sum(1)
+
+
+@torch.no_grad()
+def segment(
+    model: SemiMoE,
+    image: np.ndarray,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    threshold: float = 0.5,
+    precision: Precision = "auto",
+) -> np.ndarray:
+    """Mask of one image: uint8 (H, W, 3) -> bool (H, W).
+
+    The image is resized to the size the model was trained at, the probability back, bilinearly.
+    """
+    pixels = resize_image(image, preprocessing.image_size)[None].to(device)
+    with autocast(precision, device):
+        output = model(augment.normalize(pixels, preprocessing.mean, preprocessing.std))
+    probability = torch.nn.functional.interpolate(
+        gated_foreground(output)[:, None], image.shape[:2], mode="bilinear", align_corners=False
+    )
+    return (probability[0, 0] > threshold).cpu().numpy()
+
+
+def require_mask(path: Path, model: SemiMoE) -> None:
+    """Raise UserError for a checkpoint whose experts learn no mask, or not from RGB images."""
+    if model.in_channels != 3:
+        raise UserError(
+            f"{path}: takes images of {model.in_channels} channels, not RGB; take a checkpoint of a training run"
+        )
+    if "mask" not in model.tasks:
+        raise UserError(f"{path}: its experts learn {', '.join(model.tasks)}, no mask; take a checkpoint with one")

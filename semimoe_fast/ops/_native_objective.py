@@ -1,0 +1,111 @@
+"""The objective on the CPU by the compiled module: what kernels/objective.py does on a GPU, in float32.
+
+As in `_native`, what addresses cannot say is checked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _native
+
+MOST_CLASSES = 255  # of csrc/objective_kernels.hpp
+CLASSES = (torch.uint8, torch.bool)
+
+Place = tuple[int, int, int, int]  # address, and strides of image, channel and pixel in elements
+Sizes = tuple[int, int, int, int]  # images, pixels, classes of mask and boundary
+
+
+def forward(
+    predictions: Sequence[Sequence[Tensor]], targets: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Terms (3,), alpha and beta (B, C), C = S K + S L, in `dtype`, which is float32.
+
+    predictions: S x (mask logits (B, K, H, W), raw sdf (B, 1, H, W), boundary logits (B, L, H, W)), float32; targets:
+    mask (uint8 or bool), sdf (float32) and boundary (uint8 or bool), each (B, 1, H, W). Every plane has one stride from
+    pixel to pixel.
+    """
+    sizes, logits, places = _arguments(predictions, targets)
+    columns = _columns(predictions, sizes)
+    terms, alpha, beta = (torch.empty(shape, dtype=dtype) for shape in (3, (sizes[0], columns), (sizes[0], columns)))
+    addresses = [_address(x, x.shape) for x in (terms, alpha, beta)]
+    native = _native.module_for("cpu")
+    native.objective_terms(sizes, logits, places, *addresses, _native.instruction_set(), torch.get_num_threads())
+    return terms, alpha, beta
+
+
+def backward(
+    grad_output: Tensor,
+    predictions: Sequence[Sequence[Tensor]],
+    targets: Sequence[Tensor],
+    alpha: Tensor,
+    beta: Tensor,
+) -> list[list[Tensor]]:
+    """Gradients laid out as the predictions; grad_output: (3,) float32, the rest as `forward` takes and gives."""
+    sizes, logits, places = _arguments(predictions, targets)
+    columns = _columns(predictions, sizes)
+    grad_output = grad_output.contiguous()
+    gradients = [[torch.empty_like(x) for x in prediction] for prediction in predictions]
+    native = _native.module_for("cpu")
+    native.objective_gradients(
+        sizes,
+        logits,
+        places,
+        _address(alpha, (sizes[0], columns)),
+        _address(beta, (sizes[0], columns)),
+        _address(grad_output, (3,)),
+        [_place(x, x.shape) for gradient in gradients for x in gradient],
+        _native.instruction_set(),
+        torch.get_num_threads(),
+    )
+    return gradients
+
+
+def _arguments(
+    predictions: Sequence[Sequence[Tensor]], targets: Sequence[Tensor]
+) -> tuple[Sizes, list[Place], list[Place]]:
+    """Sizes, and where predictions and targets lie."""
+    batch, _, height, width = predictions[0][0].shape
+    channels = [x.shape[1] for x in predictions[0]]
+    if channels[1] != 1 or not 1 <= min(channels) <= max(channels) <= MOST_CLASSES:
+        raise ValueError(f"the native objective takes 1 to {MOST_CLASSES} classes and one sdf, got {channels} channels")
+    logits = [
+        _place(x, (batch, count, height, width))
+        for prediction in predictions
+        for x, count in zip(prediction, channels, strict=True)
+    ]
+    plane = (batch, 1, height, width)
+    mask, sdf, boundary = targets
+    places = [_place(mask, plane, CLASSES), _place(sdf, plane), _place(boundary, plane, CLASSES)]
+    return (batch, height * width, channels[0], channels[2]), logits, places
+
+
+def _columns(predictions: Sequence[Sequence[Tensor]], sizes: Sizes) -> int:
+    return len(predictions) * sum(sizes[2:])
+
+
+def _place(x: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype] = (torch.float32,)) -> Place:
+    _check(x, shape, dtypes)
+    image, channel, row, column = x.stride()
+    height, width = shape[2:]
+    if row != width * column and height > 1 and width > 1:
+        raise ValueError(f"a plane has one stride from pixel to pixel, got strides {x.stride()} of {tuple(shape)}")
+    return x.data_ptr(), image, channel, column if width > 1 else row
+
+
+def _address(x: Tensor, shape: Sequence[int]) -> int:
+    _check(x, shape)
+    if not x.is_contiguous():
+        raise ValueError(f"alpha, beta and grad_output are contiguous, got strides {x.stride()} of {tuple(shape)}")
+    return x.data_ptr()
+
+
+def _check(x: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype] = (torch.float32,)) -> None:
+    if x.shape != shape or x.dtype not in dtypes or not x.is_cpu:
+        kinds = " or ".join(map(str, dtypes))
+        raise ValueError(
+            f"expected {kinds} {tuple(shape)} on the CPU, got {x.dtype} {tuple(x.shape)} on {x.device.type}"
+        )

@@ -1,0 +1,173 @@
+"""The operations in fast plain PyTorch, on any device: same results as `reference`, in few passes over memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .gate import apply
+from .gate_portable import label_projections, labels, mix_projections
+from .reference import one_hot, targets_from_distance
+
+__all__ = [
+    "adaptive_loss",
+    "distance_targets",
+    "joint_objective_terms",
+    "label_projections",
+    "mix_projections",
+    "multi_gate",
+    "objective_terms",
+    "project_experts",
+    "pseudo_labels",
+    "soft_dice_loss",
+    "squared_dice_loss",
+    "squared_distance",
+    "tanh_mse_loss",
+]
+
+FAR = 2**16  # a column without the opposite class: longer than any diagonal whose square fits into int32
+ROW_CHUNK = 2**24  # candidates (row pixels x row pixels) that the row search holds in memory at once
+
+
+def squared_distance(mask: Tensor) -> Tensor:
+    """See `reference.squared_distance`. Exact, one column pass for both classes, without a host synchronization.
+
+    Within a row only pixels of the same class can pass a distance on, and pixels of the opposite class are at 0:
+    d^2(x) = min over x' of (x - x')^2 + (g(x')^2 if x' has the class of x, else 0), g the distance within the column.
+    """
+    foreground = mask != 0
+    batch, height, width = foreground.shape
+    if foreground.numel() == 0:
+        return torch.zeros_like(foreground, dtype=torch.int32)
+    column = _column_distance(foreground).to(torch.int64).square().reshape(-1, width)
+    rows = foreground.reshape(-1, width)
+    x = torch.arange(width, device=mask.device)
+    parabola = (x[:, None] - x).square()
+    chunk = max(1, ROW_CHUNK // (width * width))
+    best = torch.cat(
+        [
+            torch.where(
+                is_foreground,
+                (torch.where(is_foreground, cost, 0)[:, None] + parabola).amin(-1),
+                (torch.where(is_foreground, 0, cost)[:, None] + parabola).amin(-1),
+            )
+            for is_foreground, cost in zip(rows.split(chunk), column.split(chunk), strict=True)
+        ]
+    )
+    return torch.where(best < FAR * FAR, best, -1).to(torch.int32).reshape(batch, height, width)
+
+
+def _column_distance(foreground: Tensor) -> Tensor:
+    """Distance within the column to the nearest pixel of the opposite class, FAR where the column has none.
+
+    A run of equal pixels that starts at row s and is followed by one starting at row n has its opposite
+    neighbors at s - 1 and n.
+    """
+    height = foreground.shape[1]
+    y = torch.arange(height, device=foreground.device)[:, None]
+    starts = torch.zeros_like(foreground)
+    starts[:, 1:] = foreground[:, 1:] != foreground[:, :-1]
+    above = torch.where(starts, y - 1, -FAR).cummax(1).values
+    following = torch.full_like(above, height + FAR)
+    following[:, :-1] = torch.where(starts[:, 1:], y[1:], height + FAR)
+    below = following.flip(1).cummin(1).values.flip(1)
+    return torch.minimum(y - above, below - y).clamp(max=FAR)
+
+
+def distance_targets(mask: Tensor, ring_radius: float = 2) -> tuple[Tensor, Tensor]:
+    """See `reference.distance_targets`."""
+    return targets_from_distance(mask != 0, squared_distance(mask), ring_radius)
+
+
+def project_experts(
+    features: Sequence[Tensor],
+    head_weights: Sequence[Tensor],
+    own_weights: Sequence[Tensor],
+    own_biases: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """See `reference.project_experts`."""
+    return apply(features, head_weights, own_weights, own_biases, fused=False)
+
+
+def multi_gate(
+    features: Sequence[Tensor], gate_weights: Tensor, head_weights: Sequence[Tensor], head_biases: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """See `reference.multi_gate`. Gate and head fold into one (O, C) matrix per image and expert:
+
+    out = sum over e of (w[k(o), e] H[o]) X_e + c, with the rows o of all heads stacked. The mixed features are never
+    formed, and each expert's features are read once, in whatever memory layout they have.
+    """
+    batch, _, height, width = features[0].shape
+    dtype = features[0].dtype
+    folded = torch.cat([gate_weights[:, k, :, None, None] * weight for k, weight in enumerate(head_weights)], 2)
+    out = torch.cat(list(head_biases)).to(dtype)[:, None].expand(batch, -1, height * width)
+    with torch.autocast(out.device.type, enabled=False):  # the dtype is that of the features
+        for matrix, feature in zip(folded.to(dtype).unbind(1), features, strict=True):
+            out = torch.baddbmm(out, matrix, feature.flatten(2))
+    return out.unflatten(2, (height, width)).split([weight.shape[0] for weight in head_weights], 1)
+
+
+def pseudo_labels(
+    features: Sequence[Tensor], gate_weights: Tensor, head_weights: Sequence[Tensor], head_biases: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.pseudo_labels`."""
+    with torch.no_grad():
+        return labels(*multi_gate(features, gate_weights, head_weights, head_biases))
+
+
+def squared_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """See `reference.squared_dice_loss`; at least float32 inside."""
+    p, t = _softmax_and_one_hot(logits, target)
+    return _dice_loss((p * t).sum((2, 3)), (p * p + t).sum((2, 3)), 1)
+
+
+def soft_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """See `reference.soft_dice_loss`; at least float32 inside."""
+    p, t = _softmax_and_one_hot(logits, target)
+    return _dice_loss((p * t).sum((2, 3)), (p + t).sum((2, 3)), 1e-8)
+
+
+def _softmax_and_one_hot(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    p = _at_least_float32(logits).softmax(1)
+    return p, one_hot(target, logits.shape[1], p.dtype)
+
+
+def _dice_loss(overlap: Tensor, mass: Tensor, smooth: float) -> Tensor:
+    return (1 - (2 * overlap + smooth) / (mass + smooth)).mean()
+
+
+def tanh_mse_loss(raw: Tensor, sdf: Tensor) -> Tensor:
+    """See `reference.tanh_mse_loss`; at least float32 inside."""
+    tanh = _at_least_float32(raw).tanh()
+    return (tanh - sdf.reshape(raw.shape)).square().mean().to(tanh.dtype)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def objective_terms(
+    mask_logits: Tensor, raw_sdf: Tensor, boundary_logits: Tensor, mask: Tensor, sdf: Tensor, boundary: Tensor
+) -> Tensor:
+    """See `reference.objective_terms`; float64 if any logits are."""
+    terms = squared_dice_loss(mask_logits, mask), tanh_mse_loss(raw_sdf, sdf), soft_dice_loss(boundary_logits, boundary)
+    dtype = functools.reduce(torch.promote_types, (term.dtype for term in terms))
+    return torch.stack([term.to(dtype) for term in terms])
+
+
+def joint_objective_terms(
+    predictions: Sequence[Sequence[Tensor]], mask: Tensor, sdf: Tensor, boundary: Tensor
+) -> Tensor:
+    """See `reference.joint_objective_terms`."""
+    return sum(objective_terms(*prediction, mask, sdf, boundary) for prediction in predictions)
+
+
+def adaptive_loss(
+    terms: Tensor, log_vars: Tensor, coefficients: Sequence[float] = (1.0, 0.5, 1.0), regularizer: float = 0.4
+) -> Tensor:
+    """See `reference.adaptive_loss`."""
+    weighted = torch.stack([c * term for c, term in zip(coefficients, terms.unbind(), strict=True)])
+    return (weighted * torch.exp(-log_vars)).sum() + regularizer * torch.exp(log_vars).sum()

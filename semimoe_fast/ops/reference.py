@@ -1,0 +1,190 @@
+"""The operations as their formulas read: slow, obvious, and the oracle of every test.
+
+Nothing here is optimized and nothing of the package is imported. (`portable` borrows what has no faster form: the
+normalization of distances, which the golden archives hold to the published code.) Every
+floating-point function follows the dtype of its inputs, so that float64 inputs give a float64 oracle, and
+differentiates through autograd.
+
+Symbols (arXiv 2509.13834): B images, E experts, T tasks, C feature channels, K classes, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+UNREACHABLE = 2**40  # more than any squared distance of an image that fits into memory; int64 sums of it are safe
+
+
+def squared_distance(mask: Tensor) -> Tensor:
+    """Squared Euclidean distance of every pixel to the nearest pixel of the opposite class.
+
+    mask (B, H, W), non-zero is foreground -> int32 (B, H, W); -1 where the image has no opposite class.
+    d(y, x) = min over (y', x') of the opposite class of (y - y')^2 + (x - x')^2, one axis after the other.
+    """
+    foreground = mask != 0
+    distance = torch.where(foreground, _distance_to(~foreground), _distance_to(foreground))
+    return torch.where(distance < UNREACHABLE, distance, -1).to(torch.int32)
+
+
+def _distance_to(sites: Tensor) -> Tensor:
+    """Squared distance of every pixel to the nearest site, int64; UNREACHABLE or more where there is none."""
+    cost = torch.where(sites, 0, UNREACHABLE)
+    return _min_plus_parabola(_min_plus_parabola(cost, dim=1), dim=2)
+
+
+def _min_plus_parabola(cost: Tensor, dim: int) -> Tensor:
+    """out[i] = min over j of cost[j] + (i - j)^2 along one axis."""
+    cost = cost.movedim(dim, -1)
+    best = cost.clone()
+    for k in range(1, cost.shape[-1]):
+        best[..., k:] = torch.minimum(best[..., k:], cost[..., :-k] + k * k)
+        best[..., :-k] = torch.minimum(best[..., :-k], cost[..., k:] + k * k)
+    return best.movedim(-1, dim)
+
+
+def distance_targets(mask: Tensor, ring_radius: float = 2) -> tuple[Tensor, Tensor]:
+    """Normalized signed distance field and boundary ring of a mask.
+
+    mask (B, H, W) -> sdf float32 (B, H, W) in [-1, 1], boundary uint8 (B, H, W) in {0, 1}.
+    """
+    return targets_from_distance(mask != 0, squared_distance(mask), ring_radius)
+
+
+def targets_from_distance(foreground: Tensor, squared: Tensor, ring_radius: float) -> tuple[Tensor, Tensor]:
+    """The targets, given the squared distances (int32, -1 where the image is constant)."""
+    inside = torch.where(foreground, squared, 0)
+    outside = torch.where(foreground, 0, squared)
+    sdf = _over_image_maximum(inside) - _over_image_maximum(outside)
+    sdf = torch.where(inside == 1, 0.0, sdf)
+    constant = torch.where(foreground, 1.0, -1.0).to(sdf.dtype)
+    boundary = (outside > 0) & (outside <= ring_radius * ring_radius)
+    return torch.where(squared < 0, constant, sdf).float(), boundary.to(torch.uint8)
+
+
+def _over_image_maximum(squared: Tensor) -> Tensor:
+    """Distances over the largest of their image; the clamp only keeps images without such pixels from dividing by 0."""
+    distance = squared.clamp(min=0).double().sqrt()
+    return distance / distance.amax((1, 2), keepdim=True).clamp(min=1)
+
+
+def project_experts(
+    features: Sequence[Tensor],
+    head_weights: Sequence[Tensor],
+    own_weights: Sequence[Tensor],
+    own_biases: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Means of X_e over the pixels, projections H X_e with the rows of all heads, own predictions A_e X_e + b_e.
+
+    E x (B, C, H, W), T x (O_k, C), E x (O_e, C), E x (O_e,) -> (B, E, C), (B, E, sum O_k, H, W), E x (B, O_e, H, W).
+    """
+    heads = torch.cat(list(head_weights))
+    means = torch.stack([x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)) for x in features], 1)
+    projections = torch.stack([torch.einsum("oc,bchw->bohw", heads.to(x.dtype), x) for x in features], 1)
+    own = tuple(
+        torch.einsum("oc,bchw->bohw", weight.to(x.dtype), x) + bias.to(x.dtype)[:, None, None]
+        for weight, bias, x in zip(own_weights, own_biases, features, strict=True)
+    )
+    return means, projections, own
+
+
+def mix_projections(projections: Tensor, gate_weights: Tensor, head_biases: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """out_k = sum over e of w[k, e] Z_e + c_k, with Z_e the projections of expert e and the rows of task k.
+
+    (B, E, sum O_k, H, W), (B, T, E), T x (O_k,) -> T x (B, O_k, H, W).
+    """
+    outputs = []
+    of_tasks = projections.split([len(bias) for bias in head_biases], 2)
+    for z, weights, bias in zip(of_tasks, gate_weights.unbind(1), head_biases, strict=True):
+        mixed = torch.einsum("be,beohw->bohw", weights.to(z.dtype), z)
+        outputs.append(mixed + bias.to(z.dtype)[:, None, None])
+    return tuple(outputs)
+
+
+def label_projections(
+    projections: Tensor, gate_weights: Tensor, head_biases: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """argmax, tanh and argmax of the mixed mask, sdf and boundary outputs, without gradient; T = 3."""
+    with torch.no_grad():
+        mask, sdf, boundary = mix_projections(projections, gate_weights, head_biases)
+        return mask.argmax(1).to(torch.uint8), sdf.tanh(), boundary.argmax(1).to(torch.uint8)
+
+
+def multi_gate(
+    features: Sequence[Tensor], gate_weights: Tensor, head_weights: Sequence[Tensor], head_biases: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """fused_k = sum over e of w[k, e] X_e; out_k = H_k fused_k + c_k.
+
+    E x (B, C, H, W), (B, T, E), T x (O_k, C), T x (O_k,) -> T x (B, O_k, H, W).
+    """
+    outputs = []
+    for task, (weight, bias) in enumerate(zip(head_weights, head_biases, strict=True)):
+        fused = sum(gate_weights[:, task, e, None, None, None] * x for e, x in enumerate(features))
+        outputs.append(torch.einsum("oc,bchw->bohw", weight, fused) + bias[:, None, None])
+    return tuple(outputs)
+
+
+def pseudo_labels(
+    features: Sequence[Tensor], gate_weights: Tensor, head_weights: Sequence[Tensor], head_biases: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """argmax, tanh and argmax of the gated mask, sdf and boundary outputs, without gradient.
+
+    Shapes in as multi_gate with T = 3 -> mask uint8 (B, H, W), sdf (B, 1, H, W), boundary uint8 (B, H, W).
+    """
+    with torch.no_grad():
+        mask, sdf, boundary = multi_gate(features, gate_weights, head_weights, head_biases)
+        return mask.argmax(1).to(torch.uint8), sdf.tanh(), boundary.argmax(1).to(torch.uint8)
+
+
+def squared_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over images and classes of 1 - (2 sum P T + 1) / (sum (P^2 + T^2) + 1). (B, K, H, W), (B, H, W) -> ()."""
+    p, t = logits.softmax(1), one_hot(target, logits.shape[1], logits.dtype)
+    return (1 - (2 * (p * t).sum((2, 3)) + 1) / ((p**2 + t**2).sum((2, 3)) + 1)).mean()
+
+
+def soft_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over images and classes of 1 - (2 sum P T + e) / (sum P + sum T + e), e = 1e-8."""
+    p, t = logits.softmax(1), one_hot(target, logits.shape[1], logits.dtype)
+    return (1 - (2 * (p * t).sum((2, 3)) + 1e-8) / (p.sum((2, 3)) + t.sum((2, 3)) + 1e-8)).mean()
+
+
+def one_hot(target: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """T[b, k] = 1 where the target is class k: (B, H, W) -> (B, classes, H, W)."""
+    return torch.stack([target == k for k in range(classes)], 1).to(dtype)
+
+
+def tanh_mse_loss(raw: Tensor, sdf: Tensor) -> Tensor:
+    """Mean of (tanh(raw) - sdf)^2 over all elements. (B, 1, H, W), (B, 1, H, W) or (B, H, W) -> ()."""
+    return ((raw.tanh() - sdf.reshape(raw.shape)) ** 2).mean()
+
+
+def objective_terms(
+    mask_logits: Tensor, raw_sdf: Tensor, boundary_logits: Tensor, mask: Tensor, sdf: Tensor, boundary: Tensor
+) -> Tensor:
+    """The three objectives in the order mask, sdf, boundary -> (3,)."""
+    return torch.stack(
+        [
+            squared_dice_loss(mask_logits, mask),
+            tanh_mse_loss(raw_sdf, sdf),
+            soft_dice_loss(boundary_logits, boundary),
+        ]
+    )
+
+
+def joint_objective_terms(
+    predictions: Sequence[Sequence[Tensor]], mask: Tensor, sdf: Tensor, boundary: Tensor
+) -> Tensor:
+    """The sum of objective_terms over sets of predictions: S x ((B, K, H, W), (B, 1, H, W), (B, 2, H, W)) -> (3,)."""
+    return sum(objective_terms(*prediction, mask, sdf, boundary) for prediction in predictions)
+
+
+def adaptive_loss(
+    terms: Tensor, log_vars: Tensor, coefficients: Sequence[float] = (1.0, 0.5, 1.0), regularizer: float = 0.4
+) -> Tensor:
+    """sum over j of c_j exp(-s_j) L_j + regularizer exp(s_j). (T,), (T,) -> ()."""
+    return sum(
+        c * torch.exp(-s) * term + regularizer * torch.exp(s)
+        for c, s, term in zip(coefficients, log_vars, terms, strict=True)
+    )

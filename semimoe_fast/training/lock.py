@@ -1,0 +1,46 @@
+"""One process at a time writes into a run folder."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+from ..errors import UserError, warn
+
+LOCK_FILE = ".lock"
+
+
+class FolderLock:
+    """Holds at most one run folder, until the `with` block or the process ends, however it ends.
+
+    The system keeps the lock, on FOLDER/.lock; the file itself may lie there unlocked and is never removed, because
+    another process may be about to lock it.
+    """
+
+    def __enter__(self) -> FolderLock:
+        self.held = ExitStack()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.held.close()
+
+    def take(self, folder: Path) -> None:
+        """Lock an existing folder. Raises UserError where another process holds it, and OSError.
+
+        On a file system without locks it warns.
+        """
+        file = self.held.enter_context((folder / LOCK_FILE).open("a"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(
+                    f"{folder}: another process is training in this folder; wait until it ends, stop it, or train in "
+                    "another folder (--out)"
+                ) from None
+            warn(f"{folder}: cannot be locked ({error.strerror}); make sure that no other process trains in it")

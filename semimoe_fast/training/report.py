@@ -1,0 +1,160 @@
+"""What a run looks like: curves, overlays, TensorBoard, and the summary printed at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ..checkpoint import Preprocessing
+from ..data import augment
+from ..data.folders import Dataset
+from ..errors import printable, warn
+from ..evaluation.overlay import outline
+from ..inference.predictor import GATED, gated_foreground
+from ..model import SemiMoE
+
+Records = Sequence[dict[str, Any]]
+TITLES = ("image", "truth", "prediction", "signed distance (red: inside)", "boundary")
+
+
+def draw_curves(records: Records, tasks: Sequence[str], path: Path) -> None:
+    """Losses, their terms, the learned weights exp(-s), the mean gate weights and the validation scores, by epoch."""
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    losses, supervised, pseudo, weights, gates, scores = figure.subplots(2, 3).flat
+    epochs = [r["epoch"] for r in records]
+    semi_supervised = any(r["unsupervised_weight"] for r in records)
+    for name in ("total", "supervised_total", "unsupervised_total") if semi_supervised else ("supervised_total",):
+        losses.plot(epochs, [r[name] for r in records], label=name.replace("_", " "))
+    for axis, name in ((supervised, "supervised_terms"), (pseudo, "unsupervised_terms"), (weights, "loss_weights")):
+        for k, task in enumerate(tasks):
+            axis.plot(epochs, [r[name][k] for r in records], label=task)
+    for k, task in enumerate(tasks):
+        for e in range(len(records[0]["gate_weights"][k])):
+            style = {"color": f"C{k}", "linestyle": ("-", "--", ":", "-.")[e % 4]}
+            label = f"{task}: {tasks[e]}"
+            gates.plot(epochs, [r["gate_weights"][k][e] for r in records], label=label, **style)
+    validated = [r for r in records if "val" in r]
+    for k, name in enumerate(validated[0]["val"]):
+        for score, style in (("dice", "-"), ("jaccard", "--")):
+            values = [r["val"][name][score] for r in validated]
+            label = f"{name}, {score.capitalize()}" if name == GATED or score == "dice" else None
+            scores.plot([r["epoch"] for r in validated], values, style, marker=".", color=f"C{k}", label=label)
+    titles = {
+        losses: "loss",
+        supervised: "supervised terms (own + gated)",
+        pseudo: "unsupervised terms (own, pseudo-labels)",
+        weights: "learned loss weights exp(-s)",
+        gates: "gate weights, mean over labeled images",
+        scores: "validation at threshold 0.5 (dashed: Jaccard)",
+    }
+    for axis, title in titles.items():
+        axis.set_title(title)
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.legend(fontsize=7)
+    gates.set_ylim(0, 1.3)
+    gates.legend(title="task: expert", fontsize=7, title_fontsize=7, ncols=3, loc="upper center")
+    scores.set_ylim(0, 1)
+    pseudo.set_visible(semi_supervised)
+    figure.savefig(path, dpi=100)
+
+
+@torch.no_grad()
+def draw_overlays(
+    model: SemiMoE, val: Dataset, preprocessing: Preprocessing, device: torch.device, path: Path, rows: int = 6
+) -> None:
+    """For some validation images: image, true outline, gated mask, gated sdf and gated boundary."""
+    model.eval()
+    chosen = torch.linspace(0, len(val) - 1, min(rows, len(val))).round().long()
+    images, masks = val.images[chosen], val.masks[chosen]
+    output = model(augment.normalize(images.to(device), preprocessing.mean, preprocessing.std))
+    predicted = (gated_foreground(output) > 0.5).cpu()
+    sdf = output.sdf[:, 0].float().tanh().cpu().numpy()
+    ring = output.boundary.float().softmax(1)[:, 1].cpu().numpy()
+    figure = Figure(figsize=(12.5, 2.5 * len(chosen)), layout="constrained")
+    axes = figure.subplots(len(chosen), 5, squeeze=False)
+    for title, axis in zip(TITLES, axes[0], strict=True):
+        axis.set_title(title)
+    for row, index in enumerate(chosen.tolist()):
+        image = images[row].permute(1, 2, 0).numpy()
+        axes[row, 0].set_ylabel(printable(val.names[index]), fontsize=7, parse_math=False)
+        axes[row, 0].imshow(image)
+        for axis, mask in ((axes[row, 1], masks[row] != 0), (axes[row, 2], predicted[row])):
+            axis.imshow(outline(image, mask))
+        axes[row, 3].imshow(sdf[row], cmap="RdBu_r", vmin=-1, vmax=1)
+        axes[row, 4].imshow(ring[row], cmap="gray", vmin=0, vmax=1)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    figure.savefig(path, dpi=100)
+
+
+class TensorBoard:
+    """The records as TensorBoard scalars while the run goes on; nothing where it is not installed or not wanted.
+
+    Scalars of a resumed run from `first_epoch` on replace those an earlier attempt wrote.
+    """
+
+    def __init__(self, folder: Path, tasks: Sequence[str], first_epoch: int, wanted: bool = True) -> None:
+        self.tasks, self.writer = tasks, None
+        if not wanted:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        try:
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
+        except UnicodeEncodeError:
+            warn(f"{folder}: TensorBoard writes to no folder whose name is not UTF-8; metrics.jsonl has its scalars")
+
+    def write(self, record: dict[str, Any]) -> None:
+        if self.writer is None:
+            return
+        for name, value in self._scalars(record):
+            self.writer.add_scalar(name, value, record["epoch"])
+        self.writer.flush()
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    def _scalars(self, record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+        for name in ("total", "supervised_total", "unsupervised_total", "lr"):
+            yield name, record[name]
+        if (speed := record["speed"]["images_per_second"]) is not None:
+            yield "images_per_second", speed
+        for name in ("supervised_terms", "unsupervised_terms", "loss_weights"):
+            for task, value in zip(self.tasks, record[name], strict=True):
+                yield f"{name}/{task}", value
+        for task, gates in zip(self.tasks, record["gate_weights"], strict=True):
+            for expert, value in enumerate(gates, 1):
+                yield f"gates/{task}/expert_{expert}", value
+        for predictor, scores in record.get("val", {}).items():
+            for score, value in scores.items():
+                yield f"val/{predictor.replace(' ', '_')}/{score}", value
+
+
+def summary(records: Records, folder: Path) -> str:
+    """The last and the best validated epoch, and where everything lies."""
+    validated = [r for r in records if "val" in r]
+    best = max(validated, key=lambda r: r["val"][GATED]["dice"])
+    lines = [f"{'validation':<22}{'Dice':>8}{'Jaccard':>9}{'swept Dice':>12}{'Jaccard':>9}{'threshold':>11}"]
+    for title, record in (("last", validated[-1]), ("best", best)):
+        for name, s in record["val"].items():
+            if title == "last" or name == GATED:
+                lines.append(
+                    f"{f'{title}, {name}':<22}{s['dice']:8.4f}{s['jaccard']:9.4f}"
+                    f"{s['swept_dice']:12.4f}{s['swept_jaccard']:9.4f}{s['swept_threshold']:11.2f}"
+                )
+    lines.append("swept: at the threshold with the best Jaccard on these very images")
+    lines.append(
+        f"best: epoch {best['epoch'] + 1} of {records[-1]['epoch'] + 1}; curves.png, overlays.png, metrics.jsonl,"
+    )
+    lines.append(f"best.safetensors and last.safetensors are in {folder}")
+    return "\n".join(lines)

@@ -1,0 +1,206 @@
+"""A run: its epochs validated, recorded and saved in a folder, from which it can be taken up again."""
+
+from __future__ import annotations
+
+import math
+import sys
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import record_function
+from tqdm import tqdm
+
+from .. import checkpoint
+from ..checkpoint import REMEDY, Preprocessing
+from ..data.folders import Dataset
+from ..errors import UserError, first_sentence, warn
+from ..evaluation.scoring import count_set, score_set
+from ..inference.predictor import GATED
+from ..validation import check_types
+from . import records, report
+from .batches import TrainingData
+from .config import CONFIG_FILE, NONE, PLACE, TrainConfig
+from .distributed import World
+from .interruption import Interruption
+from .lock import FolderLock
+from .profile import PAUSE, StepProfile
+from .run_folder import BEST, LAST, METRICS_FILE, new_folder
+from .trainer import Trainer, states_of_ranks
+
+
+@dataclass
+class Run:
+    """A run folder and the trainer that fills it."""
+
+    config: TrainConfig
+    folder: Path
+    trainer: Trainer
+    val: Dataset
+    world: World
+    best_dice: float = -1.0
+
+    @classmethod
+    def start(
+        cls,
+        config: TrainConfig,
+        data: TrainingData,
+        val: Dataset,
+        device: torch.device,
+        world: World,
+        lock: FolderLock,
+    ) -> Run:
+        """A new run in a new folder, which is locked from then on."""
+        trainer = Trainer(config, data, device, world)
+        folder = Path(world.broadcast(lambda: str(new_folder(config, lock))))
+        return cls(config, folder, trainer, val, world)
+
+    @classmethod
+    def resume(cls, config: TrainConfig, data: TrainingData, val: Dataset, device: torch.device, world: World) -> Run:
+        """The run of an existing folder, which is locked already, where its last checkpoint left it."""
+        run = cls(config, config.resume, Trainer(config, data, device, world), val, world)
+        path = run.folder / LAST
+        if not path.is_file():
+            return run  # killed before its first checkpoint: the seed makes it start over as it did
+        metadata, tensors = checkpoint.read(path)
+        expected = run.metadata()
+        if without_place(metadata.get("config")) != without_place(expected["config"]):
+            raise UserError(f"{path}: is of another configuration than {run.folder / CONFIG_FILE}; start a new run")
+        if metadata.get("data") != expected["data"]:
+            raise UserError(
+                f"{path}: the images have changed since, or are others; restore them, give their folder as --data, or "
+                "start a new run"
+            )
+        check_types(path, "its metadata", metadata, {"epoch": int, "step": int, "best_dice": float}, REMEDY)
+        epoch, step = metadata["epoch"], metadata["step"]
+        if not (0 <= epoch <= config.epochs and 0 <= step <= run.trainer.steps_per_epoch):
+            raise UserError(f"{path}: is of epoch {epoch}, step {step}, which this run does not have; {REMEDY}")
+        try:
+            run.trainer.restore(tensors, epoch, step)
+        except torch.OutOfMemoryError:
+            raise
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise UserError(
+                f"{path}: its tensors are not those of this run ({first_sentence(error)}); {REMEDY}"
+            ) from error
+        if (before := len(states_of_ranks(tensors))) != world.size and world.is_main:
+            print(f"{path}: is of {before} processes, now {world.size}: dropout goes on with other random numbers")
+        run.best_dice = metadata["best_dice"]
+        return run
+
+    def train(self, interruption: Interruption) -> bool:
+        """Train to the last epoch; False if interrupted, with the checkpoint written."""
+        trainer, steps = self.trainer, self.trainer.steps_per_epoch
+        if self.world.is_main:
+            records.truncate(self.folder / METRICS_FILE, trainer.epoch)
+        done = trainer.epoch * steps + trainer.step
+        pace = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines; a log file needs few
+        bar = {"initial": done, "unit": "step", "mininterval": pace} | ({} if self.world.is_main else {"disable": True})
+        tensorboard = report.TensorBoard(self.folder, trainer.model.tasks, trainer.epoch, self.world.is_main)
+        profile = StepProfile(trainer, self.folder, self.config.profile and self.world.is_main)
+        with closing(tensorboard), profile, tqdm(None, "train", self.config.epochs * steps, **bar) as progress:
+
+            def advance() -> None:
+                progress.update()
+                profile.step()
+
+            while trainer.epoch < self.config.epochs:
+                if not trainer.train_epoch(interruption, advance):
+                    self.save(LAST)
+                    return False
+                with record_function(PAUSE):
+                    record = self._finish_epoch()
+                    tensorboard.write(record)
+                progress.set_postfix_str(summary_of(record))
+        return True
+
+    def _finish_epoch(self) -> dict[str, Any]:
+        """Validate, record and save the epoch just trained, in an order that a kill at any point leaves repeatable."""
+        trainer, config = self.trainer, self.config
+        speed = trainer.speed()
+        record = {
+            "epoch": trainer.epoch,
+            "lr": trainer.learning_rate,
+            "unsupervised_weight": trainer.unsupervised_weight if trainer.semi_supervised else 0.0,
+            **trainer.epoch_means(),
+            "speed": speed,
+        }
+        if not math.isfinite(record["total"]):
+            raise UserError(f"the loss became {record['total']} in epoch {trainer.epoch}; restart with a smaller --lr")
+        last = trainer.epoch == config.epochs - 1
+        if last or trainer.epoch % config.val_every == config.val_every - 1:
+            record["val"] = self._validate()
+        trainer.next_epoch()
+        if "val" in record and record["val"][GATED]["dice"] > self.best_dice:
+            self.best_dice = record["val"][GATED]["dice"]
+            self.save(BEST)
+        if self.world.is_main:
+            records.append(self.folder / METRICS_FILE, record)
+        if last or trainer.epoch % config.save_every == 0:
+            self.save(LAST)
+        return record
+
+    def _validate(self) -> dict[str, dict[str, float]]:
+        """Scores over all pixels of the validation set, of which every rank counts its images."""
+        mine = self.val[self.world.rank :: self.world.size]
+        counts = count_set(
+            self.trainer.evaluated, mine, self._preprocessing, self.trainer.device, self.config.precision
+        )
+        total = {name: self.world.sum(images.sum(0, keepdim=True)) for name, images in counts.items()}
+        return {name: scores._asdict() for name, scores in score_set(total).items()}
+
+    def save(self, name: str) -> None:
+        """Write a checkpoint; no rank goes on, or away, before it is on the disk."""
+        state = self.trainer.state() if name == LAST else {}
+        if self.world.is_main:
+            model = self.trainer.model if name == LAST else self.trainer.evaluated
+            checkpoint.save(self.folder / name, model, self.metadata(), state)
+        self.world.wait()
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """Of the labeled, unlabeled and validation images."""
+        data = self.trainer.data
+        parts = (data.labeled, data.unlabeled, self.val)
+        return [NONE if part is None else part.fingerprint for part in parts]
+
+    def metadata(self) -> dict[str, Any]:
+        return {
+            "config": self.config.to_dict(),
+            "preprocessing": self._preprocessing._asdict(),
+            "data": self.fingerprints,
+            "epoch": self.trainer.epoch,
+            "step": self.trainer.step,
+            "best_dice": self.best_dice,
+        }
+
+    def report(self) -> None:
+        """Draw the pictures and print what came out."""
+        path = self.folder / METRICS_FILE
+        kept = records.read(path)
+        report.draw_overlays(
+            self.trainer.evaluated, self.val, self._preprocessing, self.trainer.device, self.folder / "overlays.png"
+        )
+        if any("val" in record for record in kept):
+            report.draw_curves(kept, self.trainer.model.tasks, self.folder / "curves.png")
+            print(report.summary(kept, self.folder))
+        else:
+            warn(f"{path}: holds no record of a validation any more; curves.png and the table of scores are left out")
+        if self.config.ema is not None:
+            print("validation is of the average weights (--ema), as in best.safetensors; last.safetensors has the last")
+
+    @property
+    def _preprocessing(self) -> Preprocessing:
+        return self.trainer.data.preprocessing
+
+
+def without_place(value: Any) -> Any:
+    """A stored configuration without what a resumed run may change."""
+    return {k: v for k, v in value.items() if k not in PLACE} if isinstance(value, dict) else value
+
+
+def summary_of(record: dict[str, Any]) -> str:
+    text = f"loss {record['total']:.3f}"
+    return text + (f", val Dice {record['val'][GATED]['dice']:.4f}" if "val" in record else "")

@@ -1,0 +1,59 @@
+"""The folder of a run: its place, its files, and that no two runs share it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from datetime import datetime
+from pathlib import Path
+
+from .. import checkpoint
+from ..errors import UserError
+from .config import CONFIG_FILE, TrainConfig
+from .lock import FolderLock
+
+RUNS = Path("runs")
+METRICS_FILE = "metrics.jsonl"
+BEST, LAST = "best.safetensors", "last.safetensors"
+
+
+def cache_folder(config: TrainConfig) -> Path:
+    """Where decoded images are kept: beside the run folder, so that the runs next to each other share it."""
+    run = config.resume or config.out
+    return (RUNS if run is None else run.resolve().parent) / "cache"
+
+
+def new_folder(config: TrainConfig, lock: FolderLock) -> Path:
+    """Create and lock the run folder, --out or runs/NAME-DATE-TIME, and write the configuration into it."""
+    folder = _create_folder(config)
+    lock.take(folder)
+    if config.out is not None:
+        refuse_used(folder)  # another process may have filled it while this one read its images
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    checkpoint.write_atomically(folder / CONFIG_FILE, lambda part: part.write_text(text))
+    return folder
+
+
+def refuse_used(folder: Path) -> None:
+    """Raise UserError where --out is a file, or a folder that is not empty."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give a folder as --out")
+    if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        remedy = f", or --resume {folder} to continue its run" if (folder / CONFIG_FILE).exists() else ""
+        raise UserError(f"{folder} is not empty; give another --out{remedy}")
+
+
+def _create_folder(config: TrainConfig) -> Path:
+    if config.out is not None:
+        config.out.mkdir(parents=True, exist_ok=True)
+        return config.out
+    name = "synthetic" if config.data is None else config.data.resolve().name
+    stem = RUNS / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    for attempt in itertools.count(1):
+        folder = stem if attempt == 1 else stem.with_name(f"{stem.name}-{attempt}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:  # another run started within the same second
+            continue
+        break
+    return folder

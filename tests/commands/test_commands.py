@@ -1,0 +1,337 @@
+"""Commands on folders of images, evaluation, prediction, and one clear line for every bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+
+from semimoe_fast import checkpoint, evaluate, predict, train
+from semimoe_fast.data.folders import read_image, read_mask
+from semimoe_fast.errors import UserError, run_command
+from semimoe_fast.model import SemiMoE
+from semimoe_fast.training import config, run_folder
+from semimoe_fast.training.lock import FolderLock
+
+pytest.importorskip("tyro", reason="commands read their options with tyro")
+
+SMALL = "--image-size 32 --width 2 --epochs 1 --warmup-epochs 0 --lr 0.1 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def folder_run(glands_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "folder"
+    train.main(["--data", str(glands_folder), *SMALL, "--out", str(run)])
+    return run
+
+
+def test_folder_with_one_labeled_image_trains(folder_run: Path) -> None:
+    metadata, _ = checkpoint.read(folder_run / run_folder.LAST)
+    assert metadata["config"]["unlabeled_batch"] == 2
+    assert all(0 < mean < 1 for mean in metadata["preprocessing"]["mean"])
+    assert metadata["preprocessing"]["image_size"] == 32
+
+
+def test_data_may_move_but_not_change(folder_run: Path, glands_folder: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(glands_folder, tmp_path / "moved")
+    train.main(["--resume", str(folder_run), "--data", str(moved)])
+    image = next((moved / "train_unsup_4" / "image").iterdir())
+    image.rename(image.with_name("renamed.png"))
+    with pytest.raises(UserError, match="the images have changed since, or are others"):
+        train.main(["--resume", str(folder_run), "--data", str(moved)])
+
+
+def test_evaluate(folder_run: Path, glands_folder: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["--checkpoint", str(folder_run / run_folder.LAST), "--data", str(glands_folder), "--device", "cpu"]
+    evaluate.main([*arguments, "--json", str(tmp_path / "scores.json")])
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    record = json.loads((folder_run / run_folder.METRICS_FILE).read_text().splitlines()[-1])
+    assert scores["all"] == record["val"]  # the trainer's own validation of the same weights
+    assert len(scores["images"]) == 2
+    printed = capsys.readouterr().out
+    assert json.loads(printed.splitlines()[-1]) == scores
+    for predictor in scores["all"]:
+        assert all(f"{predictor}, {image}" in printed for image in (*scores["images"], "all"))
+
+
+def test_predict_writes_masks_of_the_input_size(folder_run: Path, glands_folder: Path, tmp_path: Path) -> None:
+    images = glands_folder / "val" / "image"
+    out = tmp_path / "masks"
+    arguments = ["--checkpoint", str(folder_run / run_folder.BEST), "--device", "cpu", "--out", str(out)]
+    predict.main([*arguments, "--input", str(images), "--overlay"])
+    for path in images.iterdir():
+        mask = read_mask(out / f"{path.stem}.png")
+        assert mask.shape == (40, 40)
+        overlay = read_image(out / f"{path.stem}_overlay.png")
+        border_drawn = (overlay != read_image(path)).any()
+        assert border_drawn == (0 < mask.mean() < 1)
+    single = next(images.iterdir())
+    predict.main([*arguments[:4], "--input", str(single), "--out", str(tmp_path / "one")])
+    assert (tmp_path / "one" / f"{single.stem}.png").read_bytes() == (out / f"{single.stem}.png").read_bytes()
+
+
+def test_predict_never_overwrites_an_image(folder_run: Path, glands_folder: Path) -> None:
+    images = glands_folder / "val" / "image"
+    before = {path: path.read_bytes() for path in images.iterdir()}
+    for given in (images, next(images.iterdir())):
+        message = refused(
+            predict.main,
+            ["--checkpoint", str(folder_run / run_folder.BEST), "--input", str(given), "--out", str(images)],
+        )
+        assert "masks would replace them" in message
+    assert {path: path.read_bytes() for path in images.iterdir()} == before
+
+
+def decodes_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Image, "open", lambda path: pytest.fail(f"{path} is decoded"))
+
+
+def test_predict_refuses_outputs_that_would_replace_each_other(tmp_path: Path, monkeypatch) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for name in ("a.png", "a_overlay.png"):
+        (images / name).touch()
+    decodes_nothing(monkeypatch)
+    arguments = ["--checkpoint", "none", "--input", str(images), "--out", str(out), "--overlay"]
+    assert refused(predict.main, arguments) == (
+        f"{images / 'a.png'} and {images / 'a_overlay.png'} would both be written to {out / 'a_overlay.png'}: "
+        "rename one, or leave out --overlay"
+    )
+    assert not out.exists()
+    assert "none: no such checkpoint" in refused(predict.main, arguments[:-1])  # masks alone do not meet
+
+
+def test_places_to_write_to_are_checked_first(glands_folder: Path, finished: Path, tmp_path: Path, monkeypatch) -> None:
+    decodes_nothing(monkeypatch)
+    file = tmp_path / "file"
+    file.touch()
+    for command, arguments, message in (
+        (train, ["--data", str(glands_folder), *SMALL, "--out", str(finished)], "is not empty; give another --out"),
+        (train, ["--data", str(glands_folder), *SMALL, "--out", str(file)], "is a file; give a folder as --out"),
+        (
+            predict,
+            ["--checkpoint", "none", "--input", str(glands_folder / "val" / "image"), "--out", str(file)],
+            "a file",
+        ),
+        (evaluate, ["--checkpoint", "none", "--data", "none", "--json", str(tmp_path)], "a folder: give a file"),
+    ):
+        assert message in refused(command.main, arguments)
+
+
+def test_names_that_are_not_utf8_are_no_obstacle(glands_folder: Path, tmp_path: Path, capsys) -> None:
+    """Of images, masks, data and run folders: bytes of Latin-1, as an old archive has them."""
+    home = tmp_path / os.fsdecode(b"r\xe9sultats")
+    data = shutil.copytree(glands_folder, home / "data")
+    for path in [*data.glob("*/image/0000.png"), *data.glob("*/mask/0000.png")]:
+        path.rename(path.with_name(os.fsdecode(b"l\xe9sion.png")))
+    run = ["--checkpoint", str(home / "run" / run_folder.BEST), "--device", "cpu"]
+    for command, arguments in (
+        (train, ["--data", str(data), *SMALL, "--out", str(home / "run")]),
+        (train, ["--resume", str(home / "run")]),
+        (evaluate, [*run, "--data", str(data), "--json", str(home / "scores.json")]),
+        (predict, [*run, "--input", str(data / "val" / "image"), "--out", str(home / "masks"), "--overlay"]),
+    ):
+        run_command(lambda command=command, arguments=arguments: command.main(arguments))
+    assert "gated, l\\udce9sion" in capsys.readouterr().out
+    assert "l\udce9sion" in json.loads((home / "scores.json").read_text())["images"]
+    assert (home / "masks" / "l\udce9sion_overlay.png").is_file()
+    with pytest.raises(SystemExit):
+        run_command(lambda: train.main(["--data", str(home), *SMALL]))
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}/r\\udce9sultats: 0 parts are named")
+
+
+def test_checkpoint_for_other_images_is_refused(glands_folder: Path, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "gray", SemiMoE(in_channels=1, width=2))
+    arguments = ["--checkpoint", str(tmp_path / "gray"), "--data", str(glands_folder), "--device", "cpu"]
+    assert "gray: takes images of 1 channels, not RGB" in refused(evaluate.main, arguments)
+
+
+def test_checkpoints_with_other_experts(glands_folder: Path, tmp_path: Path) -> None:
+    preprocessing = {"preprocessing": checkpoint.Preprocessing(32, (0.5,) * 3, (0.2,) * 3)._asdict()}
+    for tasks, path in ((("mask", "mask", "sdf"), tmp_path / "three"), (("sdf", "boundary"), tmp_path / "none")):
+        checkpoint.save(path, SemiMoE(width=2, expert_tasks=tasks), preprocessing)
+    arguments = ["--data", str(glands_folder), "--device", "cpu"]
+    evaluate.main(["--checkpoint", str(tmp_path / "three"), *arguments, "--json", str(tmp_path / "scores.json")])
+    names = set(json.loads((tmp_path / "scores.json").read_text())["all"])
+    assert names == {"gated", "mask expert 1", "mask expert 2", "sdf expert"}
+    assert "no mask" in refused(evaluate.main, ["--checkpoint", str(tmp_path / "none"), *arguments])
+
+
+# bad input
+
+
+def refused(command, arguments: list[str]) -> str:
+    """The one line with which a command refuses."""
+    with pytest.raises(UserError) as caught:
+        command(arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--image-size 100", "--image-size is 100, not a multiple of 16: try 96 or 112"),
+        ("--unlabeled-batch 5", "--unlabeled-batch is 5, but there are 4 unlabeled images: give at most 4"),
+        ("--unlabeled none --labeled-batch 3", "--labeled-batch is 3, but there are 2 labeled images"),
+        ("--image-size 16 --labeled-batch 1", "batch normalization then sees a single pixel"),
+        ("--lr inf", "--lr is inf: give a finite number"),
+        ("--coefficients 1 nan 1", "--coefficients is nan: give a finite number"),
+        ("--decay -1", "--decay is -1.0: give a factor above 0 and up to 1"),
+        ("--epochs 0", "--epochs is 0: give a positive number"),
+        ("--threads 0", "--threads is 0: give a positive number"),
+        ("--steps-per-epoch 0", "--steps-per-epoch is 0: give a positive number"),
+        ("--dropout 1", "--dropout is 1.0"),
+        ("--ema 1", "--ema is 1.0: give a decay between 0 and 1, such as 0.999"),
+        ("--accumulate 0", "--accumulate is 0: give a positive number"),
+        (
+            "--accumulate 2 --labeled-batch 3",
+            "--labeled-batch is 3, which --accumulate 2 cannot share: give a multiple",
+        ),
+        ("--momentum -1", "--momentum is -1.0: give 0 or more"),
+        ("--synthetic 0 4 2", "at least one labeled and one validation image"),
+        ("--device cuda:99", "--device is 'cuda:99', but torch sees"),
+        ("--device tpu", "--device is 'tpu'"),
+        ("--resume nowhere", "nowhere: holds no run to resume"),
+        ("--data nowhere", "nowhere"),
+    ],
+)
+def test_bad_configurations_are_refused_before_training(
+    tiny: list[str], tmp_path: Path, arguments: str, message: str
+) -> None:
+    out = tmp_path / "run"
+    assert message in refused(train.main, [*tiny, *arguments.split(), "--out", str(out)])
+    assert not out.exists()
+
+
+def test_folder_that_holds_a_run_is_left_alone(tiny: list[str], finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    message = refused(train.main, [*tiny, "--out", str(finished)])
+    assert f"{finished} is not empty; give another --out, or --resume {finished}" in message
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_help_shows_the_defaults_of_what_would_run(capsys) -> None:
+    for arguments, epochs in (([], config.SYNTHETIC.epochs), (["--data", "DIR"], 200)):
+        with pytest.raises(SystemExit) as exit_:
+            config.parse([*arguments, "--help"])
+        assert exit_.value.code == 0
+        assert re.search(rf"--epochs INT[^-]*\(default: {epochs}\)", capsys.readouterr().out)
+
+
+def test_runs_started_together_get_their_own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with FolderLock() as lock:
+        folders = [run_folder.new_folder(config.SYNTHETIC, lock) for _ in range(3)]
+    assert len(set(folders)) == 3
+    assert all(folder.is_dir() and folder.parent == Path("runs") for folder in folders)
+
+
+def test_resume_with_another_configuration_is_refused(finished: Path) -> None:
+    message = refused(train.main, ["--resume", str(finished), "--width", "4"])
+    assert message == (f"--width is 4, but the run in {finished} was started with 2: leave it out, or start a new run")
+
+
+def test_checkpoint_of_another_run_is_refused(finished: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    stored = json.loads((copy / config.CONFIG_FILE).read_text())
+    (copy / config.CONFIG_FILE).write_text(json.dumps(stored | {"lr": 0.2}))
+    assert "is of another configuration than" in refused(train.main, ["--resume", str(copy)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": "0.1"}, 'lr of the configuration is "0.1", not a finite number'),
+        ({"width": 2.5}, "width of the configuration is 2.5, not an integer"),
+        ({"width": 10**9}, "--width is 1000000000: give at most 4096"),
+        ({"epochs": 10**30}, "give at most 2147483647"),
+        ({"epochs": None}, "epochs of the configuration is null, not an integer"),
+        ({"threads": "1"}, 'threads of the configuration is "1", not an integer or null'),
+        ({"synthetic": [2, 4]}, "synthetic of the configuration is [2, 4], not a list of 3, each an integer"),
+        ({"coefficients": 1}, "coefficients of the configuration is 1, not a list of 3, each a finite number"),
+        ({"precision": ["fp32"]}, "precision of the configuration is [\"fp32\"], not 'auto' or 'fp32' or 'bf16'"),
+        ({"joint_forward": "no"}, 'joint_forward of the configuration is "no", not true or false'),
+        ({"data": 7}, "data of the configuration is 7, not a path or null"),
+        ({"depth": 7}, "has 'depth', which is no option of this version"),
+        ("[1]", "the configuration is [1], not an object"),
+        ("{}", "the configuration has no"),
+        ("{", "is not JSON"),
+        (b"\xff", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_damaged_configuration_is_refused(finished: Path, tmp_path: Path, changes, message: str) -> None:
+    stored = (finished / config.CONFIG_FILE).read_text()
+    text = json.dumps(json.loads(stored) | changes) if isinstance(changes, dict) else changes
+    (tmp_path / config.CONFIG_FILE).write_bytes(text if isinstance(text, bytes) else text.encode())
+    told = refused(train.main, ["--resume", str(tmp_path)])
+    assert message in told
+    assert len(told) < 400
+
+
+@pytest.mark.parametrize(
+    ("changes", "without", "message"),
+    [
+        ({"epoch": "1"}, "", 'epoch of its metadata is "1", not an integer'),
+        ({"epoch": 10**9}, "", "is of epoch 1000000000, step 0, which this run does not have"),
+        ({"best_dice": None}, "", "best_dice of its metadata is null, not a finite number"),
+        ({}, "random.cpu", "its tensors are not those of this run ('random.cpu')"),
+        ({}, "model.gating.heads.0.bias", "its tensors are not those of this run (Error(s) in loading state_dict"),
+        ({}, "optim.model.gating.heads.0.bias.momentum_buffer", "its tensors are not those of this run ('optim.model."),
+        ({}, "optim.adaptive.log_vars.exp_avg", "its tensors are not those of this run ('optim.adaptive.log_vars')"),
+    ],
+)
+def test_damaged_state_is_refused(finished: Path, tmp_path: Path, changes: dict, without: str, message: str) -> None:
+    (tmp_path / config.CONFIG_FILE).write_bytes((finished / config.CONFIG_FILE).read_bytes())
+    metadata, tensors = checkpoint.read(finished / run_folder.LAST)
+    tensors.pop(without, None)
+    save_file(tensors, tmp_path / run_folder.LAST, {checkpoint.METADATA_KEY: json.dumps(metadata | changes)})
+    assert message in refused(train.main, ["--resume", str(tmp_path)])
+
+
+def test_ambiguous_parts_are_listed(glands_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(glands_folder, tmp_path / "two")
+    shutil.copytree(folder / "train_sup_1", folder / "train_sup_2")
+    message = refused(train.main, ["--data", str(folder), *SMALL])
+    assert "2 parts are named train_sup_*; choose one with --labeled NAME" in message
+    assert "train_sup_1, train_sup_2, train_unsup_4, val" in message
+
+
+def test_diverged_loss_ends_the_run_with_a_remedy(tiny: list[str], tmp_path: Path) -> None:
+    message = refused(train.main, [*tiny, "--lr", "1e30", "--out", str(tmp_path / "run")])
+    assert "restart with a smaller --lr" in message
+
+
+@pytest.mark.slow
+def test_command_line_shows_one_line_and_no_traceback(tiny: list[str], tmp_path: Path) -> None:
+    missing = str(tmp_path / "nothing")
+    (tmp_path / "nothing.file").touch()
+    for command in (
+        ["train", "--data", missing],
+        ["evaluate", "--checkpoint", missing, "--data", missing],
+        ["predict", "--checkpoint", missing, "--input", missing, "--out", missing],
+        ["train", *tiny, "--out", f"{missing}.file/run"],
+    ):
+        process = subprocess.run(
+            [sys.executable, "-m", f"semimoe_fast.{command[0]}", *command[1:]],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"TQDM_DISABLE": "1"},
+        )
+        assert process.returncode == 2
+        assert process.stderr.startswith("error: ")
+        assert missing in process.stderr
+        assert process.stderr.count("\n") == 1
+        assert not process.stdout

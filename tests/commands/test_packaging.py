@@ -1,0 +1,184 @@
+"""The package as users install it: from the tree, editable, and as a wheel, used from the tree and from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = "csrc kernels semimoe_fast setup.py CMakeLists.txt pyproject.toml README.md LICENSE".split()
+NEEDS_NVCC = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree around the tests")
+
+# Prints where the package and its parts come from, after using the native module.
+REPORT = """
+import json, sys
+import semimoe_fast
+assert "torch" not in sys.modules, "importing the package imports torch"
+import importlib.metadata, importlib.util
+import torch, _semimoe_fast, semimoe_fast.kernels, semimoe_fast.functional as F
+assert semimoe_fast.__version__ == importlib.metadata.version("semimoe_fast")
+assert F.squared_distance(torch.tensor([[1, 0, 0]])).tolist() == [[1, 1, 4]]
+assert F.ops.choose("squared_distance", "cpu")[0] == "fused"
+print(json.dumps({
+    "package": semimoe_fast.__file__,
+    "kernels": semimoe_fast.kernels.__file__,
+    "native": _semimoe_fast.__file__,
+    "built_with": _semimoe_fast.built_with,
+}))
+"""
+
+
+# What these tests are run with must not reach the environments under test.
+VARIABLES = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources, so that building leaves nothing in the real ones."""
+    tree = tmp_path_factory.mktemp("tree")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, tree / name)
+    return tree
+
+
+@dataclass
+class Environment:
+    """A virtual environment that holds nothing, and finds the dependencies of this one."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        venv.create(self.folder, symlinks=True)
+        self.python = self.folder / "bin" / "python"
+        (self.site,) = self.folder.glob("lib/python*/site-packages")
+        dependencies = [path for path in sys.path if path.endswith("-packages")]
+        (self.site / "dependencies.pth").write_text("\n".join(dependencies))
+
+    def pip(self, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # cmake and ninja from pip
+        return subprocess.run(
+            [sys.executable, "-m", "pip", "--python", self.python, *arguments, "--no-deps"],
+            env={**VARIABLES, "PATH": path, **variables},
+            capture_output=True,
+            text=True,
+        )
+
+    def run(self, *arguments: str, cwd: Path) -> str:
+        """Standard output of Python in a folder, which `-c` and `-m` put first on the path."""
+        done = subprocess.run([self.python, *arguments], cwd=cwd, env=VARIABLES, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def report(self, cwd: Path) -> dict:
+        return json.loads(self.run("-c", REPORT, cwd=cwd))
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Environment:
+    return Environment(tmp_path / "venv")
+
+
+def install(environment: Environment, *arguments: str | Path, **variables: str) -> None:
+    done = environment.pip("install", *arguments, **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_pip_install(tree: Path, environment: Environment, tmp_path: Path) -> None:
+    """As the README says, in build isolation, where there is no torch; then from the root and from elsewhere."""
+    install(environment, tree)
+    root, elsewhere = environment.report(cwd=tree), environment.report(cwd=tmp_path)
+    assert Path(root["package"]).is_relative_to(tree)
+    assert Path(elsewhere["package"]).is_relative_to(environment.site)
+    for report in (root, elsewhere):
+        assert Path(report["kernels"]).is_relative_to(environment.site)
+        assert Path(report["native"]).is_relative_to(environment.site)
+        assert (report["built_with"]["cuda"] is None) == (shutil.which("nvcc") is None)
+    for folder in (tree, tmp_path):
+        assert "usage" in environment.run("-m", "semimoe_fast.train", "--help", cwd=folder)
+        assert "fused" in environment.run("-m", "semimoe_fast.info", cwd=folder)
+
+
+@pytest.mark.slow
+def test_editable_install(tree: Path, environment: Environment, tmp_path: Path) -> None:
+    """Built as on a machine without nvcc."""
+    install(environment, "--no-build-isolation", "--editable", tree, SEMIMOE_CUDA="AUTO", CUDACXX="/nowhere/nvcc")
+    for folder in (tree, tmp_path):
+        report = environment.report(cwd=folder)
+        assert Path(report["package"]) == tree / "semimoe_fast" / "__init__.py"
+        assert Path(report["kernels"]) == tree / "kernels" / "__init__.py"
+        assert Path(report["native"]).parent == tree
+        assert report["built_with"]["cuda"] is None
+
+
+def test_wheel_alone(tree: Path, environment: Environment, tmp_path: Path) -> None:
+    """By way of the source distribution, so that this one is complete too."""
+    build = f"from setuptools.build_meta import build_sdist; print(build_sdist({str(tmp_path)!r}))"
+    sdist = environment.run("-c", build, cwd=tree).splitlines()[-1]
+    built = environment.pip(
+        "wheel", "--no-build-isolation", "--wheel-dir", tmp_path, tmp_path / sdist, SEMIMOE_CUDA="OFF"
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {"semimoe_fast/kernels/__init__.py", "semimoe_fast/py.typed"} <= set(names)
+    top_level = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert {name.split(".")[0] for name in top_level} == {"semimoe_fast", "_semimoe_fast"}  # nothing called kernels
+
+    install(environment, "--no-index", wheel)
+    report = environment.report(cwd=tmp_path)
+    for part in ("package", "kernels", "native"):
+        assert Path(report[part]).is_relative_to(environment.site)
+    assert report["built_with"]["cuda"] is None
+
+
+@pytest.mark.slow
+@NEEDS_NVCC
+def test_chosen_cuda_architectures(tree: Path, environment: Environment, tmp_path: Path) -> None:
+    install(environment, "--no-build-isolation", tree, SEMIMOE_CUDA="ON", SEMIMOE_CUDA_ARCHS="80,90")
+    assert environment.report(cwd=tmp_path)["built_with"]["cuda_archs"] == "80 90"
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        (
+            {"SEMIMOE_CUDA": "ON", "CUDACXX": "/nowhere/nvcc"},
+            "SEMIMOE_CUDA=ON, but nvcc was not found: install the CUDA toolkit, "
+            "or set CUDACXX to nvcc's path or SEMIMOE_CUDA=OFF.",
+        ),
+        (
+            {"SEMIMOE_CUDA": "AUTO", "CUDACXX": shutil.which("false")},
+            "CMake says why above: mend that, or set SEMIMOE_CUDA=OFF to build without CUDA",
+        ),
+        ({"SEMIMOE_CUDA": "maybe"}, "SEMIMOE_CUDA=maybe is not known: set it to AUTO, ON or OFF."),
+        pytest.param(
+            {"SEMIMOE_CUDA_ARCHS": "80;1"},
+            "SEMIMOE_CUDA_ARCHS=80;1: this nvcc does not know 1; it knows",
+            marks=NEEDS_NVCC,
+        ),
+    ],
+    ids=["CUDA without nvcc", "broken nvcc", "neither AUTO nor ON nor OFF", "unknown architecture"],
+)
+def test_builds_that_cannot_be_are_refused(
+    tree: Path, environment: Environment, variables: dict[str, str], line: str
+) -> None:
+    done = environment.pip("install", "--no-build-isolation", tree, **variables)
+    assert done.returncode != 0
+    assert line in done.stdout + done.stderr

@@ -1,0 +1,394 @@
+"""Decoded images on the disk: found again while the files are the same, and never wrong, in the way or fatal."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from semimoe_fast import checkpoint, train
+from semimoe_fast.data import cache, folders
+from semimoe_fast.data.cache import Cache
+from semimoe_fast.data.folders import Dataset, load_part
+from semimoe_fast.errors import UserError
+from semimoe_fast.training import config, run_folder, sources
+from semimoe_fast.training.lock import FolderLock
+
+RNG = np.random.default_rng(0)
+SIZE = 16
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder with one part of three pairs, of another size than they are read at."""
+    root = tmp_path / "data"
+    for kind, shape in (("image", (20, 30, 3)), ("mask", (20, 30))):
+        (root / "train" / kind).mkdir(parents=True)
+        for name in ("1", "2", "10"):
+            save(RNG.integers(0, 2 if kind == "mask" else 256, shape, np.uint8), root / "train" / kind / f"{name}.png")
+    return root
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "runs" / "cache")
+
+
+def save(pixels: np.ndarray, path: Path) -> None:
+    Image.fromarray(pixels).save(path)
+
+
+def files(kept: Cache) -> list[Path]:
+    """Everything in the cache, hidden or not."""
+    return sorted(kept.folder.iterdir())
+
+
+def assert_same(dataset: Dataset, expected: Dataset) -> None:
+    assert torch.equal(dataset.images, expected.images)
+    assert dataset.images.dtype == torch.uint8
+    assert (dataset.masks is None) == (expected.masks is None)
+    assert dataset.masks is None or torch.equal(dataset.masks, expected.masks)
+    assert dataset.names == expected.names
+    assert dataset.fingerprint == expected.fingerprint
+
+
+def decodes_nothing(patch: pytest.MonkeyPatch) -> None:
+    for name in ("read_image", "read_mask"):
+        patch.setattr(folders, name, lambda path: pytest.fail(f"{path} is decoded again"))
+
+
+# ----------------------------------------------------------------------------------------------------- found or not
+
+
+@pytest.mark.parametrize("with_masks", [True, False])
+@pytest.mark.parametrize("size", [SIZE, 33])
+def test_a_part_is_decoded_once(root: Path, kept: Cache, monkeypatch, capsys, size: int, with_masks: bool) -> None:
+    expected = load_part(root, "train", size, with_masks)
+    assert_same(kept.load_part(root, "train", size, with_masks), expected)
+    decodes_nothing(monkeypatch)
+    assert_same(Cache(kept.folder).load_part(root, "train", size, with_masks), expected)
+    assert len(files(kept)) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_a_moved_folder_is_found(root: Path, kept: Cache, tmp_path: Path, monkeypatch) -> None:
+    expected = kept.load_part(root, "train", SIZE, True)
+    moved = shutil.copytree(root, tmp_path / "elsewhere")
+    (moved / "train").rename(moved / "part")
+    decodes_nothing(monkeypatch)
+    assert_same(kept.load_part(moved, "part", SIZE, True), expected)
+
+
+def change_one(path: Path) -> None:
+    pixels = np.array(Image.open(path))
+    pixels[0, 0] ^= 1
+    save(pixels, path)
+
+
+def rename(root: Path) -> None:
+    for kind in ("image", "mask"):
+        (root / "train" / kind / "1.png").rename(root / "train" / kind / "3.png")
+
+
+def add(root: Path) -> None:
+    for kind in ("image", "mask"):
+        shutil.copy(root / "train" / kind / "1.png", root / "train" / kind / "3.png")
+
+
+def remove(root: Path) -> None:
+    for kind in ("image", "mask"):
+        (root / "train" / kind / "1.png").unlink()
+
+
+def exchange(root: Path) -> None:
+    """The same images and the same masks, in other pairs."""
+    folder = root / "train" / "mask"
+    (folder / "1.png").rename(folder / "other.png")
+    (folder / "2.png").rename(folder / "1.png")
+    (folder / "other.png").rename(folder / "2.png")
+
+
+CHANGES = {
+    "pixel of an image": lambda root: change_one(root / "train" / "image" / "2.png"),
+    "pixel of a mask": lambda root: change_one(root / "train" / "mask" / "10.png"),
+    "renamed": rename,
+    "added": add,
+    "removed": remove,
+    "masks exchanged": exchange,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_files_are_decoded_anew(root: Path, kept: Cache, change: str) -> None:
+    before = kept.load_part(root, "train", SIZE, True)
+    CHANGES[change](root)
+    after = kept.load_part(root, "train", SIZE, True)
+    assert_same(after, load_part(root, "train", SIZE, True))
+    assert len(files(kept)) == 2
+    assert after.fingerprint != before.fingerprint
+
+
+@pytest.mark.parametrize("change", ["size", "masks", "format", "Pillow", "torch"])
+def test_whatever_decides_on_the_values_is_in_the_key(root: Path, kept: Cache, monkeypatch, change: str) -> None:
+    kept.load_part(root, "train", SIZE, True)
+    if change == "format":
+        monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
+    elif change == "Pillow":
+        monkeypatch.setattr(cache.PIL, "__version__", "0")
+    elif change == "torch":
+        monkeypatch.setattr(cache.torch, "__version__", "0")
+    arguments = 2 * SIZE if change == "size" else SIZE, change != "masks"
+    assert_same(kept.load_part(root, "train", *arguments), load_part(root, "train", *arguments))
+    assert len(files(kept)) == 2
+
+
+# -------------------------------------------------------------------------------------------------------- the file
+
+
+def test_file_is_safetensors(root: Path, kept: Cache) -> None:
+    expected = kept.load_part(root, "train", SIZE, True)
+    (path,) = files(kept)
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+        metadata = file.metadata()
+    assert tensors.keys() == {"images", "masks"}
+    assert torch.equal(tensors["images"], expected.images)
+    assert torch.equal(tensors["masks"], expected.masks)
+    assert metadata == {"key": path.stem, "names": '["1", "10", "2"]', "fingerprint": expected.fingerprint}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_tensors_are_mapped_and_the_file_is_safe_from_them(root: Path, kept: Cache) -> None:
+    dataset = kept.load_part(root, "train", SIZE, True)
+    (path,) = files(kept)
+    before = path.read_bytes()
+    (line,) = (line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path)))
+    begin, end = (int(address, 16) for address in line.split()[0].split("-"))
+    for tensor in (dataset.images, dataset.masks):
+        assert begin <= tensor.data_ptr() < end
+        tensor += 1
+    assert path.read_bytes() == before
+    path.unlink()
+    assert dataset.masks.max() == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux how much memory there is")
+def test_file_larger_than_memory_is_mapped(root: Path, kept: Cache) -> None:
+    """Its header is there, and a hole for its pixels: what is mapped, not what is read of it."""
+    if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2":
+        pytest.skip("this Linux is set to map no more than it has memory for")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    (pair,) = folders.list_pairs(root, "train", False)[:1]
+    side = 4096
+    entry = cache.Entry([pair] * (2 * memory // (3 * side**2)), side, "0" * 64)
+    kept.folder.mkdir(parents=True)
+    path = kept.folder / "large"
+    path.write_bytes(entry.header())
+    try:
+        os.truncate(path, len(entry.header()) + 3 * side**2 * len(entry.pairs))
+    except OSError as error:
+        pytest.skip(f"no file as large as that here: {error}")
+    assert entry.map(path).images[-1, -1, -1, -1] == 0
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(position: int):
+    """One bit: of the header, of an image, of a mask."""
+
+    def spoil(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[position] ^= 1
+        path.write_bytes(content)
+
+    return spoil
+
+
+DAMAGE = {
+    "truncated": cut,
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "empty": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(RNG.bytes(path.stat().st_size)),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "bit of the header": flip(20),
+    "bit of a mask": flip(-5),
+    "bit of an image": flip(-3 * SIZE**2 - 5),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_file_is_replaced(root: Path, kept: Cache, capsys, monkeypatch, damage: str) -> None:
+    expected = load_part(root, "train", SIZE, True)
+    kept.load_part(root, "train", SIZE, True)
+    (path,) = files(kept)
+    whole = path.read_bytes()
+    DAMAGE[damage](path)
+    assert_same(kept.load_part(root, "train", SIZE, True), expected)
+    assert capsys.readouterr().err == f"warning: {path}: damaged; its images are decoded anew\n"
+    assert path.read_bytes() == whole
+    decodes_nothing(monkeypatch)
+    assert_same(kept.load_part(root, "train", SIZE, True), expected)
+    assert capsys.readouterr().err == ""
+
+
+def test_file_of_another_key_is_not_taken_for_it(root: Path, kept: Cache, capsys) -> None:
+    """Same names, same shapes: as if somebody had renamed it."""
+    kept.load_part(root, "train", SIZE, True)
+    (path,) = files(kept)
+    change_one(root / "train" / "image" / "2.png")
+    kept.load_part(root, "train", SIZE, True)
+    (other,) = set(files(kept)) - {path}
+    path.replace(other)
+    assert_same(kept.load_part(root, "train", SIZE, True), load_part(root, "train", SIZE, True))
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_names_that_are_not_utf8_are_kept(root: Path, kept: Cache, monkeypatch) -> None:
+    for kind in ("image", "mask"):
+        (root / "train" / kind / "1.png").rename(root / "train" / kind / os.fsdecode(b"\xe9.png"))
+    expected = load_part(root, "train", SIZE, True)
+    assert_same(kept.load_part(root, "train", SIZE, True), expected)
+    decodes_nothing(monkeypatch)
+    assert_same(kept.load_part(root, "train", SIZE, True), expected)
+    (path,) = files(kept)
+    with safe_open(path, framework="pt") as file:
+        assert json.loads(file.metadata()["names"]) == ["10", "2", "\udce9"]
+
+
+def test_pages_that_are_left_out_are_told_when_they_are_decoded(root: Path, kept: Cache, capsys) -> None:
+    page = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
+    (root / "train" / "image" / "1.png").unlink()
+    page.save(root / "train" / "image" / "1.tif", save_all=True, append_images=[page])
+    kept.load_part(root, "train", SIZE, True)
+    assert capsys.readouterr().err.count("1.tif has 2 pages") == 1
+
+
+# ------------------------------------------------------------------------------------------------ what may go wrong
+
+
+def test_unusable_folder_only_warns_once(root: Path, kept: Cache, capsys) -> None:
+    kept.folder.parent.mkdir()
+    kept.folder.touch()  # not a lack of rights, which root does not know
+    for size in (SIZE, 32):
+        assert_same(kept.load_part(root, "train", size, True), load_part(root, "train", size, True))
+    warning = f"warning: {kept.folder}: {os.strerror(errno.EEXIST)}; decoded images are not kept\n"
+    assert capsys.readouterr().err == warning
+
+
+def test_full_disk_leaves_nothing_behind(root: Path, kept: Cache, capsys, monkeypatch) -> None:
+    def full(self, path: Path, title: str) -> None:
+        path.write_bytes(self.header())
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(cache.Entry, "write", full)
+    assert_same(kept.load_part(root, "train", SIZE, True), load_part(root, "train", SIZE, True))
+    assert files(kept) == []
+    assert capsys.readouterr().err.endswith(f"{os.strerror(errno.ENOSPC)}; decoded images are not kept\n")
+
+
+def test_bad_files_are_refused_as_without_a_cache(root: Path, kept: Cache) -> None:
+    image, mask = root / "train" / "image", root / "train" / "mask"
+    kept.load_part(root, "train", SIZE, True)
+    spoilt = [
+        lambda: (mask / "1.png").unlink(),
+        lambda: save(np.zeros((9, 9), np.uint8), mask / "1.png"),
+        lambda: (image / "2.png").write_bytes(b"nothing to see"),
+        lambda: ((image / "2.png").unlink(), (image / "2.png").mkdir()),  # not even to be opened
+        lambda: shutil.rmtree(image),
+    ]
+    for spoil in spoilt:
+        spoil()
+        with pytest.raises(UserError) as expected:
+            load_part(root, "train", SIZE, True)
+        with pytest.raises(UserError) as caught:
+            kept.load_part(root, "train", SIZE, True)
+        assert str(caught.value) == str(expected.value)
+        assert len(files(kept)) == 1
+
+
+def test_other_processes_of_a_run_read_and_leave_writing_to_the_first(root: Path, kept: Cache, monkeypatch) -> None:
+    other = Cache(kept.folder, writes=False)
+    assert_same(other.load_part(root, "train", SIZE, True), load_part(root, "train", SIZE, True))
+    assert not kept.folder.exists()
+    expected = kept.load_part(root, "train", SIZE, True)
+    decodes_nothing(monkeypatch)
+    assert_same(other.load_part(root, "train", SIZE, True), expected)
+
+
+def test_runs_that_start_together_do_not_meet(root: Path, kept: Cache, monkeypatch) -> None:
+    """Another run begins and ends writing the same part while the first is at it."""
+    write = cache.Entry.write
+
+    def interrupted(self, path: Path, title: str) -> None:
+        monkeypatch.setattr(cache.Entry, "write", write)
+        path.write_bytes(b"unfinished")
+        Cache(kept.folder).load_part(root, "train", SIZE, True)
+        assert path.read_bytes() == b"unfinished"
+        write(self, path, title)
+
+    monkeypatch.setattr(cache.Entry, "write", interrupted)
+    assert_same(kept.load_part(root, "train", SIZE, True), load_part(root, "train", SIZE, True))
+    assert len(files(kept)) == 1
+
+
+# --------------------------------------------------------------------------------------------------------- the run
+
+
+OPTIONS = "--image-size 32 --width 2 --epochs 1 --warmup-epochs 0 --device cpu".split()
+
+
+def test_cache_is_beside_the_run(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("tyro")
+    monkeypatch.chdir(tmp_path)
+    assert run_folder.cache_folder(config.SYNTHETIC) == Path("runs/cache")
+    for out, expected in (("there/run", tmp_path / "there"), (".", tmp_path.parent)):
+        given = config.parse(["--out", out])
+        assert run_folder.cache_folder(given) == expected / "cache"
+    (tmp_path / "runs").mkdir()
+    with FolderLock() as lock:
+        resumed = run_folder.new_folder(config.SYNTHETIC, lock)
+    assert run_folder.cache_folder(config.parse(["--resume", str(resumed)])) == tmp_path / "runs" / "cache"
+
+
+def test_second_run_and_resumed_run_decode_nothing(glands_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """And they are the run that no cache had a part in."""
+    pytest.importorskip("tyro")
+    runs = [tmp_path / "runs" / name for name in ("plain", "first", "second")]
+    with monkeypatch.context() as patch:
+        patch.setattr(Cache, "load_part", lambda self, *part, **kind: load_part(*part, **kind))
+        train.main(["--data", str(glands_folder), *OPTIONS, "--out", str(runs[0])])
+    assert not (tmp_path / "runs" / "cache").exists()
+    train.main(["--data", str(glands_folder), *OPTIONS, "--out", str(runs[1])])
+    assert len(list((tmp_path / "runs" / "cache").iterdir())) == 3
+    decodes_nothing(monkeypatch)
+    train.main(["--data", str(glands_folder), *OPTIONS, "--out", str(runs[2])])
+    train.main(["--resume", str(runs[0])])
+    (expected_metadata, expected), *others = (checkpoint.read(run / run_folder.LAST) for run in runs)
+    for metadata, tensors in others:
+        assert metadata == expected_metadata
+        assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+
+
+def test_synthetic_run_keeps_nothing(finished: Path) -> None:
+    assert not (finished.parent / "cache").exists()
+
+
+def test_load_data_without_a_cache_is_the_same(glands_folder: Path, kept: Cache) -> None:
+    pytest.importorskip("tyro")
+    given = config.parse(["--data", str(glands_folder), *OPTIONS])
+    (plain, plain_val), (mapped, mapped_val) = sources.load_data(given), sources.load_data(given, kept)
+    assert plain.preprocessing == mapped.preprocessing
+    for ours, theirs in ((mapped.labeled, plain.labeled), (mapped.unlabeled, plain.unlabeled)):
+        assert_same(ours, theirs)
+    assert_same(mapped_val, plain_val)

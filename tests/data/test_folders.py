@@ -1,0 +1,381 @@
+"""Image folders: what is read, how it is resized, and one clear line for everything that is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from semimoe_fast.data.folders import (
+    NORMALIZATION,
+    channel_statistics,
+    list_images,
+    load_part,
+    read_image,
+    read_mask,
+    resize_image,
+    resize_mask,
+)
+from semimoe_fast.errors import UserError
+
+RNG = np.random.default_rng(0)
+COLOURS = RNG.integers(0, 256, (20, 30, 3), np.uint8)
+IDS = RNG.integers(0, 3, (20, 30), np.uint8)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A folder with one part of three pairs, as a user would have it."""
+    (tmp_path / "train" / "image").mkdir(parents=True)
+    (tmp_path / "train" / "mask").mkdir()
+    for name in ("1", "2", "10"):
+        save(COLOURS, tmp_path / "train" / "image" / f"{name}.tif")
+        save(IDS, tmp_path / "train" / "mask" / f"{name}.png")
+    return tmp_path
+
+
+def save(array, path):
+    Image.fromarray(array).save(path)
+    return path
+
+
+def deep_png(path, channels):
+    """A PNG of 16 bits per channel, which Pillow cannot write in color."""
+    cv2 = pytest.importorskip("cv2")
+    cv2.imwrite(str(path), RNG.integers(0, 2**16, (20, 30, channels), np.uint16))
+
+
+# ------------------------------------------------------------------------------------------------------------- parts
+
+
+def test_part_pairs_by_stem(root):
+    for name in (".DS_Store", ".hidden.png", "Thumbs.db", "notes"):
+        (root / "train" / "image" / name).write_bytes(b"nothing to see")
+    (root / "train" / "image" / "folder").mkdir()
+    save(np.zeros_like(IDS), root / "train" / "mask" / "2.png")
+    part = load_part(root, "train", 16, with_masks=True)
+    assert len(part) == 3
+    assert part.names == ["1", "10", "2"]
+    assert part.images.shape == (3, 3, 16, 16)
+    assert part.images.is_contiguous()
+    assert part.masks.shape == (3, 16, 16)
+    assert torch.equal(part.images[0], resize_image(COLOURS, 16))
+    assert torch.equal(part.masks[0], resize_mask((IDS > 0).astype(np.uint8), 16))
+    assert not part.masks[2].any()
+
+
+def test_unlabeled_part_ignores_masks(root):
+    (root / "train" / "mask" / "1.png").write_bytes(b"broken")
+    part = load_part(root, "train", 16, with_masks=False)
+    assert part.masks is None
+    assert len(part) == 3
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-400])
+
+
+def holding(array):
+    return lambda path: save(array, path)
+
+
+def empty(folder):
+    for path in folder.iterdir():
+        path.unlink()
+
+
+BAD_PARTS = {
+    "image missing": ("image/1.tif", Path.unlink, ["mask/1.png", "no image", "image/1.png", "remove the mask"]),
+    "mask missing": ("mask/1.png", Path.unlink, ["image/1.tif", "no mask", "mask/1.png", "remove the image"]),
+    "two of a stem": ("image/1.png", holding(COLOURS), ["image/1.png", "1.tif", "same stem", "rename"]),
+    "two masks of a stem": ("mask/2.tif", holding(IDS), ["mask/2.png", "2.tif", "same stem", "rename"]),
+    "sizes differ": (
+        "mask/2.png",
+        holding(IDS[:19]),
+        ["image/2.tif", "30 x 20", "mask/2.png", "30 x 19", "size of its image"],
+    ),
+    "truncated image": ("image/10.tif", truncate, ["image/10.tif", "truncated", "replace"]),
+    "no bytes": ("mask/10.png", lambda path: path.write_bytes(b""), ["mask/10.png", "cannot be read", "replace"]),
+    "no images": ("image", empty, ["train/image", "no image", "put PNG"]),
+    "no masks": ("mask", empty, ["train/mask", "no image", "put PNG"]),
+    "no image folder": ("image", shutil.rmtree, ["train/image is missing", "no PART/image"]),
+    "no mask folder": ("mask", shutil.rmtree, ["train/mask is missing", "no PART/mask"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PARTS)
+def test_bad_part(root, case):
+    path, spoil, told = BAD_PARTS[case]
+    spoil(root / "train" / path)
+    with pytest.raises(UserError) as caught:
+        load_part(root, "train", 16, with_masks=True)
+    assert_one_line(caught, [str(root), *told])
+
+
+def test_unknown_part_names_the_others(root):
+    (root / "val" / "image").mkdir(parents=True)
+    with pytest.raises(UserError) as caught:
+        load_part(root, "test", 16, with_masks=False)
+    assert_one_line(caught, [str(root / "test" / "image"), "missing", "choose one of its parts train, val"])
+
+
+def test_missing_root(tmp_path):
+    with pytest.raises(UserError) as caught:
+        load_part(tmp_path / "nowhere", "train", 16, with_masks=False)
+    assert_one_line(caught, [str(tmp_path / "nowhere"), "not a folder", "correct the path"])
+
+
+def test_list_of_a_missing_folder(tmp_path):
+    with pytest.raises(UserError) as caught:
+        list_images(tmp_path / "nowhere")
+    assert_one_line(caught, [str(tmp_path / "nowhere"), "not a folder", "correct the path"])
+
+
+def assert_one_line(caught, told):
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in told:
+        assert part in message
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "bmp"])
+def test_image_is_read_as_it_is(tmp_path, suffix):
+    np.testing.assert_array_equal(read_image(save(COLOURS, tmp_path / f"a.{suffix}")), COLOURS)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
+def test_image_is_converted_to_rgb(tmp_path, mode):
+    image = Image.fromarray(COLOURS).convert(mode)
+    image.save(tmp_path / "a.tif")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), image.convert("RGB"))
+
+
+def test_alpha_is_dropped(tmp_path):
+    transparent = np.dstack([COLOURS, np.zeros_like(IDS)])
+    np.testing.assert_array_equal(read_image(save(transparent, tmp_path / "a.png")), COLOURS)
+
+
+def test_sixteen_bits_per_pixel_is_not_sixteen_per_channel(tmp_path):
+    """A BMP of 5-5-5 bits, which Pillow's decoder calls BGR;15, and of 5-6-5, which it calls BGR;16."""
+    header = b"BM" + (14 + 40 + 12 + 4).to_bytes(4, "little") + bytes(4) + (14 + 40 + 12).to_bytes(4, "little")
+    info = [40, 1, 1, 1 | 16 << 16, 3, 4, 0, 0, 0, 0]  # 1 x 1 pixel, 1 plane, 16 bits, the channels' bits follow
+    masks = [0xF800, 0x07E0, 0x001F]
+    (tmp_path / "a.bmp").write_bytes(
+        header + b"".join(value.to_bytes(4, "little") for value in info + masks) + b"\x00\xf8\x00\x00"
+    )
+    np.testing.assert_array_equal(read_image(tmp_path / "a.bmp"), [[[255, 0, 0]]])
+
+
+DEEP = {"16-bit": np.uint16, "32-bit": np.int32, "float": np.float32}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_deep_image_is_refused(tmp_path, kind):
+    path = save(IDS.astype(DEEP[kind]), tmp_path / "a.tif")
+    with pytest.raises(UserError) as caught:
+        read_image(path)
+    assert_one_line(caught, [str(path), "more than 8 bits per channel", "save it as 8-bit RGB"])
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_deep_color_is_refused(tmp_path, channels, suffix):
+    path = tmp_path / f"a.{suffix}"
+    deep_png(path, channels)
+    with pytest.raises(UserError) as caught:
+        read_image(path)
+    assert_one_line(caught, [str(path), "more than 8 bits per channel", "save it as 8-bit RGB"])
+
+
+MASKS = {
+    "0 and 255": Image.fromarray(255 * (IDS > 0).astype(np.uint8)),
+    "ids": Image.fromarray(IDS),
+    "1-bit": Image.fromarray(IDS > 0),
+    "16-bit ids": Image.fromarray(IDS.astype(np.uint16) * 256),
+    "32-bit ids": Image.fromarray(IDS.astype(np.int32) * 65536),
+    "equal channels": Image.fromarray(np.repeat(IDS[..., None], 3, 2)),
+    "equal channels, opaque": Image.fromarray(np.dstack([IDS, IDS, IDS, np.full_like(IDS, 255)])),
+    "gray, opaque": Image.fromarray(np.dstack([IDS, np.full_like(IDS, 255)])),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_mask_is_non_zero(tmp_path, kind):
+    MASKS[kind].save(tmp_path / "a.tif")
+    mask = read_mask(tmp_path / "a.tif")
+    assert mask.dtype == np.uint8
+    np.testing.assert_array_equal(mask, IDS > 0)
+
+
+def test_palette_mask_is_its_indices(tmp_path):
+    image = Image.new("P", (30, 20))
+    image.putdata(IDS.ravel().tolist())
+    image.putpalette([9, 9, 9, 0, 0, 0, 250, 10, 80])  # 0 is not black and 1 is
+    image.save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.png"), IDS > 0)
+
+
+def test_colored_mask_is_refused(tmp_path):
+    path = save(COLOURS, tmp_path / "a.png")
+    with pytest.raises(UserError) as caught:
+        read_mask(path)
+    assert_one_line(caught, [str(path), "color image (mode RGB)", "one channel"])
+
+
+def test_deep_color_mask_is_refused(tmp_path):
+    """Pillow would cut its ids to their high bytes: equal channels, but most ids 0."""
+    cv2 = pytest.importorskip("cv2")
+    cv2.imwrite(str(tmp_path / "a.png"), np.repeat(IDS[..., None], 3, 2).astype(np.uint16))
+    with pytest.raises(UserError) as caught:
+        read_mask(tmp_path / "a.png")
+    assert_one_line(caught, [str(tmp_path / "a.png"), "color image", "one channel"])
+
+
+def test_float_mask_is_refused(tmp_path):
+    path = save(IDS.astype(np.float32), tmp_path / "a.tif")
+    with pytest.raises(UserError) as caught:
+        read_mask(path)
+    assert_one_line(caught, [str(path), "floating-point", "one channel"])
+
+
+def test_jpeg_mask_is_refused(tmp_path):
+    path = save(IDS, tmp_path / "a.jpg")
+    with pytest.raises(UserError) as caught:
+        read_mask(path)
+    assert_one_line(caught, [str(path), "JPEG", "save it as a PNG"])
+
+
+ORIENTATIONS = {  # the EXIF tag, and what turns the stored pixels upright
+    1: lambda pixels: pixels,
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    6: lambda pixels: np.rot90(pixels, -1),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_images_and_masks_are_turned_upright(tmp_path, suffix, orientation):
+    for stored, read in ((COLOURS, read_image), (IDS, read_mask)):
+        exif = Image.Exif()
+        exif[0x112] = orientation
+        Image.fromarray(stored).save(tmp_path / f"a.{suffix}", exif=exif)
+        expected = ORIENTATIONS[orientation](stored if stored is COLOURS else IDS > 0)
+        np.testing.assert_array_equal(read(tmp_path / f"a.{suffix}"), expected)
+
+
+def test_turned_jpeg_mask_is_still_refused(tmp_path):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.fromarray(IDS).save(tmp_path / "a.jpg", exif=exif)
+    with pytest.raises(UserError, match="is a JPEG"):
+        read_mask(tmp_path / "a.jpg")
+
+
+def test_image_with_damaged_exif_is_read_as_it_is(tmp_path, capsys):
+    Image.fromarray(COLOURS).save(tmp_path / "a.png", exif=b"Exif\0\0no TIFF header")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), COLOURS)
+    assert capsys.readouterr().err.startswith(f"warning: {tmp_path / 'a.png'}: its EXIF data cannot be read")
+
+
+def test_first_of_several_pages_is_read_with_a_warning(tmp_path, capsys):
+    path = tmp_path / "a.tif"
+    Image.fromarray(COLOURS).save(path, save_all=True, append_images=[Image.fromarray(COLOURS[::-1])] * 2)
+    np.testing.assert_array_equal(read_image(path), COLOURS)
+    warning = f"warning: {path} has 3 pages, of which the first alone is read: save the others as files of their own\n"
+    assert capsys.readouterr().err == warning
+
+
+def test_names_that_are_not_utf8_have_a_fingerprint(root):
+    """They tell sets apart as other names do, whose fingerprints have stayed the same."""
+    before = load_part(root, "train", 16, with_masks=False)
+    content = hashlib.sha256(b"1\n10\n2" + before.images.numpy().tobytes()).hexdigest()
+    assert before.fingerprint == content
+    path = root / "train" / "image" / "1.tif"
+    path.rename(path.with_name(os.fsdecode(b"\xe9.tif")))
+    after = load_part(root, "train", 16, with_masks=False)
+    assert after.names == ["10", "2", "\udce9"]
+    assert after.fingerprint != before.fingerprint
+
+
+# ---------------------------------------------------------------------------------------------------------- resizing
+
+
+def test_image_of_the_size_is_not_resampled():
+    square = COLOURS[:, :20].copy()
+    np.testing.assert_array_equal(resize_image(square, 20).permute(1, 2, 0), square)
+    np.testing.assert_array_equal(resize_mask(IDS[:, :20], 20), IDS[:, :20])
+
+
+@pytest.mark.parametrize("size", [16, 32, 256])
+def test_resizing_is_what_opencv_does(size):
+    cv2 = pytest.importorskip("cv2")
+    image = cv2.resize(COLOURS, (size, size), interpolation=cv2.INTER_LINEAR)
+    # OpenCV rounds weights to 11 bits and truncates between its two passes: up to one gray level.
+    np.testing.assert_allclose(resize_image(COLOURS, size).permute(1, 2, 0).int(), image.astype(int), atol=1)
+    mask = cv2.resize(IDS, (size, size), interpolation=cv2.INTER_NEAREST)
+    np.testing.assert_array_equal(resize_mask(IDS, size), mask)
+
+
+def test_resizing_is_bilinear_and_rounded():
+    pixels = torch.from_numpy(COLOURS).permute(2, 0, 1)[None].double()
+    expected = functional.interpolate(pixels, (17, 17), mode="bilinear", align_corners=False)[0]
+    # Half a level of rounding, and float32 weights before it.
+    torch.testing.assert_close(resize_image(COLOURS, 17).double(), expected, rtol=0, atol=0.5 + 1e-3)
+
+
+def test_resizing_reproduces_glas(glas_folder):
+    """GlaS256 was made from the native images by OpenCV (see above for the one level)."""
+    for path in list_images(glas_folder / "native" / "image"):
+        expected = read_image(glas_folder / "val" / "image" / path.name).astype(int)
+        np.testing.assert_allclose(resize_image(read_image(path), 256).permute(1, 2, 0).int(), expected, atol=1)
+        mask = resize_mask(read_mask(glas_folder / "native" / "mask" / path.name), 256)
+        np.testing.assert_array_equal(mask, read_mask(glas_folder / "val" / "mask" / path.name))
+
+
+# -------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_statistics_are_those_of_the_pixels():
+    images = torch.from_numpy(RNG.integers(0, 200, (4, 3, 9, 7), np.uint8))
+    mean, std = channel_statistics(images)
+    pixels = images.numpy() / 255
+    # Float64 sums over 252 pixels, in another order.
+    np.testing.assert_allclose(mean, pixels.mean((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(std, pixels.std((0, 2, 3)), rtol=1e-12)
+
+
+def test_statistics_of_several_sets_are_those_of_all_their_images():
+    images = torch.from_numpy(RNG.integers(0, 200, (140, 3, 5, 4), np.uint8))  # more than are counted at once
+    assert channel_statistics(images[:9], images[9:]) == channel_statistics(images)
+    pixels = images.numpy() / 255
+    np.testing.assert_allclose(channel_statistics(images)[0], pixels.mean((0, 2, 3)), rtol=1e-12)  # as above
+
+
+def test_constant_channel_can_be_divided_by_its_std():
+    images = torch.full((1, 3, 4, 4), 51, dtype=torch.uint8)
+    assert channel_statistics(images) == (pytest.approx([0.2] * 3), pytest.approx([1 / 255] * 3))
+
+
+def test_no_pixels_have_no_statistics():
+    with pytest.raises(ValueError, match=r"\(0, 3, 4, 4\)"):
+        channel_statistics(torch.empty(0, 3, 4, 4, dtype=torch.uint8))
+
+
+def test_statistics_of_glas(glas_folder):
+    part = load_part(glas_folder, "train_unsup_68", 256, with_masks=False)
+    mean, std = channel_statistics(part.images)
+    # Published figures of the whole set; these are 68 of its images, made smaller.
+    np.testing.assert_allclose(mean, NORMALIZATION["glas"][0], atol=0.02)
+    np.testing.assert_allclose(std, (0.168, 0.248, 0.132), atol=0.02)

@@ -1,0 +1,145 @@
+"""Synthetic glands: reproducible, hard for a color threshold, and true to their masks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import ndimage
+
+from semimoe_fast.data.folders import load_part
+from semimoe_fast.data.glands import glands
+from semimoe_fast.errors import UserError
+from semimoe_fast.synthetic import Folder, write
+from semimoe_fast.training.config import SYNTHETIC
+from semimoe_fast.training.sources import synthetic_data
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return glands(40, SIZE, 0)
+
+
+def test_shapes_and_types(sample):
+    images, masks = sample
+    assert images.shape == (40, 3, SIZE, SIZE)
+    assert images.dtype == torch.uint8
+    assert masks.shape == (40, SIZE, SIZE)
+    assert masks.dtype == torch.uint8
+    assert set(masks.unique().tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("size", [16, 37])
+def test_any_size(size):
+    images, masks = glands(2, size, 0)
+    assert images.shape == (2, 3, size, size)
+    assert masks.shape == (2, size, size)
+
+
+def test_no_images():
+    images, masks = glands(0, SIZE, 0)
+    assert len(images) == len(masks) == 0
+
+
+def test_an_image_depends_on_its_seed_and_index_alone(sample):
+    images, masks = glands(3, SIZE, 0)
+    assert torch.equal(images, sample[0][:3])
+    assert torch.equal(masks, sample[1][:3])
+    other, _ = glands(3, SIZE, 1)
+    different = [(a != b).any().item() for a in other for b in images]
+    assert all(different)
+    assert (images[0] != images[1]).any()
+
+
+@pytest.mark.parametrize("arguments", [(-1, SIZE, 0), (1, 15, 0), (1, SIZE, -1)])
+def test_bad_arguments(arguments):
+    with pytest.raises(ValueError, match="got {}, {} and {}".format(*arguments)):
+        glands(*arguments)
+
+
+def test_pictures_have_whole_open_and_touching_glands(sample):
+    _, masks = sample
+    share = masks.float().mean().item()
+    assert 0.25 < share < 0.5  # GlaS: about half
+    border = masks[:, 0].any(1) | masks[:, -1].any(1) | masks[:, :, 0].any(1) | masks[:, :, -1].any(1)
+    assert border.float().mean() > 0.8
+    whole = touching = 0
+    for mask in masks.numpy():
+        labels, count = ndimage.label(mask)
+        for rows, columns in ndimage.find_objects(labels):
+            whole += rows.start > 0 and columns.start > 0 and rows.stop < SIZE and columns.stop < SIZE
+        for index in range(1, count + 1):  # glands that touch come apart when they are worn down
+            touching += ndimage.label(ndimage.binary_erosion(labels == index, iterations=2, border_value=1))[1] > 1
+    assert whole > 40
+    assert touching > 10
+
+
+def test_outlines_show_in_the_picture(sample):
+    """Just inside an outline stands the palisade of nuclei: darker in red than what is just outside."""
+    images, masks = sample
+    clear = []
+    for image, mask in zip(images.numpy(), masks.numpy() > 0, strict=True):
+        inside = mask & ~ndimage.binary_erosion(mask, iterations=3, border_value=1)
+        outside = ndimage.binary_dilation(mask, iterations=3) & ~mask
+        clear.append(image[0][outside].mean() - image[0][inside].mean() > 10)
+    assert np.mean(clear) > 0.9
+
+
+def test_color_alone_does_not_tell_glands(sample):
+    """The best linear function of a pixel's color at its best threshold stays far below a small network's 0.95."""
+    images, masks = sample
+    color = images.permute(0, 2, 3, 1).reshape(-1, 3).double()
+    color = torch.cat([color, torch.ones(len(color), 1)], 1)
+    truth = masks.flatten().double()
+    score = color @ torch.linalg.lstsq(color, truth[:, None]).solution[:, 0]
+    dice = [
+        (2 * (score > t).double() @ truth / ((score > t).sum() + truth.sum())).item()
+        for t in torch.arange(0.1, 0.7, 0.02)
+    ]
+    assert max(dice) < 0.75
+
+
+def test_a_weak_stain_changes_the_colors_of_the_first_pictures_alone(sample):
+    images, masks = glands(6, SIZE, 0, weakly_stained=4)
+    assert torch.equal(masks, sample[1][:6])
+    assert torch.equal(images[4:], sample[0][4:6])
+    # half the optical density; noise and the microscope add to either
+    weak, usual = (-(part[:4].double().clamp(1) / 255).log().mean((1, 2, 3)) for part in (images, sample[0]))
+    assert torch.allclose(weak / usual, torch.full((4,), 0.5, dtype=torch.float64), atol=0.1), weak / usual
+
+
+def test_the_labeled_part_of_a_run_is_the_weakly_stained_one():
+    labeled, unlabeled, val = synthetic_data(replace(SYNTHETIC, synthetic=(2, 3, 1), image_size=32))
+    images, _ = glands(6, 32, 0, weakly_stained=2)
+    assert torch.equal(torch.cat([labeled.images, unlabeled.images, val.images]), images)
+
+
+def test_folder_holds_the_pictures(tmp_path):
+    out = tmp_path / "data"
+    write(Folder(out, labeled=2, unlabeled=1, val=1, size=32, seed=5))
+    images, masks = glands(4, 32, 5, weakly_stained=2)
+    assert sorted(path.name for path in out.iterdir()) == ["train_sup_2", "train_unsup_1", "val"]
+    assert not (out / "train_unsup_1" / "mask").exists()
+    labeled, unlabeled = load_part(out, "train_sup_2", 32, True), load_part(out, "train_unsup_1", 32, False)
+    val = load_part(out, "val", 32, True)
+    assert np.array(Image.open(out / "val" / "mask" / "0000.png")).max() == 255  # visible in any viewer
+    assert torch.equal(torch.cat([labeled.images, unlabeled.images, val.images]), images)
+    assert torch.equal(torch.cat([labeled.masks, val.masks]), masks[[0, 1, 3]])
+
+
+def test_folder_in_use_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path, tmp_path / "file"):
+        with pytest.raises(UserError, match=f"{out} exists.*choose another --out"):
+            write(Folder(out))
+
+
+def test_bad_numbers_are_refused(tmp_path):
+    with pytest.raises(UserError, match="size=8"):
+        write(Folder(tmp_path / "new", size=8))
+    assert not (tmp_path / "new").exists()

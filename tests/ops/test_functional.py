@@ -1,0 +1,497 @@
+"""Every operation and backend against the golden archives and the float64 reference; gradients, layouts, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from semimoe_fast import functional as F
+from semimoe_fast import ops
+from semimoe_fast.model import MultiGating
+from semimoe_fast.ops import portable, reference
+from semimoe_fast.published import rename_gating
+
+BACKENDS = ("reference", "portable")
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+LOSSES = ("squared_dice_loss", "soft_dice_loss")
+NEEDS_TRITON = pytest.mark.skipif(bool(ops.why_not_fused("multi_gate", DEVICES[-1])), reason="Triton cannot serve here")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("SEMIMOE_BACKEND", request.param)
+    return request.param
+
+
+def gate_inputs(
+    batch: int = 2,
+    experts: int = 3,
+    heads: tuple[int, ...] = (2, 1, 2),
+    channels: int = 5,
+    size: tuple[int, int] = (4, 6),
+) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor]]:
+    """Random arguments of multi_gate, float64, that ask for gradients."""
+    random = torch.Generator().manual_seed(batch + 10 * experts + 100 * len(heads) + 1000 * channels)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=random).requires_grad_()
+
+    features = [draw(batch, channels, *size) for _ in range(experts)]
+    return features, draw(batch, len(heads), experts), [draw(o, channels) for o in heads], [draw(o) for o in heads]
+
+
+def flat(arguments: tuple) -> list[Tensor]:
+    features, gates, weights, biases = arguments
+    return [*features, gates, *weights, *biases]
+
+
+def cast(arguments: tuple, convert) -> tuple:
+    """The arguments of multi_gate, each tensor converted and made a leaf of its own."""
+    features, gates, weights, biases = arguments
+
+    def leaf(tensor: Tensor) -> Tensor:
+        return convert(tensor.detach()).requires_grad_()
+
+    return [leaf(x) for x in features], leaf(gates), [leaf(w) for w in weights], [leaf(b) for b in biases]
+
+
+# golden archives
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("fused", marks=NEEDS_TRITON)], indirect=True)
+@pytest.mark.parametrize("case", ["a", "b"])
+def test_golden_gating(case: str, backend: str, golden) -> None:
+    """Gates, outputs and every gradient of the published gating module (dropout off)."""
+    device = DEVICES[-1]
+    archive = {key: torch.from_numpy(value).to(device) for key, value in golden("gating").items()}
+    gating = MultiGating(64, 3, (2, 1, 2), dropout=0.0).to(device)
+    parameters = {k.removeprefix("param/"): v for k, v in archive.items() if k.startswith("param/")}
+    gating.load_state_dict({rename_gating(k): v for k, v in parameters.items()})
+    features = archive[f"{case}/features"].requires_grad_()
+    *outputs, gates = gating(features.split(64, 1))
+
+    # float32 sums of 192 terms, in another order than the published code's
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    tasks = ("mask", "sdf", "boundary")
+    for k, task in enumerate(tasks):
+        torch.testing.assert_close(outputs[k].detach(), archive[f"{case}/out_{task}"], **close)
+        torch.testing.assert_close(gates[:, k].detach(), archive[f"{case}/gate_{task}"], **close)
+    torch.autograd.backward(outputs, [archive[f"{case}/grad_out_{task}"] for task in tasks])
+    torch.testing.assert_close(features.grad, archive[f"{case}/grad_features"], **close)
+    ours = dict(gating.named_parameters())
+    for key in parameters:
+        expected = archive[f"{case}/grad_param/{key}"]
+        scale = expected.abs().max().item()  # sums over all pixels cancel: the largest entry sets the rounding error
+        torch.testing.assert_close(ours[rename_gating(key)].grad, expected, rtol=1e-4, atol=1e-5 * scale, msg=key)
+
+
+@pytest.mark.parametrize("case", ["a", "b"])
+def test_golden_losses(case: str, backend: str, golden) -> None:
+    archive = {
+        k.removeprefix(f"{case}/"): torch.from_numpy(v) for k, v in golden("losses").items() if k.startswith(case)
+    }
+    terms = []
+    for loss, logits, target, name in (
+        (F.squared_dice_loss, "seg_logits", "target", "seg_dice"),
+        (F.tanh_mse_loss, "sdf_raw", "sdf_target", "sdf_mse"),
+        (F.soft_dice_loss, "boundary_logits", "boundary_target", "boundary_dice"),
+    ):
+        prediction = archive[logits].clone().requires_grad_()
+        value = loss(prediction, archive[target])
+        value.backward()
+        terms.append(value.detach())
+        # float32 sums of up to 4,096 terms against the published float32 sums
+        torch.testing.assert_close(value.detach().double(), archive[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(prediction.grad, archive[f"{name}_grad"], rtol=1e-4, atol=1e-8)
+    log_vars = archive["log_vars"].clone().requires_grad_()
+    total = F.adaptive_loss(torch.stack(terms), log_vars)
+    total.backward()
+    torch.testing.assert_close(total.detach().double(), archive["total"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(log_vars.grad, archive["log_vars_grad"], rtol=1e-5, atol=1e-6)
+
+
+# against the float64 oracle
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("dtype", "roundings"), [(torch.float64, 64), (torch.float32, 64), (torch.bfloat16, 4)])
+def test_multi_gate_equals_reference(
+    dtype: torch.dtype, roundings: int, layout: torch.memory_format, device: str
+) -> None:
+    """Each result is a sum of at most 48 products, in bfloat16 summed in float32 and rounded three times on the way."""
+    arguments = cast(gate_inputs(), lambda t: t.to(device, dtype).contiguous())
+    features = [x.detach().contiguous(memory_format=layout).requires_grad_() for x in arguments[0]]
+    arguments = (features, *arguments[1:])
+    random = torch.Generator().manual_seed(0)
+    weighting = [torch.randn(2, o, 4, 6, generator=random).to(device, dtype) for o in (2, 1, 2)]
+
+    def run(function, convert) -> list[Tensor]:
+        leaves = cast(arguments, convert)
+        outputs = function(*leaves)
+        torch.autograd.backward(outputs, [convert(w) for w in weighting])
+        return [*outputs, *(leaf.grad for leaf in flat(leaves))]
+
+    results = run(F.multi_gate, lambda t: t)
+    exact = run(reference.multi_gate, lambda t: t.cpu().double())
+    magnitude = run(reference.multi_gate, lambda t: t.cpu().double().abs())  # what rounding errors are relative to
+    for result, oracle, scale in zip(results, exact, magnitude, strict=True):
+        assert result.dtype == dtype
+        assert ((result.cpu().double() - oracle).abs() <= roundings * torch.finfo(dtype).eps * scale).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_features_with_float32_gates(dtype: torch.dtype, device: str) -> None:
+    """What autocast gives: features, folded weights and results rounded to 11 or 8 bits, sums in float32."""
+    features, *rest = cast(gate_inputs(), lambda t: t.to(device, torch.float32))
+    half = [x.to(dtype) for x in features]
+    results, labels = F.multi_gate(half, *rest), F.pseudo_labels(half, *rest)
+    exact = cast((half, *rest), lambda t: t.cpu().double())
+    magnitude = reference.multi_gate(*cast(exact, torch.abs))
+    for result, oracle, scale in zip(results, reference.multi_gate(*exact), magnitude, strict=True):
+        assert result.dtype == dtype
+        assert ((result.cpu().double() - oracle).abs() <= 2 * torch.finfo(dtype).eps * scale).all()
+    error = (labels[1].cpu().double() - reference.pseudo_labels(*exact)[1]).abs()  # tanh has slopes up to 1
+    assert (error <= 3 * torch.finfo(dtype).eps * magnitude[1].clamp(min=1)).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(0, 3),
+    experts=st.integers(1, 4),
+    heads=st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    channels=st.integers(1, 9),
+    height=st.sampled_from([1, 2, 7, 8, 9, 17]),
+    width=st.sampled_from([1, 3, 15, 16]),
+)
+def test_multi_gate_over_shapes(batch, experts, heads, channels, height, width) -> None:
+    arguments = gate_inputs(batch, experts, tuple(heads), channels, (height, width))
+    for result, oracle in zip(F.multi_gate(*arguments), reference.multi_gate(*arguments), strict=True):
+        torch.testing.assert_close(result, oracle, rtol=1e-10, atol=1e-12)  # float64 against float64
+
+
+def test_pseudo_labels_equal_reference_and_carry_no_gradient() -> None:
+    arguments = gate_inputs(size=(16, 16))
+    results, expected = F.pseudo_labels(*arguments), reference.pseudo_labels(*arguments)
+    for result, oracle in zip(results, expected, strict=True):
+        assert not result.requires_grad
+        torch.testing.assert_close(result, oracle)
+    assert [r.dtype for r in results] == [torch.uint8, torch.float64, torch.uint8]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    classes=st.integers(2, 5),
+    height=st.sampled_from([1, 5, 8, 17]),
+    width=st.sampled_from([1, 4, 13]),
+    seed=st.integers(0, 2**16),
+)
+def test_losses_over_shapes(batch, classes, height, width, seed) -> None:
+    random = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(batch, classes, height, width, dtype=torch.float64, generator=random)
+    target = torch.randint(0, classes, (batch, height, width), generator=random)
+    raw, sdf = logits[:, :1], torch.rand(batch, height, width, dtype=torch.float64, generator=random) * 2 - 1
+    for name in LOSSES:
+        check_loss(name, logits, target)
+    check_loss("tanh_mse_loss", raw, sdf)
+    check_loss("tanh_mse_loss", raw, sdf[:, None])
+
+
+def check_loss(name: str, prediction: Tensor, target: Tensor) -> None:
+    """Portable in float64 and float32, value and gradient, against the reference in float64."""
+    oracle_input = prediction.clone().requires_grad_()
+    oracle = getattr(reference, name)(oracle_input, target)
+    oracle.backward()
+    # float32: probabilities carry 1e-7, sums of up to 221 of them 1e-6; gradients divide by sums of at least 1
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        leaf = prediction.detach().to(dtype, copy=True).requires_grad_()
+        value = getattr(F, name)(leaf, target.to(dtype) if target.is_floating_point() else target)
+        value.backward()
+        torch.testing.assert_close(value.double(), oracle.detach(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(leaf.grad.double(), oracle_input.grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("channel", [0, 1])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_do_not_hide_bad_logits(name: str, channel: int, value: float) -> None:
+    logits = torch.randn(2, 2, 4, 4)
+    logits[1, channel, 2, 2] = value
+    target = torch.zeros(2, 4, 4, dtype=torch.uint8)
+    assert getattr(F, name)(logits, target).isnan()
+    assert getattr(reference, name)(logits, target).isnan()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_logit_of_minus_infinity_is_a_probability_of_zero(name: str) -> None:
+    logits = torch.randn(2, 2, 4, 4).double()
+    logits[0, 0], logits[1, 1, 2, 2] = -torch.inf, -torch.inf
+    check_loss(name, logits, torch.zeros(2, 4, 4, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_classes_of_almost_no_probability(name: str) -> None:
+    """Where no pixel is of a class, soft dice depends on sums of probabilities as small as its smoothing, 1e-8."""
+    logits = torch.zeros(1, 2, 8, 8).double()
+    logits[:, 0] = torch.linspace(18, 30, 64).view(8, 8)
+    check_loss(name, logits, torch.zeros(1, 8, 8, dtype=torch.uint8))
+    check_loss(name, -logits, torch.ones(1, 8, 8, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_targets_out_of_range_belong_to_no_class(name: str) -> None:
+    check_loss(name, torch.randn(2, 2, 5, 6).double(), torch.randint(-2, 4, (2, 5, 6)))
+    check_loss(name, torch.randn(2, 3, 5, 6).double(), torch.full((2, 5, 6), 2**33))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_accumulate_in_float32(dtype: torch.dtype) -> None:
+    """A sum of 65,536 probabilities overflows float16 and stalls in bf16: the loss must not follow."""
+    logits = torch.randn(1, 2, 256, 256).to(dtype)
+    target = torch.randint(0, 2, (1, 256, 256))
+    for name in LOSSES:
+        expected = getattr(reference, name)(logits.double(), target)
+        # the same rounded logits on both sides, so only float32 sums of 65,536 terms remain
+        torch.testing.assert_close(getattr(F, name)(logits, target).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64, torch.uint16])
+def test_targets_of_any_integer_type(dtype: torch.dtype, device: str, backend: str) -> None:
+    logits = torch.randn(2, 2, 5, 7, device=device)
+    target = torch.randint(0, 2, (2, 5, 7), device=device)
+    for name in LOSSES:
+        expected = getattr(F, name)(logits, target)
+        torch.testing.assert_close(getattr(F, name)(logits, target.to(dtype)), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_leaves_losses_in_float32(device: str) -> None:
+    logits, target = torch.randn(2, 3, 32, 32, device=device), torch.randint(0, 3, (2, 32, 32), device=device)
+    for name in LOSSES:
+        expected = getattr(F, name)(logits, target)
+        with torch.autocast(device, torch.bfloat16):
+            torch.testing.assert_close(getattr(F, name)(logits, target), expected, rtol=0, atol=0)
+
+
+def test_objective_terms_are_the_three_losses(backend: str) -> None:
+    mask_logits, raw, boundary_logits = torch.randn(2, 3, 8, 8), torch.randn(2, 1, 8, 8), torch.randn(2, 2, 8, 8)
+    mask, boundary = torch.randint(0, 3, (2, 8, 8)), torch.randint(0, 2, (2, 8, 8))
+    sdf = torch.rand(2, 8, 8)
+    terms = F.objective_terms(mask_logits, raw, boundary_logits, mask, sdf, boundary)
+    expected = [
+        F.squared_dice_loss(mask_logits, mask),
+        F.tanh_mse_loss(raw, sdf),
+        F.soft_dice_loss(boundary_logits, boundary),
+    ]
+    torch.testing.assert_close(terms, torch.stack(expected))
+
+
+def test_joint_objective_terms_are_a_sum(backend: str) -> None:
+    predictions = [(torch.randn(2, 3, 8, 8), torch.randn(2, 1, 8, 8), torch.randn(2, 2, 8, 8)) for _ in range(3)]
+    targets = (torch.randint(0, 3, (2, 8, 8)), torch.rand(2, 8, 8), torch.randint(0, 2, (2, 8, 8)))
+    expected = sum(F.objective_terms(*prediction, *targets) for prediction in predictions)
+    torch.testing.assert_close(F.joint_objective_terms(predictions, *targets), expected)
+
+
+def test_gradients_keep_the_dtype_of_the_logits() -> None:
+    logits = torch.randn(2, 3, 4, 5).bfloat16().requires_grad_()
+    for name in LOSSES:
+        (gradient,) = torch.autograd.grad(getattr(F, name)(logits, torch.zeros(2, 4, 5).long()), logits)
+        assert gradient.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 4, 4), (2, 2, 0, 4), (2, 3, 4, 0)])
+def test_losses_of_nothing_equal_the_reference(shape: tuple[int, ...]) -> None:
+    logits, target = torch.zeros(shape), torch.zeros(shape[0], *shape[2:]).long()
+    for name in LOSSES:
+        expected = getattr(reference, name)(logits, target)
+        torch.testing.assert_close(getattr(F, name)(logits, target), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("module", [reference, portable])
+def test_second_derivatives_of_losses(module) -> None:
+    logits = torch.randn(1, 2, 2, 3, dtype=torch.float64, requires_grad=True)
+    for name in LOSSES:
+        assert torch.autograd.gradgradcheck(getattr(module, name), (logits, torch.randint(0, 2, (1, 2, 3))))
+
+
+@pytest.mark.parametrize("tasks", [1, 3, 5])
+def test_adaptive_loss_of_any_number_of_terms(tasks: int) -> None:
+    terms, log_vars = torch.rand(tasks).double(), torch.randn(tasks).double()
+    coefficients = [0.5 + k for k in range(tasks)]
+    expected = reference.adaptive_loss(terms, log_vars, coefficients, 0.3)
+    torch.testing.assert_close(F.adaptive_loss(terms, log_vars, coefficients, 0.3), expected)
+    mixed = F.adaptive_loss(terms, log_vars.float(), coefficients, 0.3)
+    torch.testing.assert_close(mixed, expected, rtol=1e-6, atol=1e-6)  # log_vars rounded to float32
+
+
+# gradcheck and compile
+
+
+@pytest.mark.parametrize("module", [reference, portable])
+def test_gradcheck_gates(module) -> None:
+    features, gates, weights, biases = gate_inputs(2, 2, (2, 1), 3, (2, 3))
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return module.multi_gate(tensors[:2], tensors[2], tensors[3:5], tensors[5:])
+
+    assert torch.autograd.gradcheck(function, [*features, gates, *weights, *biases])
+
+
+@pytest.mark.parametrize("module", [reference, portable])
+def test_gradcheck_losses(module) -> None:
+    logits = torch.randn(2, 3, 3, 2, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 3, (2, 3, 2))
+    for name in LOSSES:
+        assert torch.autograd.gradcheck(getattr(module, name), (logits, target))
+        assert torch.autograd.gradcheck(getattr(module, name), (logits[:, :2], target))
+    raw = torch.randn(2, 1, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda *x: module.joint_objective_terms([(x[0], raw, x[1]), (x[0], raw, x[1])], target, raw[:, 0], target),
+        (logits, logits[:, :2].detach().clone().requires_grad_()),
+    )
+    assert torch.autograd.gradcheck(module.tanh_mse_loss, (raw, torch.rand(2, 3, 2, dtype=torch.float64)))
+    terms, log_vars = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(module.adaptive_loss, (terms, log_vars))
+
+
+def test_operations_compile_without_graph_breaks() -> None:
+    arguments = cast(gate_inputs(), lambda t: t.float())
+    mask = torch.rand(2, 4, 6) > 0.5
+
+    def step(features, gates, weights, biases, mask: Tensor) -> Tensor:
+        sdf, boundary = F.distance_targets(mask)
+        gated = F.multi_gate(features, gates, weights, biases)
+        return F.adaptive_loss(F.objective_terms(*gated, mask.to(torch.uint8), sdf, boundary), torch.ones(3))
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments, mask), step(*arguments, mask))
+
+
+# choice of backend, errors
+
+
+def test_every_operation_names_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    for operation in ops.OPERATIONS:
+        backend, reason = ops.choose(operation, "cpu")
+        assert backend in ops.BACKENDS
+        assert reason
+        assert hasattr(F, operation)
+        assert hasattr(reference, operation)
+        assert hasattr(portable, operation)
+    monkeypatch.setenv("SEMIMOE_BACKEND", "fused")
+    with pytest.raises(ops.BackendError, match="SEMIMOE_BACKEND=fused cannot serve soft_dice_loss on cpu"):
+        F.soft_dice_loss(torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8))
+    monkeypatch.setenv("SEMIMOE_BACKEND", "fastest")
+    with pytest.raises(ops.BackendError, match="SEMIMOE_BACKEND='fastest': choose one of reference, portable, fused"):
+        F.multi_gate(*gate_inputs())
+
+
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape)
+
+
+def gate_of(gates: tuple[int, ...], weight: tuple[int, ...], bias: int) -> None:
+    """multi_gate on one expert of two channels, with one head."""
+    F.multi_gate([zeros(1, 2, 4, 4)], zeros(*gates), [zeros(*weight)], [zeros(bias)])
+
+
+def joint_of(predictions: list[tuple[Tensor, ...]]) -> None:
+    F.joint_objective_terms(predictions, zeros(1, 4, 4).long(), zeros(1, 4, 4), zeros(1, 4, 4).long())
+
+
+ONE_SET = (zeros(1, 2, 4, 4), zeros(1, 1, 4, 4), zeros(1, 2, 4, 4))
+OF_TWO_SIZES = (  # the mask, against sdf and boundary
+    *(zeros(1, 2, 8, 8), zeros(1, 1, 4, 4), zeros(1, 2, 4, 4)),
+    *(zeros(1, 8, 8).long(), zeros(1, 4, 4), zeros(1, 4, 4).long()),
+)
+ONE_HEAD = ([zeros(1, 2, 4, 4)], zeros(1, 1, 1), [zeros(2, 2)], [zeros(2)])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: F.squared_dice_loss(zeros(1, 2, 4, 4), zeros(1, 4, 5).long()), ValueError, "disagree"),
+        (lambda: F.soft_dice_loss(zeros(1, 2, 4, 4), zeros(1, 4, 4)), TypeError, "class numbers"),
+        (lambda: F.tanh_mse_loss(zeros(2, 1, 4, 4), zeros(1, 4, 4)), ValueError, "disagree"),
+        (lambda: F.tanh_mse_loss(zeros(2, 2, 4, 4), zeros(2, 4, 4)), ValueError, "disagree"),
+        (lambda: joint_of([]), ValueError, "S tuples"),
+        (lambda: joint_of([(zeros(1, 2, 4, 4), zeros(1, 1, 4, 4))]), ValueError, "S tuples"),
+        (lambda: joint_of([ONE_SET, (zeros(1, 3, 4, 4), *ONE_SET[1:])]), ValueError, "the classes of the first"),
+        (lambda: joint_of([ONE_SET, (zeros(1, 2, 4, 5), *ONE_SET[1:])]), ValueError, "disagree"),
+        (lambda: F.adaptive_loss(zeros(3), zeros(2)), ValueError, "as many terms"),
+        (lambda: F.objective_terms(*OF_TWO_SIZES), ValueError, "of the same images"),
+        (lambda: F.project_experts([zeros(1, 2, 4, 4)], [zeros(1, 2)], (), [zeros(2)]), ValueError, "own_biases match"),
+        (lambda: F.multi_gate([], zeros(1, 1, 2), [], []), ValueError, "features are E tensors"),
+        (lambda: gate_of((1, 1, 2), (2, 2), 2), ValueError, "gate_weights"),
+        (lambda: gate_of((1, 1, 1), (2, 3), 2), ValueError, "head_weights"),
+        (lambda: gate_of((1, 1, 1), (2, 2), 3), ValueError, "head_biases"),
+        (lambda: F.pseudo_labels(*ONE_HEAD), ValueError, "pseudo_labels takes"),
+    ],
+)
+def test_bad_arguments_get_one_clear_line(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["squared_dice_loss", "soft_dice_loss", "objective: mask", "objective: boundary"])
+def test_one_channel_is_refused_with_the_remedy(name: str) -> None:
+    """Softmax over it is 1 everywhere: a loss without a gradient."""
+    one, two, classes = zeros(1, 1, 4, 4), zeros(1, 2, 4, 4), zeros(1, 4, 4).long()
+
+    def loss(logits: Tensor) -> Tensor:
+        if name in LOSSES:
+            return getattr(F, name)(logits, classes)
+        mask_logits, boundary_logits = (logits, two) if name.endswith("mask") else (two, logits)
+        return F.objective_terms(mask_logits, one, boundary_logits, classes, classes.float(), classes)
+
+    with pytest.raises(
+        ValueError, match=r"1 channel\(s\) have no gradient.*torch.cat\(\[torch.zeros_like\(x\), x\], 1"
+    ):
+        loss(one)
+    x = one.clone().requires_grad_()
+    loss(torch.cat([torch.zeros_like(x), x], 1)).sum().backward()
+    assert x.grad.any()
+
+
+TENSORS = {  # arguments of every operation, of which each tensor in turn is replaced
+    "multi_gate": ONE_HEAD,
+    "pseudo_labels": ([zeros(1, 2, 4, 4)], zeros(1, 3, 1), [zeros(o, 2) for o in (2, 1, 2)], [*map(zeros, (2, 1, 2))]),
+    "project_experts": ([zeros(1, 2, 4, 4)], [zeros(2, 2)], [zeros(2, 2)], [zeros(2)]),
+    "mix_projections": (zeros(1, 1, 2, 4, 4), zeros(1, 1, 1), [zeros(2)]),
+    "label_projections": (zeros(1, 1, 5, 4, 4), zeros(1, 3, 1), [*map(zeros, (2, 1, 2))]),
+    "squared_dice_loss": (zeros(1, 2, 4, 4), zeros(1, 4, 4).long()),
+    "soft_dice_loss": (zeros(1, 2, 4, 4), zeros(1, 4, 4).long()),
+    "tanh_mse_loss": (zeros(1, 1, 4, 4), zeros(1, 4, 4)),
+    "objective_terms": (*ONE_SET, zeros(1, 4, 4).long(), zeros(1, 4, 4), zeros(1, 4, 4).long()),
+    "joint_objective_terms": ([ONE_SET], zeros(1, 4, 4).long(), zeros(1, 4, 4), zeros(1, 4, 4).long()),
+    "adaptive_loss": (zeros(3), zeros(3)),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_only_tensors_on_one_device_are_taken(name: str) -> None:
+    """Whichever argument, or item of one, is something else: one line names it before anything is read of it."""
+    leaves, structure = torch.utils._pytree.tree_flatten(TENSORS[name])
+    operation = getattr(F, name)
+    operation(*TENSORS[name])
+    assert len(leaves) >= 2
+    for i, leaf in enumerate(leaves):
+        for stranger, error in ((leaf.numpy(), TypeError), (None, TypeError), (leaf.to("meta"), ValueError)):
+            arguments = torch.utils._pytree.tree_unflatten([*leaves[:i], stranger, *leaves[i + 1 :]], structure)
+            with pytest.raises(error, match=r"^\w+(: a tensor is needed.*torch\.as_tensor| is on .*\.to\(\))$"):
+                operation(*arguments)
+
+
+@pytest.mark.parametrize("name", ["multi_gate", "mix_projections", "squared_dice_loss", "tanh_mse_loss"])
+def test_integer_predictions_are_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=r"floating-point numbers are needed, got dtype torch.int64; use .float\(\)"):
+        getattr(F, name)(*torch.utils._pytree.tree_map(Tensor.long, TENSORS[name]))

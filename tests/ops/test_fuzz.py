@@ -1,0 +1,74 @@
+"""The kernels of the CPU under sanitizers, on random cases, and what their object files may define."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMPILER = os.environ.get("CXX", "g++")
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "CMakeLists.txt").is_file(), reason="needs the source tree around the tests"
+)
+
+
+def tool(name: str) -> str:
+    """A tool on the path, or the one that pip has put beside Python."""
+    found = shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+    if found is None:
+        pytest.skip(f"{name} was not found")
+    return found
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder where CMake has configured the programs of tests/fuzz."""
+    tool(shlex.split(COMPILER)[0])
+    build = tmp_path_factory.mktemp("fuzz")
+    settings = {"SEMIMOE_FUZZ": "ON", "CMAKE_MAKE_PROGRAM": tool("ninja"), "CMAKE_EXPORT_COMPILE_COMMANDS": "ON"}
+    definitions = [f"-D{name}={value}" for name, value in settings.items()]
+    run(tool("cmake"), "-S", ROOT, "-B", build, "-G", "Ninja", *definitions)
+    return build
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run(command, env={**os.environ, "CXX": COMPILER}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["fuzz_distance", "fuzz_objective"])
+def test_random_cases_under_sanitizers(program: str, build: Path, tmp_path: Path) -> None:
+    probe = [*shlex.split(COMPILER), "-fsanitize=address,undefined", "-x", "c++", "-", "-o", tmp_path / "probe"]
+    if subprocess.run(probe, input=b"int main() {}", capture_output=True).returncode != 0:
+        pytest.skip("the compiler's sanitizers were not found")
+    run(tool("cmake"), "--build", build)
+    checked = re.match(r"(\d+) (masks|images) checked", run(build / program, "5", "0"))
+    assert checked is not None
+    assert int(checked[1]) > 0  # how many depends on the machine
+
+
+@pytest.mark.parametrize("level", ["-O0", pytest.param("-O3", marks=pytest.mark.slow)])
+def test_kernels_share_no_function(build: Path, level: str) -> None:
+    """Of a shared one the linker keeps any copy, perhaps with instructions that the processor lacks."""
+    commands = json.loads((build / "compile_commands.json").read_text())
+    kernels = [shlex.split(entry["command"]) for entry in commands if entry["file"].endswith("kernels.cpp")]
+    assert kernels
+    for command in kernels:
+        (name,) = re.findall(r"-DSEMIMOE_SIMD=(\w+)", " ".join(command))
+        (table,) = re.findall(r"csrc/(\w+)\.cpp$", command[-1])
+        compiled = build / f"{name}_{table}{level}.o"
+        command[command.index("-o") + 1] = str(compiled)
+        run(*command, "-fno-sanitize=all", level)
+        symbols = run(tool("nm"), "--extern-only", "--defined-only", "--demangle", "--format=posix", compiled)
+        assert [line.rsplit(maxsplit=3)[0] for line in symbols.splitlines()] == [f"semimoe::{name}::{table}"]

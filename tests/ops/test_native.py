@@ -1,0 +1,177 @@
+"""The compiled module: what it takes and refuses, how its absence is explained, and what nvcc says of its kernels."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from semimoe_fast.ops import _native
+
+SOURCES = Path(__file__).parents[2] / "csrc"
+
+
+def masks_of_stripes(*shape: int) -> torch.Tensor:
+    return (torch.arange(shape[-1]) // 7 % 2).to(torch.uint8).expand(shape).contiguous()
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 46_341), (0, 46_341, 1), (0, 40_000, 40_000)])
+def test_too_large_is_refused(shape: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match=f"{shape[1]} x {shape[2]} pixels is too large"):
+        _native.squared_distance(torch.empty(shape, dtype=torch.uint8), torch.empty(shape, dtype=torch.int32))
+
+
+def test_other_python_threads_run_meanwhile() -> None:
+    """Python is told never to switch threads by itself, so the main one can only see `inside` if the call lets go.
+
+    On a busy machine it may wake too late for that, hence several calls.
+    """
+    mask = masks_of_stripes(1, 4096, 4096)
+    out = torch.empty(mask.shape, dtype=torch.int32)
+    _native.squared_distance(mask, out)  # loads the module, which would let other threads run
+
+    def seen_during_a_call() -> str:
+        state = "before"
+        entered = threading.Event()
+
+        def work() -> None:
+            nonlocal state
+            state = "inside"
+            entered.set()
+            _native.squared_distance(mask, out)
+            state = "after"
+
+        worker = threading.Thread(target=work)
+        worker.start()
+        entered.wait()
+        seen = state
+        worker.join()
+        return seen
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    try:
+        assert any(seen_during_a_call() == "inside" for _ in range(20))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_bool_and_uint8_masks_agree() -> None:
+    mask = masks_of_stripes(2, 33, 65)
+    outs = torch.empty((2, *mask.shape), dtype=torch.int32)
+    _native.squared_distance(mask * 255, outs[0])
+    _native.squared_distance(mask.bool(), outs[1])
+    assert torch.equal(outs[0], outs[1])
+
+
+@pytest.mark.parametrize(
+    ("mask", "out"),
+    [
+        (torch.zeros(4, 5, dtype=torch.uint8), torch.zeros(4, 5, dtype=torch.int32)),
+        (torch.zeros(1, 4, 5, dtype=torch.int32), torch.zeros(1, 4, 5, dtype=torch.int32)),
+        (torch.zeros(1, 5, 4, dtype=torch.uint8).mT, torch.zeros(1, 4, 5, dtype=torch.int32)),
+        (torch.zeros(1, 4, 5, dtype=torch.uint8), torch.zeros(1, 4, 5, dtype=torch.int64)),
+        (torch.zeros(1, 4, 5, dtype=torch.uint8), torch.zeros(1, 4, 4, dtype=torch.int32)),
+        (torch.zeros(1, 4, 5, dtype=torch.uint8), torch.zeros(1, 5, 4, dtype=torch.int32).mT),
+        (torch.zeros(1, 4, 5, dtype=torch.uint8), torch.zeros(1, 4, 5, dtype=torch.int32, device="meta")),
+    ],
+    ids=["2-D mask", "int mask", "strided mask", "long out", "small out", "strided out", "out elsewhere"],
+)
+def test_tensors_the_native_code_cannot_take_are_refused(mask: torch.Tensor, out: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"(mask|out) is"):
+        _native.squared_distance(mask, out)
+
+
+@pytest.fixture
+def reloaded() -> Iterator[None]:
+    _native._load.cache_clear()
+    yield
+    _native._load.cache_clear()
+
+
+@pytest.mark.usefixtures("reloaded")
+def test_a_missing_module_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "_semimoe_fast", None)
+    assert _native.module() is None
+    assert "pip install ." in _native.why_missing()
+    mask = torch.zeros(1, 2, 2, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="pip install"):
+        _native.squared_distance(mask, mask.int())
+
+
+@pytest.mark.usefixtures("reloaded")
+def test_a_module_of_another_abi_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "ABI", -1)
+    assert _native.module() is None
+    assert "ABI" in _native.why_missing()
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        ("75 80", (8, 0), True),
+        ("75 80", (8, 6), True),  # machine code of an older minor version
+        ("86 90", (8, 0), False),  # of a newer one
+        ("80 90", (7, 0), False),
+        ("80 90", (7, 5), False),
+        ("80 90", (12, 0), True),  # PTX of the last
+        ("90 80", (9, 0), True),
+        ("90 80", (10, 0), True),
+        ("80 120", (10, 0), False),
+        ("90a", (9, 0), True),
+        ("90a", (10, 0), False),
+        ("100f", (10, 3), True),
+        ("100f", (12, 0), False),
+        ("100a", (10, 3), False),
+    ],
+)
+def test_gpus_that_built_kernels_run_on(archs: str, capability: tuple[int, int], runs: bool) -> None:
+    assert _native.runs_on(archs, capability) == runs
+
+
+def test_a_gpu_the_kernels_were_not_built_for_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (7, 0)][index])
+    reason = _native._why_no_gpu.__wrapped__("80 90")
+    assert "built for sm 80 90, not 70" in reason
+    assert "with 70 in SEMIMOE_CUDA_ARCHS" in reason
+
+
+def test_processes_of_the_tests_start_once_the_system_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As compilers need on a machine where fork fails now and then."""
+    (original,) = subprocess.Popen.__bases__
+    start, failures, pauses = original.__init__, [BlockingIOError(), BlockingIOError()], []
+
+    def start_in_the_end(*args, **options) -> None:
+        if failures:
+            raise failures.pop()
+        start(*args, **options)
+
+    monkeypatch.setattr(original, "__init__", start_in_the_end)
+    monkeypatch.setattr("time.sleep", pauses.append)
+    done = subprocess.run([sys.executable, "-c", "print('started')"], capture_output=True, text=True)
+    assert done.stdout == "started\n"
+    assert pauses == [1, 2]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")
+@pytest.mark.parametrize(
+    "architecture", [90, *(pytest.param(sm, marks=pytest.mark.slow) for sm in (75, 80, 86, 89, 100, 120))]
+)
+def test_cuda_kernels_compile_without_spills(architecture: int, tmp_path: Path) -> None:
+    command = ["nvcc", "-std=c++17", f"-arch=sm_{architecture}", "-Xptxas=-v", "-Werror=all-warnings", "-cubin"]
+    compiled = subprocess.run(
+        [*command, SOURCES / "distance.cu", "-o", tmp_path / "distance.cubin"], capture_output=True, text=True
+    )
+    assert compiled.returncode == 0, compiled.stderr
+    kernels = len(re.findall("^__global__", (SOURCES / "distance.cu").read_text(), re.MULTILINE))
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled.stderr)
+    assert spills == [("0", "0", "0")] * kernels, compiled.stderr

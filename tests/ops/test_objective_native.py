@@ -1,0 +1,184 @@
+"""The objective by the compiled module: the accuracy of its functions, threads, limits, and what it refuses.
+
+What it has in common with the Triton kernels is in test_objective_kernels.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from semimoe_fast import functional as F
+from semimoe_fast import ops
+from semimoe_fast.errors import UserError
+from semimoe_fast.ops import _native, _native_objective, portable, reference
+
+ULP = 2.0**-23
+LEAST = 2.0**-126  # exp gives 0 below it
+ONES = torch.ones(3)
+
+
+@pytest.fixture(autouse=True)
+def _by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SEMIMOE_BACKEND", raising=False)
+
+
+@pytest.fixture(params=["plain", "avx2", "avx512"])
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param not in _native.module().instruction_sets:
+        pytest.skip(f"the CPU kernels for {request.param} do not run here")
+    monkeypatch.setenv("SEMIMOE_SIMD", request.param)
+    return request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores their number."""
+    number = torch.get_num_threads()
+    yield
+    torch.set_num_threads(number)
+
+
+def draw(classes: int, *size: int) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """One set of random predictions, and targets, as (B, channels, H, W)."""
+    random = torch.Generator().manual_seed(classes)
+    batch, height, width = size
+    logits = [torch.randn(batch, channels, height, width, generator=random) for channels in (classes, 1, 2)]
+    mask = torch.randint(0, classes, (batch, 1, height, width), generator=random)
+    sdf = 2 * torch.rand(batch, 1, height, width, generator=random) - 1
+    return logits, (mask.to(torch.uint8), sdf, (mask == 1).to(torch.uint8))
+
+
+def gradients_of(x: Tensor, classes: int = 2, sdf: float = 0.0) -> list[Tensor]:
+    """What the native module makes of mask logits 0, -x and as many -inf as are left, all of class 0, with alpha = 1
+    there and 0 elsewhere, beta = 0: -P_0 P_1 in the second; and of raw values x: (tanh(x) - sdf) (1 - tanh(x)^2)."""
+    x = x.view(1, 1, 1, -1)
+    mask_logits = torch.cat([torch.zeros_like(x), -x, *[torch.full_like(x, -torch.inf)] * (classes - 2)], 1)
+    zero = torch.zeros_like(x, dtype=torch.uint8)
+    alpha = torch.eye(classes + 1)[:1].contiguous()
+    prediction, targets = (mask_logits, x, x.clone()), (zero, torch.full_like(x, sdf), zero)
+    grad_output = torch.tensor([1.0, x.numel() / 2, 1.0])
+    (gradients,) = _native_objective.backward(grad_output, [prediction], targets, alpha, torch.zeros_like(alpha))
+    return [gradient.double() for gradient in gradients]
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    return ((result - expected) / expected).abs().max().item()
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_softmax_over_the_whole_range(classes: int, instruction_set: str) -> None:
+    """P_0 P_1 = e / (1 + e)^2, e = exp(-x): exp is within 0.7, the reciprocal, which counts twice, and four other
+    roundings within 0.5 ulp each."""
+    x = torch.linspace(0, 87.33, 1_000_003)
+    e = (-x.double()).exp()
+    assert relative_error(gradients_of(x, classes)[0][0, 1, 0], -e / (1 + e).square()) < 4 * ULP
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_powers_too_small_for_normal_numbers(classes: int, instruction_set: str) -> None:
+    x = torch.cat([torch.linspace(87.3, 105, 10_007), torch.tensor([1e3, 1e9, 3e38, torch.inf])])
+    result = gradients_of(x, classes)[0][0, 1, 0]
+    assert ((result + (-x.double()).exp()).abs() < LEAST).all()
+
+
+def test_slope_of_tanh_over_the_whole_range(instruction_set: str) -> None:
+    """(tanh - 2) (1 - tanh^2): as the softmax, with e = exp(-2 |x|), and tanh - 2 within an ulp."""
+    x = torch.linspace(-43.6, 43.6, 1_000_003)
+    tanh, e = x.double().tanh(), (-2 * x.double().abs()).exp()
+    assert relative_error(gradients_of(x, sdf=2)[1][0, 0, 0], (tanh - 2) * 4 * e / (1 + e).square()) < 5 * ULP
+    beyond = torch.tensor([50.0, -50.0, 1e9, -3e38, torch.inf, -torch.inf])
+    assert (gradients_of(beyond, sdf=2)[1].abs() < 4 * LEAST).all()
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_threads_change_no_bit(classes: int, instruction_set: str, threads: None) -> None:
+    logits, targets = draw(classes, 2, 199, 301)  # 7 threads would be of use, and the last block is no whole one
+    results = []
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        terms, alpha, beta = _native_objective.forward([logits], targets, torch.float32)
+        (gradients,) = _native_objective.backward(ONES, [logits], targets, alpha, beta)
+        results.append([terms, alpha, beta, *gradients])
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+
+
+def test_sums_of_many_pixels_are_accurate(instruction_set: str) -> None:
+    """A float32 sum of four million equal terms would be off by far more: it is double from block to block."""
+    logits, targets = draw(2, 1, 2048, 2048)
+    terms, _, _ = _native_objective.forward([logits], targets, torch.float32)
+    mask, sdf, boundary = targets
+    expected = reference.objective_terms(*(x.double() for x in logits), mask[:, 0], sdf.double(), boundary[:, 0])
+    torch.testing.assert_close(terms.double(), expected, rtol=2 * ULP, atol=0)  # their last rounding, and some more
+
+
+@pytest.mark.parametrize("classes", [254, 255, 256, 300])
+def test_more_classes_than_bytes_can_tell(classes: int) -> None:
+    """From 256 classes on the portable backend serves."""
+    (mask_logits, raw, boundary_logits), (_, sdf, boundary) = draw(classes, 1, 5, 7)
+    mask = torch.arange(classes - 20, classes + 15).view(1, 5, 7)
+    mask_logits.requires_grad_()
+    arguments = (raw, boundary_logits, mask, sdf, boundary[:, 0])
+    terms = F.objective_terms(mask_logits, *arguments)
+    (gradient,) = torch.autograd.grad(terms.sum(), mask_logits)
+    exact = mask_logits.detach().double().requires_grad_()
+    expected = reference.objective_terms(exact, raw.double(), boundary_logits.double(), *arguments[2:])
+    (oracle,) = torch.autograd.grad(expected.sum(), exact)
+    # float32 probabilities and sums of 35 of them; gradients by their largest
+    torch.testing.assert_close(terms.double(), expected, rtol=2e-6, atol=0)
+    torch.testing.assert_close(gradient.double(), oracle, rtol=0, atol=5e-6 * oracle.abs().max().item())
+
+
+def test_the_default_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused where the compiled module is, though Triton's interpreter be there too; portable where it is not."""
+    for operation in ("objective_terms", "joint_objective_terms"):
+        assert ops.choose(operation, "cpu")[0] == "fused"
+    monkeypatch.setattr(_native, "why_unavailable", lambda device_type: "it is missing")
+    assert ops.choose("objective_terms", "cpu") == ("portable", "it is missing")
+
+
+def test_double_precision_is_portable() -> None:
+    logits, (mask, sdf, boundary) = draw(2, 2, 9, 11)
+    targets = (mask[:, 0], sdf.double(), boundary[:, 0])
+    exact = [x.double() for x in logits]
+    assert torch.equal(F.objective_terms(*exact, *targets), portable.objective_terms(*exact, *targets))
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEMIMOE_SIMD", "mmx")
+    logits, (mask, sdf, boundary) = draw(2, 1, 4, 4)
+    with pytest.raises(UserError, match="SEMIMOE_SIMD='mmx'"):
+        F.objective_terms(*logits, mask[:, 0], sdf, boundary[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change", "message"),
+    [
+        (0, lambda x: x.double(), "expected torch.float32"),
+        (0, lambda x: x.to("meta"), "on the CPU"),
+        (0, lambda x: x.mT.contiguous().mT, "one stride from pixel to pixel"),
+        (0, lambda x: x[:, :0], "1 to 255 classes"),
+        (0, lambda x: x.expand(1, 2, 4, 6).repeat(1, 128, 1, 1), "1 to 255 classes"),
+        (1, lambda x: x.repeat(1, 2, 1, 1), "one sdf"),
+        (1, lambda x: x[:, :, :3], "expected torch.float32"),
+        (2, lambda x: x.half(), "expected torch.float32"),
+        (3, lambda x: x.long(), "expected torch.uint8 or torch.bool"),
+        (3, lambda x: x[:, 0], "expected torch.uint8 or torch.bool"),
+        (4, lambda x: x.half(), "expected torch.float32"),
+        (5, lambda x: x.mT.contiguous().mT, "one stride from pixel to pixel"),
+        (6, lambda x: x[:2], r"expected torch.float32 \(3,\)"),
+        (7, lambda x: x.repeat(1, 2)[:, ::2], "contiguous"),
+        (8, lambda x: x.double(), "expected torch.float32"),
+    ],
+)
+def test_tensors_the_native_code_cannot_take_are_refused(tensor: int, change, message: str) -> None:
+    logits, targets = draw(2, 1, 4, 6)
+    tensors = [*logits, *targets, ONES, torch.zeros(1, 4), torch.zeros(1, 4)]
+    tensors[tensor] = change(tensors[tensor])
+    with pytest.raises(ValueError, match=message) as caught:
+        _native_objective.backward(tensors[6], [tensors[:3]], tensors[3:6], *tensors[7:])
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,103 @@
+"""The Triton kernels compiled for every GPU generation without a GPU: registers, width of memory access, traffic."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="needs the source tree around the tests"),
+]
+
+# Loads and stores of 16 bytes that a thread makes for its pixels, at the least, over all experts. The passes over the
+# features: tiles of four loads, backward one more for gradients of products and of own predictions each.
+WIDE = {
+    ("multi-gate forward", 0): (3 * 4, 3 * 2),
+    ("multi-gate forward", 1): (15, 5),
+    ("multi-gate backward", 0): (20, 15),
+    ("multi-gate backward", 1): (3 * (4 + 2), 3 * 4),
+    ("pseudo-labels", 0): (15, 1),
+    ("objective forward", 0): (10, 0),
+    ("objective backward", 0): (10, 10),
+    ("adaptive loss forward", 0): (0, 0),
+    ("adaptive loss backward", 0): (0, 0),
+}
+SPARE = 3  # more of them than that, and something is read or written twice
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """In a process of its own, because Triton decides once for all whether to interpret or to compile."""
+    file = tmp_path_factory.mktemp("report") / "report.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.static_report", "--json", file]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(file.read_text())
+
+
+def launches(tables: dict[str, list[dict[str, Any]]]) -> dict[tuple, list[dict[str, Any]]]:
+    """The kernels of each operation, dtype, layout and GPU generation, in the order of their launches."""
+    grouped: dict[tuple, list[dict[str, Any]]] = {}
+    for row in tables["kernels"]:
+        grouped.setdefault(tuple(row[key] for key in ("operation", "dtype", "layout", "sm")), []).append(row)
+    return grouped
+
+
+def failing(tables: dict[str, list[dict[str, Any]]], is_good: Callable[[int, dict[str, Any]], bool]) -> list[tuple]:
+    return [
+        (*case, position)
+        for case, rows in launches(tables).items()
+        for position, row in enumerate(rows)
+        if not is_good(position, row)
+    ]
+
+
+def test_every_operation_is_compiled_for_every_generation(tables) -> None:
+    cases = launches(tables)
+    assert {(operation, sm) for operation, _, _, sm in cases} == {
+        (operation, sm) for operation, _ in WIDE for sm in (80, 90, 100)
+    }
+    assert {(dtype, layout) for _, dtype, layout, _ in cases} == {
+        (dtype, layout) for dtype in ("float32", "bfloat16") for layout in ("NCHW", "channels-last")
+    }
+
+
+def test_nothing_spills(tables) -> None:
+    assert failing(tables, lambda _, row: row["spills"] == row["stack"] == 0) == []
+
+
+def test_pixels_move_16_bytes_at_a_time(tables) -> None:
+    def is_wide(position: int, row: dict[str, Any]) -> bool:
+        loads, stores = WIDE.get((row["operation"], position), (0, 0))
+        of_pixels = (row["operation"], position) in WIDE
+        twice = row["128-bit loads"] > loads + SPARE or row["128-bit stores"] > stores + SPARE
+        return row["128-bit loads"] >= loads and row["128-bit stores"] >= stores and not (of_pixels and twice)
+
+    assert failing(tables, is_wide) == []
+
+
+def test_products_run_on_tensor_cores(tables) -> None:
+    of_features = {("multi-gate forward", 0), ("multi-gate backward", 1)}
+
+    def is_right(position: int, row: dict[str, Any]) -> bool:
+        return (row["tensor-core instructions"] > 0) == ((row["operation"], position) in of_features)
+
+    assert failing(tables, is_right) == []
+
+
+def test_traffic_is_at_most_a_tenth_above_the_floor(tables) -> None:
+    above = [row for row in tables["traffic"] if not 1 <= row["ratio"] <= 1.1]
+    assert above == []
+    assert {row["operation"] for row in tables["traffic"]} == {operation for operation, _ in WIDE}

@@ -1,0 +1,194 @@
+"""Distance targets: every backend against the golden masks, the reference and the rules; any mask a caller may have."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from semimoe_fast import functional as F
+from semimoe_fast import ops
+from semimoe_fast.ops import portable, reference
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device: str) -> None:
+    mask = (torch.rand(2, 7, 9, device=device) > 0.5).to(torch.uint8)
+    torch.library.opcheck(torch.ops.semimoe_fast.squared_distance.default, (mask,))
+    torch.library.opcheck(torch.ops.semimoe_fast.distance_targets.default, (mask, 2.0))
+
+
+@pytest.fixture(params=ops.BACKENDS)
+def any_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("SEMIMOE_BACKEND", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("archive", ["targets", "targets_glas"])
+def test_golden_targets(archive: str, any_backend: str, golden) -> None:
+    masks = golden(archive)
+    for name in sorted({key.split("/")[0] for key in masks}):
+        sdf, boundary = F.distance_targets(masks[f"{name}/mask"])
+        np.testing.assert_array_equal(boundary, masks[f"{name}/boundary"], err_msg=name)
+        np.testing.assert_allclose(sdf, masks[f"{name}/sdf"], rtol=0, atol=1e-6, err_msg=name)  # a float32 quotient
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(0, 3), st.integers(1, 20), st.integers(1, 20)),
+    density=st.sampled_from([0.0, 0.02, 0.3, 0.5, 0.98, 1.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_backends_agree_on_targets(shape, density, seed) -> None:
+    masks = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
+    expected = reference.squared_distance(masks)
+    torch.testing.assert_close(portable.squared_distance(masks), expected, rtol=0, atol=0)
+    torch.testing.assert_close(F.squared_distance(masks), expected, rtol=0, atol=0)
+    sdf, boundary = F.distance_targets(masks, 1.5)
+    expected_sdf, expected_boundary = reference.distance_targets(masks, 1.5)
+    torch.testing.assert_close(sdf, expected_sdf, rtol=0, atol=1e-6)  # float32 root and quotient against float64
+    torch.testing.assert_close(boundary, expected_boundary, rtol=0, atol=0)
+    for mask, squared, field, ring in zip(masks, expected, sdf, boundary, strict=True):
+        check_target_rules(mask, squared, field, ring, 1.5)
+
+
+def check_target_rules(mask: Tensor, squared: Tensor, sdf: Tensor, ring: Tensor, radius: float) -> None:
+    if (squared < 0).all():
+        assert (sdf == (1.0 if mask.all() else -1.0)).all()
+        assert not ring.any()
+        return
+    assert ((sdf >= 0) == mask).all()
+    assert sdf[~mask].min() == -1
+    assert (sdf[mask & (squared == 1)] == 0).all()
+    assert sdf.max() == (1 if (squared[mask] > 1).any() else 0)
+    assert ((ring != 0) == (~mask & (squared <= radius * radius))).all()
+
+
+@pytest.mark.parametrize("shape", [(46_340, 1), (1, 3_000), (3_000, 2)])
+def test_long_images(shape: tuple[int, int]) -> None:
+    """One foreground pixel in a corner: distances up to the whole length."""
+    mask = torch.zeros(1, *shape, dtype=torch.uint8)
+    mask[0, 0, 0] = 1
+    y, x = (torch.arange(side) for side in shape)
+    expected = (y[:, None] ** 2 + x**2).to(torch.int32)
+    expected[0, 0] = 1
+    for function in (portable.squared_distance, F.squared_distance):
+        torch.testing.assert_close(function(mask)[0], expected, rtol=0, atol=0)
+
+
+MASK = np.random.default_rng(0).random((3, 6, 10)) < 0.4
+
+
+def read_only(mask: np.ndarray) -> np.ndarray:
+    mask = mask.copy()
+    mask.flags.writeable = False
+    return mask
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda m: torch.from_numpy(m),
+        lambda m: torch.from_numpy(m.astype(np.uint8) * 255),
+        lambda m: torch.from_numpy(m.astype(np.int64) * -7),
+        lambda m: torch.from_numpy(m.astype(np.int32) * 65536),
+        lambda m: torch.from_numpy(np.ascontiguousarray(m.transpose(2, 1, 0))).permute(2, 1, 0),
+        lambda m: m,
+        lambda m: m.astype(np.uint16) * 4096,
+        lambda m: m.astype(np.uint64) * 2**40,
+        lambda m: np.asfortranarray(m),
+        lambda m: m[:, ::-1, ::-1].copy()[:, ::-1, ::-1],
+        read_only,
+    ],
+    ids="bool 0/255 negative int32 permuted numpy uint16 uint64 fortran negative-strides read-only".split(),
+)
+def test_any_integer_mask(convert) -> None:
+    expected = reference.squared_distance(torch.from_numpy(MASK))
+    torch.testing.assert_close(F.squared_distance(convert(MASK)), expected, rtol=0, atol=0)
+    torch.testing.assert_close(F.squared_distance(convert(MASK)[1]), expected[1], rtol=0, atol=0)
+
+
+class Exchange:
+    """An array of some other library, known by DLPack alone."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __dlpack__(self, **arguments):
+        return self.array.__dlpack__(**arguments)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+def test_mask_through_dlpack() -> None:
+    mask = MASK.astype(np.int32)
+    torch.testing.assert_close(F.squared_distance(Exchange(mask)), F.squared_distance(mask), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("library", ["cupy", "numba.cuda"])
+def test_device_arrays_of_other_libraries(library: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch finds no CUDA device")
+    module = pytest.importorskip(library)
+    if not module.is_available():
+        pytest.skip(f"{library} finds no CUDA device")
+    mask = MASK.astype(np.int32) * 65536
+    array = module.asarray(mask) if library == "cupy" else module.to_device(mask)
+    squared = F.squared_distance(array)
+    assert squared.is_cuda
+    torch.testing.assert_close(squared.cpu(), F.squared_distance(mask), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device")
+@pytest.mark.parametrize("shape", [(4, 256, 256), (2, 300, 500)], ids=["cluster", "four launches"])
+def test_cuda_graph_capture(shape: tuple[int, int, int]) -> None:
+    masks = [torch.rand(shape, device="cuda") < share for share in (0.2, 0.001)]
+    static = masks[0].clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        F.distance_targets(static)  # loads the module outside of the capture
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = F.distance_targets(static)
+    for mask in masks:
+        static.copy_(mask)
+        graph.replay()
+        for replayed, eager in zip(captured, F.distance_targets(mask), strict=True):
+            assert torch.equal(replayed, eager)
+
+
+def test_fallback_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(ops._native, "why_unavailable", lambda device_type: "not built here")
+    ops._choose_and_say.cache_clear()
+    for _ in range(3):
+        F.squared_distance(MASK)
+    ops._choose_and_say.cache_clear()
+    assert [r.getMessage() for r in caplog.records] == [
+        "squared_distance on cpu falls back to the portable backend: not built here"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: F.squared_distance(torch.zeros(4, 4)), TypeError, "float32 is ambiguous: threshold it first"),
+        (lambda: F.squared_distance(np.full((4, 4), np.nan)), TypeError, "float64 is ambiguous"),
+        (lambda: F.squared_distance([[0, 1]]), TypeError, "a mask is a tensor or an array, got list: use np.asarray"),
+        (lambda: F.squared_distance(torch.zeros(4).bool()), ValueError, "(B, H, W) or (H, W)"),
+        (lambda: F.squared_distance(torch.zeros(1).bool().expand(40000, 40000)), ValueError, "too large"),
+        (lambda: F.distance_targets(MASK, ring_radius=-1), ValueError, "ring_radius is -1"),
+    ],
+)
+def test_bad_masks_get_one_clear_line(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,63 @@
+"""What becomes one line on the command line, and what keeps its traceback."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from semimoe_fast.errors import UserError, printable, run_command, warn
+
+GPU = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB.\nSee documentation"
+CPU = (
+    "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("x: is no y; give z"), "x: is no y; give z"),
+        (UserError("a\nb: is no y"), "a\\nb: is no y"),
+        (OSError(2, "No such file or directory", "f"), "f: No such file or directory; give a place that can be used"),
+        (
+            torch.OutOfMemoryError(GPU),
+            "the GPU is out of memory for 2.00 GiB more; use smaller batches (in training ",
+        ),
+        (RuntimeError(CPU), "the memory of this machine does not suffice; use smaller batches"),
+        (MemoryError(), "the memory of this machine does not suffice; use smaller batches"),
+    ],
+)
+def test_errors_of_the_user_or_the_system_are_one_line(error: Exception, line: str, capsys) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(fail)
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {line}")
+    assert told.count("\n") == 1
+
+
+def test_remedy_of_a_full_gpu_names_the_options(capsys) -> None:
+    def fail() -> None:
+        raise torch.OutOfMemoryError(GPU)
+
+    with pytest.raises(SystemExit):
+        run_command(fail)
+    told = capsys.readouterr().err
+    assert all(option in told for option in ("--accumulate", "--image-size", "--width", "--device cpu"))
+
+
+def test_bugs_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: 1 / 0)
+
+
+def test_names_that_are_not_utf8_are_printed(capfd) -> None:
+    name = "a\udce9"  # a file name of the bytes 61 e9
+    run_command(lambda: print(name))
+    warn(f"{name}\nb")
+    out, err = capfd.readouterr()
+    assert (out, err) == ("a\\udce9\n", "warning: a\\udce9\\nb\n")
+    assert printable(f"ü{name}") == "üa\\udce9"

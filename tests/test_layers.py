@@ -1,0 +1,85 @@
+"""Imports go one way: commands, rooms, model, operations, kernels."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import semimoe_fast
+
+# Every module imports only from layers below its own; rooms on one line do not import each other.
+LAYERS = [
+    {"train", "evaluate", "predict", "prepare", "synthetic", "info"},
+    {"training"},
+    {"evaluation"},
+    {"inference"},
+    {"data"},
+    {"objective", "checkpoint", "options"},
+    {"published", "validation"},
+    {"model"},
+    {"functional"},
+    {"device", "ops"},
+    {"kernels", "errors"},
+]
+LAYER_OF = {room: number for number, layer in enumerate(LAYERS) for room in layer}
+OPS_BELOW_ALL = "ops.reference"  # imports nothing of ours
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its name within it."""
+    names = {}
+    for folder in map(Path, semimoe_fast.__path__):
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            names[".".join(part for part in parts if part != "__init__")] = path
+    del names[""]
+    return names
+
+
+def imports_of(name: str, path: Path) -> set[str]:
+    """The modules and names of the package that a module imports, anywhere in its text."""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            start = package[: len(package) - node.level + 1]
+            base = ".".join([*start, *([node.module] if node.module else [])])
+            found |= {f"{base}.{alias.name}".strip(".") for alias in node.names}
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            imported = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert not any(i.startswith("semimoe_fast") for i in imported), f"{path}: imports within are relative"
+    return found - {"__version__"}
+
+
+def test_no_import_runs_upwards() -> None:
+    upwards = []
+    for name, path in modules().items():
+        room = name.split(".")[0]
+        for imported in imports_of(name, path):
+            target = imported.split(".")[0]
+            if target != room and LAYER_OF[target] <= LAYER_OF[room]:
+                upwards.append(f"{name} imports {imported}")
+    assert upwards == []
+
+
+def test_the_reference_imports_nothing_of_ours() -> None:
+    assert imports_of(OPS_BELOW_ALL, modules()[OPS_BELOW_ALL]) == set()
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    known = modules()
+    edges = {}
+    for name, path in known.items():
+        nearest = {i if i in known else i.rpartition(".")[0] for i in imports_of(name, path)}
+        edges[name] = {i for i in nearest if i in known and i != name}
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail, name))
+        if name not in done:
+            for other in edges[name]:
+                visit(other, (*trail, name))
+            done.add(name)
+
+    done: set[str] = set()
+    for name in known:
+        visit(name, ())

@@ -1,0 +1,90 @@
+"""A run folder belongs to one process, until that ends in whatever way."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from semimoe_fast import train
+from semimoe_fast.errors import UserError
+from semimoe_fast.training import config, run_folder
+from semimoe_fast.training.lock import LOCK_FILE, FolderLock
+
+BUSY = "another process is training in this folder; wait until it ends"
+
+
+def test_folder_has_one_owner_at_a_time(tmp_path: Path) -> None:
+    with FolderLock() as first, FolderLock() as second:
+        first.take(tmp_path)
+        with pytest.raises(UserError, match=BUSY):
+            second.take(tmp_path)
+    with FolderLock() as third:
+        third.take(tmp_path)
+
+
+def test_second_process_is_refused_whether_it_resumes_or_starts(
+    tiny: list[str], finished: Path, tmp_path: Path
+) -> None:
+    resumed = shutil.copytree(finished, tmp_path / "resumed")
+    fresh = tmp_path / "fresh"  # the other process has just created it
+    fresh.mkdir()
+    before = {path: path.read_bytes() for path in resumed.iterdir() if path.is_file()}
+    for folder, arguments in ((resumed, ["--resume", str(resumed)]), (fresh, [*tiny, "--out", str(fresh)])):
+        with FolderLock() as other:
+            other.take(folder)
+            with pytest.raises(UserError) as caught:
+                train.main(arguments)
+        assert str(caught.value).startswith(f"{folder}: {BUSY}")
+    assert {path: path.read_bytes() for path in before} == before
+    assert [path.name for path in fresh.iterdir()] == [LOCK_FILE]
+
+
+def test_folder_filled_while_images_were_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "of another run").touch()
+    parsed = config.parse(["--out", str(tmp_path)])
+    with FolderLock() as lock, pytest.raises(UserError, match="is not empty"):
+        run_folder.new_folder(parsed, lock)
+
+
+KILLED_OWNER = """
+import os, signal, sys
+from pathlib import Path
+from semimoe_fast.training.lock import FolderLock
+
+with FolderLock() as lock:
+    lock.take(Path(sys.argv[1]))
+    print("taken", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_lock_of_a_killed_process_is_gone(tmp_path: Path) -> None:
+    owner = subprocess.Popen(
+        [sys.executable, "-c", KILLED_OWNER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert owner.stdout.readline() == b"taken\n"
+    with FolderLock() as lock:
+        with pytest.raises(UserError, match=BUSY):
+            lock.take(tmp_path)
+        owner.send_signal(signal.SIGKILL)
+        owner.communicate()
+        lock.take(tmp_path)
+
+
+def test_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with FolderLock() as lock:
+        lock.take(tmp_path)
+    warning = f"warning: {tmp_path}: cannot be locked ({os.strerror(errno.ENOLCK)}); make sure"
+    assert capsys.readouterr().err.startswith(warning)

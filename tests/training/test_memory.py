@@ -1,0 +1,71 @@
+"""What the forward pass keeps for the backward one: next to the weights, all that a step takes of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from semimoe_fast import functional as F
+from semimoe_fast.device import Precision
+from semimoe_fast.training.config import TrainConfig
+from semimoe_fast.training.sources import load_data
+from semimoe_fast.training.trainer import Trainer
+
+baseline = pytest.importorskip("benchmarks.baseline", reason="needs the source tree, and tests run from its root")
+
+CPU = torch.device("cpu")
+
+
+def config(batch: int, precision: Precision = "fp32") -> TrainConfig:
+    return TrainConfig(
+        synthetic=(batch, batch, 1),
+        labeled_batch=batch,
+        unlabeled_batch=batch,
+        image_size=32,
+        width=16,
+        precision=precision,
+        normalization="glas",
+    )
+
+
+def kept(step: Callable[[], object]) -> int:
+    """Bytes of the memory that autograd keeps during a call, but for the parameters."""
+    storages: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no address comes twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def of_ours(batch: int, precision: Precision) -> int:
+    trainer = Trainer(config(batch, precision), load_data(config(batch))[0], CPU)
+    (images,) = trainer.begin_epoch()
+    return kept(lambda: trainer.train_step(images))
+
+
+def of_baseline(batch: int) -> int:
+    trainer = baseline.Baseline(config(batch), CPU)
+    mask = torch.zeros(batch, 32, 32, dtype=torch.uint8)
+    images = torch.randn(batch, 3, 32, 32)
+    return kept(lambda: trainer.step(baseline.Batch(images, (mask, *F.distance_targets(mask)), images)))
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_memory_is_linear_in_the_batch(precision: Precision) -> None:
+    two, four, eight = (of_ours(batch, precision) for batch in (2, 4, 8))
+    assert eight - four == pytest.approx(2 * (four - two), rel=0.02)
+
+
+def test_memory_of_an_image_is_half_of_the_published_trainer_s() -> None:
+    """What comes with the batch; cast and folded weights are kept beside it, whatever the batch."""
+    published = of_baseline(8) - of_baseline(4)
+    assert of_ours(8, "bf16") - of_ours(4, "bf16") < 0.45 * published
+    assert of_ours(8, "fp32") - of_ours(4, "fp32") < 0.85 * published

@@ -1,0 +1,87 @@
+"""Steps against a clock of our own, FLOPs against a count by hand, memory against what the system says."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from semimoe_fast.training.speed import Stopwatch, flops_per_step, peak_memory_bytes
+
+
+class Clock:
+    """A clock that only the steps and validations below move."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        patch.setattr(time, "perf_counter", lambda: self.now)
+
+    def epoch(self, watch: Stopwatch, *steps: float) -> None:
+        watch.start()
+        for seconds in steps:
+            self.now += seconds
+            watch.tick()
+        watch.stop()
+        self.now += 100  # validation
+
+
+def test_warm_up_may_take_several_epochs_and_is_no_part_of_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps an epoch, five of warm-up."""
+    clock = Clock(monkeypatch)
+    watch = Stopwatch(torch.device("cpu"), 5)
+    for _ in range(2):
+        clock.epoch(watch, 8, 8)
+        assert watch.seconds_per_step() is None
+    clock.epoch(watch, 8, 1)
+    assert (watch.seconds_per_step(), watch.warm_up_seconds) == (1, 40)
+    clock.epoch(watch, 2, 4)
+    assert (watch.seconds_per_step(), watch.warm_up_seconds) == (3, 40)
+
+
+def test_warm_up_that_ends_with_its_epoch_leaves_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    watch = Stopwatch(torch.device("cpu"), 2)
+    clock.epoch(watch, 8, 8)
+    assert (watch.seconds_per_step(), watch.warm_up_seconds) == (None, 16)
+
+
+def by_hand(width: int, side: int, images: int) -> int:
+    """Two operations a weight and pixel: forward, for the gradient of the weights and, but for images, of the input."""
+    total = 0
+    for rows in (2, 1, 2):  # of the experts' own heads
+        channels = [width * 2**level for level in range(5)]
+        convolutions = [(c, rows, 1, side) for c in channels[:1]]  # (in, out, kernel, side)
+        for level, out in enumerate(channels):
+            here = side // 2**level
+            convolutions += [(channels[level - 1] if level else 3, out, 3, here), (out, out, 3, here)]  # down
+            if level < 4:  # up: transposed, 16 products for each pixel of the level below; of both halves; once more
+                convolutions += [(2 * out, out, 4, here // 2), (2 * out, out, 3, here), (out, out, 3, here)]
+        for ins, outs, kernel, here in convolutions:
+            passes = 2 if ins == 3 else 3
+            total += passes * 2 * images * ins * outs * kernel**2 * here**2
+    return total
+
+
+@pytest.mark.parametrize(("width", "side", "images"), [(2, 32, 1), (4, 64, 3)])
+def test_flops_are_those_of_a_count_by_hand(width: int, side: int, images: int) -> None:
+    state = torch.get_rng_state()
+    assert flops_per_step(width, side, images) == by_hand(width, side, images)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_peak_memory_holds_what_is_resident() -> None:
+    held = torch.ones(2**25)
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    peak = peak_memory_bytes(torch.device("cpu"))
+    assert held.nbytes < 0.99 * resident < peak < 100 * resident  # not KiB, and not KiB of KiB
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_peak_memory_of_a_gpu_is_that_of_its_tensors() -> None:
+    device = torch.device("cuda")
+    before = peak_memory_bytes(device)
+    held = torch.empty(before + 2**20, dtype=torch.uint8, device=device)
+    assert peak_memory_bytes(device) >= held.nbytes > before
