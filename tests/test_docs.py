@@ -108,11 +108,14 @@ def test_make_has_the_targets_that_the_pages_name() -> None:
         assert named <= targets, f"{page.name} names {sorted(named - targets)}"
 
 
-def test_links_lead_to_files() -> None:
+def test_links_and_paths_lead_to_files() -> None:
     pages = [*PAGES, *(ROOT / "benchmarks" / "results").glob("*.md"), ROOT / "CHANGELOG.md"]
     for page in pages:
-        for target in re.findall(r"""(?:\]\(|src=")([^)"#\s]+)""", page.read_text()):
+        text = page.read_text()
+        for target in re.findall(r"""(?:\]\(|src=")([^)"#\s]+)""", text):
             assert "://" in target or (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+        for path in re.findall(r"`((?:benchmarks|csrc|docs|kernels|semimoe_fast|tests)/[\w/.]*)`", text):
+            assert (ROOT / path).exists(), f"{page.relative_to(ROOT)} names {path}"
 
 
 def test_tables_hold_the_measured_numbers() -> None:
