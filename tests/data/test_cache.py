@@ -171,7 +171,11 @@ def test_tensors_are_mapped_and_the_file_is_safe_from_them(root: Path, kept: Cac
     dataset = kept.load_part(root, "train", SIZE, True)
     (path,) = files(kept)
     before = path.read_bytes()
-    (line,) = (line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path)))
+    (line,) = (
+        line
+        for line in Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines()
+        if line.endswith(str(path))
+    )
     begin, end = (int(address, 16) for address in line.split()[0].split("-"))
     for tensor in (dataset.images, dataset.masks):
         assert begin <= tensor.data_ptr() < end

@@ -67,6 +67,12 @@ def test_an_epoch_takes_every_unlabeled_image_once(parsed, data) -> None:
     )
 
 
+def test_labeled_and_unlabeled_images_are_augmented_apart(parsed, data) -> None:
+    batch = next(batches(parsed, data).of_epoch(0))
+    labeled, unlabeled = (list(tensors_of(images.augmentation)) for images in (batch.labeled, batch.unlabeled))
+    assert not all(torch.equal(a, b) for a, b in zip(labeled, unlabeled, strict=True))
+
+
 def test_parts_are_the_batch(parsed, data) -> None:
     (batch, *_) = batches(parsed, data, unlabeled_batch=6).of_epoch(0)
     parts = batch.parts(2)
