@@ -1,6 +1,6 @@
 """`python -m benchmarks.plot_targets BENCHMARK.json OUT.png`: what a pixel of the distance targets costs.
 
-Draws the cost against the side of the gland masks, and prints Markdown tables of all that test_targets.py measured.
+Draws the cost against the side of the gland masks, and prints Markdown tables of all that test_distance.py measured.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Timing:
 
 
 def read(path: Path) -> list[Timing]:
-    """The timings of test_targets.py in a file of pytest-benchmark, in the order of the tests."""
+    """The timings of test_distance.py in a file of pytest-benchmark, in the order of the tests."""
     timings = []
     for benchmark in json.loads(path.read_text())["benchmarks"]:
         test, info = benchmark["name"].partition("[")[0], benchmark["extra_info"]
@@ -134,7 +134,7 @@ def main() -> None:
     timings = read(arguments.benchmark)
     glands = [t for t in timings if t.test == "test_glands"]
     if not glands:
-        parser.error(f"{arguments.benchmark} has no timings of test_targets.py::test_glands")
+        parser.error(f"{arguments.benchmark} has no timings of test_distance.py::test_glands")
     print("ns a pixel (times ours on the same device)\n")
     for test in dict.fromkeys(t.test for t in timings):
         print_table(TABLES[test], [t for t in timings if t.test == test])

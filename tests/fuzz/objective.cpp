@@ -23,7 +23,7 @@ extern "C" const char* __ubsan_default_options() { return "abort_on_error=1:prin
 
 namespace {
 
-// Probabilities and sums of float32, as in tests/test_objective_kernels.py; gradients by their largest, and where all
+// Probabilities and sums of float32, as in tests/ops/test_objective_triton.py; gradients by their largest, and where all
 // are small, as of a single pixel that is certain, by a rounding of what they are the difference of.
 constexpr double kTermTolerance = 2e-6, kGradientTolerance = 5e-6, kRounding = std::numeric_limits<float>::epsilon();
 

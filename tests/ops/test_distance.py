@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from patience import run_patiently
 from scipy.ndimage import distance_transform_edt
 
 from semimoe_fast.ops import _native, reference
@@ -72,13 +72,13 @@ class Problem(ctypes.Structure):
 
 @functools.cache
 def cuda_library() -> ctypes.CDLL:
-    """csrc/distance.cu as the CPU plays it."""
+    """csrc/distance.cu, compiled for the CPU."""
     folder = Path(tempfile.mkdtemp(prefix="semimoe_fast-"))
     sources = Path(__file__).parents[1] / "cuda_on_cpu"
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered"]
     flags += ["-fsanitize=undefined", "-fno-sanitize-recover", "-static-libubsan"]
     flags += ["-fno-strict-aliasing", "-shared", "-fPIC", f"-I{sources}"]
-    subprocess.run(["g++", *flags, sources / "distance.cpp", "-o", folder / "distance.so"], check=True)
+    run_patiently(["g++", *flags, sources / "distance.cpp", "-o", folder / "distance.so"], check=True)
     library = ctypes.CDLL(str(folder / "distance.so"))
     library.run.restype = ctypes.c_char_p
     shutil.rmtree(folder)

@@ -1,6 +1,6 @@
 """The objective by the compiled module: the accuracy of its functions, threads, limits, and what it refuses.
 
-What it has in common with the Triton kernels is in test_objective_kernels.py.
+What it has in common with the Triton kernels is in test_objective_triton.py.
 """
 
 from __future__ import annotations
