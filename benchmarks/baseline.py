@@ -3,11 +3,11 @@
     python -m benchmarks.baseline --width 16 --image-size 128 --steps 4 --habits.no-conv-bias
 
 It is eager, fp32 and NCHW. Convolutions before BN have biases. The gating module concatenates the experts' features and
-forms the mixed features of every task. Losses follow their formulas. Loader workers read, augment and compute the targets
-with SciPy and scikit-image. There are five optimizers, and every step reads numbers and empties caches. Each of these is a
-field of `Habits` and can be turned off alone. Habits only cost time: the arithmetic equals that of semimoe_fast.objective, as
-tests/training/test_baseline.py shows. The networks and the step are written out here, so that they do not get faster with
-the package; only simple reference functions come from semimoe_fast.ops.reference.
+forms the mixed features of every task. Losses follow their formulas. Loader workers read, augment and compute the
+targets with SciPy and scikit-image. There are five optimizers, and every step reads numbers and empties caches. Each of
+these is a field of `Habits` and can be turned off alone. Habits only cost time: the arithmetic equals that of
+semimoe_fast.objective, as tests/training/test_baseline.py shows. The networks and the step are written out here, so
+that they do not get faster with the package; only simple reference functions come from semimoe_fast.ops.reference.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class Networks(nn.Module):
 
 
 class Samples(data.Dataset):
-    """Images of S x S pixels, read from their files each time: (image,), (image, mask), or (image, mask, sdf, boundary).
+    """S x S images, read from their files each time: (image,), (image, mask), or (image, mask, sdf, boundary).
 
     The tensors are float32 (3, S, S), uint8 (S, S), float32 (S, S), uint8 (S, S).
     """

@@ -28,7 +28,7 @@ def exact_float32() -> None:
 
 
 def copies_beyond_cache(input_bytes: int, device: torch.device) -> int:
-    """Number of copies of the inputs that together exceed the GPU's L2 cache, so that none is cached when its turn comes.
+    """Number of copies of the inputs that together exceed the GPU's L2 cache, so that no call finds its copy there.
 
     On the CPU it is 1: there the measurement includes the effect of the caches.
     """
@@ -60,8 +60,8 @@ def measure(
     """Time `forward(inputs)`, its backward pass with given gradients of the outputs, or both.
 
     The backward pass computes the gradients of the parameters and of the inputs with requires_grad. On a GPU, the calls
-    use several copies of the inputs in turn, and `extra_info` also has graph_us, the time of a call within a CUDA graph by
-    CUDA events, and peak_bytes, the peak memory of a call beyond its inputs.
+    use several copies of the inputs in turn, and `extra_info` also has graph_us, the time of a call within a CUDA graph
+    by CUDA events, and peak_bytes, the peak memory of a call beyond its inputs.
     """
 
     def run(

@@ -34,7 +34,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def measure(run: str, folder: Path, recipe: TrainConfig = RECIPE) -> dict[str, Any]:
-    """Train one run and return its results. Speeds are medians over the epochs, without the first one if there are more."""
+    """Train one run and return its results. Speeds are medians over the epochs after the first."""
     out = folder.parent / "runs" / run
     shutil.rmtree(out, ignore_errors=True)
     config = dataclasses.replace(recipe, data=folder, out=out, **RUNS[run])

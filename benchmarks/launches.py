@@ -24,7 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}  # compute capability -> largest shared memory of a block, in bytes
+# Compute capability -> largest shared memory of a block, in bytes.
+SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`python -m benchmarks.plot_targets BENCHMARK.json OUT.png`: the time per pixel of the distance targets.
 
-Plots the time per pixel over the side of the gland masks, and prints Markdown tables of all results of test_distance.py.
+Plots the time per pixel over the side of the gland masks, and prints Markdown tables of all results of
+test_distance.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`python -m benchmarks.static_report`: resources and memory traffic of the Triton kernels, without a GPU.
 
-Prints two tables at the sizes of a training step. The first has the registers, spills, shared memory and instructions of
-every kernel, from its machine code for each GPU generation. The second compares the bytes that each operation moves,
+Prints two tables at the sizes of a training step. The first has the registers, spills, shared memory and instructions
+of every kernel, from its machine code for each GPU generation. The second compares the bytes that each operation moves,
 counted from its launches, with the minimum. `--json FILE` also writes them to a file.
 """
 

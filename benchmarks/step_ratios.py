@@ -5,9 +5,9 @@
 
 On a shared machine set GOMP_SPINCOUNT=10000: threads that spin long at barriers slow down other programs.
 
-A round is one step of each provider, one after the other, so that other load on the machine affects all of them. On a GPU
-it is ten steps of each between two synchronizations, because a training run does not wait for the device after a step. A
-ratio is computed within each round; the table has the medians over the rounds.
+A round is one step of each provider, one after the other, so that other load on the machine affects all of them. On a
+GPU it is ten steps of each between two synchronizations, because a training run does not wait for the device after a
+step. A ratio is computed within each round; the table has the medians over the rounds.
 
 - baseline: benchmarks.baseline with all its habits, with two loader workers
 - ours: semimoe_fast.training.trainer.Trainer as a run configures it, augmentation and targets included
@@ -41,7 +41,7 @@ from semimoe_fast.training.trainer import Trainer
 from .baseline import Baseline, Batch, Habits, clock
 
 IMAGES = {"labeled": 17, "unlabeled": 68, "val": 1}  # as in GlaS
-STEPS_ON_CUDA = 10  # per round; more than the steps before ours captures its graph, so that one round suffices for warm-up
+STEPS_ON_CUDA = 10  # per round; ours captures its graph within them, so that one warm-up round suffices
 WARM_UP_ROUNDS = 1
 EPOCH = 1  # in epoch 0 the learning rate is 0
 HABITS = [field.name for field in dataclasses.fields(Habits)]
@@ -168,7 +168,8 @@ def check(case: Case, habits: Habits | None = None) -> None:
     expected = objective(trainer.model, trainer.adaptive, images, targets, unlabeled, trainer.unsupervised_weight)
     expected.total.backward()
     for name, value in losses._asdict().items():
-        torch.testing.assert_close(value, getattr(expected, name), rtol=1e-3, atol=1e-4)  # pseudo-labels may differ if two outputs are almost equal
+        # pseudo-labels may differ if two outputs are almost equal
+        torch.testing.assert_close(value, getattr(expected, name), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(reference.log_vars.grad, trainer.adaptive.log_vars.grad, rtol=1e-3, atol=1e-4)
 
 

@@ -8,8 +8,8 @@ without batches take one image at a time. The results are checked against ours b
 installed is skipped. On the CPU the masks may be in the caches, as after a loader has decoded them. On a GPU several
 copies, which together exceed the L2 cache, take turns.
 
-In `extra_info`, share_of_floor is the time of a plain copy of 6 bytes per pixel (read 1 of mask, write 4 of sdf and 1 of
-ring), divided by the measured time.
+In `extra_info`, share_of_floor is the time of a plain copy of 6 bytes per pixel (read 1 of mask, write 4 of sdf and 1
+of ring), divided by the measured time.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def measure(benchmark, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Tensor
         if provider in INSTRUCTION_SETS:
             monkeypatch.setenv("SEMIMOE_SIMD", INSTRUCTION_SETS[provider])
         copies = copies_beyond_cache(masks.nbytes, torch.device(device))
-        runs = itertools.cycle([PROVIDERS[provider](masks) for _ in range(copies)])  # each with its own copy of the masks
+        runs = itertools.cycle([PROVIDERS[provider](masks) for _ in range(copies)])  # each has its own copy
 
         def targets() -> Targets:
             return next(runs)()

@@ -1,4 +1,4 @@
-"""One training step by provider: the published trainer, ours, the bare U-Nets; and the published one without each habit.
+"""One training step by provider: the published trainer, ours, the bare U-Nets; and the first without each habit.
 
     make bench ARGS="-k step"
 

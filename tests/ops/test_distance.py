@@ -20,8 +20,8 @@ from scipy.ndimage import distance_transform_edt
 
 from semimoe_fast.ops import _native, reference
 
-# Relative rounding errors, up to 2^-24 each: two roots, the quotient, and the reference's rounding to float32; and half as
-# much for each conversion of a square above 2^24. Values are at most 1.
+# Relative rounding errors, up to 2^-24 each: two roots, the quotient, the reference's rounding to float32. A conversion
+# of a square above 2^24 to float32 adds half as much, twice. Values are at most 1.
 SDF_TOLERANCE = 5 * 2.0**-24
 
 # Runs both operations on a uint8 (B, H, W) array with a ring radius: squared distance, sdf, boundary.

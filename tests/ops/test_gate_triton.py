@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(
     bool(ops.why_not_fused("multi_gate", DEVICE)), reason=str(ops.why_not_fused("multi_gate", DEVICE))
 )
 HEADS, OWN = (2, 1, 2), (2, 1, 2)
-# Relative errors of sums of up to 64 products, in float32. Results in bfloat16 and float16 are rounded to 8 and 11 bits;
-# gradients of parameters are float32.
+# Relative errors of float32 sums of up to 64 products. Results in bfloat16 and float16 are rounded to 8 and 11 bits;
+# gradients of parameters stay float32.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 
 
@@ -204,7 +204,8 @@ def test_grids_stay_within_the_limits_of_cuda(batch: int, side: int, monkeypatch
     targets, sums = [empty(1, torch.uint8), empty(1), empty(1, torch.uint8)], torch.empty(batch, 8, device="meta")
     objective.forward([own, gated], targets, torch.float32)
     objective.backward(biases[:3], [own, gated], targets, sums, sums)
-    programs = batch * max(side * side // 1024, 1)  # at least, for each of seven kernels; the finish of the objective is one program more
+    # the least for each of seven kernels; the finish kernel of the objective adds one program
+    programs = batch * max(side * side // 1024, 1)
     assert sum(map(math.prod, grids)) >= 7 * programs + 1
     assert all(grid[0] < 2**31 and max(grid[1:], default=1) <= 65_535 for grid in grids), grids
 

@@ -15,7 +15,7 @@ from semimoe_fast import ops
 from semimoe_fast.ops import _native, _triton, reference
 from semimoe_fast.ops import objective as fused
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # for the Triton kernels; the fixture `engine` changes it for the others
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the fixture `engine` sets cpu for other engines
 WEIGHTS = (1.0, -2.0, 0.5)  # of the terms; all different, so that a mix-up of terms fails
 
 # For tests of the custom op, which do not depend on the engine.

@@ -21,7 +21,8 @@ pytestmark = [
 ]
 
 # (operation, position of the launch): minimum number of a thread's 16-byte loads and stores for its pixels, over all
-# experts. A tile of features takes four loads; backward adds one each for the gradients of projections and own predictions.
+# experts. A tile of features takes four loads. Backward adds one load each for the gradients of the projections and of
+# the own predictions.
 WIDE = {
     ("multi-gate forward", 0): (3 * 4, 3 * 2),
     ("multi-gate forward", 1): (15, 5),
