@@ -119,9 +119,20 @@ void compare_gradient(const char* what, const Tensor<float>& got, const std::vec
                 std::abs(scale) * (kGradientTolerance * largest + kRounding * canceling));
 }
 
-// Checks the case of a seed and returns its number of images.
-int check(std::uint64_t seed) {
-  Random random(seed);
+struct Set {
+  Tensor<float> mask, sdf, boundary;
+};
+
+struct Case {
+  std::int64_t batch, pixels;
+  int K, L;  // classes of mask and boundary
+  std::vector<Set> logits;
+  Tensor<std::uint8_t> mask, boundary;
+  Tensor<float> sdf;
+  std::vector<Set> gradients;  // random values, to be overwritten
+};
+
+Case draw_case(Random& random) {
   const int batch = between(random, 1, 3), sets = between(random, 1, 3);
   const int K = between(random, 1, 5), L = between(random, 0, 9) ? 2 : between(random, 1, 255);
   const std::int64_t pixels =
@@ -138,65 +149,79 @@ int check(std::uint64_t seed) {
       tensor.memory[i] = static_cast<std::uint8_t>(between(random, 0, 9) ? between(random, 0, classes - 1) : 255);
     return tensor;
   };
-  struct Set {
-    Tensor<float> mask, sdf, boundary;
+  const auto draw_sets = [&] {
+    std::vector<Set> drawn;
+    for (int set = 0; set < sets; ++set) drawn.push_back({draw(K), draw(1), draw(L)});
+    return drawn;
   };
-  std::vector<Set> logits, gradients;
-  for (int set = 0; set < sets; ++set) {
-    logits.push_back({draw(K), draw(1), draw(L)});
-    gradients.push_back({draw(K), draw(1), draw(L)});
-  }
-  const Tensor<std::uint8_t> mask = draw_classes(K), boundary = draw_classes(L);
-  const Tensor<float> sdf = draw(1);
-  const float grad_output[] = {1, -2, 0.5};
+  return {batch, pixels, K, L, draw_sets(), draw_classes(K), draw_classes(L), draw(1), draw_sets()};
+}
 
+// Terms and gradients by their definition.
+struct Expected {
+  struct Gradients {
+    std::vector<double> mask, sdf, boundary;
+    double mask_canceling, boundary_canceling;
+  };
+
+  double terms[3] = {};
+  std::vector<Gradients> gradients;  // by set
+
+  explicit Expected(const Case& drawn) {
+    const auto& [batch, pixels, K, L, logits, mask, boundary, sdf, unused] = drawn;
+    for (const Set& predicted : logits) {
+      const Dice squared(predicted.mask, mask, batch, K, pixels, true);
+      const Dice soft(predicted.boundary, boundary, batch, L, pixels, false);
+      std::vector<double> sdf_gradient;
+      for (std::int64_t image = 0; image < batch; ++image)
+        for (std::int64_t i = 0; i < pixels; ++i) {
+          const double tanh = std::tanh(double{*predicted.sdf.planes.at(image, 0, i)});
+          const double difference = tanh - *sdf.planes.at(image, 0, i), count = static_cast<double>(batch) * pixels;
+          terms[1] += difference * difference / count;
+          sdf_gradient.push_back(2 * difference * (1 - tanh * tanh) / count);
+        }
+      terms[0] += squared.loss;
+      terms[2] += soft.loss;
+      gradients.push_back({squared.gradient, sdf_gradient, soft.gradient, squared.canceling, soft.canceling});
+    }
+  }
+};
+
+// Checks the case of a seed and returns its number of images.
+int check(std::uint64_t seed) {
+  Random random(seed);
+  const Case drawn = draw_case(random);
+  const Expected expected(drawn);
+  const auto& [batch, pixels, K, L, logits, mask, boundary, sdf, gradients] = drawn;
+  const float grad_output[] = {1, -2, 0.5};
   semimoe::Objective objective{batch, pixels, K, L, {}, mask.input(), sdf.input(), boundary.input()};
   std::vector<semimoe::Prediction<float>> outputs;
-  double terms_expected[3] = {};
-  std::vector<std::array<std::vector<double>, 3>> gradients_expected;
-  std::vector<std::array<double, 3>> canceling;
-  for (int set = 0; set < sets; ++set) {
-    const Set& predicted = logits[set];
-    objective.sets.push_back({predicted.mask.input(), predicted.sdf.input(), predicted.boundary.input()});
+  for (std::size_t set = 0; set < logits.size(); ++set) {
+    objective.sets.push_back({logits[set].mask.input(), logits[set].sdf.input(), logits[set].boundary.input()});
     outputs.push_back({gradients[set].mask.planes, gradients[set].sdf.planes, gradients[set].boundary.planes});
-    Dice squared(predicted.mask, mask, batch, K, pixels, true),
-        soft(predicted.boundary, boundary, batch, L, pixels, false);
-    std::vector<double> sdf_gradient;
-    for (std::int64_t image = 0; image < batch; ++image)
-      for (std::int64_t i = 0; i < pixels; ++i) {
-        const double tanh = std::tanh(double{*predicted.sdf.planes.at(image, 0, i)});
-        const double difference = tanh - *sdf.planes.at(image, 0, i), count = static_cast<double>(batch) * pixels;
-        terms_expected[1] += difference * difference / count;
-        sdf_gradient.push_back(2 * difference * (1 - tanh * tanh) / count);
-      }
-    terms_expected[0] += squared.loss;
-    terms_expected[2] += soft.loss;
-    gradients_expected.push_back({squared.gradient, sdf_gradient, soft.gradient});
-    canceling.push_back({squared.canceling, 0, soft.canceling});
   }
-
   for (const semimoe::Kernels* kernels : semimoe::supported_kernels()) {
     const int threads = between(random, 1, 3);
-    std::snprintf(current, sizeof current, "seed %llu, %d images of %lld pixels, %d sets, %d and %d classes, %s",
-                  static_cast<unsigned long long>(seed), batch, static_cast<long long>(pixels), sets, K, L,
-                  kernels->name);
+    std::snprintf(current, sizeof current, "seed %llu, %lld images of %lld pixels, %zu sets, %d and %d classes, %s",
+                  static_cast<unsigned long long>(seed), static_cast<long long>(batch), static_cast<long long>(pixels),
+                  logits.size(), K, L, kernels->name);
     float terms[3];
     std::vector<float> alpha(batch * objective.columns()), beta(alpha.size());
     semimoe::objective_terms(*kernels->objective, objective, threads, terms, alpha.data(), beta.data());
     for (int i = 0; i < 3; ++i)
-      compare("a term", terms[i], terms_expected[i], kTermTolerance * std::max(1.0, terms_expected[i]));
+      compare("a term", terms[i], expected.terms[i], kTermTolerance * std::max(1.0, expected.terms[i]));
     semimoe::objective_gradients(*kernels->objective, objective, threads, alpha.data(), beta.data(), grad_output,
                                  outputs);
-    for (int set = 0; set < sets; ++set) {
-      const auto& [mask_gradient, sdf_gradient, boundary_gradient] = gradients_expected[set];
-      compare_gradient("a gradient of the mask", gradients[set].mask, mask_gradient, batch, K, pixels, grad_output[0],
-                       canceling[set][0]);
-      compare_gradient("a gradient of the sdf", gradients[set].sdf, sdf_gradient, batch, 1, pixels, grad_output[1]);
-      compare_gradient("a gradient of the boundary", gradients[set].boundary, boundary_gradient, batch, L, pixels,
-                       grad_output[2], canceling[set][2]);
+    for (std::size_t set = 0; set < logits.size(); ++set) {
+      const Expected::Gradients& wanted = expected.gradients[set];
+      compare_gradient("a gradient of the mask", gradients[set].mask, wanted.mask, batch, K, pixels, grad_output[0],
+                       wanted.mask_canceling);
+      compare_gradient("a gradient of the sdf", gradients[set].sdf, wanted.sdf, batch, 1, pixels, grad_output[1]);
+      compare_gradient("a gradient of the boundary", gradients[set].boundary, wanted.boundary, batch, L, pixels,
+                       grad_output[2], wanted.boundary_canceling);
     }
   }
-  return batch;
+  return static_cast<int>(batch);
 }
 
 }  // namespace
