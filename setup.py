@@ -19,7 +19,7 @@ CUDA = os.environ.get("SEMIMOE_CUDA", "AUTO")
 
 
 def find_tool(name: str) -> str:
-    """The path of a tool that is on the path, or that pip has installed beside Python."""
+    """The path of a tool that is on the path or in Python's scripts folder."""
     found = shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
     if found is None:
         raise SystemExit(f"error: {name} was not found: run `pip install cmake ninja`, or build with isolation")

@@ -226,7 +226,7 @@ STAGES: dict[str, Callable[[Work, Record], None]] = {
     "train": train,
 }
 
-# What a stage needs: modules to import, and tools on the path or beside Python.
+# What a stage needs: modules to import, and tools that are on the path or in Python's scripts folder.
 TOOLS = ("cmake", "ninja")
 _RUN = ("torch", "triton", "numpy")
 _TRAIN = (*_RUN, "PIL", "matplotlib", "safetensors", "tqdm")

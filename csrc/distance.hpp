@@ -1,6 +1,6 @@
 // Exact Euclidean distance of every pixel to the nearest pixel of the opposite class, on the CPU.
 //
-// One pass over the columns and one over the rows serve foreground and background together. Let gap(y, x) be the
+// One pass over the columns and one over the rows compute foreground and background together. Let gap(y, x) be the
 // distance to the nearest pixel of the opposite class in column x. Then
 //
 //     d^2(y, x) = min over x' of (x - x')^2 + (gap(y, x')^2 if x' has the class of x, else 0).

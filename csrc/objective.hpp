@@ -40,7 +40,7 @@ struct Objective {
   std::int64_t batch, pixels;
   int mask_classes, boundary_classes;
   std::vector<Prediction<const float>> sets;
-  Planes<const std::uint8_t> mask;  // a value that is no class counts as no class
+  Planes<const std::uint8_t> mask;  // an out-of-range value matches no class
   Planes<const float> sdf;
   Planes<const std::uint8_t> boundary;
 

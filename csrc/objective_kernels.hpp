@@ -6,7 +6,7 @@
 
 namespace semimoe {
 
-constexpr int kMostClasses = 255;  // a target is a byte, and one value stands for no class
+constexpr int kMostClasses = 255;  // a target is a byte, and one value means no class
 constexpr int kMostLanes = 16;     // the most floats in a vector of any instruction set
 
 // All arrays hold a multiple of kMostLanes pixels; the kernels ignore those from `pixels` on.

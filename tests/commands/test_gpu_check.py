@@ -314,6 +314,13 @@ def test_sanitizer_runs_every_case(start: Start, monkeypatch: pytest.MonkeyPatch
     )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
+    written, write = [], gpu_check.Check.write
+
+    def note_and_write(check: gpu_check.Check) -> None:
+        written.append(len(check.current.get("cases", [])))
+        write(check)
+
+    monkeypatch.setattr(gpu_check.Check, "write", note_and_write)
     status, result = start("sanitize")
     assert status == 1
     record = result["stages"]["sanitize"]
@@ -321,9 +328,24 @@ def test_sanitizer_runs_every_case(start: Start, monkeypatch: pytest.MonkeyPatch
     bad = [case for case, outcome in record["cases"].items() if outcome["exit_status"]]
     assert bad == ["racecheck, capture cluster", "racecheck, capture launches"]
     assert len(record["cases"]) == 3 * len(gpu_sanitize.CASES)
+    assert set(written) == set(range(1 + len(record["cases"])))  # the file is written after every case
     assert set(gpu_stages.SANITIZED) == set(gpu_sanitize.CASES)
     assert "-m benchmarks.gpu_sanitize native cached: 1" in record["cases"]["memcheck, native"]["says"]
     assert "cached: yes" in record["cases"]["memcheck, capture cluster"]["says"]
+
+
+def test_train_stage_saves_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_stages, "FOLDER", tmp_path)
+
+    class Instant(gpu_stages.Work):
+        def python(self, log: str, *arguments: str | Path, **variables: str) -> int:
+            Path(arguments[-1]).write_text('{"epochs": 10}')
+            return 0
+
+    record, saved = {"status": gpu_stages.UNFINISHED}, []
+    gpu_stages.train(Instant(0, "90", "digest", lambda: saved.append(dict(record["runs"]))), record)
+    assert [list(runs) for runs in saved] == [list(gpu_stages.RUNS[: n + 1]) for n in range(len(gpu_stages.RUNS))]
+    assert record == {"status": "passed", "runs": {run: {"epochs": 10} for run in gpu_stages.RUNS}}
 
 
 def test_sanitized_distances_equal_those_of_the_cpu() -> None:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def tool(name: str) -> str:
-    """The path of a tool that is on the path, or that pip has installed beside Python."""
+    """The path of a tool that is on the path or in Python's scripts folder."""
     found = shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
     if found is None:
         pytest.skip(f"{name} was not found")
