@@ -52,9 +52,9 @@ void near_gaps(const std::uint8_t* mask, int height, int width, int begin, int e
 }
 
 // The gaps of one row at a time, to the nearest pixel of the opposite class in one direction.
-class Front {
+class RowGaps {
  public:
-  Front(const std::uint8_t* mask, int width, int begin, int end)
+  RowGaps(const std::uint8_t* mask, int width, int begin, int end)
       : mask_(mask + begin), width_(width), count_(end - begin) {
     for (int x = 0; x < count_; ++x) gaps_[x] = kNoGap;
   }
@@ -65,7 +65,7 @@ class Front {
     for (int x = 0; x < count_; ++x) gaps_[x] = next_gap<Gap, kNoGap>(gaps_[x], neighbor[x], here[x]);
   }
 
-  // Replaces gaps by the smaller of both.
+  // gaps[x] = min(gaps[x], gap of this row at x).
   void lower(Gap* gaps) const {
     for (int x = 0; x < count_; ++x) gaps[x] = gaps_[x] < gaps[x] ? gaps_[x] : gaps[x];
   }
@@ -82,7 +82,7 @@ void far_gaps(const std::uint8_t* mask, int height, int width, int begin, int en
   const auto row = [&](int i) { return gaps + static_cast<std::int64_t>(i) * width; };
   for (int i = 0; i < count; ++i)
     for (int x = begin; x < end; ++x) row(i)[x] = kNoGap;
-  Front down(mask, width, begin, end), up(mask, width, begin, end);
+  RowGaps down(mask, width, begin, end), up(mask, width, begin, end);
   for (int i = 0, y = 0; i < count; ++i) {
     for (; y < rows[i]; ++y) down.step(y, y + 1);
     down.lower(row(i) + begin);
