@@ -1,10 +1,10 @@
-# Every target sets itself up in .venv; a second call finds it done.
+# Every target first installs what it needs into .venv, once.
 #   make train ARGS="--data DIR"    PYTHON=python3.12 make test    PIP_EXTRA_INDEX_URL=... make test
 PYTHON ?= python3
 ARGS ?=
 OUT ?= benchmarks/results/gpu_check.json
 FUZZ_SECONDS ?= 60
-# Threads that spin long at barriers starve each other where other programs compute too.
+# Threads that spin long at barriers slow down other programs on the same cores.
 export GOMP_SPINCOUNT ?= 10000
 
 VENV := .venv
@@ -20,16 +20,16 @@ help:
 	@echo 'make test       run the tests; ARGS goes to pytest'
 	@echo 'make lint       check the style of the Python and the C++ code'
 	@echo 'make fuzz       compare the C++ code with its definition on random cases, under sanitizers, for $$(FUZZ_SECONDS) s each'
-	@echo 'make bench      measure the operations and the training step beside their peers; ARGS goes to pytest'
+	@echo 'make bench      benchmark the operations and the training step against other libraries; ARGS goes to pytest'
 	@echo 'make tables     write the tables of the Markdown pages from benchmarks/results/*.json'
-	@echo 'make gpu-check  check and measure on this machine'"'"'s GPU with the PyTorch of $$(PYTHON), into the JSON file $$(OUT);'
-	@echo '                ARGS takes stages (build tests sanitize ops step train) and --minutes N for each of them'
+	@echo 'make gpu-check  run tests and benchmarks on this machine'"'"'s GPU with the PyTorch of $$(PYTHON); results go to $$(OUT);'
+	@echo '                ARGS: stages (build tests sanitize ops step train) and --minutes N, the time limit of each'
 	@echo 'make clean      remove .venv and everything built'
 
 train: $(VENV)/train.done
 	$(RUN) -m semimoe_fast.train $(ARGS)
 
-# Files go to as many processes as there are cores, each on one thread. The slow tests: make test ARGS="-m slow"
+# One process a core; tests/conftest.py limits each process to one thread. The slow tests: make test ARGS="-m slow"
 test: $(VENV)/test.done
 	$(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile -m "not slow" $(ARGS)
 
@@ -38,7 +38,7 @@ lint: $(VENV)/lint.done
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/* $(wildcard tests/cuda_on_cpu/* tests/fuzz/*)
 
-# Other cases each time; a failure names the seed, and `build/fuzz/fuzz_... 0 SEED` repeats it.
+# Every call draws new random cases. A failure prints its seed; `build/fuzz/fuzz_... 0 SEED` repeats it.
 fuzz: $(VENV)/fuzz.done
 	$(VENV)/bin/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM='$(CURDIR)/$(VENV)/bin/ninja' -DSEMIMOE_FUZZ=ON
 	$(VENV)/bin/cmake --build build/fuzz
@@ -57,7 +57,7 @@ gpu-check:
 clean:
 	rm -rf $(VENV) build dist *.egg-info _semimoe_fast*.so
 
-# The install is editable: Python sources are always the current ones, and a change of the native ones builds anew.
+# The install is editable: Python changes take effect at once, changes of the native sources start a build.
 $(VENV)/train.done: $(NATIVE) | $(VENV)
 	$(INSTALL) --editable .
 	@touch $@
@@ -70,7 +70,7 @@ $(VENV)/bench.done: $(NATIVE) | $(VENV)
 	$(INSTALL) --editable '.[test,bench]'
 	@touch $@ $(VENV)/test.done $(VENV)/train.done
 
-# Not '.[lint]', which would install PyTorch too.
+# '.[lint]' would install PyTorch too.
 $(VENV)/lint.done: constraints.txt | $(VENV)
 	$(INSTALL) ruff clang-format
 	@touch $@

@@ -1,4 +1,4 @@
-"""Builds the native module with CMake. What else there is to say about the package stands in pyproject.toml."""
+"""Builds the native module with CMake. The package's metadata is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CUDA = os.environ.get("SEMIMOE_CUDA", "AUTO")
 
 
 def find_tool(name: str) -> str:
-    """A tool on the path, or the one that pip has put beside Python."""
+    """The path of a tool that is on the path or in Python's scripts folder."""
     found = shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
     if found is None:
         raise SystemExit(f"error: {name} was not found: run `pip install cmake ninja`, or build with isolation")
@@ -27,7 +27,7 @@ def find_tool(name: str) -> str:
 
 
 class CMakeBuild(build_ext):
-    """Configure and build in a temporary folder: a cache of another build environment could only mislead."""
+    """Configures and builds in a temporary folder, because CMake's cache of an earlier build may not fit."""
 
     def build_extension(self, ext: Extension) -> None:
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
@@ -49,8 +49,8 @@ class CMakeBuild(build_ext):
     @staticmethod
     def _run(*command: str | Path) -> None:
         if subprocess.run(command, check=False).returncode != 0:
-            remedy = "" if CUDA == "OFF" else ": mend that, or set SEMIMOE_CUDA=OFF to build without CUDA"
-            raise SystemExit(f"error: the native module could not be built, CMake says why above{remedy}")
+            remedy = "" if CUDA == "OFF" else ": correct the cause, or set SEMIMOE_CUDA=OFF to build without CUDA"
+            raise SystemExit(f"error: the native module could not be built, see CMake's message above{remedy}")
 
 
 sources = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").iterdir())

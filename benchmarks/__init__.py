@@ -1,1 +1,1 @@
-"""What is measured, beside its peers. A package, so that no other one of this name is found instead."""
+"""Benchmarks and scripts for results. A package, so that `benchmarks` is never imported from elsewhere."""

@@ -1,14 +1,13 @@
-"""The trainer as the published code does it, written anew from its description, to be measured against.
+"""The published trainer, written from its description, as the baseline of the benchmarks.
 
     python -m benchmarks.baseline --width 16 --image-size 128 --steps 4 --habits.no-conv-bias
 
-Eager, fp32, NCHW; convolutions with biases ahead of BN; a gating module that concatenates the experts' features and
-forms every task's mixture of them; losses as their formulas read; a loader whose workers read, augment and compute the
-targets with SciPy and scikit-image; five optimizers; numbers read and caches emptied in every step. Each of these is a
-field of `Habits` and can be given up alone. What the habits cost, they cost in time: the arithmetic is that of
-semimoe_fast.objective, as tests/training/test_baseline.py shows. So that nothing here gets faster along with the
-package, the networks and the step are written out; only what has one slow and obvious form is taken from
-semimoe_fast.ops.reference.
+It is eager, fp32 and NCHW. Convolutions before BN have biases. The gating module concatenates the experts' features and
+forms the mixed features of every task. Losses follow their formulas. Loader workers read, augment and compute the
+targets with SciPy and scikit-image. There are five optimizers, and every step reads numbers and empties caches. Each of
+these is a field of `Habits` and can be turned off alone. Habits only cost time: the arithmetic equals that of
+semimoe_fast.objective, as tests/training/test_baseline.py shows. The networks and the step are written out here, so
+that they do not get faster with the package; only simple reference functions come from semimoe_fast.ops.reference.
 """
 
 from __future__ import annotations
@@ -45,12 +44,12 @@ from semimoe_fast.training.sources import only_part
 
 @dataclasses.dataclass(frozen=True)
 class Habits:
-    """Of the published trainer. Giving one up changes how long a step takes, not what it computes."""
+    """Habits of the published trainer. They change the time of a step, not its result."""
 
     nchw: bool = True
     """Images and weights in NCHW, not channels-last."""
     conv_bias: bool = True
-    """Convolutions have a bias, which the BN behind them takes away again."""
+    """Convolutions have a bias, which the BN after them cancels."""
     concatenate: bool = True
     """The gating concatenates the experts' features and forms three mixtures; otherwise gates and heads are folded."""
     losses_by_formula: bool = True
@@ -58,19 +57,19 @@ class Habits:
     loader_targets: bool = True
     """Targets by SciPy and scikit-image in the loader's workers; otherwise the package's, on the device."""
     keep_gating_graph: bool = True
-    """Pseudo-labels come with a graph that nobody differentiates."""
+    """Pseudo-labels are computed with an autograd graph, which is never used."""
     item_syncs: bool = True
     """Five numbers are read from the device in every step."""
     empty_cache: bool = True
     """The device's memory cache is emptied three times in every step."""
     separate_optimizers: bool = True
-    """An SGD for each expert and for the gating, not one for all."""
+    """One SGD per expert and one for the gating, not one for all."""
     untuned_cudnn: bool = True
-    """cuDNN chooses algorithms by heuristics; it does not try them (cudnn.benchmark)."""
+    """cuDNN chooses algorithms by heuristics, not by trial (cudnn.benchmark)."""
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
-# Keys are those of semimoe_fast.model.SemiMoE, and the biases of the convolutions.
+# State dict keys are those of semimoe_fast.model.SemiMoE, and the biases of the convolutions.
 
 
 class UNet(nn.Module):
@@ -159,9 +158,9 @@ class Networks(nn.Module):
 
 
 class Samples(data.Dataset):
-    """Images of S x S pixels read from their files each time: (image,), with masks (image, mask), or with targets too.
+    """S x S images, read from their files each time: (image,), (image, mask), or (image, mask, sdf, boundary).
 
-    Of tensors float32 (3, S, S), uint8 (S, S), float32 (S, S), uint8 (S, S).
+    The tensors are float32 (3, S, S), uint8 (S, S), float32 (S, S), uint8 (S, S).
     """
 
     def __init__(self, images: Path, masks: Path | None, config: TrainConfig, with_targets: bool) -> None:
@@ -182,7 +181,7 @@ class Samples(data.Dataset):
 
 
 def random_window(size: int) -> tuple[slice, slice]:
-    """With probability 0.5 a random crop of 7/8 of the side, otherwise everything."""
+    """With probability 0.5 a random crop of 7/8 of the side, else the whole image."""
     crop = round(size * 7 / 8) if random.random() < 0.5 else size
     row, column = random.randint(0, size - crop), random.randint(0, size - crop)
     return slice(row, row + crop), slice(column, column + crop)
@@ -201,7 +200,7 @@ def random_symmetry() -> Callable[[Tensor], Tensor]:
 
 
 def targets(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Signed distance, float32, and boundary, uint8, of a mask, uint8 0/1 (S, S)."""
+    """Mask uint8 0/1 (S, S) -> signed distance float32 (S, S), boundary uint8 (S, S)."""
     if mask.min() == mask.max():
         return np.full(mask.shape, 1 if mask.max() else -1, np.float32), np.zeros_like(mask)
     inside, outside = distance_transform_edt(mask), distance_transform_edt(1 - mask)
@@ -227,7 +226,7 @@ class Losses(NamedTuple):
 
 
 class Baseline:
-    """The published trainer of a recipe in `config`, at some `epoch` of its schedules, with some of its habits."""
+    """The published trainer with the recipe `config`, at one `epoch` of its schedules, with the given habits."""
 
     def __init__(self, config: TrainConfig, device: torch.device, habits: Habits | None = None, epoch: int = 0) -> None:
         self.config, self.device, self.epoch = config, device, epoch
@@ -244,9 +243,9 @@ class Baseline:
         self.optimizers.append(torch.optim.Adam([self.log_vars], config.log_var_lr, weight_decay=decay))
 
     def batches(self, folder: Path, workers: int) -> Iterator[Batch]:
-        """Batches of the parts train_sup_* and train_unsup_* without end; the workers start anew in every epoch.
+        """Endless batches of the parts train_sup_* and train_unsup_*; every epoch starts new workers.
 
-        workers: of the two loaders together; 0 loads in between the steps.
+        workers: number of workers of both loaders together; 0 loads in the main process.
         """
         config, with_targets = self.config, self.habits.loader_targets
         sup, unsup = (folder / only_part(folder, prefix, "") for prefix in ("train_sup_", "train_unsup_"))
@@ -268,26 +267,26 @@ class Baseline:
                     (unlabeled, config.unlabeled_batch, workers // 2),
                 )
             ]
-            for (images, *of_images), (others,) in zip(*loaders, strict=True):
-                yield Batch(images, tuple(of_images), others)
+            for (images, *targets), (others,) in zip(*loaders, strict=True):
+                yield Batch(images, tuple(targets), others)
 
     def train(self, batches: Iterator[Batch], steps: int) -> None:
-        for images, of_images, unlabeled in islice(batches, steps):
-            of_images = tuple(target.to(self.device) for target in of_images)
+        for images, targets, unlabeled in islice(batches, steps):
+            targets = tuple(target.to(self.device) for target in targets)
             if not self.habits.loader_targets:
-                (mask,) = of_images
-                of_images = (mask, *F.distance_targets(mask, self.config.ring_radius))
-            self.step(Batch(self.to_device(images), of_images, self.to_device(unlabeled)))
+                (mask,) = targets
+                targets = (mask, *F.distance_targets(mask, self.config.ring_radius))
+            self.step(Batch(self.to_device(images), targets, self.to_device(unlabeled)))
 
     def step(self, batch: Batch) -> Losses:
         """One step on a batch that is on the device."""
         habits, networks = self.habits, self.networks
         u = unsupervised_weight(self.epoch, self.config.epochs, self.config.unsupervised_weight)
-        tf32 = torch.backends.cudnn.allow_tf32  # which `flags` would turn on
+        tf32 = torch.backends.cudnn.allow_tf32  # `flags` would turn it on
         with torch.backends.cudnn.flags(enabled=True, benchmark=not habits.untuned_cudnn, allow_tf32=tf32):
             features, own = zip(*(expert(batch.unlabeled) for expert in networks.experts), strict=True)
             with torch.set_grad_enabled(habits.keep_gating_graph):
-                pseudo = networks.gating(features)  # by its name alive, with its graph, to the end of the step
+                pseudo = networks.gating(features)  # the variable keeps the graph until the end of the step
             mask, sdf, boundary = (output.detach() for output in pseudo)
             unsupervised_terms = self._terms([own], (mask.argmax(1), sdf.tanh(), boundary.argmax(1)))
             unsupervised = self._adaptive(unsupervised_terms) * u
@@ -308,9 +307,9 @@ class Baseline:
             self._empty_cache()
         return Losses(*(t.detach() for t in (supervised, unsupervised, supervised_terms, unsupervised_terms)))
 
-    def _terms(self, predictions: Sequence[Sequence[Tensor]], of_images: Sequence[Tensor]) -> Tensor:
+    def _terms(self, predictions: Sequence[Sequence[Tensor]], targets: Sequence[Tensor]) -> Tensor:
         losses = reference if self.habits.losses_by_formula else F
-        return losses.joint_objective_terms(predictions, *of_images)
+        return losses.joint_objective_terms(predictions, *targets)
 
     def _adaptive(self, terms: Tensor) -> Tensor:
         return reference.adaptive_loss(terms, self.log_vars, self.config.coefficients, self.config.regularizer)
@@ -324,7 +323,7 @@ class Baseline:
 
 
 def clock() -> float:
-    """Seconds, once a GPU has done what was queued."""
+    """Time in seconds, after the GPU has finished its queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -335,15 +334,15 @@ def clock() -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Train a few steps on synthetic glands and print images a second."""
+    """Train a few steps on synthetic glands and print images per second."""
 
     width: int = 16
     image_size: int = 128
     batch: int = 2
-    """Labeled images of a step, and as many unlabeled ones."""
+    """Labeled images per step, and as many unlabeled ones."""
     steps: int = 8
     workers: int = 2
-    """Processes that load."""
+    """Number of loader processes."""
     threads: int = 2
     device: str = "auto"
     habits: Habits = dataclasses.field(default_factory=Habits)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: devices, exact oracles, inputs that no cache holds, and the clock."""
+"""Fixtures of the benchmarks: devices, providers, exact float32, inputs that exceed the caches, and timing."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Forward = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 @pytest.fixture(autouse=True)
 def exact_float32() -> None:
-    """float32 is float32, of what is measured and of what it is checked against, whatever ran before."""
+    """Turn TF32 off, for the measured code and for the results that it is checked against."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def copies_beyond_cache(input_bytes: int, device: torch.device) -> int:
-    """How many copies of the inputs are more than the GPU's L2 cache holds: taken in turn, none is found there.
+    """Number of copies of the inputs that together exceed the GPU's L2 cache, so that no call finds its copy there.
 
-    On the CPU one: its caches are part of what is measured.
+    On the CPU it is 1: there the measurement includes the effect of the caches.
     """
     if device.type != "cuda":
         return 1
@@ -44,12 +44,12 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(params=PROVIDERS)
 def provider(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Who computes: a backend, which then serves the public functions too, or the reference under torch.compile."""
+    """The measured implementation: a backend, which the public functions then use, or the compiled reference."""
     operation = request.module.OPERATION
     if request.param == "fused" and ops.choose(operation, device.type)[0] != "fused":
         pytest.skip(ops.choose(operation, device.type)[1])
     monkeypatch.setenv("SEMIMOE_BACKEND", request.param.split()[0])
-    torch.compiler.reset()  # shapes compiled before count against Dynamo's limit of variants
+    torch.compiler.reset()  # Dynamo limits the number of compiled shapes
     return request.param
 
 
@@ -57,12 +57,11 @@ def provider(request: pytest.FixtureRequest, device: torch.device, monkeypatch: 
 def measure(
     benchmark, device: torch.device
 ) -> Callable[[Forward, Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], str], None]:
-    """Time `forward(inputs)`, the backward pass of its outputs with given gradients, or both.
+    """Time `forward(inputs)`, its backward pass with given gradients of the outputs, or both.
 
-    Gradients are of the parameters and of those inputs that ask for them.
-
-    On a GPU the inputs are one of several copies in turn, and `extra_info` gets two figures more: graph_us, the time of
-    a call in a CUDA graph, by the GPU's clock, and peak_bytes, what a call allocates at most beyond its inputs.
+    The backward pass computes the gradients of the parameters and of the inputs with requires_grad. On a GPU, the calls
+    use several copies of the inputs in turn, and `extra_info` also has graph_us, the time of a call within a CUDA graph
+    by CUDA events, and peak_bytes, the peak memory of a call beyond its inputs.
     """
 
     def run(
@@ -109,7 +108,7 @@ def measure(
 
 
 def on_gpu(compute: Callable[[Sequence[Tensor]], None], copies: Sequence[Sequence[Tensor]]) -> dict[str, float]:
-    """Peak memory of a call on one of the copies, and its time from a CUDA graph of calls on all of them."""
+    """Peak memory of a call on one copy (peak_bytes), and time of a call in a CUDA graph over all copies (graph_us)."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -1,10 +1,10 @@
-"""A pytest plugin: lines of JSON for every test as soon as it begins and ends, so that a killed run leaves its results.
+"""A pytest plugin that writes a line of JSON when a test starts and when it ends; a killed run keeps its results.
 
     python -m pytest -p benchmarks.gpu_lines --lines=FILE --done=FILE --first=PATTERN ...
 
-Tests whose names match the first of the patterns run first, then those of the second, and so on; slow ones run last.
-Tests that the lines of another file name are left out. A failed test that has broken the process's CUDA context, in
-which all others would fail too, ends the process with the exit status LOST; pytest-xdist replaces such a worker.
+Tests that match the first pattern run first, then those that match the second, and so on; slow tests run last. Tests
+that --done names do not run again. If a failed test has broken the CUDA context of its process, all later tests would
+fail too: the process ends with the exit status LOST, and pytest-xdist replaces such a worker.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-LONGEST_MESSAGE = 4000  # characters, of a failure
+LONGEST_MESSAGE = 4000  # characters of a failure's message
 LOST = 77
-KEPT = ("min", "median", "iqr", "rounds")  # of a benchmark
+KEPT = ("min", "median", "iqr", "rounds")  # statistics of a benchmark
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--lines") and not hasattr(config, "workerinput"):  # of pytest-xdist, only the controller
+    if config.getoption("--lines") and not hasattr(config, "workerinput"):  # the controller of pytest-xdist, no worker
         config.pluginmanager.register(Lines(Path(config.getoption("--lines"))))
 
 
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
-    """Put what a benchmark has measured into its report."""
+    """Put the result of a benchmark into its report."""
     measured = getattr(getattr(item, "funcargs", {}).get("benchmark"), "stats", None)
     if call.when == "call" and call.excinfo is None and measured is not None:
         result = {name: getattr(measured, name) for name in ("name", "group", "params", "extra_info")}
@@ -61,8 +61,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Once the failure is written down, or on its way to the controller."""
-    if report.failed and torch.cuda.is_initialized():
+    """End a process whose CUDA context is broken, after the failure is written or sent to the controller."""
+    torch = sys.modules.get("torch")  # not imported here, where it would delay tests without CUDA
+    if report.failed and torch is not None and torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
         except RuntimeError:
@@ -70,6 +71,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 class Lines:
+    """Appends the lines to a file."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
 

@@ -1,9 +1,9 @@
-"""The native and the Triton kernels on small awkward inputs, to be run under NVIDIA's compute-sanitizer.
+"""Run the native and the Triton kernels on small inputs with edge-case shapes, under NVIDIA's compute-sanitizer.
 
     compute-sanitizer --tool memcheck python -m benchmarks.gpu_sanitize CASE
 
-CASE: one of `CASES`. A capture needs a process in which its path has not run before. Results are checked too, as far as
-it costs nothing: native ones are those of the CPU to the last bit, the others are finite.
+CASE: one of `CASES`. A capture case needs a process in which the captured path has not run yet. The results are also
+checked: native results equal those of the CPU bit for bit, the others are finite.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from semimoe_fast import functional as F
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEIGHTS, WIDTHS = (1, 32, 33, 256), (1, 33, 256, 300)
-CLUSTER, LAUNCHES = (4, 256, 256), (2, 300, 500)  # shapes that take one path or the other, where there are clusters
+CLUSTER, LAUNCHES = (4, 256, 256), (2, 300, 500)  # shapes of the cluster path and of the general path
 HEADS = (2, 1, 2)
+FEATURES = ((1, 1, 1), (5, 1, 33), (64, 33, 32))  # channels, height, width
+LOGITS = ((1, 1), (1, 33), (32, 32), (33, 257))  # height, width
 
 
 def masks(height: int, width: int) -> Iterator[Tensor]:
-    """Noise, a single dot in a corner and in the middle, and constants."""
+    """uint8 masks (B, height, width): noise, single dots in two corners and in the middle, and a constant."""
     random = torch.Generator().manual_seed(height + 1000 * width)
     yield (torch.rand(2, height, width, generator=random) < 0.3).to(torch.uint8)
     for y, x in ((0, 0), (height // 2, width // 2), (height - 1, width - 1)):
@@ -50,7 +52,7 @@ def native() -> None:
 
 
 def capture(shape: tuple[int, int, int], other: tuple[int, int, int]) -> None:
-    """Capture the one path after the other has run."""
+    """Capture the path of one shape after the path of the other shape has run."""
     F.distance_targets(torch.ones(other, dtype=torch.uint8, device=DEVICE))
     mask = next(masks(*shape[1:]))
     static = mask.to(DEVICE)
@@ -76,7 +78,7 @@ def gating() -> None:
     """project_experts, mix_projections and label_projections, forward and backward."""
     for dtype in (torch.float32, torch.bfloat16):
         for channels_last in (False, True):
-            for channels, height, width in ((1, 1, 1), (5, 1, 33), (64, 33, 32)):
+            for channels, height, width in FEATURES:
                 features = [draw(2, channels, height, width, dtype=dtype, channels_last=channels_last) for _ in HEADS]
                 weights, biases = [draw(rows, channels) for rows in HEADS], [draw(rows) for rows in HEADS]
                 gates = draw(2, 3, 3)
@@ -89,7 +91,7 @@ def gating() -> None:
 def objective() -> None:
     """joint_objective_terms and adaptive_loss, forward and backward."""
     for dtype in (torch.float32, torch.bfloat16):
-        for height, width in ((1, 1), (1, 33), (32, 32), (33, 257)):
+        for height, width in LOGITS:
             sets = [[draw(2, rows, height, width, dtype=dtype) for rows in HEADS] for _ in range(2)]
             mask = torch.randint(0, 2, (2, height, width), dtype=torch.uint8).to(DEVICE)
             terms = F.joint_objective_terms(sets, mask, 2.0 * mask - 1, 1 - mask)
@@ -107,7 +109,7 @@ CASES: dict[str, Callable[[], None]] = {
 
 
 def main() -> None:
-    os.environ["SEMIMOE_BACKEND"] = "fused"  # so that nothing else can serve
+    os.environ["SEMIMOE_BACKEND"] = "fused"  # no fallback to another backend
     CASES[sys.argv[1]]()
     if DEVICE == "cuda":
         torch.cuda.synchronize()

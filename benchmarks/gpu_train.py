@@ -1,9 +1,9 @@
-"""Ten epochs of the published recipe on synthetic glands, in one of several ways: speed, memory, and where time goes.
+"""Train ten epochs of the published recipe on synthetic glands, and measure speed and memory.
 
     python -m benchmarks.gpu_train RUN FOLDER RESULT
 
-RUN: one of `RUNS`; FOLDER: of the images, drawn if it does not exist, with the run folders beside it; RESULT: a JSON
-file to write.
+RUN: one of `RUNS`, which are several ways to train. FOLDER: the images; it is created if it does not exist, and the run
+folders are beside it. RESULT: a JSON file to write.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def measure(run: str, folder: Path, recipe: TrainConfig = RECIPE) -> dict[str, Any]:
-    """Train, and sum up: medians over the epochs but the first, which warms up, where there are more."""
+    """Train one run and return its results. Speeds are medians over the epochs after the first."""
     out = folder.parent / "runs" / run
     shutil.rmtree(out, ignore_errors=True)
     config = dataclasses.replace(recipe, data=folder, out=out, **RUNS[run])
@@ -61,7 +61,7 @@ def main() -> None:
     if not folder.exists():
         part = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
-        write(Folder(part, labeled=17, unlabeled=68, val=10, size=256))  # as many as in GlaS
+        write(Folder(part, labeled=17, unlabeled=68, val=10, size=256))  # the numbers of GlaS
         part.rename(folder)
     result.write_text(json.dumps(measure(run, folder)))
 

@@ -1,8 +1,8 @@
-"""Triton launches on meta tensors: what would be launched, with which machine code, without a GPU.
+"""Record and compile Triton launches on meta tensors, without a GPU.
 
-Triton specialises a kernel on its arguments (integers that are 1 or divisible by 16, aligned addresses), so the
-machine code that a launch gets is only known from the launch. Here the real launchers run on meta tensors, which have
-shapes and strides but no memory; every launch is compiled and noted down, and nothing is executed.
+Triton specializes a kernel on its arguments (integers that are 1 or divisible by 16, aligned addresses), so the machine
+code depends on the launch. Here the real launchers run on meta tensors, which have shapes and strides but no memory;
+every launch is compiled and recorded, and none is executed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that a block may ask for, by compute capability
+# Compute capability -> largest shared memory of a block, in bytes.
+SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Launch:
 
     @property
     def bytes(self) -> int:
-        """Of all tensors handed over: each is read or written once."""
+        """Size of all tensors of the launch. A kernel reads or writes each of them once."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
     @functools.cached_property
@@ -45,34 +46,34 @@ class Launch:
 
     @functools.cached_property
     def resources(self) -> dict[str, int]:
-        """Registers and bytes of stack a thread, and of shared memory a block."""
+        """Registers and stack bytes per thread, and shared memory bytes per block."""
         usage = _run_on(self.binary.asm["cubin"], "cuobjdump", "--dump-resource-usage")
         registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
         return {"registers": registers, "stack": stack, "shared": self.binary.metadata.shared}
 
     @property
     def spills(self) -> int:
-        """Loads from and stores to local memory."""
+        """Number of instructions that load from or store to local memory."""
         return len(re.findall(r"\b(?:LDL|STL)\b", self.disassembly))
 
     def count(self, instruction: str) -> int:
-        """How often a regular expression for an instruction, such as LDG.*128, stands in the machine code."""
+        """Number of instructions that match a regular expression, such as LDG.*128."""
         return len(re.findall(rf"\b{instruction}\b", self.disassembly))
 
 
 @contextlib.contextmanager
 def recorded(capability: int) -> Iterator[list[Launch]]:
-    """The launches of the body, as they would be on a GPU of a compute capability such as 90; nothing is executed."""
+    """Record the launches of the `with` body for a compute capability such as 90, without executing them."""
     launches: list[Launch] = []
     run, active = JITFunction.run, triton.runtime.driver._active
 
-    def note(self: JITFunction, *args: Any, grid: Sequence[int], warmup: bool, **kwargs: Any) -> Any:
+    def record(self: JITFunction, *args: Any, grid: Sequence[int], warmup: bool, **kwargs: Any) -> Any:
         binary = run(self, *args, grid=grid, warmup=True, **kwargs)
         launches.append(Launch(self.fn.__name__, tuple(grid), tuple(_tensors((args, kwargs))), binary))
         return binary
 
     triton.runtime.driver.set_active(_NoDriver(capability))
-    JITFunction.run = note
+    JITFunction.run = record
     try:
         yield launches
     finally:
@@ -81,7 +82,7 @@ def recorded(capability: int) -> Iterator[list[Launch]]:
 
 
 class _NoDriver:
-    """As much of a driver as compiling asks for."""
+    """The part of a driver that compilation needs."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -89,7 +90,7 @@ class _NoDriver:
         self.utils = SimpleNamespace(get_device_properties=lambda device: shared)
 
     def get_current_device(self) -> int:
-        return self.capability  # Triton keeps what it compiled by device
+        return self.capability  # Triton caches compiled kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0

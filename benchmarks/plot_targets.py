@@ -1,6 +1,7 @@
-"""`python -m benchmarks.plot_targets BENCHMARK.json OUT.png`: what a pixel of the distance targets costs.
+"""`python -m benchmarks.plot_targets BENCHMARK.json OUT.png`: the time per pixel of the distance targets.
 
-Draws the cost against the side of the gland masks, and prints Markdown tables of all that test_targets.py measured.
+Plots the time per pixel over the side of the gland masks, and prints Markdown tables of all results of
+test_distance.py.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class Timing:
     test: str
     params: dict[str, Any]
     device: str
-    ns: float  # a pixel
-    floor: float  # likewise
+    ns: float  # per pixel
+    floor: float  # of a plain copy, ns per pixel
 
     @property
     def row(self) -> str:
@@ -43,7 +44,7 @@ class Timing:
 
 
 def read(path: Path) -> list[Timing]:
-    """The timings of test_targets.py in a file of pytest-benchmark, in the order of the tests."""
+    """The timings of test_distance.py in a JSON file of pytest-benchmark, in the order of the tests."""
     timings = []
     for benchmark in json.loads(path.read_text())["benchmarks"]:
         test, info = benchmark["name"].partition("[")[0], benchmark["extra_info"]
@@ -54,7 +55,7 @@ def read(path: Path) -> list[Timing]:
 
 
 def print_table(title: str, timings: list[Timing]) -> None:
-    """Providers by masks: ns a pixel, and how many times as much as the first of ours on the same device."""
+    """Rows: providers, columns: masks. Cells: ns per pixel, and the ratio to our first provider on the same device."""
     ours: dict[tuple[str, str], float] = {}
     cells: dict[str, dict[str, str]] = {}
     floors = {f"copy of 6 bytes, {t.device}": t for t in timings}
@@ -73,7 +74,7 @@ def print_table(title: str, timings: list[Timing]) -> None:
 
 
 def styles(timings: list[Timing]) -> dict[str, dict[str, Any]]:
-    """How each provider is drawn: ours thick, in shades of blue; dashed on a GPU."""
+    """Line style of each provider: ours thick and in shades of blue; dashed on a GPU."""
     devices = {t.row: t.device for t in timings}
     peers = [row for row in devices if not row.startswith("ours")]
     colors = dict(zip(peers, PEER_COLORS, strict=False))
@@ -91,7 +92,7 @@ def styles(timings: list[Timing]) -> dict[str, dict[str, Any]]:
 
 
 def draw_batch(axes: Axes, timings: list[Timing], style: dict[str, dict[str, Any]]) -> None:
-    """One line a provider, and below them where a plain copy of the bytes would be."""
+    """Draw one line per provider, and a gray line for a plain copy of the bytes."""
     for row in style:
         points = sorted((t.params["side"], t.ns) for t in timings if t.row == row)
         if points:
@@ -128,13 +129,13 @@ def highest(line: Line2D) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("benchmark", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("benchmark", type=Path, help="JSON file that --benchmark-json wrote")
     parser.add_argument("out", type=Path, help="picture to write")
     arguments = parser.parse_args()
     timings = read(arguments.benchmark)
     glands = [t for t in timings if t.test == "test_glands"]
     if not glands:
-        parser.error(f"{arguments.benchmark} has no timings of test_targets.py::test_glands")
+        parser.error(f"{arguments.benchmark} has no timings of test_distance.py::test_glands")
     print("ns a pixel (times ours on the same device)\n")
     for test in dict.fromkeys(t.test for t in timings):
         print_table(TABLES[test], [t for t in timings if t.test == test])

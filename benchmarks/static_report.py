@@ -1,8 +1,8 @@
-"""`python -m benchmarks.static_report`: what the Triton kernels are, told without a GPU.
+"""`python -m benchmarks.static_report`: resources and memory traffic of the Triton kernels, without a GPU.
 
-Two tables, at the sizes of a training step: registers, spills, shared memory and instructions of every kernel for each
-GPU generation, from its machine code; and the bytes that each operation moves, counted from its launches, against
-the least that it must move. `--json FILE` writes them to a file too.
+Prints two tables at the sizes of a training step. The first has the registers, spills, shared memory and instructions
+of every kernel, from its machine code for each GPU generation. The second compares the bytes that each operation moves,
+counted from its launches, with the minimum. `--json FILE` also writes them to a file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # it would leave nothing to compile
+os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
 
 import torch
 from semimoe_fast.kernels import adaptive, mix_projections, objective, project_experts
@@ -34,7 +34,7 @@ Operation = Callable[[], Any]
 
 
 def operations(dtype: torch.dtype, layout: torch.memory_format) -> Iterator[tuple[str, int, Operation]]:
-    """Every operation as (name, the bytes that it must move, call), on meta tensors."""
+    """Every operation on meta tensors: name, minimum number of bytes that it must move, call."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -49,7 +49,7 @@ def operations(dtype: torch.dtype, layout: torch.memory_format) -> Iterator[tupl
     projections = empty(BATCH, EXPERTS, sum(HEADS), SIDE, SIDE)
     gates, biases = empty(BATCH, len(HEADS), EXPERTS, dtype=torch.float32), empty(sum(HEADS), dtype=torch.float32)
     gated = [image(rows) for rows in HEADS]
-    x, z, out, of_own = (size(tensors) for tensors in (features, [projections], gated, own))
+    x, z, out, own_bytes = (size(tensors) for tensors in (features, [projections], gated, own))
 
     def forward() -> None:
         project_experts.forward(features, weights, own_biases, OWN)
@@ -59,8 +59,8 @@ def operations(dtype: torch.dtype, layout: torch.memory_format) -> Iterator[tupl
         mix_projections.backward(projections, gates, gated)
         project_experts.backward(features, weights, OWN, means, projections, own)
 
-    yield "multi-gate forward", x + 2 * z + out + of_own, forward
-    yield "multi-gate backward", 2 * x + z + 2 * out + of_own, backward
+    yield "multi-gate forward", x + 2 * z + out + own_bytes, forward
+    yield "multi-gate backward", 2 * x + z + 2 * out + own_bytes, backward
     labels = PIXELS * (2 + dtype.itemsize)
     yield "pseudo-labels", z + labels, lambda: mix_projections.labels(projections, gates, biases, HEADS[0])
 
@@ -68,11 +68,11 @@ def operations(dtype: torch.dtype, layout: torch.memory_format) -> Iterator[tupl
     targets, sums = [byte, sdf, byte], empty(BATCH, 8, dtype=torch.float32)
     predictions = [own, gated]
     terms = empty(3, dtype=torch.float32)
-    reads = out + of_own + size([byte, byte, sdf])
+    reads = out + own_bytes + size([byte, byte, sdf])
     yield "objective forward", reads, lambda: objective.forward(predictions, targets, torch.float32)
     yield (
         "objective backward",
-        reads + out + of_own,
+        reads + out + own_bytes,
         lambda: objective.backward(terms, predictions, targets, sums, sums),
     )
 
@@ -87,12 +87,12 @@ def operations(dtype: torch.dtype, layout: torch.memory_format) -> Iterator[tupl
 
 
 def size(tensors: Sequence[Tensor]) -> int:
-    """In bytes."""
+    """Size of tensors in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class OperatorBytes(TorchDispatchMode):
-    """Counts what PyTorch's own operators read and write, views and allocations aside."""
+    """Counts the bytes that PyTorch's own operators read and write, without views and allocations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class OperatorBytes(TorchDispatchMode):
 
 
 def run(operation: Operation, capability: int) -> tuple[list[Launch], int]:
-    """Its launches, and the bytes that these and PyTorch's operators move."""
+    """Run an operation; return its launches, and the bytes that they and PyTorch's operators move."""
     operators = OperatorBytes()
     with recorded(capability) as launches, operators:
         operation()
@@ -123,14 +123,14 @@ def report() -> dict[str, list[dict[str, Any]]]:
             case = {"dtype": dtype_name, "layout": layout_name}
             for name, floor, operation in operations(dtype, layout):
                 if layout_name != "NCHW" and not name.startswith("multi-gate"):
-                    continue  # projections and logits are NCHW whatever the features are
+                    continue  # projections and logits are always NCHW
                 for capability in CAPABILITIES:
                     launches, moved = run(operation, capability)
                     kernels += [
                         {"operation": name, **case, "sm": capability, **describe(launch)} for launch in launches
                     ]
-                of_pixel = {"bytes a pixel": moved / PIXELS, "floor": floor / PIXELS, "ratio": moved / floor}
-                traffic.append({"operation": name, **case, **of_pixel})
+                per_pixel = {"bytes a pixel": moved / PIXELS, "floor": floor / PIXELS, "ratio": moved / floor}
+                traffic.append({"operation": name, **case, **per_pixel})
     return {"kernels": kernels, "traffic": traffic}
 
 
@@ -150,7 +150,7 @@ def describe(launch: Launch) -> dict[str, Any]:
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """In Markdown."""
+    """Print rows as a Markdown table."""
     print("| " + " | ".join(rows[0]) + " |")
     print("| " + " | ".join("---" for _ in rows[0]) + " |")
     for row in rows:

@@ -3,15 +3,15 @@
     python -m benchmarks.step_ratios            # a Markdown table of medians and ratios, and one of the habits
     make bench ARGS="-k step"                   # the same providers under pytest-benchmark
 
-On a machine that is shared, set GOMP_SPINCOUNT=10000: threads that spin long at barriers starve each other.
+On a shared machine set GOMP_SPINCOUNT=10000: threads that spin long at barriers slow down other programs.
 
-A round is one step of each provider, one after the other, so that what else the machine does meets all of them; on a
-GPU it is ten of each between two synchronizations, since a training run does not wait for the device after a step. The
-ratios are medians over the rounds of the ratio within a round.
+A round is one step of each provider, one after the other, so that other load on the machine affects all of them. On a
+GPU it is ten steps of each between two synchronizations, because a training run does not wait for the device after a
+step. A ratio is computed within each round; the table has the medians over the rounds.
 
-- baseline: benchmarks.baseline with all its habits, fed by its loader's two workers
+- baseline: benchmarks.baseline with all its habits, with two loader workers
 - ours: semimoe_fast.training.trainer.Trainer as a run configures it, augmentation and targets included
-- bare: forward and backward of the three U-Nets on both batches and nothing else, in ours' precision and layout
+- bare: only forward and backward of the three U-Nets on both batches, in the precision and layout of ours
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from semimoe_fast.training.trainer import Trainer
 from .baseline import Baseline, Batch, Habits, clock
 
 IMAGES = {"labeled": 17, "unlabeled": 68, "val": 1}  # as in GlaS
-STEPS_ON_CUDA = 10  # of a round; more than ours takes to capture its graph, so that one round warms up
+STEPS_ON_CUDA = 10  # per round; ours captures its graph within them, so that one warm-up round suffices
 WARM_UP_ROUNDS = 1
-EPOCH = 1  # at the first, the learning rate is 0
+EPOCH = 1  # in epoch 0 the learning rate is 0
 HABITS = [field.name for field in dataclasses.fields(Habits)]
-Round = Callable[[], object]  # as many steps as `Case.steps` says
+Round = Callable[[], object]  # runs `Case.steps` steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Case:
 
     @property
     def steps(self) -> int:
-        """Of a round."""
+        """Steps of a round."""
         return STEPS_ON_CUDA if self.device == "cuda" else 1
 
     @property
@@ -88,7 +88,7 @@ def scratch() -> tempfile.TemporaryDirectory:
 
 @functools.cache
 def images_of_size(size: int) -> Path:
-    """A folder of synthetic glands, there until the process ends."""
+    """A folder of synthetic glands, which is deleted when the process ends."""
     folder = Path(scratch().name) / str(size)
     write(Folder(folder, **IMAGES, size=size))
     return folder
@@ -153,14 +153,14 @@ PROVIDERS = {"baseline": baseline, "ours": ours, "bare": bare}
 
 
 def check(case: Case, habits: Habits | None = None) -> None:
-    """That the baseline and ours compute the same losses and gradients of one batch, before any clock runs."""
+    """Check that the baseline and ours compute the same losses and gradients of one batch."""
     device = torch.device(case.device)
     config = dataclasses.replace(case.config, dropout=0.0, width=4, precision="fp32")
     configure(device, config.precision, config.deterministic)
     trainer, reference = Trainer(config, load_data(config)[0], device), Baseline(config, device, habits, EPOCH)
     trainer.epoch = EPOCH
     trainer.model.train()
-    reference.networks.load_state_dict(trainer.model.state_dict(), strict=False)  # its biases are 0
+    reference.networks.load_state_dict(trainer.model.state_dict(), strict=False)  # the biases of its convolutions are 0
     batch = next(Baseline(config, torch.device("cpu")).batches(config.data, workers=0))
     images, unlabeled = (reference.to_device(b) for b in (batch.images, batch.unlabeled))
     targets = tuple(target.to(device) for target in batch.targets)
@@ -168,7 +168,8 @@ def check(case: Case, habits: Habits | None = None) -> None:
     expected = objective(trainer.model, trainer.adaptive, images, targets, unlabeled, trainer.unsupervised_weight)
     expected.total.backward()
     for name, value in losses._asdict().items():
-        torch.testing.assert_close(value, getattr(expected, name), rtol=1e-3, atol=1e-4)  # labels of ties may differ
+        # pseudo-labels may differ if two outputs are almost equal
+        torch.testing.assert_close(value, getattr(expected, name), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(reference.log_vars.grad, trainer.adaptive.log_vars.grad, rtol=1e-3, atol=1e-4)
 
 
@@ -189,7 +190,7 @@ def versions() -> dict[str, object]:
 def interleave(
     providers: Mapping[str, contextlib.AbstractContextManager[Round]], rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of every round, by provider; the first rounds warm up and are not counted."""
+    """Seconds of every round by provider, without the warm-up rounds."""
     with contextlib.ExitStack() as stack:
         entered = {name: stack.enter_context(provider) for name, provider in providers.items()}
         seconds: dict[str, list[float]] = {name: [] for name in entered}
@@ -206,7 +207,7 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float:
 
 
 def compare(case: Case, rounds: int) -> str:
-    """A row of the table: milliseconds a step, images a second, ratios."""
+    """A row of the table: milliseconds per step, images per second, ratios."""
     check(case)
     seconds = interleave({name: provider(case) for name, provider in PROVIDERS.items()}, rounds)
     medians = {name: statistics.median(times) / case.steps for name, times in seconds.items()}
@@ -217,14 +218,14 @@ def compare(case: Case, rounds: int) -> str:
 
 
 def ablate(case: Case, rounds: int) -> Iterator[str]:
-    """For every habit, how much longer the step is with it than without it alone.
+    """For every habit, the ratio of the step's time with all habits to its time without this habit.
 
-    On a CPU, empty_cache and untuned_cudnn do nothing: how far their ratios are from 1 is what noise does.
+    On a CPU, empty_cache and untuned_cudnn have no effect, so the deviation of their ratios from 1 is noise.
     """
     for habit in HABITS:
-        given_up = Habits(**{habit: False})
-        check(case, given_up)
-        seconds = interleave({"with": baseline(case), "without": baseline(case, given_up)}, rounds)
+        habits = Habits(**{habit: False})
+        check(case, habits)
+        seconds = interleave({"with": baseline(case), "without": baseline(case, habits)}, rounds)
         yield f"| {habit} | {ratio(seconds['with'], seconds['without']):.3f} |"
 
 
@@ -233,12 +234,12 @@ class Options:
     """Compare the training steps in interleaved rounds and print Markdown tables."""
 
     rounds: int = 5
-    """Rounds that are counted."""
+    """Number of rounds after the warm-up."""
     threads: int = 2
     only_cuda: bool = False
-    """Leave out the cases of the CPU."""
+    """Skip the cases of the CPU."""
     ablation: bool = True
-    """Also give up the baseline's habits one by one, in the first case."""
+    """Also measure the baseline without each of its habits, in the first case."""
 
 
 def main(options: Options) -> None:

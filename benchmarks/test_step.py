@@ -1,9 +1,9 @@
-"""One training step by provider: the published trainer, ours, the bare U-Nets; and the former without each habit.
+"""One training step by provider: the published trainer, ours, the bare U-Nets; and the first without each habit.
 
     make bench ARGS="-k step"
 
-The providers are those of benchmarks.step_ratios, which measures them in turn and is to be trusted where the machine
-does other things too. In `extra_info`: images a second, steps of a round, device, threads and versions.
+The providers are those of benchmarks.step_ratios. That script measures them in turn, which is more reliable on a shared
+machine. `extra_info` has images per second, steps per round, device, threads and versions.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def test_step(benchmark, case: Case, provider: str) -> None:
     measure(benchmark, case, PROVIDERS[provider](case))
 
 
-@pytest.mark.parametrize("given_up", ["nothing", *HABITS])
-def test_step_without_a_habit(benchmark, given_up: str) -> None:
-    benchmark.group = f"training step of the baseline but for a habit, {CASES[0]}"
-    habits = Habits(**({} if given_up == "nothing" else {given_up: False}))
+@pytest.mark.parametrize("without", ["nothing", *HABITS])
+def test_step_without_a_habit(benchmark, without: str) -> None:
+    benchmark.group = f"training step of the baseline without one habit, {CASES[0]}"
+    habits = Habits(**({} if without == "nothing" else {without: False}))
     check(CASES[0], habits)
     measure(benchmark, CASES[0], baseline(CASES[0], habits))

@@ -1,5 +1,5 @@
-// The Python module _semimoe_fast. It knows no tensors: Python checks, allocates and passes addresses, so that the
-// module neither needs PyTorch to build nor breaks when PyTorch is upgraded.
+// The Python module _semimoe_fast. It takes addresses, not tensors: Python checks and allocates the tensors. So the
+// module builds without PyTorch and keeps working when PyTorch is upgraded.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -16,7 +16,7 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr int kAbi = 3;  // raise it with every change of a signature below, together with semimoe_fast/_native.py
+constexpr int kAbi = 3;  // raise it with every change of a signature below, and in semimoe_fast/ops/_native.py
 
 template <class T>
 T* at(std::uintptr_t address) {
@@ -42,7 +42,7 @@ void distance_targets(std::uintptr_t mask, std::int64_t batch, std::int64_t heig
                             squared_ring_radius, at<float>(sdf), at<std::uint8_t>(boundary), threads);
 }
 
-// Address, and strides of image, channel and pixel in elements.
+// The address of a tensor, and its strides of image, channel and pixel, in elements.
 using Place = std::array<std::int64_t, 4>;
 
 template <class T>
@@ -50,7 +50,7 @@ semimoe::Planes<T> planes(const Place& place) {
   return {at<T>(static_cast<std::uintptr_t>(place[0])), place[1], place[2], place[3]};
 }
 
-// Places in the order mask, sdf, boundary, set after set.
+// Places: mask, sdf and boundary of the first set, then of the second set, and so on.
 template <class T>
 std::vector<semimoe::Prediction<T>> predictions(const std::vector<Place>& places) {
   std::vector<semimoe::Prediction<T>> sets;
@@ -74,7 +74,7 @@ semimoe::Objective objective(const std::array<std::int64_t, 4>& sizes, const std
           planes<const std::uint8_t>(targets[2])};
 }
 
-// sizes: images, pixels, classes of mask and boundary.
+// sizes: images, pixels of an image, mask classes, boundary classes.
 void objective_terms(const std::array<std::int64_t, 4>& sizes, const std::vector<Place>& logits,
                      const std::array<Place, 3>& targets, std::uintptr_t terms, std::uintptr_t alpha,
                      std::uintptr_t beta, const std::string& instruction_set, int threads) {
@@ -84,15 +84,15 @@ void objective_terms(const std::array<std::int64_t, 4>& sizes, const std::vector
 
 void objective_gradients(const std::array<std::int64_t, 4>& sizes, const std::vector<Place>& logits,
                          const std::array<Place, 3>& targets, std::uintptr_t alpha, std::uintptr_t beta,
-                         std::uintptr_t upstream, const std::vector<Place>& gradients,
+                         std::uintptr_t grad_output, const std::vector<Place>& gradients,
                          const std::string& instruction_set, int threads) {
   semimoe::objective_gradients(*kernels_named(instruction_set).objective, objective(sizes, logits, targets), threads,
-                               at<const float>(alpha), at<const float>(beta), at<const float>(upstream),
+                               at<const float>(alpha), at<const float>(beta), at<const float>(grad_output),
                                predictions<float>(gradients));
 }
 
 #ifdef SEMIMOE_CUDA_VERSION
-// Without sdf (0) the squared distances are the result; with it, squared may be its address.
+// If sdf is 0, the squared distances are the result; else the targets are, and `squared` may be the address of sdf.
 void distance_cuda(std::uintptr_t mask, int element_size, std::int64_t batch, std::int64_t height, std::int64_t width,
                    std::uintptr_t bits, std::uintptr_t gaps, std::uintptr_t far, std::uintptr_t state,
                    std::uintptr_t squared, std::int32_t squared_ring_radius, std::uintptr_t sdf,
@@ -124,7 +124,7 @@ py::dict built_with() {
 
 PYBIND11_MODULE(_semimoe_fast, module) {
   const py::call_guard<py::gil_scoped_release> without_gil;
-  module.doc() = "Native operations of semimoe_fast on raw addresses; semimoe_fast._native is the way to call them.";
+  module.doc() = "Native operations of semimoe_fast on raw addresses; call them through semimoe_fast.ops._native.";
   module.attr("abi") = kAbi;
   module.attr("built_with") = built_with();
   py::list instruction_sets;
@@ -139,8 +139,8 @@ PYBIND11_MODULE(_semimoe_fast, module) {
              py::arg("terms"), py::arg("alpha"), py::arg("beta"), py::arg("instruction_set"), py::arg("threads"),
              without_gil);
   module.def("objective_gradients", &objective_gradients, py::arg("sizes"), py::arg("logits"), py::arg("targets"),
-             py::arg("alpha"), py::arg("beta"), py::arg("upstream"), py::arg("gradients"), py::arg("instruction_set"),
-             py::arg("threads"), without_gil);
+             py::arg("alpha"), py::arg("beta"), py::arg("grad_output"), py::arg("gradients"),
+             py::arg("instruction_set"), py::arg("threads"), without_gil);
 #ifdef SEMIMOE_CUDA_VERSION
   module.def("distance_cuda", &distance_cuda, py::arg("mask"), py::arg("element_size"), py::arg("batch"),
              py::arg("height"), py::arg("width"), py::arg("bits"), py::arg("gaps"), py::arg("far"), py::arg("state"),

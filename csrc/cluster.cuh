@@ -1,5 +1,5 @@
-// What kernels need beyond threads and blocks: dynamic shared memory, and clusters of blocks that reach into each
-// other's. A compiler for the CPU finds the same names, and those of CUDA, in tests/cuda_on_cpu.
+// Dynamic shared memory, and clusters of blocks that access each other's shared memory. A CPU compiler finds the same
+// names, and those of CUDA, in tests/cuda_on_cpu.
 #pragma once
 
 #ifdef __CUDACC__
@@ -20,10 +20,10 @@ __device__ inline Memory& shared_memory() {
 }
 
 #ifdef SEMIMOE_CLUSTERS
-// All threads of all blocks of the cluster meet, and see what the others have written.
+// A barrier for all threads of the cluster; afterwards they see each other's writes.
 __device__ inline void cluster_sync() { cooperative_groups::this_cluster().sync(); }
 
-// The same place in the shared memory of another block of the cluster.
+// The address in another block's shared memory that corresponds to `here`.
 template <class T>
 __device__ inline T* in_block(unsigned rank, T* here) {
   return cooperative_groups::this_cluster().map_shared_rank(here, rank);

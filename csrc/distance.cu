@@ -6,8 +6,7 @@
 namespace semimoe {
 namespace {
 
-// Of a multiprocessor, as registers and shared memory allow on the largest GPUs.
-constexpr int kBlocks = 4;
+constexpr int kBlocks = 4;  // blocks per multiprocessor, limited by registers and shared memory on the largest GPUs
 
 __global__ void __launch_bounds__(kThreads) distance_pack_kernel(const Problem problem) { pack(problem); }
 
@@ -17,7 +16,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) distance_search_tiles_kerne
 
 __global__ void __launch_bounds__(kThreads) distance_search_far_kernel(const Problem problem) { search_far(problem); }
 
-__global__ void __launch_bounds__(kThreads) distance_write_targets_kernel(const Problem problem) { write_targets(problem); }
+__global__ void __launch_bounds__(kThreads) distance_write_targets_kernel(const Problem problem) {
+  write_targets(problem);
+}
 
 __global__ void __launch_bounds__(kThreads, kBlocks) distance_cluster_kernel(const Problem problem) {
 #ifdef SEMIMOE_CLUSTERS
@@ -36,7 +37,7 @@ struct Grid {
   std::size_t memory = 0;  // shared memory of a block
 };
 
-// What a launch takes; `cluster` is where its attribute lies.
+// The configuration of a launch. It points to `cluster`, which must outlive it.
 cudaLaunchConfig_t configuration(const Grid& grid, cudaStream_t stream, cudaLaunchAttribute& cluster) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
@@ -58,7 +59,7 @@ void launch(void (*kernel)(Problem), const Problem& problem, const Grid& grid, c
   check(cudaLaunchKernelEx(&config, kernel, problem));
 }
 
-// Lets this thread make calls that are no part of what a stream captures, and restores its mode, whatever is thrown.
+// While it exists, this thread may make CUDA calls that a stream capture does not allow.
 class RelaxedCapture {
  public:
   RelaxedCapture() { check(cudaThreadExchangeStreamCaptureMode(&mode_)); }
@@ -67,16 +68,17 @@ class RelaxedCapture {
   RelaxedCapture& operator=(const RelaxedCapture&) = delete;
 
  private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // inside, the mode before
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // after the constructor: the mode before it
 };
 
-// Loads every kernel, which a launch would do at its first, perhaps inside of a capture, and returns whether the
-// current device runs the largest cluster and the module holds code for it that does.
+// Loads every kernel now, because the first launch would load it, perhaps during a capture. Returns whether the current
+// device can run the largest cluster and the module has code for that.
 bool prepare() {
   const RelaxedCapture relaxed;
   cudaFuncAttributes attributes{};
-  for (const auto kernel : {distance_pack_kernel, distance_search_tiles_kernel, distance_search_far_kernel, distance_write_targets_kernel, distance_cluster_kernel})
-    check(cudaFuncGetAttributes(&attributes, kernel));  // those of distance_cluster_kernel in the end
+  for (const auto kernel : {distance_pack_kernel, distance_search_tiles_kernel, distance_search_far_kernel,
+                            distance_write_targets_kernel, distance_cluster_kernel})
+    check(cudaFuncGetAttributes(&attributes, kernel));  // the last one: distance_cluster_kernel
   int device = 0, major = 0, clusters = 0;
   check(cudaGetDevice(&device));
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
@@ -92,7 +94,7 @@ bool prepare() {
 
 bool has_clusters() {
   static std::mutex mutex;
-  static std::map<int, bool> known;  // by device
+  static std::map<int, bool> known;  // device -> result of prepare()
   int device = 0;
   check(cudaGetDevice(&device));
   const std::lock_guard<std::mutex> lock(mutex);
@@ -107,7 +109,8 @@ void launch(const Problem& problem, void* stream_address) {
   const auto stream = static_cast<cudaStream_t>(stream_address);
   const std::int64_t slabs = problem.batch * problem.slabs(), tiles = slabs * problem.tiles();
   if (has_clusters() && problem.fits_a_cluster()) {
-    launch(distance_cluster_kernel, problem, {slabs, static_cast<unsigned>(problem.slabs()), sizeof(ClusterMemory)}, stream);
+    launch(distance_cluster_kernel, problem, {slabs, static_cast<unsigned>(problem.slabs()), sizeof(ClusterMemory)},
+           stream);
     return;
   }
   check(cudaMemsetAsync(problem.state, 0, problem.batch * sizeof(State), stream));

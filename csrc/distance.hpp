@@ -1,13 +1,13 @@
 // Exact Euclidean distance of every pixel to the nearest pixel of the opposite class, on the CPU.
 //
-// One pass over the columns and one over the rows serve foreground and background together. Let gap(y, x) be the
+// One pass over the columns and one over the rows compute foreground and background together. Let gap(y, x) be the
 // distance to the nearest pixel of the opposite class in column x. Then
 //
-//     d^2(y, x) = min over x' of (x - x')^2 + (gap(y, x')^2 where x' is of the class of x, else 0).
+//     d^2(y, x) = min over x' of (x - x')^2 + (gap(y, x')^2 if x' has the class of x, else 0).
 //
-// kernels.cpp searches outwards for it, in bytes and 16-bit words, which is all that most masks need. The rows where a
-// distance exceeds the search's reach are finished by the linear algorithm of envelope.hpp. Scratch: 1 byte a pixel of
-// an image, and 2 more a pixel of such rows; the squared distances wait in the memory of the sdf.
+// kernels.cpp searches outwards for the minimum, in bytes and 16-bit words; that suffices for most masks. Rows with a
+// distance beyond the search's reach are computed by the linear algorithm of envelope.hpp. Scratch: 1 byte per pixel of
+// an image, and 2 more per pixel of such rows. The squared distances use the memory of the sdf until it is written.
 #pragma once
 
 #include <memory>
@@ -20,7 +20,7 @@
 
 namespace semimoe {
 
-// Below this many pixels a thread costs more to start than it saves.
+// A thread with fewer pixels takes longer to start than it saves.
 constexpr std::int64_t kPixelsPerThread = 1 << 15;
 constexpr int kStripRows = 16;
 
@@ -54,9 +54,9 @@ void for_each_strip(int length, int strip, Workers& workers, const Body& body) {
   });
 }
 
-// Squared distances of an image that is not constant, and the largest of either class.
+// Writes the squared distances of an image with both classes, and returns the largest ones.
 inline Deepest squared_distance(const Kernels& kernels, const Image& image, Workers& workers, std::int32_t* squared) {
-  std::vector<Deepest> deepest(image.height);  // of each row
+  std::vector<Deepest> deepest(image.height);  // by row
   {
     const std::unique_ptr<std::uint8_t[]> gaps(new std::uint8_t[image.pixels()]);
     for_each_strip(image.width, kStripColumns, workers, [&](int begin, int end) {
@@ -100,7 +100,7 @@ void for_each_image(const std::uint8_t* masks, std::int64_t batch, std::int64_t 
                     const Body& body) {
   const std::int64_t pixels = height * width;
   if (batch * pixels == 0) return;
-  // Whole images first, they need no meeting point; threads left over share the image.
+  // Threads first get whole images, which need no barrier; if threads remain, several share an image.
   const auto useful = [](std::int64_t threads_wanted, std::int64_t work) {
     return static_cast<int>(
         std::clamp<std::int64_t>(work / kPixelsPerThread, 1, std::max<std::int64_t>(threads_wanted, 1)));

@@ -5,34 +5,34 @@
 
 namespace semimoe {
 
-constexpr int kSlabRows = 32;      // rows of a slab: the bits of a word
-constexpr int kMostSlabs = 8;      // of a cluster: the largest that every device allows
+constexpr int kSlabRows = 32;      // rows of a slab, one bit of a word each
+constexpr int kMostSlabs = 8;      // slabs of a cluster; 8 blocks is the largest portable size
 constexpr int kTileColumns = 256;  // columns whose distances a block computes
 
-// A batch of masks on the device, its results, and scratch, which the caller allocates. Every slab is 32 rows.
+// A batch of masks on the device, its results and scratch memory. The caller allocates all of them.
 struct Problem {
   const void* mask;  // (batch, height, width), integers of element_size bytes; any non-zero value is foreground
   int element_size;  // 1, 2, 4 or 8
   std::int64_t batch;
   int height;
   int width;
-  std::uint32_t* bits;    // (batch, slabs, width): scratch, column by column the classes of 32 rows
+  std::uint32_t* bits;    // (batch, slabs, width): scratch, bit i is the class of row i of the slab
   Gap* gaps;              // (batch, height, width): scratch, vertical distances to the opposite class
-  std::uint8_t* far;      // (batch, slabs, tiles): scratch, 1 where a distance is beyond the reach of the search
+  std::uint8_t* far;      // (batch, slabs, tiles): scratch, 1 if the tile has a distance beyond the search's reach
   std::int32_t* state;    // (batch, 4): scratch, see State
   std::int32_t* squared;  // (batch, height, width)
   std::int32_t squared_ring_radius;
-  float* sdf;              // (batch, height, width), or null for squared distances alone; may share memory with squared
+  float* sdf;              // (batch, height, width), or null to compute only squared; may share memory with squared
   std::uint8_t* boundary;  // (batch, height, width), or null
 
   SEMIMOE_HOST_DEVICE int slabs() const { return (height + kSlabRows - 1) / kSlabRows; }
   SEMIMOE_HOST_DEVICE int tiles() const { return (width + kTileColumns - 1) / kTileColumns; }
   SEMIMOE_HOST_DEVICE std::int64_t pixels() const { return batch * height * width; }
-  // Whether one cluster of blocks, a slab each, holds an image.
+  // Whether an image fits into one cluster of blocks, one slab per block.
   SEMIMOE_HOST_DEVICE bool fits_a_cluster() const { return slabs() <= kMostSlabs && tiles() <= 1; }
 };
 
-// Fills problem.squared or, unless it is null, problem.sdf together with problem.boundary.
+// Writes problem.sdf and problem.boundary or, if sdf is null, problem.squared.
 void launch(const Problem& problem, void* stream);
 
 }  // namespace semimoe

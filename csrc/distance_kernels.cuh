@@ -1,24 +1,26 @@
-// The kernels of csrc/distance.cu, as functions that every thread of a grid runs. Two ways lead to the targets:
+// The kernels of csrc/distance.cu, as functions that every thread of a grid runs. There are two paths:
 //
-// - cluster_targets, from sm_90 on, for images of up to 256 x 256: a cluster of blocks is an image, a block a slab.
-//   All bits of the image are in every block's shared memory, the squared distances stay in the slab, the largest ones
-//   go round the cluster. The mask is read once, the targets are written once.
-// - pack, search_tiles, search_far and write_targets, one after the other, for everything else. Time grows with the
-//   distance of the pixels that search_far takes: one dot in a very large image is its worst case.
+// - Cluster path: cluster_targets, on sm_90 and later, for images up to 256 x 256. A cluster computes an image, a block
+// a
+//   slab. Every block holds the bits of the whole image in shared memory. The squared distances stay in shared memory,
+//   and the blocks exchange the largest ones. The mask is read once, the targets are written once.
+// - General path, for all other images: pack, search_tiles, search_far, write_targets. search_far takes time in
+// proportion
+//   to the distance of a pixel; a single dot in a very large image is its worst case.
 #pragma once
 
 #include "slab.cuh"
 
 namespace semimoe {
 
-// Of an image: the largest squared distances, and whether either class occurs at all.
+// State of an image: the largest squared distances, and which classes occur.
 struct State {
   Deepest deepest;
   std::int32_t has_foreground;
   std::int32_t has_background;
 };
 
-constexpr std::int32_t kUnknown = INT32_MAX;  // a squared distance that search_far has yet to find
+constexpr std::int32_t kUnknown = INT32_MAX;  // a squared distance that search_far will compute
 
 __device__ inline State& state_of(const Problem& problem, std::int64_t image) {
   return reinterpret_cast<State*>(problem.state)[image];
@@ -27,7 +29,7 @@ __device__ inline State& state_of(const Problem& problem, std::int64_t image) {
 __device__ inline bool is_constant(const State& state) { return !state.has_foreground || !state.has_background; }
 
 __device__ inline void raise_to(std::int32_t* shared, std::int32_t value) {
-  // It only ever grows, so a stale reading costs an atomic, not the result.
+  // The value only grows, so that a stale read costs at most a needless atomic operation.
   if (*static_cast<volatile std::int32_t*>(shared) < value) atomicMax(shared, value);
 }
 
@@ -41,13 +43,13 @@ __device__ inline std::uint32_t pack_word(const Element* mask, int slab, int x, 
   std::uint32_t word = 0;
   for (int bit = 0; bit < kSlabRows; ++bit) {
     const int y = slab * kSlabRows + bit;
-    const int nearest = y < height ? y : height - 1;  // below the image there is nothing, no edge either
+    const int nearest = y < height ? y : height - 1;  // rows below the image repeat its last row and so have no edge
     word |= static_cast<std::uint32_t>(mask[static_cast<std::int64_t>(nearest) * width + x] != 0) << bit;
   }
   return word;
 }
 
-// The classes of 32 pixels of column x, the first one in the lowest bit.
+// The classes of the slab's 32 pixels in column x, the top one in the lowest bit.
 __device__ inline std::uint32_t pack_word(const Problem& problem, std::int64_t image, int slab, int x) {
   const auto pack = [&](auto zero) {
     const auto* mask = static_cast<const decltype(zero)*>(problem.mask) + image * problem.height * problem.width;
@@ -69,7 +71,7 @@ __device__ inline Columns columns_of(const Problem& problem, std::int64_t image)
   return {problem.bits + image * problem.slabs() * problem.width, problem.width, problem.slabs()};
 }
 
-// Which slab and tile of which image a block computes.
+// The slab and the tile that a block computes.
 struct Place {
   std::int64_t image;
   int slab, tile, rows, first_column, columns;
@@ -87,7 +89,7 @@ struct Place {
 
 // ------------------------------------------------------------------------------------------------------- general path
 
-// One thread for each word.
+// One thread per word.
 __device__ inline void pack(const Problem& problem) {
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= problem.batch * problem.slabs() * problem.width) return;
@@ -100,7 +102,7 @@ __device__ inline void pack(const Problem& problem) {
   if (word != UINT32_MAX) raise_to(&state.has_background, 1);
 }
 
-// One block for each tile of each slab.
+// One block per tile of a slab.
 __device__ inline void search_tiles(const Problem& problem, Slab& slab) {
   const Place place(problem, blockIdx.x);
   State& state = state_of(problem, place.image);
@@ -137,7 +139,7 @@ __device__ inline void search_tiles(const Problem& problem, Slab& slab) {
   if (threadIdx.x == 0) problem.far[blockIdx.x] = any_far;
 }
 
-// Exact squared distance of one pixel of an image that is not constant, however far.
+// Exact squared distance of one pixel of an image with both classes, without a limit.
 __device__ inline std::int32_t far_distance(const Columns& columns, const Gap* gaps, int slab, int bit, int x,
                                             int width) {
   const auto inside = [&](int column) { return columns.word(slab, column) >> bit & 1; };
@@ -153,7 +155,7 @@ __device__ inline std::int32_t far_distance(const Columns& columns, const Gap* g
   return best;
 }
 
-// One block for each tile of each slab: the distances that search_tiles has left.
+// One block per tile of a slab: computes the distances that search_tiles left out.
 __device__ inline void search_far(const Problem& problem) {
   if (!problem.far[blockIdx.x]) return;
   const Place place(problem, blockIdx.x);
@@ -175,7 +177,7 @@ __device__ inline void search_far(const Problem& problem) {
   }
 }
 
-// The largest distances of an image, for which every signed distance is written.
+// The largest distances of an image, which scale its signed distances.
 struct Scale {
   float inside, outside;
 
@@ -190,7 +192,7 @@ __device__ inline void write_pixel(const Problem& problem, std::int64_t pixel, s
   problem.boundary[pixel] = on_ring(squared, foreground, problem.squared_ring_radius);
 }
 
-// One block for each tile of each slab.
+// One block per tile of a slab.
 __device__ inline void write_targets(const Problem& problem) {
   const Place place(problem, blockIdx.x);
   const Scale scale(state_of(problem, place.image).deepest);
@@ -209,21 +211,21 @@ __device__ inline void write_targets(const Problem& problem) {
 struct ClusterMemory {
   Slab slab;
   std::uint32_t bits[kMostSlabs][kTileColumns];
-  Deepest deepest[kMostSlabs];  // of each slab
+  Deepest deepest[kMostSlabs];  // by slab
 };
 
-// Squared distances of the slab, written over the heights of each pair of rows: first the upper row, then the lower.
+// The squared distances of a row. They overwrite the heights of its pair of rows: the upper row, then the lower one.
 __device__ inline std::int32_t* squared_row(Slab& slab, int row) {
   return reinterpret_cast<std::int32_t*>(slab.heights[row / 2]) + row % 2 * kTileColumns;
 }
 
-// The square of the gap, in 32 bits; sums do not overflow where there is none.
+// The squared gap in 32 bits. Without a gap, it is large, but sums with it do not overflow.
 __device__ inline std::int32_t exact_height(const Columns& columns, int slab, int bit, int x) {
   const int gap = distance_to_edge(columns.edges(slab, x), bit, columns.back(slab, x), columns.ahead(slab, x));
   return is_distance(gap) ? gap * gap : 1 << 29;
 }
 
-// Exact squared distance of one pixel of an image that is not constant, at most `best`.
+// Exact squared distance of one pixel of an image with both classes; `best` is an upper bound.
 __device__ inline std::int32_t exact_search(const std::int32_t* heights, int x, int width, std::int32_t best) {
   for (int k = 0; k < width && k * k < best; ++k) {
     if (x - k >= 0) best = min(best, heights[x - k] + k * k);
@@ -232,8 +234,8 @@ __device__ inline std::int32_t exact_search(const std::int32_t* heights, int x, 
   return best;
 }
 
-// By all lanes of a warp: the squared distances of a row, given what the search found for the pixels
-// 64 stride + 2 lane + (0, 1). Until all are known, the memory of the pair's lower row holds exact heights.
+// Called by all lanes of a warp. Stores the squared distances of a row. found: the search's result for the pixels
+// 64 stride + 2 lane + (0, 1). During an exact search, the memory of the pair's lower row holds exact heights.
 __device__ inline void store_row(Slab& slab, const Columns& columns, int index, int row, int width,
                                  const uint2 (&found)[kStrides]) {
   const int lane = threadIdx.x % 32;
@@ -277,28 +279,28 @@ __device__ inline void search_slab(Slab& slab, const Columns& columns, int index
       const int x = 64 * stride + 2 * lane;
       if (x < width) found[stride] = search(slab, pair, kReach + x);
     }
-    __syncwarp();  // nobody reads the heights of this pair any more
+    __syncwarp();  // all lanes have read the heights of this pair
     store_row(slab, columns, index, 2 * pair, width, found);
     store_row(slab, columns, index, 2 * pair + 1, width, found);
   }
 }
 
 #ifdef SEMIMOE_CLUSTERS
-// One cluster for each image, one block for each slab.
+// One cluster per image, one block per slab.
 __device__ inline void cluster_targets(const Problem& problem, ClusterMemory& memory) {
   const Place place(problem, blockIdx.x);
   const int x = threadIdx.x, slabs = problem.slabs();
-  const bool in_the_image = x < problem.width;
-  const std::uint32_t own = in_the_image ? pack_word(problem, place.image, place.slab, x) : 0;
+  const bool in_image = x < problem.width;
+  const std::uint32_t own = in_image ? pack_word(problem, place.image, place.slab, x) : 0;
   if (x < slabs) memory.deepest[x] = {};
-  cluster_sync();  // the other blocks' memory exists from here on
-  if (in_the_image)
+  cluster_sync();  // from here on, the other blocks' shared memory exists
+  if (in_image)
     for (int other = 0; other < slabs; ++other) *in_block(other, &memory.bits[place.slab][x]) = own;
   cluster_sync();
 
   const Columns columns{&memory.bits[0][0], kTileColumns, slabs};
   bool background = false, foreground = false;
-  for (int slab = 0; slab < slabs && in_the_image; ++slab) {
+  for (int slab = 0; slab < slabs && in_image; ++slab) {
     background |= columns.word(slab, x) != UINT32_MAX;
     foreground |= columns.word(slab, x) != 0;
   }
@@ -311,12 +313,12 @@ __device__ inline void cluster_targets(const Problem& problem, ClusterMemory& me
 
   Deepest deepest;
   const auto squared_at = [&](int row) { return constant ? kNoDistance : squared_row(memory.slab, row)[x]; };
-  for (int row = 0; row < place.rows && in_the_image; ++row) {
+  for (int row = 0; row < place.rows && in_image; ++row) {
     const std::int32_t squared = squared_at(row);
     deepest.include(squared, own >> row & 1);
     if (!problem.sdf) problem.squared[place.first_pixel + std::int64_t{row} * problem.width + x] = squared;
   }
-  if (!problem.sdf) return;  // all blocks alike, and nobody reaches into another's memory any more
+  if (!problem.sdf) return;  // in all blocks alike, and after their last access to each other's memory
 
   for (int distance = 16; distance > 0; distance /= 2)
     deepest.include({__shfl_xor_sync(UINT32_MAX, deepest.inside, distance),
@@ -330,7 +332,7 @@ __device__ inline void cluster_targets(const Problem& problem, ClusterMemory& me
   Deepest overall;
   for (int slab = 0; slab < slabs; ++slab) overall.include(memory.deepest[slab]);
   const Scale scale(overall);
-  for (int row = 0; row < place.rows && in_the_image; ++row)
+  for (int row = 0; row < place.rows && in_image; ++row)
     write_pixel(problem, place.first_pixel + std::int64_t{row} * problem.width + x, squared_at(row), own >> row & 1,
                 scale);
 }

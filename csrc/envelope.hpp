@@ -1,12 +1,12 @@
-// Squared distances along a row in linear time, however far the search would have to go.
+// Squared distances along a row in linear time, whatever the distances.
 //
-// A row falls into runs of equal class. Nothing beyond its run can be nearest to a pixel, because the run ends at
-// pixels of the opposite class, so with [a, b) its run
+// A row consists of runs of equal class. A run ends next to pixels of the opposite class, so that the minimum for a
+// pixel is never beyond these. With [a, b) the pixel's run,
 //
-//     d^2(x) = min over x' in [a - 1, b] of (x - x')^2 + f(x'),   f = gap^2 in the run, 0 at its two neighbors,
+//     d^2(x) = min over x' in [a - 1, b] of (x - x')^2 + f(x'),   f = gap^2 in the run, 0 at its two neighbors.
 //
-// the lower envelope of parabolas, found in linear time and in integers (A. Meijster, J. Roerdink, W. Hesselink, "A
-// general algorithm for computing distance transforms in linear time", 2000).
+// This is the lower envelope of parabolas, computed in linear time and in integers (A. Meijster, J. Roerdink, W.
+// Hesselink, "A general algorithm for computing distance transforms in linear time", 2000).
 #pragma once
 
 #include <algorithm>
@@ -28,7 +28,7 @@ class Envelope {
     count_ = 0;
   }
 
-  // Centers come in increasing order.
+  // Call it with increasing centers.
   void add(int center, std::int32_t height) {
     while (count_ > 0 && value(last(), last().from) > value({center, height, 0}, last().from)) --count_;
     const int from = count_ == 0 ? begin_ : first_pixel_won(last(), center, height);
@@ -57,8 +57,8 @@ class Envelope {
     return (x - piece.center) * (x - piece.center) + piece.height;
   }
 
-  // The parabola on the right is below the left one from the pixel after their crossing on. The crossing is not left
-  // of left.from, hence not negative, and division rounds down.
+  // The right parabola is below the left one beyond their crossing. The crossing is at or right of left.from, so it is
+  // not negative and integer division rounds it down.
   static int first_pixel_won(const Piece& left, int center, std::int32_t height) {
     const std::int32_t rise = (center * center + height) - (left.center * left.center + left.height);
     return rise / (2 * (center - left.center)) + 1;
@@ -70,8 +70,8 @@ class Envelope {
   int end_ = 0;
 };
 
-// Replaces the squared distances of a row in every run that holds one of at least `far`, and returns the row's largest.
-// The image is not constant, so each run has something to be near to.
+// Recomputes the squared distances of every run that has one of at least `far`, and returns the row's largest ones. The
+// image has both classes, so that every pixel has a distance.
 inline Deepest finish_row(const std::uint8_t* mask, const Gap* gaps, int width, std::int32_t far, Envelope& envelope,
                           std::int32_t* squared) {
   Deepest deepest;

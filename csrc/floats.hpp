@@ -1,5 +1,5 @@
-// A vector of floats, as wide as the instruction set for which this file is compiled, and the exponential function of
-// its lanes. Internal linkage, see kernels.cpp.
+// A vector of floats as wide as the instruction set allows, and its exponential function. Internal linkage, see
+// kernels.cpp.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ constexpr int kVectorBytes = 16;
 #endif
 constexpr int kFloatLanes = kVectorBytes / sizeof(float);
 
-// Operators act on every lane. A comparison of floats gives integers, all ones where it holds.
+// Operators act on every lane. A comparison of floats gives integers, with all bits set where it is true.
 using Floats = float __attribute__((vector_size(kVectorBytes)));
 using Integers = std::int32_t __attribute__((vector_size(kVectorBytes)));
 using Bits = std::uint32_t __attribute__((vector_size(kVectorBytes)));
@@ -60,8 +60,8 @@ inline Floats minus_absolute(Floats x) { return (Floats)((Bits)x | kSign); }
 
 inline Floats with_sign_of(Floats x, Floats magnitude) { return (Floats)((Bits)magnitude | ((Bits)x & kSign)); }
 
-// 1 / x with a relative error below 2^-23, for x from 1 to 2^100. Where to divide takes longer than all else, by a step
-// of Newton's iteration.
+// 1 / x with a relative error below 2^-23, for x from 1 to 2^100. AVX-512 uses one Newton step, because a division
+// would take longer than the rest of the loop.
 inline Floats reciprocal(Floats x) {
 #ifdef __AVX512F__
   const Floats near = _mm512_maskz_rcp14_ps(0xffff, x);  // without the mask, GCC 12 warns
@@ -71,12 +71,13 @@ inline Floats reciprocal(Floats x) {
 #endif
 }
 
-// exp(x) for x <= 0 with a relative error below 2^-23; 0 where it is below the least normal number, NaN where x is.
+// exp(x) for x <= 0 with a relative error below 2^-23; 0 if the result is below the least normal number, NaN if x is
+// NaN.
 //
-// x = n ln 2 + r, |r| <= ln 2 / 2, with ln 2 in two parts, the first of few enough bits that its product with n is
-// exact (W. J. Cody and W. Waite, "Software Manual for the Elementary Functions", 1980); exp(r) is a polynomial with
-// the least relative error, 3e-9, and 2^n goes into the exponent. To add 1.5 * 2^23 rounds to an integer, which then
-// stands in the lowest bits, here with the bias of the exponent on top.
+// x = n ln 2 + r, |r| <= ln 2 / 2. ln 2 is split into two parts; the first one has so few bits that its product with n
+// is exact (W. J. Cody and W. Waite, "Software Manual for the Elementary Functions", 1980). exp(r) is a minimax
+// polynomial with relative error 3e-9, and n is added to the exponent. Adding 1.5 * 2^23 rounds to an integer and
+// leaves it in the lowest bits; kRounder also adds the exponent's bias, 127.
 inline Floats exp_of_negative(Floats x) {
   constexpr float kLeast = -87.3365447f;  // ln 2^-126
   constexpr float kPerLn2 = 1.44269504f, kLn2 = 0.693359375f, kLn2Rest = -2.12194440e-4f, kRounder = 12582912.0f + 127;

@@ -1,7 +1,7 @@
-// See kernels.hpp. Compiled once per instruction set, with SEMIMOE_SIMD as its name.
+// See kernels.hpp. This file is compiled once per instruction set; SEMIMOE_SIMD is the set's name.
 //
-// Everything here has internal linkage, and nothing of the standard library is called: the linker keeps one copy of an
-// inline function, and it must not be one with instructions that the processor may lack.
+// Everything here has internal linkage and calls no function of the standard library: of an inline function the linker
+// keeps only one copy, which might use instructions that the processor lacks.
 #include "kernels.hpp"
 
 #include <cstring>
@@ -13,11 +13,11 @@ namespace semimoe {
 namespace SEMIMOE_SIMD {
 namespace {
 
-constexpr int kSteps = 6;  // of the search between two looks at the exit
-constexpr int kReach = 252;
+constexpr int kSteps = 6;    // steps of the search between two checks for its end
+constexpr int kReach = 252;  // the longest distance of the search
 constexpr Word kFar = kReach * kReach;
-constexpr int kSafeSteps = 42;  // up to here k^2 + kFar fits into a word; beyond, sums have to saturate
-constexpr int kMargin = 256;    // words beside a row, for the search to run over
+constexpr int kSafeSteps = 42;  // up to this k, k^2 + kFar fits into a word; beyond, sums saturate
+constexpr int kMargin = 256;    // words on both sides of a row, which the search may read
 
 static_assert(kReach % kSteps == 0 && kReach * kReach <= UINT16_MAX && kReach <= UINT8_MAX && kReach < kMargin);
 static_assert(kSafeSteps % kSteps == 0 && kSafeSteps * kSafeSteps + kFar <= UINT16_MAX);
@@ -26,9 +26,9 @@ inline int round_up(int width) { return (width + kLanes - 1) / kLanes * kLanes; 
 
 // ------------------------------------------------------------------------------------------------------------ columns
 
-// One step away from the neighbor, which is `gap` away from the opposite class, or the opposite class itself.
+// The gap of a pixel from the gap of its neighbor: one more in the same class, else 1.
 template <class Gap, Gap kMost>
-inline Gap next(Gap gap, std::uint8_t neighbor, std::uint8_t here) {
+inline Gap next_gap(Gap gap, std::uint8_t neighbor, std::uint8_t here) {
   const Gap grown = static_cast<Gap>(gap + (gap != kMost));
   return (neighbor != 0) == (here != 0) ? grown : Gap{1};
 }
@@ -39,31 +39,33 @@ void near_gaps(const std::uint8_t* mask, int height, int width, int begin, int e
   for (int y = 1; y < height; ++y) {
     const std::uint8_t *here = mask + y * stride, *above = here - stride;
     std::uint8_t *gap = gaps + y * stride, *gap_above = gap - stride;
-    for (int x = begin; x < end; ++x) gap[x] = next<std::uint8_t, kReach>(gap_above[x], above[x], here[x]);
+    for (int x = begin; x < end; ++x) gap[x] = next_gap<std::uint8_t, kReach>(gap_above[x], above[x], here[x]);
   }
   for (int y = height - 2; y >= 0; --y) {
     const std::uint8_t *here = mask + y * stride, *below = here + stride;
     std::uint8_t *gap = gaps + y * stride, *gap_below = gap + stride;
     for (int x = begin; x < end; ++x) {
-      const std::uint8_t up = next<std::uint8_t, kReach>(gap_below[x], below[x], here[x]);
+      const std::uint8_t up = next_gap<std::uint8_t, kReach>(gap_below[x], below[x], here[x]);
       gap[x] = up < gap[x] ? up : gap[x];
     }
   }
 }
 
-// The gaps of one row after another, of which only those at the rows wanted are kept.
-class Front {
+// The gaps of one row at a time, to the nearest pixel of the opposite class in one direction.
+class RowGaps {
  public:
-  Front(const std::uint8_t* mask, int width, int begin, int end)
+  RowGaps(const std::uint8_t* mask, int width, int begin, int end)
       : mask_(mask + begin), width_(width), count_(end - begin) {
     for (int x = 0; x < count_; ++x) gaps_[x] = kNoGap;
   }
 
+  // Moves to an adjacent row.
   void step(int from, int to) {
     const std::uint8_t *neighbor = mask_ + from * width_, *here = mask_ + to * width_;
-    for (int x = 0; x < count_; ++x) gaps_[x] = next<Gap, kNoGap>(gaps_[x], neighbor[x], here[x]);
+    for (int x = 0; x < count_; ++x) gaps_[x] = next_gap<Gap, kNoGap>(gaps_[x], neighbor[x], here[x]);
   }
 
+  // gaps[x] = min(gaps[x], gap of this row at x).
   void lower(Gap* gaps) const {
     for (int x = 0; x < count_; ++x) gaps[x] = gaps_[x] < gaps[x] ? gaps_[x] : gaps[x];
   }
@@ -80,7 +82,7 @@ void far_gaps(const std::uint8_t* mask, int height, int width, int begin, int en
   const auto row = [&](int i) { return gaps + static_cast<std::int64_t>(i) * width; };
   for (int i = 0; i < count; ++i)
     for (int x = begin; x < end; ++x) row(i)[x] = kNoGap;
-  Front down(mask, width, begin, end), up(mask, width, begin, end);
+  RowGaps down(mask, width, begin, end), up(mask, width, begin, end);
   for (int i = 0, y = 0; i < count; ++i) {
     for (; y < rows[i]; ++y) down.step(y, y + 1);
     down.lower(row(i) + begin);
@@ -100,8 +102,8 @@ inline Word largest(Words words) {
   return result;
 }
 
-// The square of k in every lane. Where loads are not what the search waits for, to load it is the faster way; two words
-// at once, since processors repeat those without a detour.
+// The square of k in every lane. Without AVX-512 a load from a table is faster than a broadcast of a 16-bit register;
+// the table holds each square twice, because 32-bit loads broadcast in one instruction.
 #ifdef __AVX512BW__
 inline Words square(int k) { return broadcast(static_cast<Word>(k * k)); }
 #else
@@ -115,22 +117,23 @@ constexpr Squares kSquares;
 inline Words square(int k) { return broadcast_pair(kSquares.pairs[k]); }
 #endif
 
-// nearest = min over k in [first, last] of k^2 + heights[x +- k], for the lanes x at `heights`; no further than k^2 can
-// still be the least.
+// Returns min(nearest, min over k in [first, last] of k^2 + heights[x +- k]) for the lanes x at `heights`. Ends early
+// once k^2 is not below any lane's minimum.
 template <Words (*plus)(Words, Words)>
 inline Words search(const Word* heights, int first, int last, Words nearest) {
   for (int k = first; k <= last && any_above(nearest, square(k)); k += kSteps) {
     Words candidates[kSteps];
     for (int i = 0; i < kSteps; ++i) {
-      const Words beside = minimum(load(heights - k - i), load(heights + k + i));
-      candidates[i] = plus(beside, square(k + i));
+      const Words height = minimum(load(heights - k - i), load(heights + k + i));
+      candidates[i] = plus(height, square(k + i));
     }
     for (int i = 0; i < kSteps; i += 2) nearest = minimum(nearest, minimum(candidates[i], candidates[i + 1]));
   }
   return nearest;
 }
 
-// The heights of a row as one class sees it: the square of the gap in this class, 0 in the other, far beyond the row.
+// The heights of a row for one class: the squared gap at pixels of this class, 0 at pixels of the other class, kFar
+// outside the row.
 class Heights {
  public:
   static std::int64_t words(int width) { return 2 * kMargin + 2 * round_up(width); }
@@ -143,9 +146,10 @@ class Heights {
 
   Word& operator[](int x) { return heights_[x]; }
 
-  // Squared distances of the lanes at x, 0 where `wanted` is 0.
+  // Squared distances of the lanes at x. `wanted` is all ones in the row and 0 beyond its end, where the result is 0.
   Words nearest(int x, Words wanted) {
-    // Below lanes that were all too far, these are too, or nearly; to say so wrongly costs time alone.
+    // If all lanes were too far in the row above, these are too far or nearly so: skip the search. kFar only means that
+    // envelope.hpp computes the exact distance.
     if (!any_above(broadcast(kFar), load(above_ + x))) return broadcast(kFar);
     const Words start = minimum(load(heights_ + x), wanted);
     const Words near = search<add>(heights_ + x, 1, kSafeSteps, start);
@@ -156,7 +160,7 @@ class Heights {
 
  private:
   Word* heights_;
-  Word* above_;  // what was found in the row above
+  Word* above_;  // squared distances of the row above
 };
 
 std::int64_t row_scratch(int width) { return 2 * Heights::words(width) + 2 * round_up(width); }
@@ -180,7 +184,7 @@ void search_rows(const std::uint8_t* mask, const std::uint8_t* gaps, int rows, i
       const Words out = outside.nearest(x, load(wanted + x));
       deepest_inside = maximum(deepest_inside, in);
       deepest_outside = maximum(deepest_outside, out);
-      store(nearest + x, maximum(in, out));  // the other one is 0
+      store(nearest + x, maximum(in, out));  // one of them is 0
     }
     for (int x = 0; x < width; ++x) squared[x] = nearest[x];
     deepest[y] = {largest(deepest_inside), largest(deepest_outside)};
@@ -189,9 +193,9 @@ void search_rows(const std::uint8_t* mask, const std::uint8_t* gaps, int rows, i
 
 // ------------------------------------------------------------------------------------------------------------ targets
 
-// a / b, correctly rounded, given 1 / b: faster than to divide. A fused multiplication and addition leaves an exact
-// remainder, and a correction by it of one of the two floats around the quotient rounds correctly (P. Markstein,
-// "Computation of elementary functions on the IBM RISC System/6000 processor", 1990); the first one finds such a float.
+// a / b, correctly rounded, given 1 / b; faster than a division. A fused multiply-add computes the remainder exactly.
+// The first correction finds one of the two floats next to the quotient; the second rounds it correctly (P. Markstein,
+// "Computation of elementary functions on the IBM RISC System/6000 processor", 1990).
 inline float quotient(float a, float b, [[maybe_unused]] float reciprocal) {
 #ifdef __FMA__
   float result = a * reciprocal;
@@ -205,14 +209,14 @@ inline float quotient(float a, float b, [[maybe_unused]] float reciprocal) {
 void write_targets(const std::uint8_t* mask, std::int64_t count, const Deepest& deepest,
                    std::int32_t squared_ring_radius, void* squared_to_sdf, std::uint8_t* boundary) {
   const float inside = square_root(deepest.inside), outside = square_root(deepest.outside);
-  const float of_inside = 1 / inside, of_outside = 1 / outside;
+  const float per_inside = 1 / inside, per_outside = 1 / outside;
   char* memory = static_cast<char*>(squared_to_sdf);
   for (std::int64_t i = 0; i < count; ++i) {
     const bool foreground = mask[i] != 0;
     std::int32_t squared;
     std::memcpy(&squared, memory + 4 * i, 4);
     const float share =
-        quotient(square_root(squared), foreground ? inside : outside, foreground ? of_inside : of_outside);
+        quotient(square_root(squared), foreground ? inside : outside, foreground ? per_inside : per_outside);
     const float sdf = signed_distance(squared, foreground, share);
     boundary[i] = on_ring(squared, foreground, squared_ring_radius);
     std::memcpy(memory + 4 * i, &sdf, 4);
@@ -224,7 +228,7 @@ void write_targets(const std::uint8_t* mask, std::int64_t count, const Deepest& 
 
 }  // namespace
 
-extern const ObjectiveKernels objective_kernels;  // of objective_kernels.cpp
+extern const ObjectiveKernels objective_kernels;  // in objective_kernels.cpp
 extern const Kernels kernels;
 const Kernels kernels = {
     SEMIMOE_NAME(SEMIMOE_SIMD), kReach, row_scratch, near_gaps, far_gaps, search_rows, write_targets,

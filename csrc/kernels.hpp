@@ -1,5 +1,5 @@
-// The inner loops of the distance targets, and the way to those of the objective. csrc/kernels.cpp is compiled once for
-// each instruction set that is worth it; the best one that the processor has is chosen when the module is loaded.
+// A table of the inner loops of the distance targets and of the objective. csrc/kernels.cpp is compiled once for each
+// supported instruction set; when the module is loaded, it selects the best set that the processor has.
 #pragma once
 
 #include <vector>
@@ -9,29 +9,29 @@
 
 namespace semimoe {
 
-constexpr int kStripColumns = 512;  // two rows of gaps stay in the nearest cache
+constexpr int kStripColumns = 512;  // two rows of gaps fit into the L1 cache
 
 struct Kernels {
   const char* name;
 
-  // The search follows the distance up to here. Gaps are cut off at reach, and a squared distance of reach * reach
-  // stands for that much or more.
+  // The longest distance that the search finds. Gaps are at most reach, and a squared distance of reach * reach means
+  // reach * reach or more.
   int reach;
 
-  // 16-bit words that the search needs as scratch for a row of `width` pixels.
+  // Number of 16-bit words of scratch that search_rows needs for rows of `width` pixels.
   std::int64_t (*row_scratch)(int width);
 
-  // Gaps of the columns [begin, end), at most kStripColumns of them: cut off for the whole image, or in full for the
-  // rows listed, in ascending order.
+  // Gaps of the columns [begin, end), at most kStripColumns of them. near_gaps: of all rows, at most reach. far_gaps:
+  // of the listed rows only, which ascend, without a limit.
   void (*near_gaps)(const std::uint8_t* mask, int height, int width, int begin, int end, std::uint8_t* gaps);
   void (*far_gaps)(const std::uint8_t* mask, int height, int width, int begin, int end, const int* rows, int count,
                    Gap* gaps);
 
-  // Squared distances of `rows` rows from their gaps; deepest[i] becomes that of row i.
+  // Squared distances of `rows` rows from their gaps, and the largest ones of each row in `deepest`.
   void (*search_rows)(const std::uint8_t* mask, const std::uint8_t* gaps, int rows, int width, std::uint16_t* scratch,
                       std::int32_t* squared, Deepest* deepest);
 
-  // Signed distances, in place of the squared ones (int32) in the same memory, and the ring.
+  // Replaces squared distances (int32) by signed distances (float32) in the same memory, and writes the ring.
   void (*write_targets)(const std::uint8_t* mask, std::int64_t count, const Deepest& deepest,
                         std::int32_t squared_ring_radius, void* squared_to_sdf, std::uint8_t* boundary);
 
@@ -39,7 +39,7 @@ struct Kernels {
 };
 
 namespace plain {
-extern const Kernels kernels;  // what every processor of the family runs
+extern const Kernels kernels;  // for every processor of the family
 }
 #ifdef SEMIMOE_X86_KERNELS
 namespace avx2 {
@@ -50,7 +50,7 @@ extern const Kernels kernels;
 }
 #endif
 
-// Those that this processor can run, the best first.
+// The kernels that this processor can run, the best first.
 inline std::vector<const Kernels*> supported_kernels() {
   std::vector<const Kernels*> supported;
 #ifdef SEMIMOE_X86_KERNELS

@@ -1,5 +1,5 @@
-// A vector of unsigned 16-bit words, as wide as the instruction set for which this file is compiled: AVX-512, AVX2,
-// SSE2, or whatever the compiler makes of 16 bytes elsewhere. Internal linkage, see kernels.cpp.
+// A vector of unsigned 16-bit words, as wide as the instruction set allows: AVX-512, AVX2, SSE2, or else 16 bytes of
+// the compiler's vector extension. Internal linkage, see kernels.cpp.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Large results in large pages.
+// Large pages for large results.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,9 @@
 
 namespace semimoe {
 
-// Asks for pages of 2 MiB where whole ones lie in this memory. Results are mostly fresh memory, and its first use then
-// costs one page fault for 2 MiB instead of 512, which take as long as a fifth of the distance targets. A system that
-// refuses costs nothing.
+// Asks the system for pages of 2 MiB in this memory. A result is usually new memory, and its first use then takes one
+// page fault per 2 MiB instead of 512, which would take a fifth of the time of the distance targets. A refusal is
+// harmless.
 inline void prefer_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] std::int64_t bytes) {
 #ifdef __linux__
   constexpr std::uintptr_t kPage = 1 << 21;

@@ -1,8 +1,8 @@
-// The three objectives of S sets of predictions against one set of targets, on the CPU, and their gradients: the
-// algorithm of kernels/objective.py, where the formulas stand.
+// The three objectives of S sets of predictions against one set of targets, on the CPU, and their gradients. The
+// formulas and the algorithm are those of kernels/objective.py.
 //
-// One pass over logits and targets each way, in blocks of pixels that stay in the nearest cache. Sums of a block are
-// float32 in each lane, all others double, added in an order that does not depend on the threads.
+// Forward and backward each read logits and targets once, in blocks of pixels that fit into the L1 cache. Sums within a
+// block are float32, one per lane. All other sums are double, in an order that does not depend on the threads.
 #pragma once
 
 #include <algorithm>
@@ -16,9 +16,9 @@
 namespace semimoe {
 
 constexpr int kBlockPixels = 1024;
-constexpr std::int64_t kObjectivePixelsPerThread = 1 << 17;  // of all sets; fewer are not worth a thread
+constexpr std::int64_t kObjectivePixelsPerThread = 1 << 17;  // pixels of all sets; fewer do not pay for a thread
 
-// A tensor (images, channels, pixels); strides in elements.
+// A tensor (images, channels, pixels) by its address and its strides, in elements.
 template <class T>
 struct Planes {
   T* data;
@@ -40,18 +40,20 @@ struct Objective {
   std::int64_t batch, pixels;
   int mask_classes, boundary_classes;
   std::vector<Prediction<const float>> sets;
-  Planes<const std::uint8_t> mask;  // a value that is no class belongs to none
+  Planes<const std::uint8_t> mask;  // an out-of-range value matches no class
   Planes<const float> sdf;
   Planes<const std::uint8_t> boundary;
 
   int classes() const { return mask_classes + boundary_classes; }
-  std::int64_t columns() const { return sets.size() * classes(); }                    // of alpha and beta
-  std::int64_t blocks() const { return (pixels + kBlockPixels - 1) / kBlockPixels; }  // of an image
+  std::int64_t columns() const { return sets.size() * classes(); }                    // columns of alpha and beta
+  std::int64_t blocks() const { return (pixels + kBlockPixels - 1) / kBlockPixels; }  // blocks of an image
 };
 
-// Pixels of one image.
+// A run of pixels of one image.
 struct Block {
-  std::int64_t number, image, first;
+  std::int64_t number;  // in the batch
+  std::int64_t image;
+  std::int64_t first;  // first pixel of the run
   int pixels;
 };
 
@@ -67,8 +69,8 @@ void for_each_block(const Objective& objective, int threads, const Body& body) {
   });
 }
 
-// A block of some channels as the kernels take it: where it lies, if that will do, else in memory of its own, which is
-// 0 behind the last pixel.
+// The pixels of a block, by channel, as the kernels need them: contiguous, and a multiple of kMostLanes. In place if
+// the tensor is like that, else a zero-padded copy.
 template <class T>
 class Rows {
  public:
@@ -78,8 +80,8 @@ class Rows {
       data_ = planes.at(block.image, 0, block.first);
       stride_ = planes.channel;
     } else {
-      own_.resize(std::size_t{kBlockPixels} * channels);
-      data_ = own_.data();
+      copy_.resize(std::size_t{kBlockPixels} * channels);
+      data_ = copy_.data();
       stride_ = kBlockPixels;
     }
   }
@@ -90,13 +92,13 @@ class Rows {
  protected:
   using Value = std::remove_const_t<T>;
 
-  // Calls body(pixel of the tensor, pixel of the own memory) for every pixel of the latter.
+  // Calls body(pixel of the tensor, pixel of the copy) for every pixel of the block, if there is a copy.
   template <class Body>
-  void for_each_own(const Body& body) {
-    if (own_.empty()) return;
+  void for_each_copied(const Body& body) {
+    if (copy_.empty()) return;
     for (int k = 0; k < channels_; ++k)
       for (int i = 0; i < block_.pixels; ++i)
-        body(*planes_.at(block_.image, k, block_.first + i), own_[std::size_t{kBlockPixels} * k + i]);
+        body(*planes_.at(block_.image, k, block_.first + i), copy_[std::size_t{kBlockPixels} * k + i]);
   }
 
  private:
@@ -105,14 +107,14 @@ class Rows {
   const int channels_;
   T* data_;
   std::int64_t stride_;
-  std::vector<Value> own_;
+  std::vector<Value> copy_;
 };
 
 template <class T>
 class Input : public Rows<const T> {
  public:
   Input(const Planes<const T>& planes, const Block& block, int channels = 1) : Rows<const T>(planes, block, channels) {
-    this->for_each_own([](const T& theirs, T& own) { own = theirs; });
+    this->for_each_copied([](const T& pixel, T& copy) { copy = pixel; });
   }
 };
 
@@ -122,7 +124,7 @@ class Output : public Rows<float> {
   Output(const Output&) = delete;
   Output& operator=(const Output&) = delete;
   ~Output() {
-    for_each_own([](float& theirs, const float& own) { theirs = own; });
+    for_each_copied([](float& pixel, const float& copy) { pixel = copy; });
   }
 };
 
@@ -140,7 +142,7 @@ inline DiceBlock dice_block(const Input<float>& logits, const Input<std::uint8_t
   return {logits.data(), logits.stride(), target.data(), classes, block.pixels};
 }
 
-// Sum of 1 - ratio over the classes of one image; alpha and beta, for `count` images times classes.
+// Returns the sum of 1 - ratio over the classes of one image, and writes alpha and beta. count: images times classes.
 inline double finish_dice(const double* sums, int classes, bool squared, double count, float* alpha, float* beta) {
   const double smooth = squared ? 1 : 1e-8;
   const double *overlap = sums, *mass = sums + classes;
@@ -155,7 +157,8 @@ inline double finish_dice(const double* sums, int classes, bool squared, double 
   return loss;
 }
 
-// terms (3,); alpha and beta (images, columns): the masks of all sets, then their boundaries.
+// Writes terms (3,), and alpha and beta (images, columns), whose columns are the mask classes of all sets, then the
+// boundary classes of all sets.
 inline void objective_terms(const ObjectiveKernels& kernels, const Objective& objective, int threads, float* terms,
                             float* alpha, float* beta) {
   const int K = objective.mask_classes, L = objective.boundary_classes;
@@ -180,10 +183,12 @@ inline void objective_terms(const ObjectiveKernels& kernels, const Objective& ob
     for (std::int64_t block = 0; block < objective.blocks(); ++block)
       for (std::int64_t i = 0; i < width; ++i) total[i] += sums[(image * objective.blocks() + block) * width + i];
     const double* sum = total.data();
-    std::int64_t of_mask = image * objective.columns(), of_boundary = of_mask + objective.sets.size() * K;
-    for (std::size_t set = 0; set < objective.sets.size(); ++set, of_mask += K, of_boundary += L, sum += sums_per_set) {
-      mask_loss += finish_dice(sum, K, true, objective.batch * K, alpha + of_mask, beta + of_mask);
-      boundary_loss += finish_dice(sum + 2 * K, L, false, objective.batch * L, alpha + of_boundary, beta + of_boundary);
+    std::int64_t mask_column = image * objective.columns(), boundary_column = mask_column + objective.sets.size() * K;
+    for (std::size_t set = 0; set < objective.sets.size();
+         ++set, mask_column += K, boundary_column += L, sum += sums_per_set) {
+      mask_loss += finish_dice(sum, K, true, objective.batch * K, alpha + mask_column, beta + mask_column);
+      boundary_loss +=
+          finish_dice(sum + 2 * K, L, false, objective.batch * L, alpha + boundary_column, beta + boundary_column);
       error += sum[2 * (K + L)];
     }
   }
@@ -192,25 +197,28 @@ inline void objective_terms(const ObjectiveKernels& kernels, const Objective& ob
   terms[2] = static_cast<float>(boundary_loss / (objective.batch * L));
 }
 
-// Gradients of the predictions, given alpha and beta as above and upstream (3,), the gradient of the terms.
+// Writes the gradients of the predictions, given alpha and beta of objective_terms and grad_output (3,), the gradient
+// of the terms.
 inline void objective_gradients(const ObjectiveKernels& kernels, const Objective& objective, int threads,
-                                const float* alpha, const float* beta, const float* upstream,
+                                const float* alpha, const float* beta, const float* grad_output,
                                 const std::vector<Prediction<float>>& gradients) {
   const int K = objective.mask_classes, L = objective.boundary_classes;
-  const float of_error = static_cast<float>(2.0 * upstream[1] / (objective.batch * objective.pixels));
+  const float error_scale = static_cast<float>(2.0 * grad_output[1] / (objective.batch * objective.pixels));
   for_each_block(objective, threads, [&](const Block& block) {
     const Targets targets(objective, block);
-    std::int64_t of_mask = block.image * objective.columns(), of_boundary = of_mask + objective.sets.size() * K;
-    for (std::size_t set = 0; set < objective.sets.size(); ++set, of_mask += K, of_boundary += L) {
+    std::int64_t mask_column = block.image * objective.columns(),
+                 boundary_column = mask_column + objective.sets.size() * K;
+    for (std::size_t set = 0; set < objective.sets.size(); ++set, mask_column += K, boundary_column += L) {
       const Prediction<const float>& logits = objective.sets[set];
       const Input<float> mask(logits.mask, block, K), raw(logits.sdf, block), boundary(logits.boundary, block, L);
-      const Output to_mask(gradients[set].mask, block, K), to_raw(gradients[set].sdf, block, 1),
-          to_boundary(gradients[set].boundary, block, L);
-      kernels.dice_gradient(dice_block(mask, targets.mask, K, block), true, alpha + of_mask, beta + of_mask,
-                            upstream[0], to_mask.data(), to_mask.stride());
-      kernels.dice_gradient(dice_block(boundary, targets.boundary, L, block), false, alpha + of_boundary,
-                            beta + of_boundary, upstream[2], to_boundary.data(), to_boundary.stride());
-      kernels.tanh_gradient(raw.data(), targets.sdf.data(), block.pixels, of_error, to_raw.data());
+      const Output mask_gradient(gradients[set].mask, block, K), raw_gradient(gradients[set].sdf, block, 1),
+          boundary_gradient(gradients[set].boundary, block, L);
+      kernels.dice_gradient(dice_block(mask, targets.mask, K, block), true, alpha + mask_column, beta + mask_column,
+                            grad_output[0], mask_gradient.data(), mask_gradient.stride());
+      kernels.dice_gradient(dice_block(boundary, targets.boundary, L, block), false, alpha + boundary_column,
+                            beta + boundary_column, grad_output[2], boundary_gradient.data(),
+                            boundary_gradient.stride());
+      kernels.tanh_gradient(raw.data(), targets.sdf.data(), block.pixels, error_scale, raw_gradient.data());
     }
   });
 }

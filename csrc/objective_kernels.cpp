@@ -1,5 +1,5 @@
-// See objective_kernels.hpp. Compiled once per instruction set, with SEMIMOE_SIMD as its name, and under the rules of
-// kernels.cpp: internal linkage, nothing of the standard library.
+// See objective_kernels.hpp. Compiled once per instruction set, like kernels.cpp and under its rules: internal linkage,
+// no function of the standard library.
 #include "objective_kernels.hpp"
 
 #include "floats.hpp"
@@ -12,7 +12,7 @@ static_assert(kMostLanes % kFloatLanes == 0);
 
 // --------------------------------------------------------------------------------------------------------------- dice
 
-// How many classes a function is compiled for: with two, everything stays in registers. 0: for any number.
+// kClasses: the number of classes at compile time, or 0 for any number. With two, everything stays in registers.
 template <int kClasses>
 using PerClass = Floats[kClasses == 0 ? kMostClasses : kClasses];
 
@@ -21,8 +21,7 @@ inline int count_classes(const DiceBlock& block) {
   return kClasses == 0 ? block.classes : kClasses;
 }
 
-// P = softmax(logits) of the pixels at i, 0 for those that do not count. NaN and inf among the logits of a pixel make
-// its P NaN, as in PyTorch.
+// P = softmax(logits) of the pixels at i. A NaN or inf among the logits of a pixel makes its P NaN, as in PyTorch.
 template <int kClasses>
 inline void softmax(const DiceBlock& block, int i, PerClass<kClasses>& p) {
   const int classes = count_classes<kClasses>(block);
@@ -31,7 +30,7 @@ inline void softmax(const DiceBlock& block, int i, PerClass<kClasses>& p) {
   for (int k = 1; k < classes; ++k) largest = logits(k) > largest ? logits(k) : largest;
   if (kClasses == 2) {
     const Floats difference = logits(1) - logits(0), power = exp_of_negative(minus_absolute(difference));
-    // 0 times the largest is NaN where that is inf, of which the power knows nothing.
+    // 0 * inf is NaN: the difference alone would not show an infinite logit.
     const Floats likelier = reciprocal(1.0f + power) + 0.0f * largest, other = likelier * power;
     p[0] = difference > 0.0f ? other : likelier;
     p[1] = difference > 0.0f ? likelier : other;
@@ -74,7 +73,7 @@ void differentiate_dice(const DiceBlock& block, const float* alpha, const float*
   for (int i = 0; i < block.pixels; i += kFloatLanes) {
     softmax<kClasses>(block, i, p);
     const Integers target = load(block.target + i);
-    Floats mean = {};  // of g, as P weighs it
+    Floats mean = {};  // sum of P g
     for (int k = 0; k < classes; ++k) {
       const float a = scale * alpha[k], b = scale * beta[k];
       g[k] = (target == k ? Floats{} + a : Floats{}) + (kSquared ? b * p[k] : Floats{} + b);
@@ -103,7 +102,7 @@ void dice_gradient(const DiceBlock& block, bool squared, const float* alpha, con
 
 struct Tanh {
   Floats value;
-  Floats slope;  // without cancellation where |x| is large
+  Floats slope;  // the derivative, without cancellation at large |x|
 };
 
 inline Tanh tanh_of(Floats x) {

@@ -1,5 +1,5 @@
-// Parallel loops on plain threads that live as long as one call: no runtime library, nothing kept between calls, so it
-// survives a fork (PyTorch's data loaders fork).
+// Parallel loops on std::thread. The threads end with the call, and no state remains between calls, so that a process
+// may fork at any time (PyTorch's data loaders do).
 #pragma once
 
 #include <algorithm>
@@ -14,16 +14,16 @@
 
 namespace semimoe {
 
-// Threads that share one loop after another. They are started once, because to start one, or to wake one that sleeps,
-// takes as long as many rows; between two loops they look out for the next for a while before they sleep.
+// The calling thread and its helper threads, which run one loop after another together. To start or to wake a thread
+// takes as long as many rows of pixels, so helpers start once, and they poll for the next loop before they sleep.
 class Workers {
  public:
-  // `threads` includes the caller's.
+  // threads: the number of threads, with the calling one.
   explicit Workers(std::int64_t threads) {
     try {
       while (static_cast<std::int64_t>(helpers_.size()) + 1 < threads) helpers_.emplace_back([this] { serve(); });
     } catch (const std::exception&) {
-      // A thread for which the system has no room (system_error, bad_alloc) costs speed, not the result.
+      // If the system starts no more threads (system_error, bad_alloc), the loops run on fewer threads.
     }
   }
 
@@ -31,11 +31,11 @@ class Workers {
   Workers& operator=(const Workers&) = delete;
 
   ~Workers() {
-    open(nullptr);
+    publish(nullptr);  // makes the helpers exit
     for (std::thread& helper : helpers_) helper.join();
   }
 
-  // Calls body(0) ... body(count - 1), each once. The first exception stops the loop and reaches the caller.
+  // Calls body(0) ... body(count - 1), each once, in any order. The first exception stops the loop; this rethrows it.
   template <class Body>
   void each(std::int64_t count, const Body& body) {
     std::atomic<std::int64_t> next{0};
@@ -51,7 +51,7 @@ class Workers {
     };
 
     const bool shared = !helpers_.empty() && count > 1;
-    if (shared) open(&loop);
+    if (shared) publish(&loop);
     loop();
     if (shared) {
       close();
@@ -63,18 +63,18 @@ class Workers {
  private:
   using Loop = const std::function<void()>*;
 
-  // To every helper once; nothing ends them.
-  void open(Loop loop) {
+  // Offers a loop to every helper. nullptr makes the helpers exit.
+  void publish(Loop loop) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       loop_ = loop;
       is_open_ = true;
-      ++opened_;
+      ++published_;
     }
     changed_.notify_all();
   }
 
-  // Who has not come by now is not waited for.
+  // Helpers that arrive after this skip the loop.
   void close() {
     const std::lock_guard<std::mutex> lock(mutex_);
     is_open_ = false;
@@ -82,11 +82,11 @@ class Workers {
 
   void serve() {
     for (std::uint64_t seen = 0;;) {
-      wait_until([&] { return opened_ != seen; });
+      wait_until([&] { return published_ != seen; });
       Loop loop;
       {
         const std::lock_guard<std::mutex> lock(mutex_);
-        seen = opened_;
+        seen = published_;
         if (!is_open_) continue;
         loop = loop_;
         if (loop == nullptr) return;
@@ -101,11 +101,11 @@ class Workers {
     }
   }
 
-  // `ready` reads atomics alone.
+  // Polls, then sleeps. `ready` may only read atomics, because it is first called without the lock.
   template <class Ready>
   void wait_until(const Ready& ready) {
-    constexpr int kLooks = 200;  // about as long as to fall asleep and to be woken
-    for (int i = 0; i < kLooks; ++i) {
+    constexpr int kPolls = 200;  // takes about as long as falling asleep and waking up
+    for (int i = 0; i < kPolls; ++i) {
       if (ready()) return;
       std::this_thread::yield();
     }
@@ -116,8 +116,8 @@ class Workers {
   std::vector<std::thread> helpers_;
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::atomic<std::uint64_t> opened_{0};  // how many loops
-  std::atomic<int> busy_{0};              // helpers in the loop
+  std::atomic<std::uint64_t> published_{0};  // number of published loops
+  std::atomic<int> busy_{0};                 // number of helpers in the loop
   Loop loop_ = nullptr;
   bool is_open_ = false;
 };

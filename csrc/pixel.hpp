@@ -1,4 +1,4 @@
-// What the CPU and the CUDA code compute alike for one pixel. `static`, for the sake of kernels.cpp.
+// The arithmetic of one pixel, shared by the CPU and the CUDA code. Functions are `static` as kernels.cpp requires.
 #pragma once
 
 #include <cmath>
@@ -16,9 +16,9 @@ namespace semimoe {
 
 // A gap is the distance to the nearest pixel of the opposite class in the same column.
 using Gap = std::uint16_t;
-constexpr Gap kNoGap = UINT16_MAX;  // the whole column is of one class
+constexpr Gap kNoGap = UINT16_MAX;  // the column has only one class
 
-// The squared distance of a pixel whose image holds no pixel of the opposite class.
+// The squared distance of a pixel whose image has no pixel of the opposite class.
 constexpr std::int32_t kNoDistance = -1;
 
 // The largest squared distance inside and outside the foreground.
@@ -36,7 +36,7 @@ struct Deepest {
   }
 };
 
-// Up to this size every squared distance, and every sum the algorithms form on the way to it, fits into 32 bits.
+// Refuses sizes for which a squared distance, or a sum of the algorithms, may exceed 32 bits.
 inline void check_size(std::int64_t batch, std::int64_t height, std::int64_t width) {
   constexpr std::int64_t kMaxSide = 46340;  // floor(sqrt(2^31))
   if (batch < 0 || height < 0 || width < 0) throw std::invalid_argument("a mask cannot have a negative size");
@@ -48,8 +48,8 @@ inline void check_size(std::int64_t batch, std::int64_t height, std::int64_t wid
         std::to_string(kMaxSide) + " pixels; cut it into tiles");
 }
 
-// Single-precision roots and quotients, correctly rounded on every CPU and GPU, whatever nvcc is told of fast
-// mathematics: all agree to the last bit.
+// Correctly rounded float32 square root and quotient, also under nvcc's fast-math options, so that results are bitwise
+// equal on every CPU and GPU.
 SEMIMOE_HOST_DEVICE static inline float square_root(std::int32_t squared) {
 #ifdef __CUDA_ARCH__
   return __fsqrt_rn(static_cast<float>(squared));
@@ -66,13 +66,13 @@ SEMIMOE_HOST_DEVICE static inline float quotient(float a, float b) {
 #endif
 }
 
-// From the distance over the largest of the same sign in the image: negative outside, 0 on the inner boundary.
+// share: the distance divided by the image's largest of the same sign. Negative outside, 0 on the inner boundary.
 SEMIMOE_HOST_DEVICE static inline float signed_distance(std::int32_t squared, bool foreground, float share) {
   const float magnitude = squared == kNoDistance ? 1.0f : foreground && squared == 1 ? 0.0f : share;
   return foreground ? magnitude : -magnitude;
 }
 
-// The ring is the background around the foreground: dilation by a disk, minus the mask.
+// The ring is the mask's dilation by a disk, minus the mask.
 SEMIMOE_HOST_DEVICE static inline std::uint8_t on_ring(std::int32_t squared, bool foreground,
                                                        std::int32_t squared_ring_radius) {
   return !foreground & (squared != kNoDistance) & (squared <= squared_ring_radius);

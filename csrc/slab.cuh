@@ -1,17 +1,17 @@
-// A slab: 32 rows of a tile of columns, as one block of threads sees it in shared memory.
+// A slab: 32 rows of a tile of columns, in the shared memory of one block.
 //
-// A column's 32 pixels of a slab are the bits of a word. An edge is a bit that differs from the one before it, above or
-// to the left; the distance to the nearest edge, found by counting leading and trailing zeros, is the distance to the
-// nearest pixel of the opposite class in this column or row. Let gap(x') be that of the columns and run that of the
-// row:
+// The slab's 32 pixels of a column are the bits of a word. A bit is an edge if it differs from the one before it, above
+// or to the left. Counts of leading and trailing zeros give the distance to the nearest edge, and so to the nearest
+// pixel of the opposite class in the column, gap(x'), or in the row, run(x). Then
 //
 //     d^2(x) = min(run(x)^2, min over x' of (x - x')^2 + gap(x')^2).
 //
-// Beyond the end of its run a pixel sees gaps of the wrong class, but all that lies there is farther than run(x).
+// Beyond the end of the pixel's run, gap(x') may belong to the wrong class. That is harmless: those pixels are at least
+// as far away as run(x).
 //
-// The search goes outwards in 16-bit words, two rows in one register and two columns a thread: an addition and a
-// minimum for two candidates is one instruction from sm_90 on, and what is read from shared memory serves both columns.
-// Sums fit as long as no distance exceeds kReach; what is farther is left to exact 32-bit code.
+// The search goes outwards in 16-bit words, with two rows in a register and two columns per thread. On sm_90 and later,
+// one instruction adds and takes the minimum for two candidates, and both columns use the same shared-memory reads.
+// Sums fit into 16 bits for distances up to kReach; exact 32-bit code computes longer ones.
 #pragma once
 
 #include "cluster.cuh"
@@ -23,11 +23,11 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kReach = 180;
 constexpr int kFar = kReach * kReach;
-constexpr int kPairs = kSlabRows / 2;                // of rows
-constexpr int kColumns = kTileColumns + 2 * kReach;  // of the tile and of what the search sees beside it
-constexpr int kGroups = (kColumns + 31) / 32;        // of 32 columns
-constexpr int kStrides = kTileColumns / 64;          // in which a warp goes along a pair of rows
-constexpr int kNoEdge = 1 << 20;                     // from a word to an edge that does not exist
+constexpr int kPairs = kSlabRows / 2;                // pairs of rows
+constexpr int kColumns = kTileColumns + 2 * kReach;  // the tile and the halo of the search
+constexpr int kGroups = (kColumns + 31) / 32;        // groups of 32 columns
+constexpr int kStrides = kTileColumns / 64;          // steps of a warp along a pair of rows
+constexpr int kNoEdge = 1 << 20;                     // distance from a word to an edge, if there is none
 
 static_assert(kColumns > 32 * (kGroups - 1) && kGroups > 2 * kWarps);
 static_assert((kReach + 1) * (kReach + 1) + kFar <= UINT16_MAX && kReach % 2 == 0);
@@ -39,11 +39,11 @@ struct Slab {
   std::int32_t ahead[kSlabRows][kGroups];   // and to the first edge after the group
 };
 
-// Whether a distance is one, or there is no edge: kNoEdge give or take the place in the word.
+// Whether there is an edge. Without one, a distance is kNoEdge plus or minus the position in the word.
 __device__ inline bool is_distance(int distance) { return distance < kNoEdge / 2; }
 
-// Distance of bit i to the opposite class, given the edges of its word, how far the last edge before the word lies
-// behind bit 0, and how far the first one after the word lies ahead of it.
+// Distance of bit i to the opposite class. edges: those of its word; back: distance from bit 0 to the last edge before
+// the word; ahead: distance from bit 0 to the first edge after the word.
 __device__ inline int distance_to_edge(std::uint32_t edges, int i, int back, int ahead) {
   const std::uint32_t before = edges & (UINT32_MAX >> (31 - i));  // bits 0 ... i
   const std::uint32_t after = (edges >> i) >> 1;                  // bits i + 1 ...
@@ -52,7 +52,7 @@ __device__ inline int distance_to_edge(std::uint32_t edges, int i, int back, int
   return left < right ? left : right;
 }
 
-// One image as words of 32 rows, in global or in shared memory.
+// An image as words of 32 rows, in global or shared memory.
 struct Columns {
   const std::uint32_t* bits;  // (slabs, stride)
   int stride;
@@ -85,29 +85,31 @@ __device__ inline std::uint32_t height(int gap) {
   return static_cast<std::uint32_t>(near * near);
 }
 
-// By all threads of a block: the slab's view of the columns from first_column - kReach on. Row by row, gaps (or null)
-// receives the gap of each pixel of the tile. Ends with a barrier.
+// Called by all threads of a block; ends with a barrier. Fills the slab with the columns from first_column - kReach on.
+// If gaps is not null, it also writes the gap of each pixel of the tile, row by row.
 __device__ inline void fill(Slab& slab, const Columns& columns, int index, int first_column, int width, int rows,
                             Gap* gaps) {
   for (int c = threadIdx.x; c < 32 * kGroups; c += kThreads) {
     const int x = first_column - kReach + c;
-    const int nearest = x < 0 ? 0 : x < width ? x : width - 1;  // beyond the image there is nothing, no edge either
+    const int nearest = x < 0       ? 0
+                        : x < width ? x
+                                    : width - 1;  // columns outside the image repeat its border and so have no edge
     const std::uint32_t word = columns.word(index, nearest);
     const std::uint32_t across = word ^ columns.word(index, x > 0 && x < width ? x - 1 : nearest);
     for (int row = 0; row < kSlabRows; ++row) {
       const std::uint32_t edges = __ballot_sync(UINT32_MAX, across >> row & 1);
       if (threadIdx.x % 32 == static_cast<unsigned>(row)) slab.edges[row][c / 32] = edges;
     }
-    if (c >= kColumns) continue;  // in the last group alone: no later ballot of this warp
+    if (c >= kColumns) continue;  // only in the last group, so that no ballot of this warp follows
     const std::uint32_t edges = columns.edges(index, nearest);
     const int back = columns.back(index, nearest), ahead = columns.ahead(index, nearest);
-    const bool in_the_image = x == nearest;
-    const bool in_the_tile = in_the_image && c >= kReach && c < kReach + kTileColumns;
+    const bool in_image = x == nearest;
+    const bool in_tile = in_image && c >= kReach && c < kReach + kTileColumns;
     for (int row = 0; row < kSlabRows; row += 2) {
       const int upper = distance_to_edge(edges, row, back, ahead);
       const int lower = distance_to_edge(edges, row + 1, back, ahead);
-      slab.heights[row / 2][c] = in_the_image ? height(upper) | height(lower) << 16 : kFar | kFar << 16;
-      if (gaps && in_the_tile) {
+      slab.heights[row / 2][c] = in_image ? height(upper) | height(lower) << 16 : kFar | kFar << 16;
+      if (gaps && in_tile) {
         Gap* gap = gaps + static_cast<std::int64_t>(row) * width + x;
         if (row < rows) gap[0] = upper < kNoGap ? upper : kNoGap;
         if (row + 1 < rows) gap[width] = lower < kNoGap ? lower : kNoGap;
@@ -126,7 +128,7 @@ __device__ inline void fill(Slab& slab, const Columns& columns, int index, int f
   __syncthreads();
 }
 
-// Distance to the end of its run of a pixel, by its column in the slab's view; exact up to the edge of the view.
+// Distance from the pixel in column c of the slab to the end of its run, exact as long as the run ends within the slab.
 __device__ inline int run_distance(const Slab& slab, int row, int c) {
   return distance_to_edge(slab.edges[row][c / 32], c % 32, slab.back[row][c / 32], slab.ahead[row][c / 32]);
 }
@@ -135,8 +137,8 @@ __device__ inline std::int32_t low(std::uint32_t words) { return static_cast<std
 __device__ inline std::int32_t high(std::uint32_t words) { return static_cast<std::int32_t>(words >> 16); }
 __device__ inline std::uint32_t both(std::int32_t word) { return static_cast<std::uint32_t>(word) * 0x10001u; }
 
-// Squared distances of the rows 2 pair, 2 pair + 1 (low, high) and the columns c, c + 1 of the view (x, y), c even.
-// kFar or more means: kFar or more.
+// Squared distances of the rows 2 pair and 2 pair + 1 (low and high half) and of the slab's columns c and c + 1 (x and
+// y), c even. A result of at least kFar only says that the squared distance is at least kFar.
 __device__ inline uint2 search(const Slab& slab, int pair, int c) {
   const std::uint32_t* heights = slab.heights[pair] + c;
   const auto columns_at = [&](int offset) { return *reinterpret_cast<const uint2*>(heights + offset); };

@@ -1,5 +1,5 @@
 """Triton kernels, one file per operation: jit functions and the launchers that check, allocate and launch.
 
-Installed as semimoe_fast.kernels. No autograd, no choice of backend, no policy: those stand in semimoe_fast.ops. Triton
-is optional: this module imports without it.
+Installed as semimoe_fast.kernels. Autograd and the choice of a backend are in semimoe_fast.ops. This module imports
+without Triton.
 """

@@ -1,4 +1,4 @@
-"""Batches in parts: CUDA ends the second axis of a grid, which numbers images, at 65,535."""
+"""Split a batch over several launches: images are the second axis of the grid, which CUDA limits to 65,535."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-IMAGES = 2**15  # of a launch, the most; a power of 2, so that the tensors of every launch are aligned as the first's
+IMAGES = 2**15  # most images of a launch; a power of 2, so that the tensors of every launch have the same alignment
 
 
 def launches(batch: int, *arguments: Any) -> Iterator[tuple[int, list[Any]]]:
-    """Images of each launch, and its part of every argument: a tensor (B, ...), a sequence of such tensors, or None."""
+    """For each launch: its number of images, and their slice of every argument.
+
+    An argument is a tensor (B, ...), a sequence of such tensors (the slice is a tuple), or None.
+    """
     for first in range(0, batch, IMAGES):
         images = min(IMAGES, batch - first)
         yield images, [_part(argument, first, images) for argument in arguments]
@@ -20,4 +23,4 @@ def launches(batch: int, *arguments: Any) -> Iterator[tuple[int, list[Any]]]:
 def _part(argument: Any, first: int, images: int) -> Any:
     if isinstance(argument, Tensor):
         return argument if len(argument) == images else argument[first : first + images]
-    return argument and tuple(_part(x, first, images) for x in argument)
+    return None if argument is None else tuple(_part(x, first, images) for x in argument)

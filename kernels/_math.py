@@ -1,4 +1,4 @@
-"""Arithmetic that several kernels share."""
+"""Functions that several kernels use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def tanh(x):
-    """tanh and its derivative, without cancellation where |x| is large."""
+    """(tanh(x), its derivative), without cancellation at large |x|."""
     e = tl.exp(-2 * tl.abs(x))
     magnitude = (1 - e) / (1 + e)
     return tl.where(x < 0, -magnitude, magnitude), 4 * e / ((1 + e) * (1 + e))

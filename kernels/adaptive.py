@@ -1,10 +1,10 @@
-"""The adaptive multi-objective loss: T terms and as many log-variances, one number, in one launch each way.
+"""The adaptive multi-objective loss of T terms and T log-variances. Forward and backward are one launch each.
 
     total = sum over j of c_j exp(-s_j) L_j + r exp(s_j)
     dL_j = c_j exp(-s_j) dtotal,    ds_j = (r exp(s_j) - c_j exp(-s_j) L_j) dtotal
 
-A few bytes are read and written; what counts is the launches, of which PyTorch's operators make a dozen. So one
-program, unrolled over the terms.
+Memory traffic is a few bytes, so the number of launches decides the time; PyTorch's operators need a dozen. One program
+computes all, unrolled over the terms.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def adaptive_loss_bwd_kernel(
 
 
 def forward(terms: Tensor, log_vars: Tensor, coefficients: Sequence[float], regularizer: float) -> Tensor:
-    """(T,), (T,), T numbers, a number -> () float32."""
+    """terms (T,), log_vars (T,), T coefficients, a number -> total () float32."""
     total = torch.empty((), device=terms.device)
     with torch.cuda.device_of(terms):
         adaptive_loss_fwd_kernel[(1,)](terms, log_vars, total, tuple(coefficients), regularizer, num_warps=1)
@@ -63,7 +63,7 @@ def forward(terms: Tensor, log_vars: Tensor, coefficients: Sequence[float], regu
 def backward(
     grad_output: Tensor, terms: Tensor, log_vars: Tensor, coefficients: Sequence[float], regularizer: float
 ) -> tuple[Tensor, Tensor]:
-    """(), and what `forward` took -> gradients of terms and log_vars, each in its dtype."""
+    """grad_output (), and the arguments of `forward` -> gradients of terms and log_vars, in their dtypes."""
     gradients = torch.empty_like(terms), torch.empty_like(log_vars)
     with torch.cuda.device_of(terms):
         adaptive_loss_bwd_kernel[(1,)](

@@ -1,16 +1,17 @@
-"""The small pass of the multi-gate: projections of every expert with every head, mixed by the gates; and backward.
+"""Second pass of the multi-gate: the gates mix the projections of the experts; forward, pseudo-labels and backward.
 
 With Z_e the projections of expert e (see project_experts.py), w the gate weights and k the task of head row o:
 
     out[o]  = sum over e of w[k, e] Z_e[o] + c[o]
     dZ_e[o] = w[k, e] dout[o],    dw[k, e] = sum over pixels and the rows o of k of dout[o] Z_e[o],    dc = sum of dout
 
-and the pseudo-labels straight from the projections, where nothing is stored but labels: argmax, tanh, argmax of out.
+The pseudo-labels are the argmax, tanh and argmax of out; their kernel stores only the labels.
 
-Traffic for each pixel, s bytes an element, E experts, O head rows: forward reads E O s and writes O s (labels: s + 2);
-backward reads (E + 1) O s and writes E O s, and partial sums, E + 1 float32 values a row and block of pixels, which
-are added up in a fixed order. At the published sizes that is a tenth of what the passes over the features move, so
-blocks of pixels are all the tiling there is: 16 bytes a thread of every row, the weights of an image in registers.
+Bytes per pixel, with s bytes per element, E experts and O head rows: forward reads E O s and writes O s (labels: s +
+2). Backward reads (E + 1) O s and writes E O s, and E + 1 float32 partial sums per row and block of pixels, which are
+added in a fixed order. At the published sizes that is a tenth of the traffic of project_experts.py, so simple tiling
+suffices: a program takes a block of pixels, 16 bytes per thread of every row, and keeps the weights of its image in
+registers.
 
 Accumulation is in float32.
 """
@@ -28,7 +29,7 @@ from ._batch import launches
 from ._math import tanh
 
 WARPS = 4
-VECTOR_BYTES = 16  # the widest load of a thread
+VECTOR_BYTES = 16  # bytes of a thread's widest load
 
 
 @triton.jit
@@ -57,12 +58,12 @@ def mix_projections_fwd_kernel(
     outputs,  # T x (B, O_k, P)
     pixels,
     ROWS: tl.constexpr,  # T x O_k
-    FIRST: tl.constexpr,  # T x the rows of the tasks before
+    FIRST: tl.constexpr,  # T x the first row of a task
     HEAD_ROWS: tl.constexpr,  # O
     EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    pixels = tl.cast(pixels, tl.int64)  # of which planes of rows are made
+    pixels = tl.cast(pixels, tl.int64)  # offsets of planes may exceed 32 bits
     image = tl.program_id(1).to(tl.int64)
     p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tasks: tl.constexpr = len(outputs)
@@ -78,7 +79,7 @@ def mix_projections_fwd_kernel(
 def _largest_row(
     z, weights, biases, first, p, pixels, CLASSES: tl.constexpr, EXPERTS: tl.constexpr, HEAD_ROWS: tl.constexpr
 ):
-    """Class of the largest output, the first of equal ones; NaN is larger than all, as in torch.argmax."""
+    """The class of the largest output: the first one of equals, and NaN counts as the largest, as in torch.argmax."""
     best = _mixed_row(z, weights, biases, first, p, pixels, EXPERTS, HEAD_ROWS)
     label = tl.zeros(best.shape, tl.uint8)
     for k in tl.static_range(1, CLASSES):
@@ -103,7 +104,7 @@ def label_projections_fwd_kernel(
     EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    pixels = tl.cast(pixels, tl.int64)  # of which planes of rows are made
+    pixels = tl.cast(pixels, tl.int64)  # offsets of planes may exceed 32 bits
     image = tl.program_id(1).to(tl.int64)
     p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     z = projections + image * EXPERTS * HEAD_ROWS * pixels
@@ -112,8 +113,8 @@ def label_projections_fwd_kernel(
     label = _largest_row(z, weights, biases, 0, p, pixels, CLASSES, EXPERTS, HEAD_ROWS)
     tl.store(mask + out, label, mask=p < pixels)
     raw = _mixed_row(z, weights + EXPERTS, biases, CLASSES, p, pixels, EXPERTS, HEAD_ROWS)
-    label_of_sdf, _ = tanh(raw)
-    tl.store(sdf + out, label_of_sdf, mask=p < pixels)
+    sdf_label, _ = tanh(raw)
+    tl.store(sdf + out, sdf_label, mask=p < pixels)
     weights += 2 * EXPERTS
     label = _largest_row(z, weights, biases, CLASSES + 1, p, pixels, HEAD_ROWS - CLASSES - 1, EXPERTS, HEAD_ROWS)
     tl.store(boundary + out, label, mask=p < pixels)
@@ -125,7 +126,7 @@ def mix_projections_bwd_kernel(
     gate_weights,  # (B, T, E)
     grad_outputs,  # T x (B, O_k, P)
     grad_projections,  # (B, E, O, P)
-    grad_rows,  # (B, blocks, O, E + 1) float32: sums of dout Z_e, and of dout
+    grad_rows,  # (B, blocks, O, E + 1) float32: sums of grad Z_e for each e, and of grad
     pixels,
     ROWS: tl.constexpr,
     FIRST: tl.constexpr,
@@ -148,14 +149,17 @@ def mix_projections_bwd_kernel(
             grad = tl.load(grad_outputs[k] + (image * ROWS[k] + o) * pixels + p, mask=inside, other=0.0).to(tl.float32)
             plane = ((image * EXPERTS + e) * HEAD_ROWS + row)[:, None] * pixels + p[None, :]
             valid = (e < EXPERTS)[:, None] & inside[None, :]
-            z = tl.load(projections + plane, mask=valid, other=1.0).to(tl.float32)  # ones sum dout itself, in row E
+            z = tl.load(projections + plane, mask=valid, other=1.0).to(tl.float32)  # the ones of row E sum grad itself
             tl.store(grad_projections + plane, weights[:, None] * grad[None, :], mask=valid)
             sums = grad_rows + ((image * blocks + block) * HEAD_ROWS + row) * (EXPERTS + 1) + e
             tl.store(sums, tl.sum(grad[None, :] * z, 1), mask=e <= EXPERTS)
 
 
 def forward(projections: Tensor, gate_weights: Tensor, biases: Tensor, rows: Sequence[int]) -> list[Tensor]:
-    """(B, E, O, H, W), (B, T, E), (O,), T numbers O_k -> T x (B, O_k, H, W) in the dtype of the projections."""
+    """Mix projections (B, E, O, H, W) by gate_weights (B, T, E), add biases (O,); rows: T numbers O_k.
+
+    Returns T x (B, O_k, H, W) in the dtype of the projections.
+    """
     batch, experts, head_rows, height, width = projections.shape
     outputs = [projections.new_empty(batch, o, height, width) for o in rows]
     with torch.cuda.device_of(projections):
@@ -170,7 +174,10 @@ def forward(projections: Tensor, gate_weights: Tensor, biases: Tensor, rows: Seq
 
 
 def labels(projections: Tensor, gate_weights: Tensor, biases: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, E, K + 1 + L, H, W), (B, 3, E), (K + 1 + L,), K -> uint8 (B, H, W), (B, 1, H, W), uint8 (B, H, W)."""
+    """Pseudo-labels from projections (B, E, K + 1 + L, H, W), gate_weights (B, 3, E), biases (K + 1 + L,); classes: K.
+
+    Returns mask uint8 (B, H, W), sdf (B, 1, H, W) in the dtype of the projections, boundary uint8 (B, H, W).
+    """
     batch, experts, head_rows, height, width = projections.shape
     mask, boundary = (projections.new_empty(batch, height, width, dtype=torch.uint8) for _ in range(2))
     sdf = projections.new_empty(batch, 1, height, width)
@@ -188,9 +195,9 @@ def labels(projections: Tensor, gate_weights: Tensor, biases: Tensor, classes: i
 def backward(
     projections: Tensor, gate_weights: Tensor, grad_outputs: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `forward`, grad_outputs: T x (B, O_k, H, W), contiguous.
+    """Gradients of the arguments of `forward`, given contiguous grad_outputs T x (B, O_k, H, W).
 
-    -> gradients of the projections, in their dtype, of the gate weights (B, T, E) and of the biases (O,), both float32.
+    Returns those of the projections in their dtype, of the gate weights (B, T, E) and the biases (O,) in float32.
     """
     batch, experts, head_rows, height, width = projections.shape
     rows = [grad.shape[1] for grad in grad_outputs]
@@ -205,19 +212,21 @@ def backward(
                     *parts, height * width, tuple(rows), _first(rows), head_rows, experts,
                     triton.next_power_of_2(experts + 1), block, num_warps=WARPS,
                 )  # fmt: skip
-    of_rows = partial.sum(1)
-    of_tasks = torch.stack([of_task.sum(1) for of_task in of_rows[..., :experts].split(rows, 1)], 1)
-    return grad_projections, of_tasks, of_rows[..., experts].sum(0)
+    grad_rows = partial.sum(1)
+    grad_weights = torch.stack([task.sum(1) for task in grad_rows[..., :experts].split(rows, 1)], 1)
+    return grad_projections, grad_weights, grad_rows[..., experts].sum(0)
 
 
 def _first(rows: Sequence[int]) -> tuple[int, ...]:
+    """The first row of each task."""
     return tuple(sum(rows[:k]) for k in range(len(rows)))
 
 
 def _block(projections: Tensor) -> int:
+    """Pixels of a program."""
     return WARPS * 32 * VECTOR_BYTES // projections.element_size()
 
 
 def _blocks(projections: Tensor, block: int) -> int:
-    """Of an image."""
+    """Programs of an image."""
     return triton.cdiv(projections.shape[3] * projections.shape[4], block)

@@ -1,4 +1,4 @@
-"""The three objectives of S sets of predictions against one set of targets, in one pass over memory each way.
+"""The three objectives of S sets of predictions against one set of targets; forward and backward read memory once each.
 
 With P the softmax of the logits, T the one-hot target, and sums over the pixels of one image,
 
@@ -9,21 +9,22 @@ With P the softmax of the logits, T the one-hot target, and sums over the pixels
 so both dice losses are 1 - ratio, ratio = (2 overlap + e) / (mass + e), and their derivatives need two numbers for
 each set, image and class: with n images times classes, dL/dP = T alpha + beta * (P for the mask, 1 for the boundary),
 
-    alpha = -2 / (n (mass + e))        beta = ratio / (n (mass + e)), twice that for the mask.
+    alpha = -2 / (n (mass + e))        beta = ratio / (n (mass + e)), doubled for the mask.
 
 `objective_sums_fwd_kernel` reads logits and targets and writes overlap, mass and squared error of one tile of pixels
-per program. `objective_finish_fwd_kernel`, one program, adds the tiles up in a fixed order (no atomics: equal bits
-every time) and writes the three terms, alpha and beta. `objective_bwd_kernel` reads logits, targets, alpha, beta and
+per program. `objective_finish_fwd_kernel`, one program, adds the tiles in a fixed order (no atomics, so every run gives
+the same bits) and writes the three terms, alpha and beta. `objective_bwd_kernel` reads logits, targets, alpha, beta and
 the gradients of the terms, and writes the gradient of every logit, P_k (g_k - sum_j P_j g_j) with g = dL/dP.
 
 Bytes per pixel, with K = 2, float32 logits, uint8 mask and boundary, float32 sdf: forward 20 S + 6, backward 40 S + 6
 (S = 1: 26 and 46; S = 2: 46 and 86); with bfloat16 logits 10 S + 6 and 20 S + 6. The partial sums add 18 floats per
 tile at S = 2, about 1/300 of that.
 
-A tile is a run of pixels of one image by all classes. Up to eight classes it gives every thread 16 bytes of each plane
-of the widest logits: 128-bit loads and stores where planes are contiguous and aligned, and a softmax without exchange
-between threads. With more classes it has fewer pixels. Several programs fit on a multiprocessor, so that the reductions
-of one hide behind the loads of the others. One axis of the grid numbers tiles and images together: neither has a limit.
+A tile is a run of pixels of one image by all classes. Up to eight classes, it gives every thread 16 bytes of each plane
+of the widest logits: loads and stores have 128 bits if planes are contiguous and aligned, and the softmax needs no
+exchange between threads. With more classes, a tile has fewer pixels. Several programs fit on a multiprocessor, so that
+the loads of one overlap with the reductions of another. One axis of the grid counts tiles and images, so neither number
+has a limit.
 
 Source of the formulas: Semi-MoE, arXiv 2509.13834.
 """
@@ -41,15 +42,15 @@ from torch import Tensor
 from ._math import tanh
 
 WARPS = 4
-VECTOR_BYTES = 16  # the widest load of a thread
-# One step for 2 x 256 x 256 pixels: 8 loads in flight a thread.
+VECTOR_BYTES = 16  # bytes of a thread's widest load
+# The finish kernel takes one step at 2 x 256 x 256 pixels, with 8 loads in flight per thread.
 FINISH_TILES = 256
 FINISH_COLUMNS = 32
 FINISH_WARPS = 16
 
 
 class Planes(NamedTuple):
-    """A tensor (B, channels, H, W) whose planes have one stride from pixel to pixel; strides in elements."""
+    """A tensor (B, channels, H, W) with one stride from pixel to pixel in a plane; strides in elements."""
 
     data: Tensor
     image: int
@@ -71,7 +72,7 @@ def _load(planes, image, pixel, inside):
 
 @triton.jit
 def _softmax(logits, image, channel, pixel, valid, CLASSES: tl.constexpr, DTYPE: tl.constexpr):
-    """P (BLOCK, PADDED), 0 where not valid. NaN and inf among the logits of a pixel make its P NaN, as in PyTorch."""
+    """P (BLOCK, PADDED), 0 if not valid. A NaN or inf among the logits of a pixel makes its P NaN, as in PyTorch."""
     z = tl.load(_at(logits, image, channel, pixel), mask=valid, other=0).to(DTYPE)
     z = tl.where(channel < CLASSES, z, float("-inf"))
     powers = tl.exp(z - tl.max(z, 1)[:, None])
@@ -165,7 +166,7 @@ def objective_finish_fwd_kernel(
     mask_term = tl.zeros([COLUMNS], DTYPE)
     boundary_term = tl.zeros([COLUMNS], DTYPE)
     for first in range(0, batch * C, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)  # an image and a class of a set
+        column = first + tl.arange(0, COLUMNS)  # one per image, set and class
         overlap = tl.zeros([COLUMNS], DTYPE)
         mass = tl.zeros([COLUMNS], DTYPE)
         for start in range(0, tiles, TILES):
@@ -298,7 +299,10 @@ def backward(
     alphas: Tensor,
     betas: Tensor,
 ) -> list[list[Tensor]]:
-    """Gradients laid out and typed as the predictions; grad_output: (3,), the rest as `forward` takes and gives."""
+    """Gradients of the predictions, in their layouts and dtypes.
+
+    grad_output: (3,); predictions and targets: the arguments of `forward`; alphas and betas: its results.
+    """
     batch, pixels, _ = _sizes(predictions)
     options = _launch_options(predictions, alphas.dtype)
     gradients = [[torch.empty_like(x) for x in prediction] for prediction in predictions]
@@ -313,9 +317,9 @@ def backward(
 
 
 def _planes(tensors: Sequence[Tensor]) -> tuple[Planes, ...]:
-    """Where every tensor lies; in a plane one pixel wide the next pixel is the next row.
+    """Addresses and strides of tensors. If a plane is one pixel wide, the next pixel is in the next row.
 
-    The stride between pixels is a constant of the kernel: then one load takes the classes of a channels-last pixel.
+    The stride between pixels is a compile-time constant, so that one load reads all classes of a channels-last pixel.
     """
     return tuple(
         Planes(x, x.stride(0), x.stride(1), tl.constexpr(x.stride(3 if x.shape[3] > 1 else 2))) for x in tensors
@@ -323,14 +327,14 @@ def _planes(tensors: Sequence[Tensor]) -> tuple[Planes, ...]:
 
 
 def _sizes(predictions: Sequence[Sequence[Tensor]]) -> tuple[int, int, tuple[int, int]]:
-    """Images, pixels of one, and classes of mask and boundary."""
+    """Number of images, pixels of an image, and classes of mask and boundary."""
     mask_logits, _, boundary_logits = predictions[0]
     batch, classes, height, width = mask_logits.shape
     return batch, height * width, (classes, boundary_logits.shape[1])
 
 
 def _launch_options(predictions: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> dict[str, object]:
-    """Sizes of a tile: 16 bytes per thread of each plane of the widest logits, fewer pixels from eight classes up."""
+    """Options of the sums and backward kernels. A tile has fewer pixels with more than eight classes."""
     _, _, classes = _sizes(predictions)
     padded = [triton.next_power_of_2(count) for count in classes]
     vector = VECTOR_BYTES // max(x.element_size() for prediction in predictions for x in prediction)
@@ -342,5 +346,5 @@ def _launch_options(predictions: Sequence[Sequence[Tensor]], dtype: torch.dtype)
         "BLOCK": max(WARPS * 32 * vector * 8 // max(*padded, 8), 8),
         "DTYPE": tl.float64 if dtype == torch.float64 else tl.float32,
         "num_warps": WARPS,
-        "maxnreg": 255,  # the most there are; left alone, ptxas spills a word here and there to fit more programs
+        "maxnreg": 255,  # the limit; by default ptxas spills a few words so that more programs fit
     }

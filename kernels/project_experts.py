@@ -1,24 +1,24 @@
-"""One pass over the experts' features, forward and backward: all of the multi-gate that is linear in them.
+"""First pass of the multi-gate: all its operations that are linear in the experts' features; forward and backward.
 
 With X_e the features of expert e, H the rows of all gated heads, stacked, and A_e, b_e the expert's own head:
 
-    means[e, c] = mean over the pixels of X_e[c]            for the gates
-    projections[e] = H X_e                                     which the gates mix, see mix_projections.py
-    own[e]      = A_e X_e + b_e                             the expert's own prediction
+    means[e, c]    = mean over the pixels of X_e[c]     (input of the gates)
+    projections[e] = H X_e                              (mixed by the gates in mix_projections.py)
+    own[e]         = A_e X_e + b_e                      (the expert's own prediction)
 
-and backward, dY_e being the gradients of products[e] and own[e], stacked like the rows R_e = [H; A_e]:
+Backward, with dY_e the gradients of projections[e] and own[e], stacked like the rows R_e = [H; A_e]:
 
     dX_e = R_e^T dY_e + dmeans_e / pixels,    dR_e = sum over the pixels of dY_e X_e^T,    db_e = sum of dY_e's own rows
 
-Traffic for each pixel, s bytes an element, E experts of C channels, O head rows and O_e own ones: forward reads E C s
-and writes (E O + sum O_e) s; backward reads both and writes E C s. Sums over pixels leave a program as float32 partial
-sums, C values forward and rows times (C + 1) backward for 512 pixels of an expert, 1 to 3 % of the rest in bfloat16.
-They are added up in a fixed order, so that results do not change from run to run.
+Bytes per pixel, with s bytes per element, E experts of C channels, O head rows and O_e own rows: forward reads E C s
+and writes (E O + sum O_e) s; backward reads both and writes E C s. A program writes its sums over pixels as float32
+partial sums, C values forward and rows times (C + 1) backward per 512 pixels of an expert; that is 1 to 3 % of the
+traffic in bfloat16. They are added in a fixed order, so that every run gives the same bits.
 
 A program takes one chunk of one image of one expert, tile by tile. A tile is (channels x pixels) of 8 KiB, four loads
-of 16 bytes for each of 128 threads: small enough for the registers without spills, also backward, up to 128 channels,
-so that the programs on a multiprocessor hide each other's waiting. Rows are padded to 16, the least that tensor cores
-take; float32 goes through them as three tf32 projections, which together keep float32's precision.
+of 16 bytes for each of 128 threads. Up to 128 channels it fits into the registers without spills, also backward, and
+several programs on a multiprocessor hide each other's latency. Rows are padded to 16, the minimum of tensor cores. A
+float32 product is three tf32 products, which together keep the precision of float32.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from ._batch import launches
 
 CHUNK = 512  # pixels of a program
 TILE_BYTES = 8192
-LEAST_DOT = 16  # rows, columns and depth of a product in tensor cores
-MOST_CHANNELS = 128  # beyond, the least tile is too large for the registers
+LEAST_DOT = 16  # minimum rows, columns and depth of a tensor-core product
+MOST_CHANNELS = 128  # with more, the smallest tile does not fit into the registers
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def _project_expert(
     bias = tl.load(own_biases + r - HEAD_ROWS, mask=is_own, other=0.0).to(tl.float32)
     tile = features + c[:, None].to(OFFSET) * stride_c + p[None, :].to(OFFSET) * stride_p
     to_rows = r[:, None].to(OFFSET) * pixels + p[None, :]
-    heads = tl.cast(pixels, tl.int64) * HEAD_ROWS  # rows ahead of the own ones
+    heads = tl.cast(pixels, tl.int64) * HEAD_ROWS  # elements of the head rows, which precede the own rows
     total = tl.zeros([BLOCK_C], tl.float32)
     chunk = tl.program_id(0)
     for first in range(chunk * CHUNK, (chunk + 1) * CHUNK, BLOCK_P):
@@ -83,7 +83,7 @@ def _project_expert(
 @triton.jit
 def project_experts_fwd_kernel(
     features,  # E x (B, C, P), strides (stride_b, stride_c, stride_p)
-    weights,  # (O + sum O_e, C) in the dtype of the features: all heads, then each expert's own
+    weights,  # (O + sum O_e, C) in the dtype of the features: the gated heads, then each expert's own head
     own_biases,  # (sum O_e,)
     sums,  # (B, chunks, E, C) float32
     projections,  # (B, E, O, P)
@@ -94,7 +94,7 @@ def project_experts_fwd_kernel(
     pixels,
     HEAD_ROWS: tl.constexpr,  # O
     OWN_ROWS: tl.constexpr,  # E x O_e
-    OWN_FIRST: tl.constexpr,  # E x the own rows of the experts before
+    OWN_FIRST: tl.constexpr,  # E x the first own row of an expert
     CHANNELS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -146,13 +146,13 @@ def _project_expert_backward(
     row = tl.where(is_own, r + OWN_FIRST, r)
     rows = weights + row[None, :] * CHANNELS + c[:, None]
     transposed = tl.load(rows, mask=(is_head | is_own)[None, :] & (c < CHANNELS)[:, None], other=0.0)
-    dx_of_mean = tl.zeros([BLOCK_C], tl.float32)
+    mean_gradient = tl.zeros([BLOCK_C], tl.float32)
     if grad_means is not None:
-        dx_of_mean = tl.load(grad_means + c, mask=c < CHANNELS, other=0.0) / pixels
+        mean_gradient = tl.load(grad_means + c, mask=c < CHANNELS, other=0.0) / pixels
     tile = features + c[:, None].to(OFFSET) * stride_c + p[None, :].to(OFFSET) * stride_p
     grad_tile = grad_features + c[:, None].to(OFFSET) * grad_stride_c + p[None, :].to(OFFSET) * grad_stride_p
     to_rows = r[:, None].to(OFFSET) * pixels + p[None, :]
-    heads = tl.cast(pixels, tl.int64) * HEAD_ROWS  # rows ahead of the own ones
+    heads = tl.cast(pixels, tl.int64) * HEAD_ROWS  # elements of the head rows, which precede the own rows
     dw = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     db = tl.zeros([BLOCK_R], tl.float32)
     chunk = tl.program_id(0)
@@ -165,7 +165,7 @@ def _project_expert_backward(
             dy += tl.load(grad_projections + start + to_rows, mask=is_head[:, None] & inside, other=0.0)
         if grad_own is not None:
             dy += tl.load(grad_own - heads + start + to_rows, mask=is_own[:, None] & inside, other=0.0)
-        dx = tl.dot(transposed, dy, input_precision="tf32x3") + dx_of_mean[:, None]
+        dx = tl.dot(transposed, dy, input_precision="tf32x3") + mean_gradient[:, None]
         tl.store(grad_tile + start * grad_stride_p, dx, mask=valid)
         dw = tl.dot(dy, tl.trans(x), dw, input_precision="tf32x3")
         db += tl.sum(dy.to(tl.float32), 1)
@@ -224,7 +224,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Means (B, E, C) float32, projections (B, E, O, H, W), own predictions E x (B, O_e, H, W) in the features' dtype.
 
-    features: E x (B, C, H, W) of the same strides, with one stride from pixel to pixel; weights: (O + sum O_e, C);
+    features: E x (B, C, H, W) with equal strides, and one stride from pixel to pixel; weights: (O + sum O_e, C);
     own_biases: (sum O_e,); own_rows: the E numbers O_e.
     """
     x = features[0]
@@ -236,9 +236,9 @@ def forward(
     if x.numel():
         with torch.cuda.device_of(x):
             weights = weights.to(x.dtype)
-            for images, (of_features, *results) in launches(batch, features, sums, projections, own):
+            for images, (part, *results) in launches(batch, features, sums, projections, own):
                 project_experts_fwd_kernel[(chunks, images, len(features))](
-                    of_features, weights, own_biases, *results, *_plane_strides(x), height * width, **constants
+                    part, weights, own_biases, *results, *_plane_strides(x), height * width, **constants
                 )
     return sums.sum(1) / (height * width), projections, own
 
@@ -251,9 +251,9 @@ def backward(
     grad_projections: Tensor | None,
     grad_own: Sequence[Tensor] | None,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Gradients of the features, as these are, of the weights and of the own biases, both float32.
+    """Gradients of the features in their dtype and layout, and of the weights and the own biases in float32.
 
-    Arguments as of `forward`, and the contiguous gradients of its results, None where there is none.
+    grad_means, grad_projections and grad_own: contiguous gradients of the results of `forward`, or None.
     """
     x = features[0]
     batch, channels, height, width = x.shape
@@ -266,20 +266,20 @@ def backward(
         with torch.cuda.device_of(x):
             strides = *_plane_strides(x), *_plane_strides(grad_features[0])
             weights = weights.to(x.dtype)
-            for images, (of_features, *gradients) in launches(
+            for images, (part, *gradients) in launches(
                 batch, features, grad_means, grad_projections, grad_own, grad_features, partial, partial_biases
             ):
                 project_experts_bwd_kernel[(chunks, images, len(features))](
-                    of_features, weights, *gradients, *strides, height * width, ROWS=rows, **constants
+                    part, weights, *gradients, *strides, height * width, ROWS=rows, **constants
                 )
-    of_rows, of_biases = partial.sum((0, 1)), partial_biases.sum((0, 1))
+    grad_rows, grad_biases = partial.sum((0, 1)), partial_biases.sum((0, 1))
     own = [(e, slice(head_rows, head_rows + o)) for e, o in enumerate(own_rows)]
-    grad_weights = torch.cat([of_rows[:, :head_rows].sum(0), *(of_rows[e, rows] for e, rows in own)])
-    return grad_features, grad_weights, torch.cat([of_biases[e, rows] for e, rows in own])
+    grad_weights = torch.cat([grad_rows[:, :head_rows].sum(0), *(grad_rows[e, rows] for e, rows in own)])
+    return grad_features, grad_weights, torch.cat([grad_biases[e, rows] for e, rows in own])
 
 
 def _launch(x: Tensor, weights: Tensor, own_rows: Sequence[int]) -> tuple[int, dict[str, object]]:
-    """Chunks of an image, and the constants of both kernels."""
+    """Number of chunks of an image, and the constants of both kernels."""
     _, channels, height, width = x.shape
     head_rows, most_rows = weights.shape[0] - sum(own_rows), weights.shape[0] - sum(own_rows) + max(own_rows)
     block_c = max(triton.next_power_of_2(channels), LEAST_DOT)
@@ -301,5 +301,5 @@ def _launch(x: Tensor, weights: Tensor, own_rows: Sequence[int]) -> tuple[int, d
 
 
 def _plane_strides(x: Tensor) -> tuple[int, int, int]:
-    """From image to image, channel to channel, pixel to pixel (a row below, in a plane one pixel wide)."""
+    """Strides of image, channel and pixel. If a plane is one pixel wide, the next pixel is in the next row."""
     return x.stride(0), x.stride(1), x.stride(3 if x.shape[3] > 1 else 2)

@@ -1,11 +1,9 @@
-"""Fixtures of every test: golden archives, runs of a few steps; poisoned memory, a patient start of processes."""
+"""Fixtures of every test: golden archives, runs of a few steps, poisoned memory."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,25 +46,6 @@ def set_torch() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
-
-
-class PatientPopen(subprocess.Popen):
-    """Tries for a minute to start a process: on a busy machine fork fails with EAGAIN, in Python BlockingIOError.
-
-    It does so while all processes of the machine or container together are as many as it allows, and some soon end.
-    """
-
-    def __init__(self, *args: object, **options: object) -> None:
-        for pause in (1, 2, 4, 8, 16, 32):
-            try:
-                super().__init__(*args, **options)
-                return
-            except BlockingIOError:
-                time.sleep(pause)
-        super().__init__(*args, **options)
-
-
-subprocess.Popen = PatientPopen  # subprocess.run uses it too
 
 
 @pytest.fixture(scope="session")

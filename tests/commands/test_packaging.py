@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from patience import run_patiently
 
 ROOT = Path(__file__).parents[2]
 SOURCES = "csrc kernels semimoe_fast setup.py CMakeLists.txt pyproject.toml README.md LICENSE".split()
@@ -70,7 +71,7 @@ class Environment:
 
     def pip(self, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # cmake and ninja from pip
-        return subprocess.run(
+        return run_patiently(
             [sys.executable, "-m", "pip", "--python", self.python, *arguments, "--no-deps"],
             env={**VARIABLES, "PATH": path, **variables},
             capture_output=True,
@@ -79,7 +80,7 @@ class Environment:
 
     def run(self, *arguments: str, cwd: Path) -> str:
         """Standard output of Python in a folder, which `-c` and `-m` put first on the path."""
-        done = subprocess.run([self.python, *arguments], cwd=cwd, env=VARIABLES, capture_output=True, text=True)
+        done = run_patiently([self.python, *arguments], cwd=cwd, env=VARIABLES, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -165,7 +166,7 @@ def test_chosen_cuda_architectures(tree: Path, environment: Environment, tmp_pat
         ),
         (
             {"SEMIMOE_CUDA": "AUTO", "CUDACXX": shutil.which("false")},
-            "CMake says why above: mend that, or set SEMIMOE_CUDA=OFF to build without CUDA",
+            "see CMake's message above: correct the cause, or set SEMIMOE_CUDA=OFF to build without CUDA",
         ),
         ({"SEMIMOE_CUDA": "maybe"}, "SEMIMOE_CUDA=maybe is not known: set it to AUTO, ON or OFF."),
         pytest.param(

@@ -1,8 +1,8 @@
-// CUDA on the CPU, as much of it as csrc/ uses, so that its kernels and launchers run where there is no GPU.
+// The part of CUDA that csrc/ uses, emulated on the CPU, so that its kernels and launchers run without a GPU.
 //
-// Every thread of a cluster of blocks is a fiber; they take turns, each until its next barrier, in an order that a
-// seed shuffles, and whole warps and blocks fall behind. A missing barrier shows as a wrong result, or one that depends
-// on the seed, a barrier that some threads miss as an error. Shared memory starts as garbage.
+// Every thread of a cluster is a fiber. Fibers take turns, each until its next barrier, in an order that a seed
+// shuffles; whole warps and blocks are delayed at random. A missing barrier causes a wrong result or one that depends
+// on the seed. A barrier that some threads never reach causes an error. Shared memory starts with arbitrary bytes.
 #pragma once
 
 #include <setjmp.h>
@@ -43,14 +43,14 @@ namespace emulated {
 
 inline int compute_capability_major = 9;
 inline bool kernels_load = true;
-inline cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;  // of the only thread
+inline cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;  // there is one host thread
 inline unsigned seed = 0;
-inline std::map<void*, std::size_t> opted_in;  // kernels to more shared memory
+inline std::map<void*, std::size_t> opted_in;  // kernel -> its limit of dynamic shared memory
 
 constexpr std::size_t kStack = 64 << 10;
 constexpr int kWarp = 32;
 
-// Where `expected` threads wait for each other, and what they have to say.
+// A barrier of `expected` threads, which also or-s one word of each of them.
 struct Barrier {
   unsigned expected = 0, arrived = 0, generation = 0;
   std::uint32_t votes = 0, result = 0;
@@ -66,11 +66,11 @@ struct Block {
   std::vector<unsigned char> memory;
   std::vector<Warp> warps;
   Barrier barrier;
-  unsigned running = 0;  // threads
+  unsigned running = 0;  // number of threads that have not ended
 };
 
 struct Fiber {
-  jmp_buf place;  // where it waits; jumps, unlike swapcontext, need no system call
+  jmp_buf place;  // where it continues; a jump needs no system call, unlike swapcontext
   std::unique_ptr<char[]> stack{new char[kStack]};
   Block* block = nullptr;
   unsigned thread = 0;
@@ -90,16 +90,16 @@ inline Cluster* cluster = nullptr;
 inline void (*run_thread)() = nullptr;
 inline bool progress = false;
 
-// An exception cannot leave a fiber: the scheduler throws it.
+// An exception cannot leave a fiber, so the scheduler throws it.
 inline const char* failure = nullptr;
 inline void fail(const char* reason) { failure = reason; }
 
-// Lets the others run.
+// Returns to the scheduler; the fiber continues here when it is resumed.
 inline void yield() {
   if (!_setjmp(current->place)) _longjmp(scheduler, 1);
 }
 
-// Waits for the others and returns the bits that all have contributed, or-ed.
+// Waits for all threads of the barrier and returns the bitwise or of their `bits`.
 inline std::uint32_t meet(Barrier& barrier, std::uint32_t bits = 0) {
   const unsigned generation = barrier.generation;
   barrier.votes |= bits;
@@ -121,7 +121,7 @@ inline void run_fiber() {
   yield();
 }
 
-// A context of its own stack, in which the fiber stands ready to be resumed.
+// Starts the fiber on its own stack; it yields at once, ready to be resumed.
 inline void start(Fiber& fiber) {
   ucontext_t context, here;
   getcontext(&context);
@@ -150,7 +150,7 @@ inline void resume(Fiber& fiber) {
 
 inline void run_cluster(unsigned first_block, unsigned blocks, unsigned threads, std::size_t memory,
                         std::mt19937& random) {
-  static std::vector<Fiber> fibers;  // their stacks are worth keeping
+  static std::vector<Fiber> fibers;  // static, to allocate their stacks once
   if (fibers.size() < blocks * threads) fibers = std::vector<Fiber>(blocks * threads);
   Cluster state;
   cluster = &state;
@@ -177,7 +177,7 @@ inline void run_cluster(unsigned first_block, unsigned blocks, unsigned threads,
   for (int pass = 0, idle = 0; !waiting.empty(); ++pass) {
     std::shuffle(waiting.begin(), waiting.end(), random);
     progress = false;
-    if (pass % 8 == 0) {  // long enough for the others to come through several barriers
+    if (pass % 8 == 0) {  // long enough for other threads to pass several barriers
       blocks_behind = random() & random();
       warps_behind = random() & random();
     }
@@ -186,7 +186,7 @@ inline void run_cluster(unsigned first_block, unsigned blocks, unsigned threads,
       if ((blocks_behind >> block | warps_behind >> (warp + block) % 32) % 2 == 0) resume(*fiber);
     }
     idle = progress ? 0 : idle + 1;
-    if (idle == 1000) fail("threads wait at a barrier that others never reach");
+    if (idle == 1000) fail("threads wait at a barrier that other threads never reach");
     if (failure) throw std::runtime_error(std::exchange(failure, nullptr));
     waiting.erase(std::remove_if(waiting.begin(), waiting.end(), [](Fiber* fiber) { return fiber->done; }),
                   waiting.end());
@@ -224,7 +224,7 @@ inline int atomicMax(int* address, int value) {
   return before;
 }
 
-// Two 16-bit words in one of 32 bits.
+// Applies an operation to both 16-bit halves of 32-bit words.
 template <class Operation>
 std::uint32_t halves(std::uint32_t a, std::uint32_t b, Operation operation) {
   const auto low = static_cast<std::uint16_t>(operation(a & 0xffff, b & 0xffff));
@@ -256,7 +256,8 @@ inline void cluster_sync() { meet(emulated::cluster->barrier); }
 
 template <class T>
 T* in_block(unsigned rank, T* here) {
-  if (emulated::cluster->blocks.at(rank).running == 0) emulated::fail("a block reaches into one that has ended");
+  if (emulated::cluster->blocks.at(rank).running == 0)
+    emulated::fail("a block accesses the shared memory of a block that has ended");
   const auto offset = reinterpret_cast<unsigned char*>(here) - emulated::current->block->memory.data();
   return reinterpret_cast<T*>(emulated::cluster->blocks.at(rank).memory.data() + offset);
 }
@@ -290,7 +291,7 @@ struct cudaLaunchConfig_t {
 };
 
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
-// What is known of a device is kept: one for each capability.
+// csrc caches properties by device, so that each compute capability is a device of its own.
 inline cudaError_t cudaGetDevice(int* device) { return *device = emulated::compute_capability_major, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
   return *value = emulated::compute_capability_major, cudaSuccess;
@@ -327,8 +328,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const unsigned grid = config->gridDim.x;
   const auto allowed = emulated::opted_in.find(reinterpret_cast<void*>(kernel));
   if (config->dynamicSmemBytes > (allowed == emulated::opted_in.end() ? 48 << 10 : allowed->second))
-    throw std::runtime_error("a kernel takes more shared memory than it has asked for");
-  if (cluster > 8 || grid % cluster) throw std::runtime_error("the grid and its clusters do not fit");
+    throw std::runtime_error("a kernel uses more shared memory than its limit");
+  if (cluster > 8 || grid % cluster)
+    throw std::runtime_error("the grid is not a multiple of the cluster, or the cluster has more than 8 blocks");
   std::mt19937 random(emulated::seed);
   for (unsigned block = 0; block < grid; block += cluster)
     emulated::run_cluster(block, cluster, config->blockDim.x, config->dynamicSmemBytes, random);

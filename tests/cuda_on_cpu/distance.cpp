@@ -1,7 +1,7 @@
-// csrc/distance.cu on the CPU, launchers and all, behind one function.
+// csrc/distance.cu with its launchers, compiled for the CPU.
 #include "../../csrc/distance.cu"
 
-// Returns what went wrong, or null.
+// Launches a problem; returns an error message, or null.
 extern "C" const char* run(const semimoe::Problem* problem, int compute_capability_major, unsigned seed) try {
   emulated::compute_capability_major = compute_capability_major;
   emulated::seed = seed;
@@ -13,7 +13,8 @@ extern "C" const char* run(const semimoe::Problem* problem, int compute_capabili
   return message.c_str();
 }
 
-// The stream capture mode of the thread, 0 at first, after kernels of a device not yet known have failed to load.
+// Makes the first launch on a device fail to load its kernels, and returns the thread's stream capture mode, which was
+// 0 before; -1 if the launch did not fail.
 extern "C" int capture_mode_after_failure() {
   emulated::compute_capability_major = 7;
   emulated::kernels_load = false;

@@ -1,9 +1,9 @@
-// Fuzzes the distance targets of the CPU. Built with sanitizers: SEMIMOE_FUZZ in CMakeLists.txt, `make fuzz`.
+// Tests the CPU's distance targets on random cases. Built with sanitizers: SEMIMOE_FUZZ in CMakeLists.txt, `make fuzz`.
 //
 //     fuzz_distance SECONDS SEED
 //
-// draws a case from each of SEED, SEED + 1, ... and compares what every instruction set makes of it with what the
-// definition says. `fuzz_distance 0 SEED` runs that case alone; a failure names its seed.
+// draws one random case per seed SEED, SEED + 1, ... and compares the result of every instruction set with the
+// definition. A failure prints its seed; `fuzz_distance 0 SEED` repeats only that case.
 #include "../../csrc/distance.hpp"
 
 #include <array>
@@ -16,18 +16,18 @@
 #include <random>
 #include <utility>
 
-// The sanitizers too end in abort(), so that every failure names its case.
+// The sanitizers call abort() on an error, so that every failure prints its case.
 extern "C" const char* __asan_default_options() { return "abort_on_error=1"; }
 extern "C" const char* __ubsan_default_options() { return "abort_on_error=1:print_stacktrace=1"; }
 
 namespace {
 
-// As in tests/test_distance.py; the double here is exact enough to need no more.
+// As in tests/ops/test_distance.py. The error of the expected values, in double, is negligible.
 const double kSdfTolerance = std::ldexp(5, -24);
 
-char current[200] = "before the first case";  // what to name in a failure
+char current[200] = "before the first case";  // printed when a check fails
 
-extern "C" void name_case(int) {
+extern "C" void print_case(int) {
   std::fprintf(stderr, "\nfailed: %s\n", current);
   std::_Exit(1);
 }
@@ -54,8 +54,8 @@ int draw_side(Random& random) {
   }
 }
 
-// Height and width. Most are small; some have room for distances beyond the reach of the search, for strips or for
-// more than one thread, and a few columns are as long as can be.
+// Height and width. Most are small. Some are large enough for distances beyond the search's reach, for several strips
+// or for several threads. A few have up to the largest allowed height.
 std::pair<int, int> draw_shape(Random& random) {
   const int kind = between(random, 0, 99);
   if (kind == 0) return {between(random, 1, 46340), between(random, 1, 3)};
@@ -66,7 +66,7 @@ std::pair<int, int> draw_shape(Random& random) {
   return {draw_side(random), draw_side(random)};
 }
 
-// A picture says of each pixel (y, x) whether it is foreground; it is asked once for each, in order.
+// Returns whether pixel (y, x) is foreground. It is called once for each pixel, in order.
 using Picture = std::function<bool(int, int)>;
 
 Picture draw_picture(Random& random, int height, int width) {
@@ -77,7 +77,7 @@ Picture draw_picture(Random& random, int height, int width) {
       return [=](int, int) { return happens(); };
     case 1:  // runs
       return [=, state = false](int, int) mutable { return state ^= happens(); };
-    case 2: {  // discs, which are single dots where the radius is 0
+    case 2: {  // discs; a radius of 0 gives single dots
       const int most = between(random, 0, 1) * (height + width) / 4;
       std::vector<std::array<int, 3>> discs(between(random, 1, 4));
       for (auto& disc : discs)
@@ -108,7 +108,7 @@ struct Case {
   int height;
   int width;
   std::int32_t squared_ring_radius;
-  std::vector<std::uint8_t> masks;  // built with its size, which leaves no spare memory behind it
+  std::vector<std::uint8_t> masks;  // constructed with its size, so that its memory has no spare bytes at the end
 
   std::int64_t pixels() const { return static_cast<std::int64_t>(height) * width; }
 };
@@ -123,7 +123,7 @@ Case draw_case(Random& random) {
     const Picture picture = draw_picture(random, height, width);
     const bool inverted = between(random, 0, 1);
     const auto [least, most] = std::array<std::pair<int, int>, 4>{
-        {{1, 1}, {255, 255}, {1, 255}, {127, 128}}}[between(random, 0, 3)];  // of the foreground
+        {{1, 1}, {255, 255}, {1, 255}, {127, 128}}}[between(random, 0, 3)];  // range of foreground values
     for (int y = 0; y < height; ++y)
       for (int x = 0; x < width; ++x)
         *pixel++ = picture(y, x) != inverted ? static_cast<std::uint8_t>(between(random, least, most)) : 0;
@@ -139,17 +139,18 @@ struct Targets {
   std::vector<int> boundary;
 };
 
-// Appends the squared distances of an image: exact gaps in every column, and for every pixel all columns of its row but
-// those that are too far by themselves.
+// Appends the squared distances of an image, from the exact gaps of every column. For a pixel it visits all columns of
+// the row that are near enough to matter.
 void append_squared(const std::uint8_t* mask, int height, int width, std::vector<std::int64_t>& squared) {
-  constexpr std::int64_t kNowhere = 1 << 20;  // far beyond what fits into an image
+  constexpr std::int64_t kNowhere = 1 << 20;  // farther than any pixel of an image
   const auto foreground = [&](std::int64_t y, std::int64_t x) { return mask[y * width + x] != 0; };
 
   const std::vector<std::int64_t> zeros(static_cast<std::int64_t>(height) * width);
-  std::vector<std::int64_t> heights[2] = {zeros, zeros};  // by class: squares of the gaps, 0 at the opposite class
+  std::vector<std::int64_t> heights[2] = {zeros, zeros};  // by class: squared gaps, 0 at pixels of the other class
   for (std::int64_t x = 0; x < width; ++x) {
     std::vector<std::int64_t> gaps(height);
-    std::int64_t above[2] = {-kNowhere, -kNowhere}, below[2] = {kNowhere, kNowhere};  // the nearest row of each class
+    std::int64_t above[2] = {-kNowhere, -kNowhere},
+                 below[2] = {kNowhere, kNowhere};  // by class: the nearest row so far
     for (std::int64_t y = 0; y < height; ++y) {
       above[foreground(y, x)] = y;
       gaps[y] = y - above[!foreground(y, x)];
@@ -178,10 +179,10 @@ Targets expected_targets(const Case& drawn) {
   for (int image = 0; image < drawn.batch; ++image) {
     const std::int64_t first = image * drawn.pixels();
     append_squared(&drawn.masks[first], drawn.height, drawn.width, targets.squared);
-    std::int64_t largest[2] = {-1, -1};  // of the background and of the foreground
+    std::int64_t largest[2] = {-1, -1};  // by class: background, foreground
     for (std::int64_t i = first; i < first + drawn.pixels(); ++i) {
-      std::int64_t& of_class = largest[drawn.masks[i] != 0];
-      of_class = std::max(of_class, targets.squared[i]);
+      std::int64_t& most = largest[drawn.masks[i] != 0];
+      most = std::max(most, targets.squared[i]);
     }
     for (std::int64_t i = first; i < first + drawn.pixels(); ++i) {
       const bool foreground = drawn.masks[i] != 0;
@@ -211,7 +212,7 @@ void compare(const char* what, const Case& drawn, const std::vector<Got>& got, c
   }
 }
 
-// Returns how many masks the case has.
+// Checks the case of a seed and returns its number of masks.
 int check(std::uint64_t seed) {
   Random random(seed);
   const Case drawn = draw_case(random);
@@ -222,7 +223,7 @@ int check(std::uint64_t seed) {
                   static_cast<unsigned long long>(seed), drawn.batch, drawn.height, drawn.width, kernels->name, threads,
                   drawn.squared_ring_radius);
     const std::size_t count = drawn.masks.size();
-    std::vector<std::int32_t> squared(count, 77);  // neither a likely result nor a harmless one
+    std::vector<std::int32_t> squared(count, 77);  // no correct result, so that an unwritten pixel fails
     std::vector<float> sdf(count, 77);
     std::vector<std::uint8_t> boundary(count, 77);
     semimoe::squared_distance(*kernels, drawn.masks.data(), drawn.batch, drawn.height, drawn.width, squared.data(),
@@ -245,7 +246,7 @@ int main(int argc, char** argv) {
   }
   const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(std::atof(argv[1]));
   std::uint64_t seed = std::strtoull(argv[2], nullptr, 10);
-  std::signal(SIGABRT, name_case);
+  std::signal(SIGABRT, print_case);
   std::int64_t masks = 0;
   do {
     masks += check(seed++);

@@ -1,9 +1,9 @@
-// Fuzzes the objective of the CPU. Built with sanitizers: SEMIMOE_FUZZ in CMakeLists.txt, `make fuzz`.
+// Tests the CPU's objective on random cases. Built with sanitizers: SEMIMOE_FUZZ in CMakeLists.txt, `make fuzz`.
 //
 //     fuzz_objective SECONDS SEED
 //
-// draws a case from each of SEED, SEED + 1, ... and compares what every instruction set makes of it with what the
-// definition says, in double. `fuzz_objective 0 SEED` runs that case alone; a failure names its seed.
+// draws one random case per seed SEED, SEED + 1, ... and compares the result of every instruction set with the
+// definition in double. A failure prints its seed; `fuzz_objective 0 SEED` repeats only that case.
 #include "../../csrc/objective.hpp"
 
 #include <chrono>
@@ -17,19 +17,20 @@
 
 #include "../../csrc/kernels.hpp"
 
-// The sanitizers too end in abort(), so that every failure names its case.
+// The sanitizers call abort() on an error, so that every failure prints its case.
 extern "C" const char* __asan_default_options() { return "abort_on_error=1"; }
 extern "C" const char* __ubsan_default_options() { return "abort_on_error=1:print_stacktrace=1"; }
 
 namespace {
 
-// Probabilities and sums of float32, as in tests/test_objective_kernels.py; gradients by their largest, and where all
-// are small, as of a single pixel that is certain, by a rounding of what they are the difference of.
+// Errors of float32 probabilities and sums, as in tests/ops/test_objective_triton.py. The tolerance of a gradient is
+// relative to the largest gradient. If all are tiny (for example, a single pixel with a certain class), they are
+// differences of larger numbers, and kRounding times these is the tolerance.
 constexpr double kTermTolerance = 2e-6, kGradientTolerance = 5e-6, kRounding = std::numeric_limits<float>::epsilon();
 
-char current[200] = "before the first case";  // what to name in a failure
+char current[200] = "before the first case";  // printed when a check fails
 
-extern "C" void name_case(int) {
+extern "C" void print_case(int) {
   std::fprintf(stderr, "\nfailed: %s\n", current);
   std::_Exit(1);
 }
@@ -38,7 +39,7 @@ using Random = std::mt19937_64;
 
 int between(Random& random, int first, int last) { return std::uniform_int_distribution<int>(first, last)(random); }
 
-// Memory of exactly the size that a tensor takes, and the tensor in one of its layouts.
+// A tensor in one of three layouts, in memory of exactly its size.
 template <class T>
 struct Tensor {
   std::unique_ptr<T[]> memory;
@@ -59,14 +60,14 @@ void compare(const char* what, double got, double expected, double tolerance) {
   std::abort();
 }
 
-// One dice loss of one set in double.
+// A dice loss of one set of predictions and its gradient, in double.
 struct Dice {
   int classes;
   bool squared;
   std::vector<double> p;         // (batch, classes, pixels)
-  std::vector<double> gradient;  // of the loss by the logits, as p
+  std::vector<double> gradient;  // of the loss with respect to the logits, shaped as p
   double loss = 0;
-  double canceling = 0;  // the largest of what a gradient is the difference of
+  double canceling = 0;  // the largest operand of the subtraction in a gradient
 
   Dice(const Tensor<float>& logits, const Tensor<std::uint8_t>& target, std::int64_t batch, int classes,
        std::int64_t pixels, bool squared)
@@ -118,9 +119,20 @@ void compare_gradient(const char* what, const Tensor<float>& got, const std::vec
                 std::abs(scale) * (kGradientTolerance * largest + kRounding * canceling));
 }
 
-// Returns how many images the case has.
-int check(std::uint64_t seed) {
-  Random random(seed);
+struct Set {
+  Tensor<float> mask, sdf, boundary;
+};
+
+struct Case {
+  std::int64_t batch, pixels;
+  int K, L;  // classes of mask and boundary
+  std::vector<Set> logits;
+  Tensor<std::uint8_t> mask, boundary;
+  Tensor<float> sdf;
+  std::vector<Set> gradients;  // random values, to be overwritten
+};
+
+Case draw_case(Random& random) {
   const int batch = between(random, 1, 3), sets = between(random, 1, 3);
   const int K = between(random, 1, 5), L = between(random, 0, 9) ? 2 : between(random, 1, 255);
   const std::int64_t pixels =
@@ -137,63 +149,79 @@ int check(std::uint64_t seed) {
       tensor.memory[i] = static_cast<std::uint8_t>(between(random, 0, 9) ? between(random, 0, classes - 1) : 255);
     return tensor;
   };
-  struct Set {
-    Tensor<float> mask, sdf, boundary;
+  const auto draw_sets = [&] {
+    std::vector<Set> drawn;
+    for (int set = 0; set < sets; ++set) drawn.push_back({draw(K), draw(1), draw(L)});
+    return drawn;
   };
-  std::vector<Set> logits, gradients;
-  for (int set = 0; set < sets; ++set) {
-    logits.push_back({draw(K), draw(1), draw(L)});
-    gradients.push_back({draw(K), draw(1), draw(L)});
-  }
-  const Tensor<std::uint8_t> mask = draw_classes(K), boundary = draw_classes(L);
-  const Tensor<float> sdf = draw(1);
-  const float upstream[] = {1, -2, 0.5};
+  return {batch, pixels, K, L, draw_sets(), draw_classes(K), draw_classes(L), draw(1), draw_sets()};
+}
 
+// Terms and gradients by their definition.
+struct Expected {
+  struct Gradients {
+    std::vector<double> mask, sdf, boundary;
+    double mask_canceling, boundary_canceling;
+  };
+
+  double terms[3] = {};
+  std::vector<Gradients> gradients;  // by set
+
+  explicit Expected(const Case& drawn) {
+    const auto& [batch, pixels, K, L, logits, mask, boundary, sdf, unused] = drawn;
+    for (const Set& predicted : logits) {
+      const Dice squared(predicted.mask, mask, batch, K, pixels, true);
+      const Dice soft(predicted.boundary, boundary, batch, L, pixels, false);
+      std::vector<double> sdf_gradient;
+      for (std::int64_t image = 0; image < batch; ++image)
+        for (std::int64_t i = 0; i < pixels; ++i) {
+          const double tanh = std::tanh(double{*predicted.sdf.planes.at(image, 0, i)});
+          const double difference = tanh - *sdf.planes.at(image, 0, i), count = static_cast<double>(batch) * pixels;
+          terms[1] += difference * difference / count;
+          sdf_gradient.push_back(2 * difference * (1 - tanh * tanh) / count);
+        }
+      terms[0] += squared.loss;
+      terms[2] += soft.loss;
+      gradients.push_back({squared.gradient, sdf_gradient, soft.gradient, squared.canceling, soft.canceling});
+    }
+  }
+};
+
+// Checks the case of a seed and returns its number of images.
+int check(std::uint64_t seed) {
+  Random random(seed);
+  const Case drawn = draw_case(random);
+  const Expected expected(drawn);
+  const auto& [batch, pixels, K, L, logits, mask, boundary, sdf, gradients] = drawn;
+  const float grad_output[] = {1, -2, 0.5};
   semimoe::Objective objective{batch, pixels, K, L, {}, mask.input(), sdf.input(), boundary.input()};
   std::vector<semimoe::Prediction<float>> outputs;
-  double terms_expected[3] = {};
-  std::vector<std::array<std::vector<double>, 3>> gradients_expected;
-  std::vector<std::array<double, 3>> canceling;
-  for (int set = 0; set < sets; ++set) {
-    const Set& of = logits[set];
-    objective.sets.push_back({of.mask.input(), of.sdf.input(), of.boundary.input()});
+  for (std::size_t set = 0; set < logits.size(); ++set) {
+    objective.sets.push_back({logits[set].mask.input(), logits[set].sdf.input(), logits[set].boundary.input()});
     outputs.push_back({gradients[set].mask.planes, gradients[set].sdf.planes, gradients[set].boundary.planes});
-    Dice squared(of.mask, mask, batch, K, pixels, true), soft(of.boundary, boundary, batch, L, pixels, false);
-    std::vector<double> of_sdf;
-    for (std::int64_t image = 0; image < batch; ++image)
-      for (std::int64_t i = 0; i < pixels; ++i) {
-        const double tanh = std::tanh(double{*of.sdf.planes.at(image, 0, i)});
-        const double difference = tanh - *sdf.planes.at(image, 0, i), count = static_cast<double>(batch) * pixels;
-        terms_expected[1] += difference * difference / count;
-        of_sdf.push_back(2 * difference * (1 - tanh * tanh) / count);
-      }
-    terms_expected[0] += squared.loss;
-    terms_expected[2] += soft.loss;
-    gradients_expected.push_back({squared.gradient, of_sdf, soft.gradient});
-    canceling.push_back({squared.canceling, 0, soft.canceling});
   }
-
   for (const semimoe::Kernels* kernels : semimoe::supported_kernels()) {
     const int threads = between(random, 1, 3);
-    std::snprintf(current, sizeof current, "seed %llu, %d images of %lld pixels, %d sets, %d and %d classes, %s",
-                  static_cast<unsigned long long>(seed), batch, static_cast<long long>(pixels), sets, K, L,
-                  kernels->name);
+    std::snprintf(current, sizeof current, "seed %llu, %lld images of %lld pixels, %zu sets, %d and %d classes, %s",
+                  static_cast<unsigned long long>(seed), static_cast<long long>(batch), static_cast<long long>(pixels),
+                  logits.size(), K, L, kernels->name);
     float terms[3];
     std::vector<float> alpha(batch * objective.columns()), beta(alpha.size());
     semimoe::objective_terms(*kernels->objective, objective, threads, terms, alpha.data(), beta.data());
     for (int i = 0; i < 3; ++i)
-      compare("a term", terms[i], terms_expected[i], kTermTolerance * std::max(1.0, terms_expected[i]));
-    semimoe::objective_gradients(*kernels->objective, objective, threads, alpha.data(), beta.data(), upstream, outputs);
-    for (int set = 0; set < sets; ++set) {
-      const auto& [of_mask, of_sdf, of_boundary] = gradients_expected[set];
-      compare_gradient("a gradient of the mask", gradients[set].mask, of_mask, batch, K, pixels, upstream[0],
-                       canceling[set][0]);
-      compare_gradient("a gradient of the sdf", gradients[set].sdf, of_sdf, batch, 1, pixels, upstream[1]);
-      compare_gradient("a gradient of the boundary", gradients[set].boundary, of_boundary, batch, L, pixels,
-                       upstream[2], canceling[set][2]);
+      compare("a term", terms[i], expected.terms[i], kTermTolerance * std::max(1.0, expected.terms[i]));
+    semimoe::objective_gradients(*kernels->objective, objective, threads, alpha.data(), beta.data(), grad_output,
+                                 outputs);
+    for (std::size_t set = 0; set < logits.size(); ++set) {
+      const Expected::Gradients& wanted = expected.gradients[set];
+      compare_gradient("a gradient of the mask", gradients[set].mask, wanted.mask, batch, K, pixels, grad_output[0],
+                       wanted.mask_canceling);
+      compare_gradient("a gradient of the sdf", gradients[set].sdf, wanted.sdf, batch, 1, pixels, grad_output[1]);
+      compare_gradient("a gradient of the boundary", gradients[set].boundary, wanted.boundary, batch, L, pixels,
+                       grad_output[2], wanted.boundary_canceling);
     }
   }
-  return batch;
+  return static_cast<int>(batch);
 }
 
 }  // namespace
@@ -205,7 +233,7 @@ int main(int argc, char** argv) {
   }
   const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(std::atof(argv[1]));
   std::uint64_t seed = std::strtoull(argv[2], nullptr, 10);
-  std::signal(SIGABRT, name_case);
+  std::signal(SIGABRT, print_case);
   std::int64_t images = 0;
   do {
     images += check(seed++);

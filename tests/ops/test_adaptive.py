@@ -1,4 +1,4 @@
-"""The fused adaptive loss against the float64 reference: on a GPU where there is one, else in Triton's interpreter."""
+"""The fused adaptive loss against the float64 reference: on a GPU if there is one, else in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def test_equals_reference(terms: int, dtype: torch.dtype) -> None:
     total, expected = F.adaptive_loss(*arguments, *settings), reference.adaptive_loss(*exact, *settings)
     (3 * total).backward()
     (3 * expected).backward()
-    # float32 arithmetic on five terms; gradients are cut to the 8 bits of bfloat16 (by the interpreter: downwards)
+    # rounding errors of up to five float32 terms; gradients have 8 bits in bfloat16, which the interpreter truncates
     tolerance = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-7}[dtype]
     torch.testing.assert_close(total.cpu().double(), expected, rtol=tolerance, atol=0)
-    for value, of_exact in zip(arguments, exact, strict=True):
+    for value, oracle in zip(arguments, exact, strict=True):
         assert value.grad.dtype == dtype
-        torch.testing.assert_close(value.grad.cpu().double(), of_exact.grad, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(value.grad.cpu().double(), oracle.grad, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -54,7 +54,7 @@ def test_nan_and_inf_reach_the_total(value: float) -> None:
     torch.testing.assert_close(F.adaptive_loss(terms, log_vars), expected, equal_nan=True)
 
 
-def test_custom_op_keeps_its_promises() -> None:
+def test_custom_op_passes_opcheck_and_compiles() -> None:
     terms, log_vars = draw(3)
     torch.library.opcheck(torch.ops.semimoe_fast.adaptive_loss.default, (terms, log_vars, [1.0, 0.5, 1.0], 0.4))
     compiled = torch.compile(F.adaptive_loss, fullgraph=True, backend="aot_eager")

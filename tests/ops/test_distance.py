@@ -1,11 +1,10 @@
-"""The compiled distance operations, whole: on the CPU, the CUDA sources played on the CPU, and on a GPU."""
+"""The distance operations of the compiled module: on the CPU, on a GPU, and the CUDA code emulated on the CPU."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,12 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from patience import run_patiently
 from scipy.ndimage import distance_transform_edt
 
 from semimoe_fast.ops import _native, reference
 
-# Relative roundings of up to 2^-24 each: the two roots, half as much for each square above 2^24 before its root, the
-# quotient, and the float64 reference's own rounding to float32. Values are at most 1.
+# Relative rounding errors, up to 2^-24 each: two roots, the quotient, the reference's rounding to float32. A conversion
+# of a square above 2^24 to float32 adds half as much, twice. Values are at most 1.
 SDF_TOLERANCE = 5 * 2.0**-24
 
 # Runs both operations on a uint8 (B, H, W) array with a ring radius: squared distance, sdf, boundary.
@@ -36,9 +36,9 @@ def on_device(device: str, instruction_set: str | None = None) -> Engine:
         with pytest.MonkeyPatch.context() as patch:
             if instruction_set is not None:
                 patch.setenv("SEMIMOE_SIMD", instruction_set)
-            return run_here(mask, ring_radius)
+            return run_both(mask, ring_radius)
 
-    def run_here(mask: np.ndarray, ring_radius: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def run_both(mask: np.ndarray, ring_radius: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         masks = torch.from_numpy(mask).to(device)
         squared = torch.empty(masks.shape, dtype=torch.int32, device=device)
         sdf = torch.empty(masks.shape, dtype=torch.float32, device=device)
@@ -72,13 +72,13 @@ class Problem(ctypes.Structure):
 
 @functools.cache
 def cuda_library() -> ctypes.CDLL:
-    """csrc/distance.cu as the CPU plays it."""
+    """csrc/distance.cu, compiled for the CPU."""
     folder = Path(tempfile.mkdtemp(prefix="semimoe_fast-"))
     sources = Path(__file__).parents[1] / "cuda_on_cpu"
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered"]
     flags += ["-fsanitize=undefined", "-fno-sanitize-recover", "-static-libubsan"]
     flags += ["-fno-strict-aliasing", "-shared", "-fPIC", f"-I{sources}"]
-    subprocess.run(["g++", *flags, sources / "distance.cpp", "-o", folder / "distance.so"], check=True)
+    run_patiently(["g++", *flags, sources / "distance.cpp", "-o", folder / "distance.so"], check=True)
     library = ctypes.CDLL(str(folder / "distance.so"))
     library.run.restype = ctypes.c_char_p
     shutil.rmtree(folder)
@@ -86,10 +86,10 @@ def cuda_library() -> ctypes.CDLL:
 
 
 def cuda_on_cpu(compute_capability_major: int) -> Engine:
-    """From 9 on there are clusters. Threads take turns in two orders, which must not show."""
+    """An emulated GPU, with clusters from capability 9 on. Two orders of its threads must give equal results."""
 
     def filled(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.full(shape, 77, dtype=dtype)  # neither a likely result nor a harmless one
+        return torch.full(shape, 77, dtype=dtype)  # no correct result, so that an unwritten pixel fails
 
     def run_once(mask: np.ndarray, ring_radius: float, seed: int) -> tuple[np.ndarray, ...]:
         squared, sdf = filled(mask.shape, torch.int32), filled(mask.shape, torch.float32)
@@ -114,7 +114,7 @@ def cuda_on_cpu(compute_capability_major: int) -> Engine:
 
 
 CUDA_ON_CPU = {"cuda on the cpu, sm_80": 8, "cuda on the cpu, sm_90": 9}
-QUICK = [*INSTRUCTION_SETS, "cuda"]  # those that many or large masks cost little
+QUICK = [*INSTRUCTION_SETS, "cuda"]  # engines that are fast enough for many or large masks
 
 
 @pytest.fixture(scope="module", params=[*QUICK, *CUDA_ON_CPU])
@@ -133,15 +133,15 @@ def engine(request: pytest.FixtureRequest) -> Engine:
 
 
 def scipy_squared_distance(mask: np.ndarray) -> np.ndarray:
-    """SciPy's distances, whose squares are integers before the root, one image at a time."""
+    """Squared distances (B, H, W) int64 by SciPy, -1 in constant images."""
 
-    def of_image(foreground: np.ndarray) -> np.ndarray:
+    def of_one_image(foreground: np.ndarray) -> np.ndarray:
         if foreground.all() or not foreground.any():
             return np.full(foreground.shape, -1)
         distance = distance_transform_edt(foreground) + distance_transform_edt(~foreground)
         return np.rint(distance**2)
 
-    return np.stack([of_image(image != 0) for image in mask]).astype(np.int64)
+    return np.stack([of_one_image(image != 0) for image in mask]).astype(np.int64)
 
 
 def check(engine: Engine, mask: np.ndarray, ring_radius: float = 2) -> None:
@@ -183,7 +183,7 @@ def test_golden_targets(engine: Engine, golden: Callable[[str], dict[str, np.nda
         squared, sdf, boundary = engine(mask, 2)
         np.testing.assert_array_equal(squared, scipy_squared_distance(mask), err_msg=name)
         np.testing.assert_array_equal(boundary[0], archive[f"{name}/boundary"], err_msg=name)
-        # 1e-6: the published code rounds its float64 roots to float32, as exact as can be, and so do we up to 2 ulp.
+        # 1e-6: the published code rounds float64 values to float32; ours differ by at most 2 ulp.
         np.testing.assert_allclose(sdf[0], archive[f"{name}/sdf"], rtol=0, atol=1e-6, err_msg=name)
 
 
@@ -206,8 +206,8 @@ def test_shapes(engine: Engine, shape: tuple[int, int]) -> None:
 
 @only("cuda", *CUDA_ON_CPU)
 @pytest.mark.parametrize("dtype", [np.bool_, np.int8, np.uint16, np.int32, np.int64])
-def test_a_gpu_reads_every_integer_type(engine: Engine, dtype: type) -> None:
-    """Instance ids, the smallest of which has its lowest bits 0."""
+def test_gpu_reads_every_integer_type(engine: Engine, dtype: type) -> None:
+    """Instance ids, some of which have zeros in their low bits."""
     mask = blobs(2, 40, 70).astype(dtype)
     if dtype is not np.bool_:
         mask[:, ::2] *= np.iinfo(dtype).max // 2 + 1
@@ -215,7 +215,7 @@ def test_a_gpu_reads_every_integer_type(engine: Engine, dtype: type) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found")
-def test_a_failure_leaves_the_stream_capture_mode_as_it_was() -> None:
+def test_failure_restores_the_stream_capture_mode() -> None:
     assert cuda_library().capture_mode_after_failure() == 0
 
 
@@ -249,10 +249,10 @@ def test_empty(shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("shape", [(256, 256), (217, 251), (40, 256), (256, 1), (1, 256), (330, 610)])
 @pytest.mark.parametrize("dots", [1, 5])
 @pytest.mark.parametrize("inverted", [False, True])
-def test_distances_about_the_reach_of_the_search(
+def test_distances_near_the_reach_of_the_search(
     engine: Engine, shape: tuple[int, int], dots: int, inverted: bool
 ) -> None:
-    """16-bit words reach 252 pixels on the CPU and 180 on a GPU; what is farther is left to another algorithm."""
+    """The search reaches 252 pixels on the CPU and 180 on a GPU; another algorithm computes longer distances."""
     check(engine, dotted(shape, dots, inverted))
 
 
@@ -261,15 +261,15 @@ def test_distances_about_the_reach_of_the_search(
     ("shape", "dots", "inverted"),
     [((217, 251), 1, False), ((256, 256), 5, True), ((1, 256), 1, True), ((256, 1), 1, False), ((330, 256), 1, False)],
 )
-def test_distances_about_the_reach_on_an_emulated_gpu(
+def test_distances_near_the_reach_on_an_emulated_gpu(
     engine: Engine, shape: tuple[int, int], dots: int, inverted: bool
 ) -> None:
-    """In clusters and, higher than those take, in strips, which are the same for every GPU."""
+    """The last shape is too high for a cluster and takes the general path."""
     check(engine, dotted(shape, dots, inverted))
 
 
 def dotted(shape: tuple[int, int], dots: int, inverted: bool) -> np.ndarray:
-    """A mask with a few pixels of foreground in its first quarter, or of background."""
+    """A mask with a few foreground pixels in its first quarter; inverted: a few background pixels."""
     mask = np.zeros((1, *shape), np.uint8)
     mask.flat[np.random.default_rng(dots).choice(-(-mask.size // 4), dots, replace=False)] = 1
     return 1 - mask if inverted else mask
@@ -277,14 +277,14 @@ def dotted(shape: tuple[int, int], dots: int, inverted: bool) -> np.ndarray:
 
 @only(*QUICK)
 @pytest.mark.parametrize("radius", [179, 180, 181, 251, 252, 253])
-def test_discs_about_the_reach_of_the_search(engine: Engine, radius: int) -> None:
-    """The largest distance of the image, which scales all others, on either side of the reach."""
+def test_discs_near_the_reach_of_the_search(engine: Engine, radius: int) -> None:
+    """The largest distance of the image, which scales all others, is below, at or above the reach."""
     check(engine, disc(radius, 520, 530))
 
 
 @only("cuda on the cpu, sm_80")
-def test_discs_about_the_reach_on_an_emulated_gpu(engine: Engine) -> None:
-    """Half discs, as far from the opposite pixels as whole ones."""
+def test_discs_near_the_reach_on_an_emulated_gpu(engine: Engine) -> None:
+    """Half discs, which have the same largest distance as whole ones."""
     check(engine, np.concatenate([disc(radius, 190, 380)[:, :, 185:] for radius in (180, 181)]))
 
 
@@ -296,7 +296,7 @@ def disc(radius: int, height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(1, 46_340), (46_340, 1), (3, 20_000), (20_000, 3)])
 @pytest.mark.parametrize("sites", [1, 20])
 def test_long_images(shape: tuple[int, int], sites: int) -> None:
-    """The largest distances that fit, and rows that an algorithm quadratic in the width would not finish."""
+    """The largest distances that are allowed, and rows that take too long with an algorithm quadratic in the width."""
     mask = np.zeros((1, *shape), np.uint8)
     mask.flat[np.random.default_rng(0).choice(mask.size, sites, replace=False)] = 1
     mask.flat[0] = 1
@@ -311,8 +311,8 @@ def restore_threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS[1:])
-def test_instruction_sets_agree_to_the_last_bit(instruction_set: str) -> None:
-    """Quotients too, which some find without dividing: of 157,642 pairs of a distance and the largest."""
+def test_instruction_sets_are_bitwise_equal(instruction_set: str) -> None:
+    """Also quotients, which some sets compute without a division; the masks have 157,642 different ones."""
     if instruction_set not in _native.module().instruction_sets:
         pytest.skip(f"the CPU kernels for {instruction_set} do not run here")
     sizes = [(size, seed) for size in (5, 9, 20, 50, 140) for seed in range(12)]
@@ -324,7 +324,7 @@ def test_instruction_sets_agree_to_the_last_bit(instruction_set: str) -> None:
 @pytest.mark.usefixtures("restore_threads")
 @pytest.mark.parametrize("shape", [(1, 600, 1100), (2, 300, 300), (7, 130, 128)])
 def test_threads_do_not_change_the_result(shape: tuple[int, int, int]) -> None:
-    """Strips of one image, images, and both at once; every count is compared with the verified single thread."""
+    """Threads share an image, a batch, or both. One thread is checked against SciPy, more threads against one."""
     mask = blobs(*shape)
     torch.set_num_threads(1)
     check(on_device("cpu"), mask)

@@ -1,4 +1,4 @@
-"""The kernels of the CPU under sanitizers, on random cases, and what their object files may define."""
+"""The CPU kernels under sanitizers on random cases, and the symbols that their object files define."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sysconfig
 from pathlib import Path
 
 import pytest
+from patience import run_patiently
 
 ROOT = Path(__file__).parents[2]
 COMPILER = os.environ.get("CXX", "g++")
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def tool(name: str) -> str:
-    """A tool on the path, or the one that pip has put beside Python."""
+    """The path of a tool that is on the path or in Python's scripts folder."""
     found = shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
     if found is None:
         pytest.skip(f"{name} was not found")
@@ -31,7 +31,7 @@ def tool(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder where CMake has configured the programs of tests/fuzz."""
+    """A folder in which CMake has configured the programs of tests/fuzz."""
     tool(shlex.split(COMPILER)[0])
     build = tmp_path_factory.mktemp("fuzz")
     settings = {"SEMIMOE_FUZZ": "ON", "CMAKE_MAKE_PROGRAM": tool("ninja"), "CMAKE_EXPORT_COMPILE_COMMANDS": "ON"}
@@ -41,7 +41,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*command: str | Path) -> str:
-    done = subprocess.run(command, env={**os.environ, "CXX": COMPILER}, capture_output=True, text=True)
+    done = run_patiently(command, env={**os.environ, "CXX": COMPILER}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -50,17 +50,19 @@ def run(*command: str | Path) -> str:
 @pytest.mark.parametrize("program", ["fuzz_distance", "fuzz_objective"])
 def test_random_cases_under_sanitizers(program: str, build: Path, tmp_path: Path) -> None:
     probe = [*shlex.split(COMPILER), "-fsanitize=address,undefined", "-x", "c++", "-", "-o", tmp_path / "probe"]
-    if subprocess.run(probe, input=b"int main() {}", capture_output=True).returncode != 0:
+    if run_patiently(probe, input=b"int main() {}", capture_output=True).returncode != 0:
         pytest.skip("the compiler's sanitizers were not found")
     run(tool("cmake"), "--build", build)
-    checked = re.match(r"(\d+) (masks|images) checked", run(build / program, "5", "0"))
+    output = run(build / program, "5", "0")
+    print(output)  # how many cases were checked in 5 s
+    checked = re.match(r"(\d+) (masks|images) checked", output)
     assert checked is not None
-    assert int(checked[1]) > 0  # how many depends on the machine
+    assert int(checked[1]) > 0  # the number depends on the machine
 
 
 @pytest.mark.parametrize("level", ["-O0", pytest.param("-O3", marks=pytest.mark.slow)])
 def test_kernels_share_no_function(build: Path, level: str) -> None:
-    """Of a shared one the linker keeps any copy, perhaps with instructions that the processor lacks."""
+    """The linker keeps one copy of a shared function, which may use instructions that the processor lacks."""
     commands = json.loads((build / "compile_commands.json").read_text())
     kernels = [shlex.split(entry["command"]) for entry in commands if entry["file"].endswith("kernels.cpp")]
     assert kernels

@@ -1,10 +1,9 @@
-"""The compiled module: what it takes and refuses, how its absence is explained, and what nvcc says of its kernels."""
+"""The compiled module: the arguments it accepts, the message if it is missing, and its kernels under nvcc."""
 
 from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,30 +11,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import run_patiently
 
 from semimoe_fast.ops import _native
 
 SOURCES = Path(__file__).parents[2] / "csrc"
 
 
-def masks_of_stripes(*shape: int) -> torch.Tensor:
+def striped_masks(*shape: int) -> torch.Tensor:
     return (torch.arange(shape[-1]) // 7 % 2).to(torch.uint8).expand(shape).contiguous()
 
 
 @pytest.mark.parametrize("shape", [(0, 1, 46_341), (0, 46_341, 1), (0, 40_000, 40_000)])
-def test_too_large_is_refused(shape: tuple[int, int, int]) -> None:
+def test_too_large_masks_are_refused(shape: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match=f"{shape[1]} x {shape[2]} pixels is too large"):
         _native.squared_distance(torch.empty(shape, dtype=torch.uint8), torch.empty(shape, dtype=torch.int32))
 
 
-def test_other_python_threads_run_meanwhile() -> None:
-    """Python is told never to switch threads by itself, so the main one can only see `inside` if the call lets go.
+def test_native_calls_release_the_gil() -> None:
+    """Python does not switch threads by itself here, so the main thread sees `inside` only if a call releases it.
 
-    On a busy machine it may wake too late for that, hence several calls.
+    On a busy machine the main thread may wake after the call has ended, so the test makes several calls.
     """
-    mask = masks_of_stripes(1, 4096, 4096)
+    mask = striped_masks(1, 4096, 4096)
     out = torch.empty(mask.shape, dtype=torch.int32)
-    _native.squared_distance(mask, out)  # loads the module, which would let other threads run
+    _native.squared_distance(mask, out)  # loads the module, which may also release the GIL
 
     def seen_during_a_call() -> str:
         state = "before"
@@ -64,7 +64,7 @@ def test_other_python_threads_run_meanwhile() -> None:
 
 
 def test_bool_and_uint8_masks_agree() -> None:
-    mask = masks_of_stripes(2, 33, 65)
+    mask = striped_masks(2, 33, 65)
     outs = torch.empty((2, *mask.shape), dtype=torch.int32)
     _native.squared_distance(mask * 255, outs[0])
     _native.squared_distance(mask.bool(), outs[1])
@@ -82,9 +82,9 @@ def test_bool_and_uint8_masks_agree() -> None:
         (torch.zeros(1, 4, 5, dtype=torch.uint8), torch.zeros(1, 5, 4, dtype=torch.int32).mT),
         (torch.zeros(1, 4, 5, dtype=torch.uint8), torch.zeros(1, 4, 5, dtype=torch.int32, device="meta")),
     ],
-    ids=["2-D mask", "int mask", "strided mask", "long out", "small out", "strided out", "out elsewhere"],
+    ids=["2-D mask", "int mask", "strided mask", "long out", "small out", "strided out", "out on another device"],
 )
-def test_tensors_the_native_code_cannot_take_are_refused(mask: torch.Tensor, out: torch.Tensor) -> None:
+def test_unsupported_tensors_are_refused(mask: torch.Tensor, out: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"(mask|out) is"):
         _native.squared_distance(mask, out)
 
@@ -97,7 +97,7 @@ def reloaded() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("reloaded")
-def test_a_missing_module_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_module_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "_semimoe_fast", None)
     assert _native.module() is None
     assert "pip install ." in _native.why_missing()
@@ -107,7 +107,7 @@ def test_a_missing_module_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("reloaded")
-def test_a_module_of_another_abi_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_module_of_another_abi_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "ABI", -1)
     assert _native.module() is None
     assert "ABI" in _native.why_missing()
@@ -117,11 +117,11 @@ def test_a_module_of_another_abi_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     ("archs", "capability", "runs"),
     [
         ("75 80", (8, 0), True),
-        ("75 80", (8, 6), True),  # machine code of an older minor version
-        ("86 90", (8, 0), False),  # of a newer one
+        ("75 80", (8, 6), True),  # machine code for an older minor version runs
+        ("86 90", (8, 0), False),  # for a newer one it does not
         ("80 90", (7, 0), False),
         ("80 90", (7, 5), False),
-        ("80 90", (12, 0), True),  # PTX of the last
+        ("80 90", (12, 0), True),  # PTX of the newest
         ("90 80", (9, 0), True),
         ("90 80", (10, 0), True),
         ("80 120", (10, 0), False),
@@ -132,11 +132,11 @@ def test_a_module_of_another_abi_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         ("100a", (10, 3), False),
     ],
 )
-def test_gpus_that_built_kernels_run_on(archs: str, capability: tuple[int, int], runs: bool) -> None:
+def test_which_gpus_run_the_built_kernels(archs: str, capability: tuple[int, int], runs: bool) -> None:
     assert _native.runs_on(archs, capability) == runs
 
 
-def test_a_gpu_the_kernels_were_not_built_for_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_gpu_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (7, 0)][index])
@@ -145,30 +145,13 @@ def test_a_gpu_the_kernels_were_not_built_for_is_explained(monkeypatch: pytest.M
     assert "with 70 in SEMIMOE_CUDA_ARCHS" in reason
 
 
-def test_processes_of_the_tests_start_once_the_system_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As compilers need on a machine where fork fails now and then."""
-    (original,) = subprocess.Popen.__bases__
-    start, failures, pauses = original.__init__, [BlockingIOError(), BlockingIOError()], []
-
-    def start_in_the_end(*args, **options) -> None:
-        if failures:
-            raise failures.pop()
-        start(*args, **options)
-
-    monkeypatch.setattr(original, "__init__", start_in_the_end)
-    monkeypatch.setattr("time.sleep", pauses.append)
-    done = subprocess.run([sys.executable, "-c", "print('started')"], capture_output=True, text=True)
-    assert done.stdout == "started\n"
-    assert pauses == [1, 2]
-
-
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")
 @pytest.mark.parametrize(
     "architecture", [90, *(pytest.param(sm, marks=pytest.mark.slow) for sm in (75, 80, 86, 89, 100, 120))]
 )
 def test_cuda_kernels_compile_without_spills(architecture: int, tmp_path: Path) -> None:
     command = ["nvcc", "-std=c++17", f"-arch=sm_{architecture}", "-Xptxas=-v", "-Werror=all-warnings", "-cubin"]
-    compiled = subprocess.run(
+    compiled = run_patiently(
         [*command, SOURCES / "distance.cu", "-o", tmp_path / "distance.cubin"], capture_output=True, text=True
     )
     assert compiled.returncode == 0, compiled.stderr

@@ -1,6 +1,6 @@
-"""The objective by the compiled module: the accuracy of its functions, threads, limits, and what it refuses.
+"""The objective of the compiled module: accuracy, threads, limits and refused arguments.
 
-What it has in common with the Triton kernels is in test_objective_kernels.py.
+test_objective_triton.py has the tests that it shares with the Triton kernels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ONES = torch.ones(3)
 
 
 @pytest.fixture(autouse=True)
-def _by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def _default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SEMIMOE_BACKEND", raising=False)
 
 
@@ -36,7 +36,7 @@ def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Restores their number."""
+    """Restores the number of threads."""
     number = torch.get_num_threads()
     yield
     torch.set_num_threads(number)
@@ -53,8 +53,11 @@ def draw(classes: int, *size: int) -> tuple[list[Tensor], tuple[Tensor, ...]]:
 
 
 def gradients_of(x: Tensor, classes: int = 2, sdf: float = 0.0) -> list[Tensor]:
-    """What the native module makes of mask logits 0, -x and as many -inf as are left, all of class 0, with alpha = 1
-    there and 0 elsewhere, beta = 0: -P_0 P_1 in the second; and of raw values x: (tanh(x) - sdf) (1 - tanh(x)^2)."""
+    """Gradients by the native module of inputs for which they are simple functions of x.
+
+    Mask logits 0, -x, -inf, ..., target class 0, alpha = 1 for class 0 and else 0, beta = 0: the gradient of the second
+    logit is -P_0 P_1. Raw sdf x: the gradient is (tanh(x) - sdf) (1 - tanh(x)^2).
+    """
     x = x.view(1, 1, 1, -1)
     mask_logits = torch.cat([torch.zeros_like(x), -x, *[torch.full_like(x, -torch.inf)] * (classes - 2)], 1)
     zero = torch.zeros_like(x, dtype=torch.uint8)
@@ -71,22 +74,22 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_softmax_over_the_whole_range(classes: int, instruction_set: str) -> None:
-    """P_0 P_1 = e / (1 + e)^2, e = exp(-x): exp is within 0.7, the reciprocal, which counts twice, and four other
-    roundings within 0.5 ulp each."""
+    """P_0 P_1 = e / (1 + e)^2, e = exp(-x). Errors: exp 0.7 ulp; the reciprocal, which counts twice, and four other
+    operations 0.5 ulp each."""
     x = torch.linspace(0, 87.33, 1_000_003)
     e = (-x.double()).exp()
     assert relative_error(gradients_of(x, classes)[0][0, 1, 0], -e / (1 + e).square()) < 4 * ULP
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_powers_too_small_for_normal_numbers(classes: int, instruction_set: str) -> None:
+def test_exp_below_the_normal_numbers(classes: int, instruction_set: str) -> None:
     x = torch.cat([torch.linspace(87.3, 105, 10_007), torch.tensor([1e3, 1e9, 3e38, torch.inf])])
     result = gradients_of(x, classes)[0][0, 1, 0]
     assert ((result + (-x.double()).exp()).abs() < LEAST).all()
 
 
 def test_slope_of_tanh_over_the_whole_range(instruction_set: str) -> None:
-    """(tanh - 2) (1 - tanh^2): as the softmax, with e = exp(-2 |x|), and tanh - 2 within an ulp."""
+    """(tanh - 2) (1 - tanh^2), with e = exp(-2 |x|). Errors as for the softmax, and 1 ulp for tanh - 2."""
     x = torch.linspace(-43.6, 43.6, 1_000_003)
     tanh, e = x.double().tanh(), (-2 * x.double().abs()).exp()
     assert relative_error(gradients_of(x, sdf=2)[1][0, 0, 0], (tanh - 2) * 4 * e / (1 + e).square()) < 5 * ULP
@@ -95,8 +98,8 @@ def test_slope_of_tanh_over_the_whole_range(instruction_set: str) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_threads_change_no_bit(classes: int, instruction_set: str, threads: None) -> None:
-    logits, targets = draw(classes, 2, 199, 301)  # 7 threads would be of use, and the last block is no whole one
+def test_threads_do_not_change_the_result(classes: int, instruction_set: str, threads: None) -> None:
+    logits, targets = draw(classes, 2, 199, 301)  # enough pixels for 7 threads; the last block is partial
     results = []
     for number in (1, 2, 3):
         torch.set_num_threads(number)
@@ -108,17 +111,17 @@ def test_threads_change_no_bit(classes: int, instruction_set: str, threads: None
 
 
 def test_sums_of_many_pixels_are_accurate(instruction_set: str) -> None:
-    """A float32 sum of four million equal terms would be off by far more: it is double from block to block."""
+    """Sums of blocks are double. A float32 sum of four million terms would have a much larger error."""
     logits, targets = draw(2, 1, 2048, 2048)
     terms, _, _ = _native_objective.forward([logits], targets, torch.float32)
     mask, sdf, boundary = targets
     expected = reference.objective_terms(*(x.double() for x in logits), mask[:, 0], sdf.double(), boundary[:, 0])
-    torch.testing.assert_close(terms.double(), expected, rtol=2 * ULP, atol=0)  # their last rounding, and some more
+    torch.testing.assert_close(terms.double(), expected, rtol=2 * ULP, atol=0)  # the final rounding, and a margin
 
 
 @pytest.mark.parametrize("classes", [254, 255, 256, 300])
-def test_more_classes_than_bytes_can_tell(classes: int) -> None:
-    """From 256 classes on the portable backend serves."""
+def test_more_classes_than_a_byte_can_hold(classes: int) -> None:
+    """From 256 classes on, the portable backend computes."""
     (mask_logits, raw, boundary_logits), (_, sdf, boundary) = draw(classes, 1, 5, 7)
     mask = torch.arange(classes - 20, classes + 15).view(1, 5, 7)
     mask_logits.requires_grad_()
@@ -128,27 +131,27 @@ def test_more_classes_than_bytes_can_tell(classes: int) -> None:
     exact = mask_logits.detach().double().requires_grad_()
     expected = reference.objective_terms(exact, raw.double(), boundary_logits.double(), *arguments[2:])
     (oracle,) = torch.autograd.grad(expected.sum(), exact)
-    # float32 probabilities and sums of 35 of them; gradients by their largest
+    # float32 probabilities and sums of 35 of them; gradients relative to the largest
     torch.testing.assert_close(terms.double(), expected, rtol=2e-6, atol=0)
     torch.testing.assert_close(gradient.double(), oracle, rtol=0, atol=5e-6 * oracle.abs().max().item())
 
 
-def test_the_default_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fused where the compiled module is, though Triton's interpreter be there too; portable where it is not."""
+def test_default_backend_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the compiled module: fused, even if Triton's interpreter is enabled. Without it: portable."""
     for operation in ("objective_terms", "joint_objective_terms"):
         assert ops.choose(operation, "cpu")[0] == "fused"
     monkeypatch.setattr(_native, "why_unavailable", lambda device_type: "it is missing")
     assert ops.choose("objective_terms", "cpu") == ("portable", "it is missing")
 
 
-def test_double_precision_is_portable() -> None:
+def test_float64_uses_the_portable_backend() -> None:
     logits, (mask, sdf, boundary) = draw(2, 2, 9, 11)
     targets = (mask[:, 0], sdf.double(), boundary[:, 0])
     exact = [x.double() for x in logits]
     assert torch.equal(F.objective_terms(*exact, *targets), portable.objective_terms(*exact, *targets))
 
 
-def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEMIMOE_SIMD", "mmx")
     logits, (mask, sdf, boundary) = draw(2, 1, 4, 4)
     with pytest.raises(UserError, match="SEMIMOE_SIMD='mmx'"):
@@ -175,7 +178,7 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) 
         (8, lambda x: x.double(), "expected torch.float32"),
     ],
 )
-def test_tensors_the_native_code_cannot_take_are_refused(tensor: int, change, message: str) -> None:
+def test_unsupported_tensors_are_refused(tensor: int, change, message: str) -> None:
     logits, targets = draw(2, 1, 4, 6)
     tensors = [*logits, *targets, ONES, torch.zeros(1, 4), torch.zeros(1, 4)]
     tensors[tensor] = change(tensors[tensor])

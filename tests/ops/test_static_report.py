@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for every GPU generation without a GPU: registers, width of memory access, traffic."""
+"""The Triton kernels, compiled for every GPU generation without a GPU: spills, access width and memory traffic."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ pytestmark = [
     pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="needs the source tree around the tests"),
 ]
 
-# Loads and stores of 16 bytes that a thread makes for its pixels, at the least, over all experts. The passes over the
-# features: tiles of four loads, backward one more for gradients of products and of own predictions each.
+# (operation, position of the launch): minimum number of a thread's 16-byte loads and stores for its pixels, over all
+# experts. A tile of features takes four loads. Backward adds one load each for the gradients of the projections and of
+# the own predictions.
 WIDE = {
     ("multi-gate forward", 0): (3 * 4, 3 * 2),
     ("multi-gate forward", 1): (15, 5),
@@ -33,12 +34,12 @@ WIDE = {
     ("adaptive loss forward", 0): (0, 0),
     ("adaptive loss backward", 0): (0, 0),
 }
-SPARE = 3  # more of them than that, and something is read or written twice
+SPARE = 3  # with more loads or stores beyond the minimum, something is read or written twice
 
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """In a process of its own, because Triton decides once for all whether to interpret or to compile."""
+    """The report, from a process of its own, because Triton chooses only once whether it interprets or compiles."""
     file = tmp_path_factory.mktemp("report") / "report.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.static_report", "--json", file]
@@ -48,7 +49,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str,
 
 
 def launches(tables: dict[str, list[dict[str, Any]]]) -> dict[tuple, list[dict[str, Any]]]:
-    """The kernels of each operation, dtype, layout and GPU generation, in the order of their launches."""
+    """The kernels by operation, dtype, layout and GPU generation, in the order of their launches."""
     grouped: dict[tuple, list[dict[str, Any]]] = {}
     for row in tables["kernels"]:
         grouped.setdefault(tuple(row[key] for key in ("operation", "dtype", "layout", "sm")), []).append(row)
@@ -74,30 +75,30 @@ def test_every_operation_is_compiled_for_every_generation(tables) -> None:
     }
 
 
-def test_nothing_spills(tables) -> None:
+def test_no_kernel_spills(tables) -> None:
     assert failing(tables, lambda _, row: row["spills"] == row["stack"] == 0) == []
 
 
 def test_pixels_move_16_bytes_at_a_time(tables) -> None:
     def is_wide(position: int, row: dict[str, Any]) -> bool:
         loads, stores = WIDE.get((row["operation"], position), (0, 0))
-        of_pixels = (row["operation"], position) in WIDE
+        has_pixels = (row["operation"], position) in WIDE
         twice = row["128-bit loads"] > loads + SPARE or row["128-bit stores"] > stores + SPARE
-        return row["128-bit loads"] >= loads and row["128-bit stores"] >= stores and not (of_pixels and twice)
+        return row["128-bit loads"] >= loads and row["128-bit stores"] >= stores and not (has_pixels and twice)
 
     assert failing(tables, is_wide) == []
 
 
 def test_products_run_on_tensor_cores(tables) -> None:
-    of_features = {("multi-gate forward", 0), ("multi-gate backward", 1)}
+    feature_passes = {("multi-gate forward", 0), ("multi-gate backward", 1)}
 
     def is_right(position: int, row: dict[str, Any]) -> bool:
-        return (row["tensor-core instructions"] > 0) == ((row["operation"], position) in of_features)
+        return (row["tensor-core instructions"] > 0) == ((row["operation"], position) in feature_passes)
 
     assert failing(tables, is_right) == []
 
 
-def test_traffic_is_at_most_a_tenth_above_the_floor(tables) -> None:
+def test_traffic_is_at_most_10_percent_above_the_floor(tables) -> None:
     above = [row for row in tables["traffic"] if not 1 <= row["ratio"] <= 1.1]
     assert above == []
     assert {row["operation"] for row in tables["traffic"]} == {operation for operation, _ in WIDE}

@@ -1,15 +1,15 @@
-"""Distance targets beside what others would use: the cost of a pixel as masks grow, the worst masks, and threads.
+"""Distance targets against other libraries: time per pixel by size of the masks, for the worst masks, and by threads.
 
-    make bench ARGS="-k targets --benchmark-json=targets.json"
+    make bench ARGS="-k test_distance --benchmark-json=targets.json"
     .venv/bin/python -m benchmarks.plot_targets targets.json targets.png
 
-Every provider turns uint8 masks into the normalized signed distance and the ring, one image at a time where it knows
-no batches, on one CPU thread or on a GPU. It is checked against ours before it is timed; a peer that is not installed
-is skipped. On the CPU the masks stay where the caches keep them, as they do when a loader has just decoded them; on a
-GPU more of them than its L2 cache holds take turns.
+Every provider computes the normalized signed distance and the ring of uint8 masks, on one CPU thread or on a GPU; peers
+without batches take one image at a time. The results are checked against ours before the timing. A peer that is not
+installed is skipped. On the CPU the masks may be in the caches, as after a loader has decoded them. On a GPU several
+copies, which together exceed the L2 cache, take turns.
 
-In `extra_info`, share_of_floor is the time in which a plain copy moves the 6 bytes of a pixel (1 of mask in, 4 of sdf
-and 1 of ring out), over the time that was taken.
+In `extra_info`, share_of_floor is the time of a plain copy of 6 bytes per pixel (read 1 of mask, write 4 of sdf and 1
+of ring), divided by the measured time.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from semimoe_fast.ops import _native
 
 from .conftest import copies_beyond_cache
 
-Array = Any  # of NumPy, CuPy or torch
+Array = Any  # an array of NumPy, CuPy or torch
 Targets = tuple[Array, Array]
-Distance = Callable[[Array], Array]  # of every pixel to the nearest zero, for one image
+Distance = Callable[[Array], Array]  # one image -> distance of every pixel to the nearest zero
 Run = Callable[[], Targets]
 
 # ------------------------------------------------------------------------------------------------------------- peers
@@ -48,7 +48,7 @@ def each_image(targets: Callable[[Array], Targets], masks: Array) -> Run:
 
 
 def from_distance(distance: Distance, masks: Array) -> Run:
-    """Targets from a peer's distance; the ring needs no morphology then."""
+    """Targets from a peer's distance function, the ring too."""
 
     def targets(mask: Array) -> Targets:
         inside, outside = distance(mask), distance(1 - mask)
@@ -60,7 +60,7 @@ def from_distance(distance: Distance, masks: Array) -> Run:
 
 
 def scipy_skimage(masks: Tensor) -> Run:
-    """As the loader of the published trainer does."""
+    """The method of the published trainer's loader."""
 
     def targets(mask: np.ndarray) -> Targets:
         inside, outside = distance_transform_edt(mask), distance_transform_edt(1 - mask)
@@ -86,13 +86,13 @@ def opencv(masks: Tensor) -> Run:
     return from_distance(opencv_distance(), masks.numpy())
 
 
-def opencv_distance_alone(masks: Tensor) -> Run:
+def opencv_only_distances(masks: Tensor) -> Run:
     distance = opencv_distance()
     return each_image(lambda mask: (distance(mask), distance(1 - mask)), masks.numpy())
 
 
 def meijster(mask: np.ndarray) -> np.ndarray:
-    """Distance to the nearest zero in two passes of integers: along the columns, then the envelope of each row."""
+    """Distance to the nearest zero, in integers: first along the columns, then by the lower envelope of each row."""
     height, width = mask.shape
     gaps = np.empty((height, width), np.int32)
     for x in range(width):
@@ -149,7 +149,7 @@ def cucim(masks: Tensor) -> Run:
 
 
 def monai(masks: Tensor) -> Run:
-    pytest.importorskip("cucim.core.operations.morphology")  # without it MONAI takes the masks to SciPy
+    pytest.importorskip("cucim.core.operations.morphology")  # without it MONAI computes with SciPy
     library = pytest.importorskip("monai.transforms.utils")
     from_dlpack = pytest.importorskip("cupy").from_dlpack
 
@@ -177,7 +177,7 @@ def ours_on_cuda(masks: Tensor) -> Run:
 
 def ours_in_a_cuda_graph(masks: Tensor) -> Run:
     on_cuda = ours_on_cuda(masks)
-    on_cuda()  # loads the kernels, which a capture may not
+    on_cuda()  # loads the kernels, which is not allowed during a capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         targets = on_cuda()
@@ -204,7 +204,7 @@ PEERS = {
     "cucim": cucim,
     "monai": monai,
 }
-ALONE = {"opencv, distances alone": opencv_distance_alone}
+ALONE = {"opencv, distances alone": opencv_only_distances}
 PROVIDERS = {**OURS, **PEERS, **ALONE}
 ON_CUDA = ("ours, cuda", "ours, cuda graph", "cupy", "cucim", "monai")
 
@@ -212,13 +212,13 @@ ON_CUDA = ("ours, cuda", "ours, cuda graph", "cupy", "cucim", "monai")
 
 
 def clock() -> float:
-    """Seconds, once a GPU has done what was queued: calls follow each other without a wait, as in a training loop."""
+    """Time in seconds, after the GPU has finished. It is read once per round, so the calls of a round do not wait."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-pytestmark = pytest.mark.benchmark(timer=clock, min_time=2e-3)  # a round has as many calls as make the waits small
+pytestmark = pytest.mark.benchmark(timer=clock, min_time=2e-3)  # enough calls per round to make the wait negligible
 
 
 @pytest.fixture(autouse=True)
@@ -231,10 +231,10 @@ def one_thread() -> Iterator[None]:
 
 @functools.cache
 def copy_bandwidth(device: str) -> float:
-    """Bytes read and written in a second by a copy of more than caches hold, with one thread on the CPU."""
+    """Bytes read and written per second by a copy that exceeds the caches; on the CPU with one thread."""
     source = torch.randint(256, (2**28,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    # On the CPU NumPy's is a memcpy, which goes around the caches; PyTorch's is not.
+    # NumPy's copy is a memcpy, which bypasses the CPU's caches for large arrays; PyTorch's copy does not.
     copy = "target.copy_(source)" if device == "cuda" else "np.copyto(target.numpy(), source.numpy())"
     timer = Timer(copy, globals={"np": np, "source": source, "target": target})
     return 2 * source.numel() / timer.blocked_autorange(min_run_time=1).median
@@ -252,14 +252,14 @@ def measure(benchmark, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Tensor
         if provider in INSTRUCTION_SETS:
             monkeypatch.setenv("SEMIMOE_SIMD", INSTRUCTION_SETS[provider])
         copies = copies_beyond_cache(masks.nbytes, torch.device(device))
-        runs = itertools.cycle([PROVIDERS[provider](masks) for _ in range(copies)])  # each has the masks for itself
+        runs = itertools.cycle([PROVIDERS[provider](masks) for _ in range(copies)])  # each has its own copy
 
         def targets() -> Targets:
             return next(runs)()
 
         sdf, boundary = (torch.from_dlpack(array).cpu() for array in targets())
         if provider not in ALONE:
-            torch.testing.assert_close(sdf.float(), expected[0], rtol=0, atol=1e-5)  # most peers are in float32
+            torch.testing.assert_close(sdf.float(), expected[0], rtol=0, atol=1e-5)  # most peers compute in float32
             torch.testing.assert_close(boundary, expected[1], rtol=0, atol=0)
         benchmark(targets)
         if benchmark.enabled:
@@ -279,16 +279,16 @@ def measure(benchmark, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Tensor
 
 @functools.cache
 def gland_masks(batch: int, side: int) -> Tensor:
-    """The same glands at every side, so that features grow with it; four images in turn, since drawing is slow."""
+    """uint8 (batch, side, side): the same glands at every side, scaled; four images repeat, because drawing is slow."""
     if batch > 4:
         return gland_masks(4, side).repeat(batch // 4, 1, 1)
     return glands(batch, side, seed=0)[1]
 
 
 SIDE = 2048
-WORST: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of a column of y and a row of x
+WORST: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # from y (SIDE, 1) and x (1, SIDE)
     "noise": lambda y, x: torch.rand((y + x).shape, generator=torch.Generator().manual_seed(0)) < 0.5,
-    "one dot": lambda y, x: (y == 0) & (x == 0),  # in a corner, as far as can be from the opposite one
+    "one dot": lambda y, x: (y == 0) & (x == 0),  # in a corner, for the largest distances
     "upper half": lambda y, x: (y < SIDE // 2) & (x >= 0),
     "left half": lambda y, x: (y >= 0) & (x < SIDE // 2),
     "diagonal": lambda y, x: y == x,
@@ -305,8 +305,8 @@ def worst_mask(name: str) -> Tensor:
 
 # -------------------------------------------------------------------------------------------------------- benchmarks
 
-# 64 masks of 2048 need gigabytes. Peers take one image at a time, so that more pixels than 8 of 1024 only take longer.
-MOST_PIXELS, MOST_OF_PEERS = 64 * 1024**2, 8 * 1024**2
+# 64 masks of 2048 x 2048 need gigabytes. Peers take one image at a time, so larger batches would tell nothing new.
+MOST_PIXELS, MOST_PEER_PIXELS = 64 * 1024**2, 8 * 1024**2
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ MOST_PIXELS, MOST_OF_PEERS = 64 * 1024**2, 8 * 1024**2
         for side in (256, 1024, 2048)
         for batch in (1, 8, 64)
         for provider in (*OURS, *PEERS)
-        if batch * side**2 <= (MOST_PIXELS if provider in OURS else MOST_OF_PEERS)
+        if batch * side**2 <= (MOST_PIXELS if provider in OURS else MOST_PEER_PIXELS)
     ],
 )
 def test_glands(benchmark, measure, batch: int, side: int, provider: str) -> None:
@@ -324,7 +324,7 @@ def test_glands(benchmark, measure, batch: int, side: int, provider: str) -> Non
     measure(provider, gland_masks(batch, side))
 
 
-# Peers divide by 0 in a constant image, which has no distances: there OpenCV's are timed without what follows them.
+# A constant image has no distances, and peers would divide by 0: only OpenCV's distance transforms are timed there.
 @pytest.mark.parametrize(
     ("mask", "provider"),
     [

@@ -1,8 +1,7 @@
-"""The fused multi-gate against the float64 reference: on a GPU where there is one, else in Triton's interpreter."""
+"""The fused multi-gate against the float64 reference: on a GPU if there is one, else in Triton's interpreter."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,8 +20,8 @@ pytestmark = pytest.mark.skipif(
     bool(ops.why_not_fused("multi_gate", DEVICE)), reason=str(ops.why_not_fused("multi_gate", DEVICE))
 )
 HEADS, OWN = (2, 1, 2), (2, 1, 2)
-# Relative errors of sums of up to 64 projections. bfloat16 and float16 round the results to 8 and 11 bits; the sums
-# themselves are in float32, like all gradients of parameters.
+# Relative errors of float32 sums of up to 64 products. Results in bfloat16 and float16 are rounded to 8 and 11 bits;
+# gradients of parameters stay float32.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 
 
@@ -34,7 +33,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def interpreted_dot(self, a, b, d, *_: object):
-    """The interpreter keeps bfloat16 as bits, and its own version of this multiplies those."""
+    """Triton's interpreter stores bfloat16 as raw bits; its own create_dot would multiply these bits."""
     from triton.runtime.interpreter import TensorHandle
 
     floats = [self.cast_impl(x, triton.language.float32).data for x in (a, b)]
@@ -52,13 +51,13 @@ def exact(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:
-    """In the norm; NaN, which never is below a tolerance, where anything was left unwritten."""
+    """The relative error in the 2-norm. It is NaN, and so fails a comparison, if a value was not written."""
     error = (result.detach().cpu().double() - expected.detach()).norm()
     return (error / expected.detach().norm().clamp(min=1e-12)).item()
 
 
 def in_layout(tensor: Tensor, layout: str) -> Tensor:
-    """The same numbers at other addresses."""
+    """The same values in another memory layout."""
     x = tensor.detach()
     channels, height, width = x.shape[1:]
     if layout == "channels-last":
@@ -87,7 +86,7 @@ def check_projections(
     own_biases = [draw(o, seed=30 + e) for e, o in enumerate(own)]
     inputs = [*features, *head_weights, *own_weights, *own_biases]
     means, projections, predictions = F.project_experts(features, head_weights, own_weights, own_biases)
-    # the weights as the tensor cores see them, so that the results' own rounding is all that is left
+    # weights rounded as for the tensor cores, so that only the rounding of the results remains
     oracle = exact([*features, *(w.to(dtype) for w in (*head_weights, *own_weights)), *own_biases])
     parts = [oracle[:experts], oracle[experts : -2 * experts], oracle[-2 * experts : -experts], oracle[-experts:]]
     expected = reference.project_experts(*parts)
@@ -97,11 +96,11 @@ def check_projections(
     torch.autograd.backward(outputs, gradients)
     torch.autograd.backward(oracles, [gradient.cpu().double() for gradient in gradients])
     assert [output.dtype for output in outputs] == [torch.float32, *[dtype] * (1 + experts)]
-    for output, of_oracle in zip(outputs, oracles, strict=True):
-        assert relative_error(output, of_oracle) < TOLERANCE[dtype]
-    for leaf, of_oracle in zip(inputs, oracle, strict=True):
+    for output, wanted in zip(outputs, oracles, strict=True):
+        assert relative_error(output, wanted) < TOLERANCE[dtype]
+    for leaf, wanted in zip(inputs, oracle, strict=True):
         assert leaf.grad.dtype == leaf.dtype
-        assert relative_error(leaf.grad, of_oracle.grad) < TOLERANCE[dtype]
+        assert relative_error(leaf.grad, wanted.grad) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(
@@ -111,17 +110,17 @@ def check_projections(
         *((dtype, layout) for dtype in (torch.bfloat16, torch.float16) for layout in ("NCHW", "channels-last")),
     ],
 )
-def test_project_experts_of_types_and_layouts(dtype: torch.dtype, layout: str) -> None:
-    check_projections((2, 16, 23, 24), dtype=dtype, layout=layout)  # 552 pixels: a chunk and a bit
+def test_project_experts_by_dtype_and_layout(dtype: torch.dtype, layout: str) -> None:
+    check_projections((2, 16, 23, 24), dtype=dtype, layout=layout)  # 552 pixels: more than a chunk
 
 
-def test_experts_laid_out_differently() -> None:
+def test_experts_with_different_layouts() -> None:
     features = [draw(1, 4, 5, 6, seed=e) for e in range(2)]
     mixed = [features[0], in_layout(features[1], "channels-last")]
     for result, expected in zip(
         F.project_experts(mixed, [draw(2, 4)])[:2], F.project_experts(features, [draw(2, 4)])[:2], strict=True
     ):
-        # a thread's share of the pixels follows the layout on a GPU, and with it the order in which they are summed
+        # on a GPU, the order of a sum depends on the layout
         torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -138,12 +137,12 @@ def test_experts_laid_out_differently() -> None:
         ((1, 130, 5, 5), HEADS, OWN),  # more channels than the kernel takes
     ],
 )
-def test_project_experts_of_shapes(shape, heads, own) -> None:
+def test_project_experts_by_shape(shape, heads, own) -> None:
     check_projections(shape, heads, own)
 
 
 def test_planes_beyond_32_bits() -> None:
-    """The third channel lies 2^31 elements behind the first, in memory that is mostly never touched."""
+    """The third channel starts 2^31 elements after the first; most of the memory is never touched."""
     memory = torch.from_numpy(np.empty(2**31 + 512, np.int16)).view(torch.bfloat16)
     far = memory.as_strided((1, 3, 16, 32), (2**31 + 512, 2**30, 32, 1))
     features = draw(1, 3, 16, 32, dtype=torch.bfloat16).detach()
@@ -157,60 +156,8 @@ def test_planes_beyond_32_bits() -> None:
         torch.testing.assert_close(result, near, rtol=0, atol=0)
 
 
-def test_rows_beyond_32_bits() -> None:
-    """The third row of the projections lies 2^31 elements behind the first, in memory that is mostly never touched."""
-    if DEVICE == "cuda":
-        pytest.skip("the interpreter checks the addresses without 8 GiB of a GPU's memory")
-    from semimoe_fast.kernels import mix_projections
-
-    pixels, used = 2**30, 4  # one program's worth at the start of each plane
-    projections = torch.from_numpy(np.empty(3 * pixels, np.float32))
-    outputs = torch.from_numpy(np.empty(3 * pixels, np.float32))
-    for row in range(3):
-        projections[row * pixels : row * pixels + used] = row + 1
-    mix_projections.mix_projections_fwd_kernel[(1, 1)](
-        projections, torch.ones(1, 1, 1), torch.zeros(3), (outputs,), pixels, (3,), (0,), 3, 1, used
-    )  # fmt: skip
-    assert outputs[::pixels].tolist() == [1, 2, 3]
-
-
-@pytest.mark.parametrize(("batch", "side"), [(2**18, 1), (1, 2**14)])
-def test_grids_of_many_images_and_of_large_ones(batch: int, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA ends the second and third axis at 65,535. The tensors have no memory, and nothing is launched."""
-    from semimoe_fast.kernels import mix_projections, objective, project_experts
-
-    grids: list[tuple[int, ...]] = []
-
-    class Recorder:
-        def __getitem__(self, grid: tuple[int, ...]):
-            grids.append(grid)
-            return lambda *_, **__: None
-
-    for module in (project_experts, mix_projections, objective):
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, Recorder())
-
-    def empty(channels: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(batch, channels, side, side, dtype=dtype, device="meta")
-
-    features, own, gated = [[empty(channels) for channels in rows] for rows in ((4, 4, 4), OWN, HEADS)]
-    weights, biases = torch.empty(10, 4, device="meta"), torch.empty(5, device="meta")
-    gates, projections = torch.empty(batch, 3, 3, device="meta"), torch.empty(batch, 3, 5, side, side, device="meta")
-    project_experts.forward(features, weights, biases, OWN)
-    project_experts.backward(features, weights, OWN, None, projections, own)
-    mix_projections.forward(projections, gates, biases, HEADS)
-    mix_projections.labels(projections, gates, biases, 2)
-    mix_projections.backward(projections, gates, gated)
-    targets, sums = [empty(1, torch.uint8), empty(1), empty(1, torch.uint8)], torch.empty(batch, 8, device="meta")
-    objective.forward([own, gated], targets, torch.float32)
-    objective.backward(biases[:3], [own, gated], targets, sums, sums)
-    programs = batch * max(side * side // 1024, 1)  # or more, of seven kernels, and the finish of the objective
-    assert sum(map(math.prod, grids)) >= 7 * programs + 1
-    assert all(grid[0] < 2**31 and max(grid[1:], default=1) <= 65_535 for grid in grids), grids
-
-
-def test_a_batch_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three launches instead of one, the last for one image, change nothing."""
+def test_batch_split_over_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three launches, the last with one image, give the same result as one."""
     features, own = [draw(5, 4, 5, 7, seed=e) for e in range(3)], [draw(o, 4, seed=o) for o in OWN]
     gates, biases = draw(5, 3, 3), [draw(o) for o in HEADS]
     leaves = [*features, *own, gates, *biases]
@@ -223,12 +170,12 @@ def test_a_batch_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
     whole = results()
     monkeypatch.setattr("semimoe_fast.kernels._batch.IMAGES", 2)
-    for part, expected in zip(results(), whole, strict=True):
-        torch.testing.assert_close(part, expected, rtol=0, atol=0)
+    for split, expected in zip(results(), whole, strict=True):
+        torch.testing.assert_close(split, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("used", [(0,), (1,), (2,), (3, 4)], ids=["means", "projections", "one own", "two own"])
-def test_gradients_of_some_results(used: tuple[int, ...]) -> None:
+def test_gradients_if_only_some_results_are_used(used: tuple[int, ...]) -> None:
     features, own = [draw(2, 4, 5, 7, seed=e) for e in range(3)], [draw(o, 4, seed=9 + o) for o in OWN]
     arguments = [*features, draw(2, 4), *own, *(draw(o) for o in OWN)]
 
@@ -249,7 +196,7 @@ def test_gradients_of_some_results(used: tuple[int, ...]) -> None:
 def mix_inputs(
     rows: Sequence[int] = HEADS, experts: int = 3, size: tuple[int, int] = (17, 31), dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
-    """Products, gate weights and one bias vector for each task."""
+    """Projections, gate weights, and one bias vector per task."""
     projections = draw(2, experts, sum(rows), *size, dtype=dtype)
     return [projections, draw(2, len(rows), experts), *(draw(o, seed=5) for o in rows)]
 
@@ -266,12 +213,12 @@ def test_mix_projections(rows, experts, size, dtype: torch.dtype) -> None:
     gradients = [draw(*output.shape, seed=40, dtype=dtype).detach() for output in outputs]
     torch.autograd.backward(outputs, gradients)
     torch.autograd.backward(expected, [gradient.cpu().double() for gradient in gradients])
-    for output, of_oracle in zip(outputs, expected, strict=True):
+    for output, wanted in zip(outputs, expected, strict=True):
         assert output.dtype == dtype
-        assert relative_error(output, of_oracle) < TOLERANCE[dtype]
-    for leaf, of_oracle in zip(inputs, oracle, strict=True):
+        assert relative_error(output, wanted) < TOLERANCE[dtype]
+    for leaf, wanted in zip(inputs, oracle, strict=True):
         assert leaf.grad.dtype == leaf.dtype
-        assert relative_error(leaf.grad, of_oracle.grad) < TOLERANCE[dtype]
+        assert relative_error(leaf.grad, wanted.grad) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("rows", [(2, 1, 2), (4, 1, 3), (1, 1, 1)])
@@ -281,12 +228,12 @@ def test_label_projections(rows) -> None:
     expected = reference.label_projections(projections.cpu(), gates.cpu(), [bias.cpu() for bias in biases])
     assert [label.dtype for label in labels] == [torch.uint8, torch.float32, torch.uint8]
     assert not any(label.requires_grad for label in labels)
-    for label, of_reference in zip(labels, expected, strict=True):
-        torch.testing.assert_close(label.cpu(), of_reference, rtol=0, atol=1e-6)  # tanh of float32 sums
+    for label, wanted in zip(labels, expected, strict=True):
+        torch.testing.assert_close(label.cpu(), wanted, rtol=0, atol=1e-6)  # tanh of float32 sums
 
 
 def test_labels_of_equal_and_invalid_outputs() -> None:
-    """The first of the largest wins, and NaN is larger than all, as in torch.argmax."""
+    """The first of equal maxima wins, and NaN counts as the largest value, as in torch.argmax."""
     random = torch.Generator().manual_seed(0)
     values = torch.tensor([-1.0, 0.0, 1.0, float("inf"), float("nan")])
     projections = values[torch.randint(0, 5, (1, 1, 7, 20, 20), generator=random)].to(DEVICE)
@@ -297,7 +244,7 @@ def test_labels_of_equal_and_invalid_outputs() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_nan_and_inf_reach_what_they_reach_in_the_reference(value: float) -> None:
+def test_nan_and_inf_propagate_as_in_the_reference(value: float) -> None:
     features, heads = [draw(1, 4, 6, 6, seed=e).detach() for e in range(2)], [draw(o, 4).detach() for o in HEADS]
     features[1][0, 2, 3, 4] = value
     gates, biases = torch.rand(1, 3, 2, device=DEVICE), [draw(o).detach() for o in HEADS]
@@ -306,8 +253,8 @@ def test_nan_and_inf_reach_what_they_reach_in_the_reference(value: float) -> Non
     for result, oracle in zip(F.multi_gate(features, gates, heads, biases), expected, strict=True):
         torch.testing.assert_close(result.cpu(), oracle, rtol=1e-5, atol=1e-5, equal_nan=True)
     labels = F.pseudo_labels(features, gates, heads, biases)
-    of_reference = reference.pseudo_labels(cpu[0], gates.cpu(), cpu[1], cpu[2])
-    for label, oracle in zip(labels, of_reference, strict=True):
+    wanted = reference.pseudo_labels(cpu[0], gates.cpu(), cpu[1], cpu[2])
+    for label, oracle in zip(labels, wanted, strict=True):
         torch.testing.assert_close(label.cpu(), oracle, rtol=1e-5, atol=1e-5, equal_nan=True)
     means = F.project_experts(features, heads)[0]
     torch.testing.assert_close(means.cpu(), torch.stack([x.mean((2, 3)) for x in cpu[0]], 1), equal_nan=True)
@@ -322,16 +269,16 @@ def test_multi_gate_and_pseudo_labels() -> None:
     expected = reference.multi_gate(oracle[:3], oracle[3], oracle[4:7], oracle[7:])
     sum(output.square().sum() for output in outputs).backward()
     sum(output.square().sum() for output in expected).backward()
-    for leaf, of_oracle in zip(arguments, oracle, strict=True):
-        assert relative_error(leaf.grad, of_oracle.grad) < 1e-5  # two passes of float32
+    for leaf, wanted in zip(arguments, oracle, strict=True):
+        assert relative_error(leaf.grad, wanted.grad) < 1e-5  # two passes of float32
     labels = F.pseudo_labels(features, gates, heads, biases)
-    for label, of_oracle in zip(
+    for label, wanted in zip(
         labels, reference.pseudo_labels(oracle[:3], oracle[3], oracle[4:7], oracle[7:]), strict=True
     ):
-        torch.testing.assert_close(label.cpu(), of_oracle.to(label.dtype), rtol=0, atol=1e-5)
+        torch.testing.assert_close(label.cpu(), wanted.to(label.dtype), rtol=0, atol=1e-5)
 
 
-def test_equal_bits_every_time() -> None:
+def test_two_runs_are_bitwise_equal() -> None:
     features, heads = [draw(2, 8, 40, 40, seed=e) for e in range(2)], [draw(3, 8)]
     runs = []
     for _ in range(2):
@@ -365,13 +312,13 @@ def test_second_derivatives_are_refused() -> None:
         first.sum().backward()
 
 
-def test_custom_ops_keep_their_promises() -> None:
-    """Fakes, schemas and autograd as torch.compile relies on them."""
-    ops = torch.ops.semimoe_fast  # not the module
+def test_custom_ops_pass_opcheck() -> None:
+    """torch.compile relies on fake implementations, schemas and autograd formulas."""
+    ops = torch.ops.semimoe_fast  # the namespace of custom ops, not semimoe_fast.ops
     features, weights, biases = [draw(1, 4, 5, 6, seed=e) for e in range(2)], draw(6, 4), draw(3)
     gradients = [draw(1, 2, 4), draw(1, 2, 3, 5, 6), [draw(1, rows, 5, 6) for rows in (1, 2)]]
     for fused in (False, True):
-        for dtype in (torch.float32, torch.bfloat16, torch.float64):  # of the parameters
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):  # dtype of the parameters
             parameters = weights.detach().to(dtype).requires_grad_(), biases.detach().to(dtype).requires_grad_()
             torch.library.opcheck(ops.project_experts.default, (features, *parameters, [1, 2], fused))
             arguments = (features, parameters[0], [1, 2], *gradients, fused)
@@ -380,11 +327,11 @@ def test_custom_ops_keep_their_promises() -> None:
             )
     channels_last = [in_layout(x, "channels-last") for x in features]
     torch.library.opcheck(ops.project_experts.default, (channels_last, weights, biases, [1, 2], True))
-    projections, gates, of_gated = draw(1, 2, 3, 5, 6), draw(1, 2, 2), [draw(1, rows, 5, 6) for rows in (1, 2)]
+    projections, gates, gated_gradients = draw(1, 2, 3, 5, 6), draw(1, 2, 2), [draw(1, rows, 5, 6) for rows in (1, 2)]
     torch.library.opcheck(ops.mix_projections.default, (projections, gates, draw(3), [1, 2]))
     torch.library.opcheck(
         ops.mix_projections_gradients.default,
-        (projections, gates, of_gated),
+        (projections, gates, gated_gradients),
         test_utils=("test_schema", "test_faketensor"),
     )
     labels = (draw(1, 2, 4, 5, 6).detach(), draw(1, 3, 2).detach(), draw(4).detach(), 2)
@@ -403,6 +350,6 @@ def test_compiled_equals_eager() -> None:
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(features), step(features))
-    of_compiled = torch.autograd.grad(compiled(features), [*features, *heads])
-    for result, expected in zip(of_compiled, torch.autograd.grad(step(features), [*features, *heads]), strict=True):
+    gradients = torch.autograd.grad(compiled(features), [*features, *heads])
+    for result, expected in zip(gradients, torch.autograd.grad(step(features), [*features, *heads]), strict=True):
         torch.testing.assert_close(result, expected)

@@ -1,6 +1,6 @@
 """The fused objective against the float64 reference.
 
-By the Triton kernels on a GPU where there is one, else in Triton's interpreter, and by the compiled module on the CPU
+Engines: the Triton kernels, on a GPU if there is one, else in Triton's interpreter; and the compiled module on the CPU
 with every instruction set.
 """
 
@@ -15,10 +15,10 @@ from semimoe_fast import ops
 from semimoe_fast.ops import _native, _triton, reference
 from semimoe_fast.ops import objective as fused
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernels; the fixture changes it for the others
-WEIGHTS = (1.0, -2.0, 0.5)  # of the terms: all different, so that none can stand for another
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the fixture `engine` sets cpu for other engines
+WEIGHTS = (1.0, -2.0, 0.5)  # of the terms; all different, so that a mix-up of terms fails
 
-# What belongs to the custom op and not to the engine behind it.
+# For tests of the custom op, which do not depend on the engine.
 ONCE = pytest.mark.parametrize("engine", ["triton" if torch.cuda.is_available() else "plain"], indirect=True)
 
 Predictions = list[tuple[Tensor, ...]]
@@ -49,7 +49,7 @@ def draw(
     width: int = 13,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Predictions, Targets]:
-    """Random predictions, no leaves yet, and targets of which some belong to no class."""
+    """Random predictions without requires_grad, and targets of which some are out of range."""
     random = torch.Generator().manual_seed(sets + 10 * classes + 100 * batch + 1000 * height + width)
 
     def normal(channels: int) -> Tensor:
@@ -63,7 +63,7 @@ def draw(
 
 
 def evaluate(joint, predictions: Predictions, targets: Targets) -> tuple[Tensor, list[Tensor]]:
-    """Terms, and the gradients of their weighted sum by all predictions."""
+    """The terms, and the gradients of their weighted sum for all predictions."""
     leaves = [[x.detach().requires_grad_() for x in prediction] for prediction in predictions]
     terms = joint(leaves, *targets)
     weights = torch.tensor(WEIGHTS, dtype=terms.dtype, device=terms.device)
@@ -71,7 +71,7 @@ def evaluate(joint, predictions: Predictions, targets: Targets) -> tuple[Tensor,
 
 
 def check(predictions: Predictions, targets: Targets) -> None:
-    """Terms and gradients against the reference in float64, and the dtypes and layouts that come with them."""
+    """Compare terms and gradients with the float64 reference, and check their dtypes and layouts."""
     terms, gradients = evaluate(F.joint_objective_terms, predictions, targets)
     exact = [tuple(x.double() for x in prediction) for prediction in predictions]
     sdf = targets[1].double().cpu()
@@ -83,11 +83,11 @@ def check(predictions: Predictions, targets: Targets) -> None:
     flat = [x for prediction in predictions for x in prediction]
     double = any(x.dtype == torch.float64 for x in flat)
     assert terms.dtype == (torch.float64 if double else torch.float32)
-    # float32: probabilities carry 1e-7, and sums in a tree of tiles add little to it; three terms per sum of sets
+    # float32: probabilities have an error of 1e-7; sums over tiles and sets add little
     tolerance = 1e-12 if double else 2e-6
     torch.testing.assert_close(terms.double().cpu(), expected_terms, rtol=tolerance, atol=tolerance, equal_nan=True)
-    # Gradients are rounded once to the dtype of their logits (bfloat16 is cut off in Triton's interpreter); small ones
-    # cancel, so the largest sets the scale.
+    # Gradients are rounded to the dtype of their logits; Triton's interpreter truncates bfloat16. Small gradients are
+    # differences of larger numbers, so the tolerance is relative to the largest one.
     rounding = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 2**-11, torch.bfloat16: 2**-7}
     for x, gradient, oracle in zip(flat, gradients, expected, strict=True):
         assert gradient.dtype == x.dtype
@@ -99,7 +99,7 @@ def check(predictions: Predictions, targets: Targets) -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 31), (127, 1), (16, 32), (31, 33), (32, 32), (33, 64)])
 def test_sizes(size: tuple[int, int]) -> None:
-    """Pixels by the tile: 512 and 1024 are whole ones."""
+    """512 and 1024 pixels are whole tiles."""
     check(*draw(2, 2, 1, *size))
 
 
@@ -109,12 +109,12 @@ def test_sets_classes_and_batches(sets: int, classes: int, batch: int) -> None:
 
 
 def test_many_images_of_many_classes() -> None:
-    check(*draw(2, 9, 20, 3, 5))  # 20 x 22 coefficients: the finish takes more than one step over them
+    check(*draw(2, 9, 20, 3, 5))  # 20 x 22 coefficients: more than one step of the finish kernel
 
 
-def test_more_tiles_than_one_step_of_the_finish(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finish_kernel_takes_several_steps_over_the_tiles(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if engine != "triton":
-        pytest.skip("a matter of the Triton kernels")
+        pytest.skip("only the Triton kernels have tiles")
     from semimoe_fast.kernels import objective
 
     monkeypatch.setattr(objective, "WARPS", 1)  # tiles of 128 pixels: 9 of them
@@ -123,7 +123,7 @@ def test_more_tiles_than_one_step_of_the_finish(engine: str, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 4), (2, 0, 4), (2, 4, 0)])
-def test_nothing_behaves_as_the_reference(shape: tuple[int, int, int]) -> None:
+def test_empty_predictions_equal_the_reference(shape: tuple[int, int, int]) -> None:
     check(*draw(2, 2, *shape))
 
 
@@ -175,7 +175,7 @@ def test_layouts(layout, classes: int, size: tuple[int, int]) -> None:
     targets = (layout(mask[:, None])[:, 0], layout(sdf[:, None]), layout(boundary[:, None])[:, 0])
     terms, gradients = evaluate(F.joint_objective_terms, rearranged, targets)
     expected_terms, expected = evaluate(F.joint_objective_terms, predictions, (mask, sdf, boundary))
-    # the same pixels in the same tiles; only the compiler may order the sums within a tile otherwise
+    # the tiles are the same; only the order of the sums within a tile may differ
     torch.testing.assert_close(terms, expected_terms, rtol=1e-6, atol=1e-7)
     for gradient, oracle, x in zip(gradients, expected, (x for p in rearranged for x in p), strict=True):
         torch.testing.assert_close(gradient, oracle, rtol=1e-5, atol=1e-9)
@@ -195,11 +195,11 @@ def test_targets_of_any_integer_type(dtype: torch.dtype) -> None:
     torch.testing.assert_close(terms, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("stranger", [-1, 2, 255, 256, -255, 2**32, -(2**32)])
-def test_targets_out_of_range_belong_to_no_class(stranger: int) -> None:
+@pytest.mark.parametrize("value", [-1, 2, 255, 256, -255, 2**32, -(2**32)])
+def test_targets_out_of_range_count_as_no_class(value: int) -> None:
     predictions, (_, sdf, boundary) = draw()
     mask = boundary.long()
-    mask[:, :3] = stranger
+    mask[:, :3] = value
     check(predictions, (mask, sdf, boundary))
 
 
@@ -211,7 +211,7 @@ def test_sdf_of_any_floating_dtype(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("tensor", [0, 1, 2])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_bad_predictions_spread_as_in_the_reference(value: float, tensor: int) -> None:
+def test_nan_and_inf_propagate_as_in_the_reference(value: float, tensor: int) -> None:
     predictions, targets = draw()
     predictions[1][tensor][1, 0, 2, 3] = value
     check(predictions, targets)
@@ -223,7 +223,7 @@ def test_logits_too_large_for_exp() -> None:
 
 
 def test_classes_of_almost_no_probability() -> None:
-    """Where no pixel is of a class, soft dice depends on sums of probabilities as small as its smoothing, 1e-8."""
+    """If no pixel has a class, soft dice depends on sums of probabilities as small as its smoothing term, 1e-8."""
     predictions, (mask, sdf, boundary) = draw()
     for prediction in predictions:
         prediction[2][:, 1] = prediction[2][:, 0] - torch.linspace(18, 30, 13, device=DEVICE)
@@ -232,7 +232,7 @@ def test_classes_of_almost_no_probability() -> None:
 
 @pytest.mark.parametrize("case", ["a", "b"])
 def test_golden_losses(case: str, golden) -> None:
-    """The published losses and gradients, all three from one call, twice the prediction against the same targets."""
+    """The published losses and gradients; and two equal sets of predictions give twice the terms of one."""
     archive = {
         k.removeprefix(f"{case}/"): torch.from_numpy(v).to(DEVICE)
         for k, v in golden("losses").items()
@@ -249,7 +249,7 @@ def test_golden_losses(case: str, golden) -> None:
     for tensor, name in zip(prediction, names, strict=True):
         torch.testing.assert_close(tensor.grad, archive[f"{name}_grad"], rtol=1e-4, atol=1e-8)
     joint = F.joint_objective_terms([prediction, prediction], *targets)
-    torch.testing.assert_close(joint, 2 * terms, rtol=1e-6, atol=0)  # other order of the same sums
+    torch.testing.assert_close(joint, 2 * terms, rtol=1e-6, atol=0)  # another order of the same sums
 
 
 def test_gradients_of_some_predictions_only() -> None:
@@ -264,7 +264,7 @@ def test_gradients_of_some_predictions_only() -> None:
     assert predictions[0][0].grad is None
 
 
-def test_equal_bits_every_time() -> None:
+def test_two_runs_are_bitwise_equal() -> None:
     predictions, targets = draw(height=40, width=40)
     terms, gradients = evaluate(F.joint_objective_terms, predictions, targets)
     again, gradients_again = evaluate(F.joint_objective_terms, predictions, targets)

@@ -1,8 +1,8 @@
 """The multi-gating block at the sizes of a training step: gates, gated outputs and the experts' own predictions.
 
-The reference is the block as it is published: the features concatenated for the gates' means, mixed features formed for
-each task, heads applied to them, and each expert's own head to its features. Beside it stands the same under
-torch.compile, the peer that needs no code of ours.
+The reference is the published block: it concatenates the features for the means, forms the mixed features of each task,
+and applies the heads to them, and each expert's own head to its features. The reference under torch.compile is the peer
+that needs no code of this project.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from semimoe_fast.ops import reference
 
 from .conftest import DIRECTIONS
 
-OPERATION = "project_experts"  # whose backend stands for all here
+OPERATION = "project_experts"  # its backend is that of all operations here
 HEADS = (2, 1, 2)
 Block = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 
@@ -52,7 +52,7 @@ def test_multi_gating(
     benchmark, measure, device: torch.device, provider: str, dtype: torch.dtype, batch: int, direction: str, layout: str
 ) -> None:
     if device.type == "cpu" and (batch > 2 or dtype != torch.float32):
-        pytest.skip("the CPU is measured at the batch and the precision of its training step")
+        pytest.skip("on the CPU, only the batch and the precision of its training step are measured")
     benchmark.group = f"multi-gating {direction}, 3 x {batch} x 64 x 256 x 256 {layout}, {dtype}, {device.type}"
     torch.manual_seed(0)
     gating = MultiGating(64, len(HEADS), HEADS, dropout=0.0).to(device)
@@ -83,7 +83,7 @@ def test_multi_gating(
 @pytest.mark.parametrize("batch", [2, 8])
 def test_pseudo_labels(benchmark, measure, device: torch.device, provider: str, batch: int) -> None:
     if device.type == "cpu" and batch > 2:
-        pytest.skip("the CPU is measured at the batch of its training step")
+        pytest.skip("on the CPU, only the batch of its training step is measured")
     benchmark.group = f"pseudo-labels from projections, {batch} x 256 x 256, {device.type}"
     projections = torch.randn(batch, 3, sum(HEADS), 256, 256, device=device)
     gates = torch.rand(batch, len(HEADS), 3, device=device)
@@ -93,6 +93,6 @@ def test_pseudo_labels(benchmark, measure, device: torch.device, provider: str, 
         label = torch.compile(reference.label_projections, fullgraph=True, dynamic=False)
     expected = reference.label_projections(projections.double(), gates.double(), [bias.double() for bias in biases])
     for result, oracle in zip(label(projections, gates, biases), expected, strict=True):
-        disagreement = (result.double() - oracle.double()).abs() > 1e-5  # where two outputs are equal but for rounding
+        disagreement = (result.double() - oracle.double()).abs() > 1e-5  # possible if two outputs are almost equal
         assert disagreement.float().mean() < 1e-4
     measure(lambda inputs: label(*inputs, biases), [projections, gates], [], [], "forward")

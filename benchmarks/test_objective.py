@@ -1,6 +1,6 @@
 """The three objectives of one and of two sets of predictions, at the sizes of a training step.
 
-Beside the backends stands torch.compile of the reference, the peer that needs no code of ours.
+The reference under torch.compile is the peer that needs no code of this project.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from semimoe_fast.ops import reference
 
 from .conftest import DIRECTIONS
 
-OPERATION = "objective_terms"  # whose backend stands for all here
+OPERATION = "objective_terms"  # its backend is that of all operations here
 HEADS = (2, 1, 2)
 
 
@@ -40,7 +40,7 @@ def test_objective_terms(
 
     exact = [x.detach().double().requires_grad_() for x in logits]
     expected, result = terms(reference.joint_objective_terms, exact), terms(joint, logits)
-    # float32 sums of 65,536 probabilities, in the order of each provider; gradients by their largest entry
+    # float32 sums of 65,536 probabilities, whose order depends on the provider; gradients relative to the largest
     torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-5)
     oracles = torch.autograd.grad(expected, exact, grad_output.double())
     for gradient, oracle in zip(torch.autograd.grad(result, logits, grad_output), oracles, strict=True):
