@@ -22,7 +22,7 @@ from ..inference.predictor import GATED
 from ..validation import check_types
 from . import records, report
 from .batches import TrainingData
-from .config import CONFIG_FILE, NONE, PLACE, TrainConfig
+from .config import CONFIG_FILE, NONE, MUTABLE, TrainConfig
 from .distributed import World
 from .interruption import Interruption
 from .lock import FolderLock
@@ -66,7 +66,7 @@ class Run:
             return run  # killed before its first checkpoint: the seed makes it start over as it did
         metadata, tensors = checkpoint.read(path)
         expected = run.metadata()
-        if without_place(metadata.get("config")) != without_place(expected["config"]):
+        if without_mutable(metadata.get("config")) != without_mutable(expected["config"]):
             raise UserError(f"{path}: is of another configuration than {run.folder / CONFIG_FILE}; start a new run")
         if metadata.get("data") != expected["data"]:
             raise UserError(
@@ -196,9 +196,9 @@ class Run:
         return self.trainer.data.preprocessing
 
 
-def without_place(value: Any) -> Any:
+def without_mutable(value: Any) -> Any:
     """A stored configuration without what a resumed run may change."""
-    return {k: v for k, v in value.items() if k not in PLACE} if isinstance(value, dict) else value
+    return {k: v for k, v in value.items() if k not in MUTABLE} if isinstance(value, dict) else value
 
 
 def summary_of(record: dict[str, Any]) -> str:
