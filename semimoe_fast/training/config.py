@@ -293,7 +293,7 @@ def _refuse_changes(stored: TrainConfig, config: TrainConfig) -> None:
     for field in dataclasses.fields(TrainConfig):
         before, now = getattr(stored, field.name), getattr(config, field.name)
         if before != now and field.name == "out":
-            raise UserError(f"--out is {now}, but --resume {stored.resume} continues in its own folder: leave out one of them")
+            raise UserError(f"--out is {now}, but --resume {stored.resume} writes to its own folder: leave out one")
         if before != now and field.name not in MUTABLE:
             raise UserError(
                 f"{flag(field.name)} is {now}, but the run in {stored.resume} was started with "
