@@ -54,7 +54,7 @@ def train(arguments: Sequence[str] | TrainConfig | None, lock: FolderLock) -> Ru
         if world.is_main:
             print(f"{settings}; {run.trainer.settings}", flush=True)
         remedy = f"continue with: {world.command} --resume {run.folder}"
-        with Interruption(world) as interruption, world.watched(remedy):
+        with Interruption(world) as interruption, world.exit_on_lost_rank(remedy):
             if not run.train(interruption):
                 if world.is_main:
                     print(f"interrupted by {interruption.name}; {remedy}", flush=True)

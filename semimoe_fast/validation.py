@@ -23,7 +23,9 @@ def check_types(path: Path, title: str, values: Any, hints: Mapping[str, Any], r
         if name not in values:
             raise UserError(f"{path}: {title} has no {name}; {remedy}")
         if not matches(values[name], hint):
-            raise UserError(f"{path}: {name} of {title} is {shown(values[name])}, not {words(hint)}; {remedy}")
+            raise UserError(
+                f"{path}: {name} of {title} is {shown(values[name])}, not {type_description(hint)}; {remedy}"
+            )
     return values
 
 
@@ -47,15 +49,15 @@ def matches(value: Any, hint: Any) -> bool:
     return type(value) is (str if hint is Path else hint)
 
 
-def words(hint: Any) -> str:
+def type_description(hint: Any) -> str:
     """The description of a type in an error message, such as "an integer or null"."""
     kind, arguments = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
-        return " or ".join(map(words, arguments))
+        return " or ".join(map(type_description, arguments))
     if kind is Literal:
         return " or ".join(map(repr, arguments))
     if kind is tuple:
-        elements = f"each {words(arguments[0])}"
+        elements = f"each {type_description(arguments[0])}"
         return f"a list, {elements}" if arguments[-1] is ... else f"a list of {len(arguments)}, {elements}"
     names = {int: "an integer", float: "a finite number", str: "a string", Path: "a path", bool: "true or false"}
     return "null" if hint is NoneType else names[hint]

@@ -25,7 +25,7 @@ from .distributed import World
 from .schedule import epoch_order, generator
 
 ORDER, LABELED, UNLABELED = range(3)  # keys of independent random streams
-AHEAD = 2  # batches that a thread prepares while the device computes
+PREFETCHED = 2  # batches that a thread prepares while the device computes
 
 T = TypeVar("T")
 
@@ -82,7 +82,7 @@ class Batches:
         """The batches of an epoch, on the device, from step `first_step` on."""
         batches = self._on_data_device(epoch, first_step)
         if self.data_device == "host":
-            batches = ahead(batches, AHEAD)
+            batches = prefetch(batches, PREFETCHED)
         for batch in batches:
             yield map_tensors(batch, lambda t: t.to(self.device, non_blocking=True))
 
@@ -130,7 +130,7 @@ def data_device(
     return "device" if sum(part.numel() for part in parts) <= free / 2 else "host"
 
 
-def ahead(items: Iterator[T], count: int) -> Iterator[T]:
+def prefetch(items: Iterator[T], count: int) -> Iterator[T]:
     """The items in order; a thread computes up to `count` of them in advance."""
     end = object()
     with ThreadPoolExecutor(1, "batches") as thread:

@@ -129,13 +129,13 @@ class ComputingOptions:
     precision: Precision = "auto"
     """Arithmetic of the networks; auto: bf16 on CUDA, fp32 on the CPU."""
     compile: Compile = "none"
-    """torch.compile of the U-Nets (a minute or more); max also tunes."""
+    """Compile the U-Nets with torch.compile (a minute or more); max also tunes."""
     cuda_graph: bool = True
     """Replay a step as one CUDA graph, if a single CUDA device trains."""
     deterministic: bool = False
     """Make runs on a GPU bitwise reproducible, but slower."""
     data_device: Literal["auto", "device", "host"] = "auto"
-    """Memory for the images; auto: device, if they fill at most half."""
+    """Memory for the images; auto: device if they fill at most half of it."""
 
 
 @dataclasses.dataclass(frozen=True)

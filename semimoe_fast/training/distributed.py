@@ -30,7 +30,7 @@ from ..errors import UserError, explain, first_sentence
 TIMEOUT = timedelta(minutes=10)  # a rank that does not answer for so long counts as lost
 LONG_TIMEOUT = timedelta(days=1)  # the same while rank 0 decodes images for all ranks
 
-LAUNCH = "start several processes with torchrun, or unset WORLD_SIZE and RANK to train in one"
+LAUNCH_REMEDY = "start several processes with torchrun, or unset WORLD_SIZE and RANK to train in one"
 
 T = TypeVar("T")
 
@@ -145,7 +145,7 @@ class World:
         dist.barrier(self.long_waits)
         return result
 
-    def claim(self) -> bool:
+    def first_to_report(self) -> bool:
         """True for the first rank that calls this: it prints why the run ends."""
         try:
             return self.store is None or self.store.add("ended", 1) == 1
@@ -153,14 +153,14 @@ class World:
             return True
 
     @contextmanager
-    def watched(self, remedy: str) -> Iterator[None]:
+    def exit_on_lost_rank(self, remedy: str) -> Iterator[None]:
         """A context that exits the process with one line if another rank is lost, unless that rank has said why."""
         try:
             yield
         except RuntimeError as error:
             if not _means_lost_rank(error):
                 raise
-            if self.claim():
+            if self.first_to_report():
                 reason = re.sub(r"^\[\S+\] ", "", str(error)).splitlines()[0].split(". ")[0]
                 print(f"error: another process of this run was lost ({reason}); {remedy}", file=sys.stderr, flush=True)
             os._exit(1)  # sys.exit would wait forever for pending collectives on the device
@@ -179,7 +179,9 @@ def join() -> Iterator[World]:
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     except dist.DistError as error:
-        raise UserError(f"the processes of this run cannot connect ({first_sentence(error)}); {LAUNCH}") from error
+        raise UserError(
+            f"the processes of this run cannot connect ({first_sentence(error)}); {LAUNCH_REMEDY}"
+        ) from error
     dist.init_process_group(
         store=store, rank=rank, world_size=size, timeout=TIMEOUT
     )  # gloo for CPU tensors; NCCL for CUDA tensors if available
@@ -189,10 +191,10 @@ def join() -> Iterator[World]:
     long_waits = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
     world = World(rank, size, int(os.environ.get("LOCAL_RANK", "0")), store, long_waits)
     try:
-        with world.watched("start it again"):
+        with world.exit_on_lost_rank("start it again"):
             yield world
     except BaseException as error:
-        first = world.claim()  # before connections close, which the other ranks would report as a lost rank
+        first = world.first_to_report()  # before connections close, which the other ranks would report as a lost rank
         if (line := explain(error)) is None:
             raise
         if first:
@@ -211,7 +213,7 @@ def launched_size() -> int:
         _number_from_environment("RANK", 0, size - 1)
         _number_from_environment("MASTER_PORT", 1, 65535)
         if not os.environ.get("MASTER_ADDR"):
-            raise UserError(f"WORLD_SIZE is {size} but MASTER_ADDR is not set; {LAUNCH}")
+            raise UserError(f"WORLD_SIZE is {size} but MASTER_ADDR is not set; {LAUNCH_REMEDY}")
         for name, least, most in (("LOCAL_RANK", 0, size - 1), ("LOCAL_WORLD_SIZE", 1, size)):
             if name in os.environ:
                 _number_from_environment(name, least, most)
@@ -222,10 +224,10 @@ def _number_from_environment(name: str, least: int, most: float = math.inf) -> i
     text = os.environ.get(name)
     if text is None:
         others = [f"{other} is {os.environ[other]}" for other in ("WORLD_SIZE", "RANK") if other in os.environ]
-        raise UserError(f"{' and '.join(others)} but {name} is not set; {LAUNCH}")
+        raise UserError(f"{' and '.join(others)} but {name} is not set; {LAUNCH_REMEDY}")
     if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
         limits = f"from {least} to {most}" if most < math.inf else f"from {least}"
-        raise UserError(f"the environment variable {name} is {text!r}, not a number {limits}; {LAUNCH}")
+        raise UserError(f"the environment variable {name} is {text!r}, not a number {limits}; {LAUNCH_REMEDY}")
     return int(text)
 
 

@@ -146,7 +146,7 @@ class Run:
         """Scores over all pixels of the validation set; each rank counts a part of the images."""
         mine = self.val[self.world.rank :: self.world.size]
         counts = count_set(
-            self.trainer.evaluated, mine, self._preprocessing, self.trainer.device, self.config.precision
+            self.trainer.eval_model, mine, self._preprocessing, self.trainer.device, self.config.precision
         )
         total = {name: self.world.sum(images.sum(0, keepdim=True)) for name, images in counts.items()}
         return {name: scores._asdict() for name, scores in score_set(total).items()}
@@ -155,7 +155,7 @@ class Run:
         """Write a checkpoint; all ranks return after it is on the disk."""
         state = self.trainer.state() if name == LAST else {}
         if self.world.is_main:
-            model = self.trainer.model if name == LAST else self.trainer.evaluated
+            model = self.trainer.model if name == LAST else self.trainer.eval_model
             checkpoint.save(self.folder / name, model, self.metadata(), state)
         self.world.wait()
 
@@ -182,7 +182,7 @@ class Run:
         path = self.folder / METRICS_FILE
         kept = records.read(path)
         report.draw_overlays(
-            self.trainer.evaluated, self.val, self._preprocessing, self.trainer.device, self.folder / "overlays.png"
+            self.trainer.eval_model, self.val, self._preprocessing, self.trainer.device, self.folder / "overlays.png"
         )
         if any("val" in record for record in kept):
             report.draw_curves(kept, self.trainer.model.tasks, self.folder / "curves.png")

@@ -131,7 +131,7 @@ class Trainer:
         }
 
     @property
-    def evaluated(self) -> SemiMoE:
+    def eval_model(self) -> SemiMoE:
         """The model to evaluate: the EMA with --ema, else the model itself."""
         return self.model if self.ema is None else self.ema.after(self.epoch * self.steps_per_epoch + self.step)
 
