@@ -48,11 +48,12 @@ def read_options(
 
 
 def _title(group: type) -> str:
+    """The name of a group in the help, to which tyro appends "options": "data" for class DataOptions."""
     return group.__name__.removesuffix("Options").lower()
 
 
 def _view(options: type, tyro: ModuleType) -> type:
-    """A subclass whose annotations hold tyro's form of placeholders and defaults; the class itself stays as it is."""
+    """A subclass whose annotations are in tyro's form; the class itself does not change."""
     hints, fields = get_type_hints(options, include_extras=True), []
     for field in dataclasses.fields(options):
         hint = hints[field.name]
@@ -67,6 +68,7 @@ def _view(options: type, tyro: ModuleType) -> type:
 
 
 def _hint(none: str) -> Callable[[str], str]:
+    """How the help shows a default: `none` instead of None."""
     return lambda default: f"(default: {none if default == 'None' else default})"
 
 

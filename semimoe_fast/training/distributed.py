@@ -182,9 +182,8 @@ def join() -> Iterator[World]:
         raise UserError(
             f"the processes of this run cannot connect ({first_sentence(error)}); {LAUNCH_REMEDY}"
         ) from error
-    dist.init_process_group(
-        store=store, rank=rank, world_size=size, timeout=TIMEOUT
-    )  # gloo for CPU tensors; NCCL for CUDA tensors if available
+    # The default backend: gloo for CPU tensors, and NCCL for CUDA tensors if available.
+    dist.init_process_group(store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     # Keep a reference for the life of the process. Otherwise DDP may hold the last one, and its destructor joins the
     # gloo threads while it holds the GIL, which those threads may be waiting for: a deadlock (torch 2.13).
     _groups.append(dist.group.WORLD)
