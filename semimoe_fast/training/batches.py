@@ -32,6 +32,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TrainingData:
+    """Labeled images with masks, unlabeled images (None for the supervised baseline), and the normalization."""
+
     labeled: Dataset
     unlabeled: Dataset | None
     preprocessing: Preprocessing
