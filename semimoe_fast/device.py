@@ -1,4 +1,4 @@
-"""Where a run computes, how exactly, and how fast."""
+"""Device, precision and global torch settings of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Compile = Literal["none", "default", "max"]
 
 
 def choose_device(name: str) -> torch.device:
-    """The device for "auto", "cpu", "cuda" or "cuda:N". Raises UserError where there is none of that name."""
+    """The device for "auto", "cpu", "cuda" or "cuda:N"; auto takes CUDA if available. Raises UserError."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -31,26 +31,26 @@ def choose_device(name: str) -> torch.device:
 
 
 def in_bf16(precision: Precision, device: torch.device) -> bool:
-    """Whether networks run in bf16; "auto" does on CUDA."""
+    """Whether the networks run in bf16; "auto" means bf16 on CUDA and fp32 on the CPU."""
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """bf16 autocast where the precision asks for it."""
+    """A context with bf16 autocast if `in_bf16`, else one without autocast."""
     return torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(precision, device))
 
 
 def configure(device: torch.device, precision: Precision, deterministic: bool) -> str:
-    """Set torch's own switches for a run, and say in a line how it will compute.
+    """Set torch's global switches for a run; return one line that describes the settings.
 
-    Shapes never change, so that it pays to let cuDNN try its algorithms, except to be deterministic, because the
-    fastest may be another each time. TF32 belongs to bf16, whose products are less exact anyway; fp32 means fp32.
+    cudnn.benchmark is on because input shapes are constant, and off for deterministic runs because the fastest
+    algorithm may differ from run to run. TF32 is on with bf16 only, so that fp32 is full fp32.
     """
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-        # A warning, no error: the gradient of max pooling may add in any order, but of 2 x 2 squares adds nothing up.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads this when it starts
+        # warn_only: torch calls the backward of max pooling nondeterministic, but 2 x 2 windows do not overlap.
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and nothing unwritten is read
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time
     bf16 = in_bf16(precision, device)
     settings = ["bf16 autocast" if bf16 else "fp32", "channels-last"]
     if device.type == "cpu":

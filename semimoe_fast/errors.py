@@ -1,4 +1,4 @@
-"""Errors that a user can cause and mend, and how the command line shows them."""
+"""Errors that a user can fix, and how the command line prints them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,25 @@ from collections.abc import Callable
 import torch
 from tqdm import tqdm
 
+# Messages of the RuntimeErrors of the CUDA driver, cuBLAS and cuDNN, which torch.OutOfMemoryError does not cover.
+GPU_OUT_OF_MEMORY = r"CUDA error: out of memory|CU\w+_STATUS_ALLOC_FAILED"
+
 
 class UserError(Exception):
-    """Something the user gave cannot be used; the message is one line that names it and says what to do."""
+    """An input that cannot be used. The message is one line with the input, its value and the remedy."""
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command-line entry point; what the user or the system can cause becomes one line, without a traceback."""
-    # Python reads bytes of a file name that are not UTF-8 as surrogates, which a strict stdout refuses to print.
+    """Run a command's main function. Errors that `explain` knows end it with one line on stderr, without a traceback.
+
+    Exit status: 2 after such an error, 130 after Ctrl-C, 1 if the reader of a pipe has closed it.
+    """
+    # File names that are not UTF-8 contain surrogates, which stdout cannot encode by default.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         sys.stderr.close()
         sys.exit(1)
     except KeyboardInterrupt:
@@ -34,41 +40,41 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def explain(error: BaseException) -> str | None:
-    """The error in one line if the user or the system caused it; None for a bug, which needs its traceback."""
+    """One line for an error that the user or the system caused; None for a bug, which needs its traceback."""
     if isinstance(error, UserError):
         line = str(error)
     elif isinstance(error, OSError):
-        line = f"{error.filename or 'the system'}: {error.strerror or error}; give a place that can be used"
-    elif isinstance(error, torch.OutOfMemoryError):
+        line = f"{error.filename or 'the system'}: {error.strerror or error}; give another path"
+    elif isinstance(error, torch.OutOfMemoryError) or re.search(GPU_OUT_OF_MEMORY, str(error)):
         wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
         line = f"the GPU is out of memory{f' for {wanted[1]} more' if wanted else ''}; use smaller batches "
         line += "(in training also --accumulate), a smaller --image-size or --width, or --device cpu"
     elif isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
-        line = "the memory of this machine does not suffice; use smaller batches, a smaller --image-size or --width"
+        line = "this machine is out of memory; use smaller batches, a smaller --image-size or --width"
     else:
         return None
     return one_line(line)
 
 
 def first_sentence(error: BaseException) -> str:
-    """Of a library's error, whose text may go on for pages; its type where it has none."""
+    """The first sentence of an error message, at most 200 characters; the type of the error if it has no message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text.split(". ")[0].removesuffix(".")[:200]
 
 
 def warn(text: str) -> None:
-    """Print a warning as one line on stderr, above a progress bar if there is one."""
+    """Print a warning as one line on stderr, above the progress bar if one is shown."""
     tqdm.write(f"warning: {one_line(text)}", file=sys.stderr)
     sys.stderr.flush()
 
 
 def one_line(text: str) -> str:
-    """The text as it can be printed anywhere; names of files may hold line breaks, and bytes that are not UTF-8."""
+    """The text without line breaks and without characters that UTF-8 cannot encode; file names may contain both."""
     return printable(text).replace("\n", "\\n")
 
 
 def printable(name: str) -> str:
-    """The text with everything that UTF-8 cannot encode written as a backslash sequence."""
+    """The text with a backslash sequence for each character that UTF-8 cannot encode."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 

@@ -1,13 +1,19 @@
-"""Command lines that are generated from dataclasses, by tyro.
+"""Command lines that tyro generates from dataclasses.
 
-Tyro is imported only where a command line is read, so that the library, the trainer and the benchmarks work without it.
-In the dataclasses, Annotated[int | None, "INT"] says what the help text shows for the value.
+Only `read_options` imports tyro, so that the library, the trainer and the benchmarks work without it.
+
+A dataclass gives the help texts: a docstring under each field, and Annotated[int | None, "INT", "one per core"] for
+the placeholder of the value and the text that the help shows for the default None. The help groups the options of a
+dataclass by the dataclasses that it inherits from, the last base first: class DataOptions makes the group
+"data options".
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, TypeVar, get_origin, get_type_hints
+import dataclasses
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
 from .errors import UserError
 
@@ -17,17 +23,59 @@ Options = TypeVar("Options")
 def read_options(
     options: type[Options], command: str, arguments: Sequence[str] | None = None, default: Options | None = None
 ) -> Options:
-    """The options that a command line gives: `arguments`, or those of the process; exits by itself for --help.
+    """Parse a command line into an instance of a dataclass; --help prints the options and exits.
 
-    options: a dataclass; command: its name in the help text; default: what the options are where nothing is given.
-    Raises UserError where tyro is missing.
+    command: module name that the help shows after `python -m`. arguments: sys.argv[1:] if None.
+    default: values of the options that the command line leaves out; if None, the defaults of the fields.
+    Raises UserError if tyro is not installed.
     """
     try:
         import tyro
     except ModuleNotFoundError:
         raise UserError("tyro, which reads the options of commands, is not installed: run `pip install tyro`") from None
-    for name, hint in get_type_hints(options, include_extras=True).items():
+    groups = {_title(base): _view(base, tyro) for base in reversed(options.__bases__) if dataclasses.is_dataclass(base)}
+    if groups:
+        namespace = {"__doc__": options.__doc__}
+        shown = dataclasses.make_dataclass(options.__name__, groups.items(), namespace=namespace)
+        markers = (tyro.conf.OmitArgPrefixes,)
+        start = None if default is None else shown(**{name: _copy(default, view) for name, view in groups.items()})
+    else:
+        shown, markers = _view(options, tyro), ()
+        start = None if default is None else _copy(default, shown)
+    given = tyro.cli(shown, prog=f"python -m {command}", args=arguments, default=start, config=markers)
+    parts = [getattr(given, name) for name in groups] or [given]
+    return options(**{name: value for part in parts for name, value in _values(part).items()})
+
+
+def _title(group: type) -> str:
+    """The name of a group in the help, to which tyro appends "options": "data" for class DataOptions."""
+    return group.__name__.removesuffix("Options").lower()
+
+
+def _view(options: type, tyro: ModuleType) -> type:
+    """A subclass whose annotations are in tyro's form; the class itself does not change."""
+    hints, fields = get_type_hints(options, include_extras=True), []
+    for field in dataclasses.fields(options):
+        hint = hints[field.name]
         if get_origin(hint) is Annotated:
-            marks = [tyro.conf.arg(metavar=mark) if isinstance(mark, str) else mark for mark in hint.__metadata__]
-            options.__annotations__[name] = Annotated[hint.__origin__, *marks]
-    return tyro.cli(options, prog=f"python -m {command}", args=arguments, default=default)
+            metavar, *none = hint.__metadata__
+            argument = tyro.conf.arg(metavar=metavar, help_behavior_hint=_hint(none[0]) if none else None)
+            fields.append((field.name, Annotated[hint.__origin__, argument], dataclasses.field(default=field.default)))
+    frozen = options.__dataclass_params__.frozen
+    return dataclasses.make_dataclass(
+        options.__name__, fields, bases=(options,), namespace={"__doc__": options.__doc__}, frozen=frozen
+    )
+
+
+def _hint(none: str) -> Callable[[str], str]:
+    """How the help shows a default: `none` instead of None."""
+    return lambda default: f"(default: {none if default == 'None' else default})"
+
+
+def _values(options: Any) -> dict[str, Any]:
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+
+
+def _copy(source: Any, target: type[Options]) -> Options:
+    """An instance of `target` with the values of the fields that `source` has under the same names."""
+    return target(**{field.name: getattr(source, field.name) for field in dataclasses.fields(target)})

@@ -1,12 +1,12 @@
-"""Train Semi-MoE: `python -m semimoe_fast.train`, `--help` for everything it takes.
+"""Train Semi-MoE: `python -m semimoe_fast.train`; `--help` lists the options.
 
-A run folder holds config.json, metrics.jsonl (a line an epoch), best.safetensors and last.safetensors, curves.png and
-overlays.png, and is locked while a process trains in it. A run that was interrupted or killed continues with
-`--resume FOLDER` and ends as if it had not been.
+A run folder holds config.json, metrics.jsonl (one line per epoch), best.safetensors, last.safetensors, curves.png and
+overlays.png. A process locks the folder while it trains. `--resume FOLDER` continues an interrupted or killed run; the
+result is bitwise that of an uninterrupted run.
 
-Images from --data are decoded by the first of the runs that lie beside each other; the others find them in `cache`.
+Runs whose folders have the same parent share the decoded images of --data in PARENT/cache.
 
-`torchrun --nproc-per-node N -m semimoe_fast.train` trains the same run on N devices; rank 0 alone writes and prints.
+`torchrun --nproc-per-node N -m semimoe_fast.train` trains one run on N devices; only rank 0 writes and prints.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .training.sources import load_data
 
 
 def main(arguments: Sequence[str] | TrainConfig | None = None) -> None:
-    """Train as a command line says, that of the process by default, or as a configuration does. Raises UserError."""
+    """Train with command-line arguments (sys.argv[1:] if None) or with a configuration. Raises UserError."""
     with FolderLock() as lock:
         run = train(arguments, lock)
         if run.world.is_main:
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | TrainConfig | None = None) -> None:
 
 
 def train(arguments: Sequence[str] | TrainConfig | None, lock: FolderLock) -> Run:
-    """Train to the last epoch; exits where a signal interrupts that."""
+    """Train to the last epoch; exit with status 128 + signal number if a signal interrupts the run."""
     with distributed.join() as world:
         config = world.main_first(lambda: configuration(arguments, world, lock))
         if config.threads is not None:
@@ -46,7 +46,7 @@ def train(arguments: Sequence[str] | TrainConfig | None, lock: FolderLock) -> Ru
         device = world.device(config.device)
         settings = configure(device, config.precision, config.deterministic)
         cache = Cache(cache_folder(config), writes=world.is_main)
-        data, val = world.main_first(lambda: load_data(config, cache))  # the others find what it decoded
+        data, val = world.main_first(lambda: load_data(config, cache))  # the other ranks read the cache of rank 0
         if config.resume:
             run = Run.resume(config, data, val, device, world)
         else:
@@ -54,7 +54,7 @@ def train(arguments: Sequence[str] | TrainConfig | None, lock: FolderLock) -> Ru
         if world.is_main:
             print(f"{settings}; {run.trainer.settings}", flush=True)
         remedy = f"continue with: {world.command} --resume {run.folder}"
-        with Interruption(world) as interruption, world.watched(remedy):
+        with Interruption(world) as interruption, world.exit_on_lost_rank(remedy):
             if not run.train(interruption):
                 if world.is_main:
                     print(f"interrupted by {interruption.name}; {remedy}", flush=True)
@@ -63,7 +63,7 @@ def train(arguments: Sequence[str] | TrainConfig | None, lock: FolderLock) -> Ru
 
 
 def configuration(given: Sequence[str] | TrainConfig | None, world: World, lock: FolderLock) -> TrainConfig:
-    """What is asked for, checked, once its run folder is known to be free: to decode the images may take hours."""
+    """The checked configuration of the run. Raises UserError if the run folder is in use, before images are decoded."""
     if isinstance(given, TrainConfig):
         config = given
         config.check(world.size)

@@ -1,4 +1,4 @@
-"""JSON values of files, checked against type hints; whatever is wrong is one line with file, value and remedy."""
+"""Checks of JSON values from files against type hints."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .errors import UserError
 
 
 def check_types(path: Path, title: str, values: Any, hints: Mapping[str, Any], remedy: str) -> dict[str, Any]:
-    """The values, if they are a JSON object with at least these keys, of these types; else raise UserError.
+    """Return `values` if they are a dict with all keys of `hints` and values of these types; else raise UserError.
 
-    title: what the file calls the object; hints: int, float, str, bool, None, Path, Literal, their unions, and tuples.
+    title: name of the object in the message. hints: int, float, str, bool, None, Path, Literal, their unions, tuples.
     """
     if not isinstance(values, dict):
         raise UserError(f"{path}: {title} is {shown(values)}, not an object; {remedy}")
@@ -23,14 +23,16 @@ def check_types(path: Path, title: str, values: Any, hints: Mapping[str, Any], r
         if name not in values:
             raise UserError(f"{path}: {title} has no {name}; {remedy}")
         if not matches(values[name], hint):
-            raise UserError(f"{path}: {name} of {title} is {shown(values[name])}, not {words(hint)}; {remedy}")
+            raise UserError(
+                f"{path}: {name} of {title} is {shown(values[name])}, not {type_description(hint)}; {remedy}"
+            )
     return values
 
 
 def matches(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of a type, which may also be a dict[str, ...].
+    """Whether a JSON value has a type: one of those of `check_types`, or dict[str, ...].
 
-    A tuple is a list in JSON; a float may be an integer there, but must be finite.
+    JSON stores a tuple as a list. A float may be an integer in JSON, and must be finite.
     """
     kind, arguments = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
@@ -47,21 +49,21 @@ def matches(value: Any, hint: Any) -> bool:
     return type(value) is (str if hint is Path else hint)
 
 
-def words(hint: Any) -> str:
-    """A type as a message names it."""
+def type_description(hint: Any) -> str:
+    """The description of a type in an error message, such as "an integer or null"."""
     kind, arguments = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
-        return " or ".join(map(words, arguments))
+        return " or ".join(map(type_description, arguments))
     if kind is Literal:
         return " or ".join(map(repr, arguments))
     if kind is tuple:
-        elements = f"each {words(arguments[0])}"
+        elements = f"each {type_description(arguments[0])}"
         return f"a list, {elements}" if arguments[-1] is ... else f"a list of {len(arguments)}, {elements}"
     names = {int: "an integer", float: "a finite number", str: "a string", Path: "a path", bool: "true or false"}
     return "null" if hint is NoneType else names[hint]
 
 
 def shown(value: Any) -> str:
-    """A JSON value, cut where it is long."""
+    """A JSON value as text of at most 60 characters."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

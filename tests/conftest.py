@@ -1,4 +1,4 @@
-"""Fixtures of every test: golden archives, runs of a few steps, poisoned memory."""
+"""Fixtures and settings of all tests: golden archives, tiny runs, NaN-filled memory."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-# On a busy machine, threads that spin at barriers starve each other.
+# On a busy machine, threads that spin at barriers block each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which share the cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # several pytest processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -17,7 +17,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which so far nothing has done
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads this on import, which comes later
 
 from semimoe_fast import synthetic, train
 from semimoe_fast.training.config import SYNTHETIC, TrainConfig
@@ -29,19 +29,19 @@ RESEARCH_ONLY = {"targets_glas"}  # holds GlaS content, which may not be distrib
 
 @pytest.fixture(autouse=True, scope="session")
 def _settings_of_every_test() -> None:
-    """For what is computed in fixtures that serve several tests."""
+    """Apply the settings before session and module fixtures run."""
     set_torch()
 
 
 @pytest.fixture(autouse=True)
 def _settings(_settings_of_every_test: None) -> None:
-    """Whatever an earlier test has left, and the same random numbers every time."""
+    """Restore the settings, which an earlier test may have changed, and the seed."""
     set_torch()
     torch.manual_seed(0)
 
 
 def set_torch() -> None:
-    """torch.empty is filled with NaN, so that unwritten outputs show; float32 on a GPU is float32, not TF32."""
+    """Fill torch.empty with NaN, so that tests see unwritten outputs; turn TF32 off on GPUs."""
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -50,7 +50,7 @@ def set_torch() -> None:
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], dict[str, np.ndarray]]:
-    """Load a golden archive, written by the published implementation, as a dict of arrays."""
+    """Function that loads a golden archive of the published implementation as a dict of arrays."""
 
     def load(name: str) -> dict[str, np.ndarray]:
         folder = SHARED / "golden" if name in RESEARCH_ONLY else GOLDEN
@@ -76,7 +76,7 @@ def glas_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny() -> list[str]:
-    """Options of a training run of six steps; skips where the parser of command lines is missing."""
+    """Command-line options of a run of six steps; skips without tyro. Prefer `tiny_config`."""
     pytest.importorskip("tyro")
     sizes = "--synthetic 2 4 2 --image-size 32 --width 2 --epochs 3 --labeled-batch 2 --unlabeled-batch 2"
     return f"{sizes} --warmup-epochs 1 --lr 0.1 --val-every 1 --device cpu --seed 3".split()
@@ -84,7 +84,7 @@ def tiny() -> list[str]:
 
 @pytest.fixture(scope="session")
 def tiny_config() -> TrainConfig:
-    """The same run as a configuration."""
+    """The configuration of the run of `tiny`."""
     return dataclasses.replace(
         SYNTHETIC,
         synthetic=(2, 4, 2),
@@ -103,7 +103,7 @@ def tiny_config() -> TrainConfig:
 
 @pytest.fixture(scope="session")
 def finished(tiny_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of such a run that nothing disturbed."""
+    """The folder of a finished run of `tiny_config`."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     train.main(dataclasses.replace(tiny_config, out=folder))
     return folder
@@ -111,7 +111,7 @@ def finished(tiny_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def glands_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The GlaS layout: one labeled image, four unlabeled, two for validation."""
+    """Data folder in the GlaS layout: one labeled, four unlabeled and two validation images."""
     folder = tmp_path_factory.mktemp("data") / "glands"
     synthetic.write(synthetic.Folder(folder, labeled=1, unlabeled=4, val=2, size=40))
     return folder

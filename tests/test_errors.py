@@ -1,4 +1,4 @@
-"""What becomes one line on the command line, and what keeps its traceback."""
+"""Errors that a command prints as one line, and errors that keep their traceback."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ CPU = (
     [
         (UserError("x: is no y; give z"), "x: is no y; give z"),
         (UserError("a\nb: is no y"), "a\\nb: is no y"),
-        (OSError(2, "No such file or directory", "f"), "f: No such file or directory; give a place that can be used"),
+        (OSError(2, "No such file or directory", "f"), "f: No such file or directory; give another path"),
         (
             torch.OutOfMemoryError(GPU),
             "the GPU is out of memory for 2.00 GiB more; use smaller batches (in training ",
         ),
-        (RuntimeError(CPU), "the memory of this machine does not suffice; use smaller batches"),
-        (MemoryError(), "the memory of this machine does not suffice; use smaller batches"),
+        (RuntimeError("CUDA error: out of memory"), "the GPU is out of memory; use smaller batches"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(h)`"), "the GPU is out of me"),
+        (RuntimeError(CPU), "this machine is out of memory; use smaller batches"),
+        (MemoryError(), "this machine is out of memory; use smaller batches"),
     ],
 )
-def test_errors_of_the_user_or_the_system_are_one_line(error: Exception, line: str, capsys) -> None:
+def test_user_and_system_errors_are_one_line(error: Exception, line: str, capsys) -> None:
     def fail() -> None:
         raise error
 
@@ -39,7 +41,7 @@ def test_errors_of_the_user_or_the_system_are_one_line(error: Exception, line: s
     assert told.count("\n") == 1
 
 
-def test_remedy_of_a_full_gpu_names_the_options(capsys) -> None:
+def test_gpu_memory_error_names_the_options(capsys) -> None:
     def fail() -> None:
         raise torch.OutOfMemoryError(GPU)
 

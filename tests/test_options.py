@@ -1,15 +1,19 @@
-"""Command lines from dataclasses, and all that works where their parser is missing."""
+"""Command lines from dataclasses, and the package without tyro."""
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated, get_type_hints
 
 import pytest
 
 from semimoe_fast import train
 from semimoe_fast.errors import UserError
+from semimoe_fast.options import read_options
 from semimoe_fast.training import config
 from semimoe_fast.training.config import TrainConfig
 
@@ -30,31 +34,58 @@ assert "semimoe_fast.training.trainer" in names
 """
 
 
-def test_everything_can_be_imported_without_the_parser() -> None:
+def test_all_modules_import_without_tyro() -> None:
     done = subprocess.run([sys.executable, "-c", IMPORT_ALL], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_command_without_the_parser_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_without_tyro_raises_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tyro", None)
     with pytest.raises(UserError, match="tyro, which reads the options of commands, is not installed: run `pip"):
         config.parse([])
 
 
-def test_options_are_the_configuration(tiny: list[str], tiny_config: TrainConfig) -> None:
+def test_parsed_options_equal_the_configuration(tiny: list[str], tiny_config: TrainConfig) -> None:
     assert config.parse(tiny) == tiny_config
 
 
-def test_a_configuration_is_checked() -> None:
+def test_main_checks_a_configuration() -> None:
     with pytest.raises(UserError, match="--width is 0"):
         train.main(TrainConfig(width=0))
 
 
-def test_help_shows_what_a_value_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_is_grouped_and_shows_placeholders_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tyro")
-    for _ in range(2):  # as often as one likes
-        with pytest.raises(SystemExit):
-            config.parse(["--help"])
-        text = capsys.readouterr().out
-        assert "--data DIR" in text
-        assert "--ema DECAY" in text
+    with pytest.raises(SystemExit):
+        config.parse(["--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    groups = ("data", "model", "schedule", "loss", "computing", "output")
+    assert sorted(groups, key=lambda group: text.index(f"{group} options")) == list(groups)
+    assert "--data DIR Folder of the parts, each PART/image and PART/mask. (default: synthetic glands)" in text
+    assert "--ema DECAY" in text
+    assert "--threads INT Number of CPU threads. (default: 1)" in text  # the default of synthetic glands is not None
+
+
+def test_every_training_option_has_one_line_of_help(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    pytest.importorskip("tyro")
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit):
+        config.parse(["--data", "DIR", "--help"])
+    lines = [line.strip(" │|") for line in capsys.readouterr().out.splitlines() if "(default: " in line]
+    assert len(lines) == len(dataclasses.fields(TrainConfig))
+    assert [line for line in lines if not re.fullmatch(r"(--\S+ .*)?[A-Z].*\(default: .*\)", line)] == []
+
+
+@dataclasses.dataclass(frozen=True)
+class Ungrouped:
+    """A command."""
+
+    path: Annotated[Path, "FILE"]
+    count: Annotated[int | None, "INT", "all"] = None
+
+
+def test_parsing_leaves_the_dataclass_unchanged() -> None:
+    pytest.importorskip("tyro")
+    before = get_type_hints(Ungrouped, include_extras=True)
+    assert read_options(Ungrouped, "command", ["--path", "a", "--count", "2"]) == Ungrouped(Path("a"), 2)
+    assert get_type_hints(Ungrouped, include_extras=True) == before

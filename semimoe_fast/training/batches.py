@@ -1,8 +1,8 @@
-"""The batches of an epoch: which images, in which order, and how each is to be augmented.
+"""The batches of an epoch: image indices, their order, and the augmentation parameters of every image.
 
-Order and augmentation are drawn on the CPU by generators keyed by (seed, epoch, step), so that they depend neither on
-where the images are nor on what was drawn before, and need not be saved to resume a run. Among several processes all
-draw those of the global batch, of which each takes its rows.
+Generators on the CPU, keyed by (seed, epoch, step), draw order and augmentation. The draws do not depend on the device
+of the images or on earlier draws, so a checkpoint need not store generator states. With several processes, each
+process draws for the global batch and keeps its own rows.
 """
 
 from __future__ import annotations
@@ -24,21 +24,23 @@ from .config import TrainConfig
 from .distributed import World
 from .schedule import epoch_order, generator
 
-ORDER, LABELED, UNLABELED = range(3)  # streams of random numbers
-AHEAD = 2  # batches made while the device computes
+ORDER, LABELED, UNLABELED = range(3)  # keys of independent random streams
+PREFETCHED = 2  # batches that a thread prepares while the device computes
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class TrainingData:
+    """Labeled images with masks, unlabeled images (None for the supervised baseline), and the normalization."""
+
     labeled: Dataset
     unlabeled: Dataset | None
     preprocessing: Preprocessing
 
 
 class Images(NamedTuple):
-    """B images as they are stored, and what is to be done to them."""
+    """B stored images with their masks and augmentation parameters."""
 
     images: Tensor  # uint8 (B, 3, S, S)
     masks: Tensor | None  # uint8 (B, S, S)
@@ -46,28 +48,29 @@ class Images(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What one step of a process learns from."""
+    """The images of one process in one step."""
 
     labeled: Images
     unlabeled: Images | None
 
     def parts(self, count: int) -> list[Batch]:
-        """The batch cut into equal parts, the first images of each kind in the first of them."""
+        """Split the batch into `count` equal parts along the batch dimension."""
         return [map_tensors(self, lambda t, part=part: t.chunk(count)[part]) for part in range(count)]
 
 
 class Batches:
-    """The batches of any epoch of a run, on the device.
+    """The batches of a run, on the device, for any epoch.
 
-    data_device: where the images stay, "device" or "host"; from the host they come pinned, while the device computes.
+    data_device: memory of all images, "device" or "host". From the host, a thread prepares batches ahead in pinned
+    memory, and copies to the device overlap with computation.
     """
 
     def __init__(self, config: TrainConfig, data: TrainingData, device: torch.device, world: World) -> None:
         self.config, self.device, self.world = config, device, world
         self.data_device = data_device(config.data_device, data, device)
-        home = device if self.data_device == "device" else torch.device("cpu")
-        self.labeled = data.labeled.images.to(home), data.labeled.masks.to(home)
-        self.unlabeled = None if data.unlabeled is None else (data.unlabeled.images.to(home), None)
+        memory = device if self.data_device == "device" else torch.device("cpu")
+        self.labeled = data.labeled.images.to(memory), data.labeled.masks.to(memory)
+        self.unlabeled = None if data.unlabeled is None else (data.unlabeled.images.to(memory), None)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -78,18 +81,18 @@ class Batches:
         return -(-len(self.labeled[0]) // self.config.labeled_batch)
 
     def of_epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The batches of the epoch's steps from `first_step` on."""
-        batches = self._stored(epoch, first_step)
+        """The batches of an epoch, on the device, from step `first_step` on."""
+        batches = self._on_data_device(epoch, first_step)
         if self.data_device == "host":
-            batches = ahead(batches, AHEAD)
+            batches = prefetch(batches, PREFETCHED)
         for batch in batches:
             yield map_tensors(batch, lambda t: t.to(self.device, non_blocking=True))
 
-    def _stored(self, epoch: int, first_step: int) -> Iterator[Batch]:
-        """The same before they are brought to the device."""
+    def _on_data_device(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        """The batches of `of_epoch` in the memory of the images."""
         c, steps = self.config, self.steps_per_epoch
         random = generator(c.seed, epoch, ORDER)
-        # in this order, because they draw from one generator
+        # labeled before unlabeled, because both draw from one generator
         labeled = self._rows(self.labeled[0], steps, c.labeled_batch, random)
         unlabeled = None
         if self.unlabeled is not None:
@@ -101,11 +104,11 @@ class Batches:
             yield Batch(self._images(self.labeled, labeled[step], generator(c.seed, epoch, LABELED, step)), others)
 
     def _rows(self, images: Tensor, steps: int, batch: int, random: torch.Generator) -> Tensor:
-        """Which images the steps of an epoch take, int64 (steps, batch), where the images are."""
+        """Image indices of all steps of an epoch, int64 (steps, batch), on the device of the images."""
         return epoch_order(len(images), steps * batch, random).view(steps, batch).to(images.device)
 
     def _images(self, stored: tuple[Tensor, Tensor | None], rows: Tensor, random: torch.Generator) -> Images:
-        """This process's share of the global batch that the rows of the data set make up."""
+        """This process's part of the global batch. rows: image indices of the global batch, int64."""
         share = self.world.share(len(rows))
         augmentation = augment.draw(len(rows), self.config.image_size, random)
         batch = Images(
@@ -119,7 +122,7 @@ class Batches:
 def data_device(
     wanted: Literal["auto", "device", "host"], data: TrainingData, device: torch.device
 ) -> Literal["device", "host"]:
-    """Where the images stay; auto: on the device, unless they would take more than half of what it has free."""
+    """Memory for the images; auto means the device unless the images need more than half of its free memory."""
     if wanted != "auto":
         return wanted
     if device.type != "cuda":
@@ -129,18 +132,18 @@ def data_device(
     return "device" if sum(part.numel() for part in parts) <= free / 2 else "host"
 
 
-def ahead(items: Iterator[T], count: int) -> Iterator[T]:
-    """The items, of which up to `count` are made by a thread before they are asked for."""
+def prefetch(items: Iterator[T], count: int) -> Iterator[T]:
+    """The items in order; a thread computes up to `count` of them in advance."""
     end = object()
     with ThreadPoolExecutor(1, "batches") as thread:
-        coming = deque(thread.submit(next, items, end) for _ in range(count))
-        while (item := coming.popleft().result()) is not end:
-            coming.append(thread.submit(next, items, end))
+        pending = deque(thread.submit(next, items, end) for _ in range(count))
+        while (item := pending.popleft().result()) is not end:
+            pending.append(thread.submit(next, items, end))
             yield item
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The function of every tensor of nested named tuples, in the same named tuples; None stays None."""
+    """Nested named tuples with the function applied to every tensor; None stays None."""
     if value is None:
         return None
     if isinstance(value, Tensor):

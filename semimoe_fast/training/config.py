@@ -1,6 +1,6 @@
-"""The configuration of a training run: one dataclass, from which the command line is generated.
+"""The configuration of a training run: one dataclass, from which `options` generates the command line.
 
-The run folder keeps it as config.json and every checkpoint carries it.
+The run folder stores it as config.json, and every checkpoint holds a copy.
 """
 
 from __future__ import annotations
@@ -23,130 +23,159 @@ from ..validation import check_types
 NONE = "none"
 CONFIG_FILE = "config.json"
 REMEDY = "restore the file as the run wrote it, or start a new run"
-MOST = {
+LARGEST = {  # other integers: 2**31 - 1
     "width": 4096,
     "image_size": MOST_PIXELS,
     "threads": 4096,
     "seed": 2**63 - 1,
-}  # any other integer: what 32 bits hold
-PLACE = ("data", "device", "threads", "data_device", "cuda_graph", "profile")  # what a resumed run may change
+}
+MUTABLE = ("data", "device", "threads", "data_device", "cuda_graph", "profile")  # options that --resume may change
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Train Semi-MoE (arXiv 2509.13834) on few labeled and many unlabeled gland images.
+class DataOptions:
+    """Without --data, the run draws synthetic glands."""
 
-    Without --data it trains on synthetic glands that it draws itself, small enough for a CPU; with --data the defaults
-    are the published recipe (add --data DIR to --help to see them).
-    """
-
-    data: Annotated[Path | None, "DIR"] = None
-    """Folder with the parts below, each PART/image and PART/mask; none: synthetic glands."""
-    labeled: Annotated[str | None, "NAME"] = None
-    """Labeled part; by default the only train_sup_* of the folder."""
-    unlabeled: Annotated[str | None, "NAME"] = None
-    """Unlabeled part (its masks are ignored); by default the only train_unsup_*; `none`: the supervised baseline (give
-    it as many steps with --steps-per-epoch)."""
-    val: str = "val"
-    """Validation part."""
-    synthetic: tuple[int, int, int] = (8, 64, 80)
-    """Synthetic images: labeled (of a laboratory that stains weakly), unlabeled, validation."""
-    out: Annotated[Path | None, "DIR"] = None
-    """Run folder, new; by default runs/NAME-DATE-TIME."""
-    resume: Annotated[Path | None, "RUN"] = None
-    """Run folder to continue; it brings its own configuration."""
-
+    data: Annotated[Path | None, "DIR", "synthetic glands"] = None
+    """Folder of the parts, each PART/image and PART/mask."""
+    labeled: Annotated[str | None, "NAME", "the only train_sup_*"] = None
+    """Labeled part of the folder."""
+    unlabeled: Annotated[str | None, "NAME", "the only train_unsup_*"] = None
+    """Unlabeled part; `none` trains the supervised baseline."""
+    val: Annotated[str, "NAME"] = "val"
+    """Validation part of the folder."""
+    synthetic: Annotated[tuple[int, int, int], "INT INT INT"] = (8, 64, 80)
+    """Numbers of labeled, unlabeled and validation images to draw."""
     image_size: int = 256
-    """Side in pixels to which images are resized, a multiple of 16."""
+    """Side to which images are resized, in pixels, a multiple of 16."""
     normalization: Literal["measured", "glas", "crag"] = "measured"
-    """Mean and std of the images: measured on the training images, or the published ones of GlaS or CRAG."""
+    """Mean and std: of the training images, or published."""
     ring_radius: float = 2.0
-    """Width in pixels of the boundary target."""
+    """Width of the boundary target, in pixels."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """Three expert U-Nets and the gating network."""
 
     width: int = 64
-    """Channels of the U-Nets' first level; the deepest has 16 times as many."""
+    """Channels of a U-Net's first level; the deepest has 16 times as many."""
+    dropout: float = 0.1
+    """Dropout probability in the gates."""
+    joint_forward: bool = False
+    """Run labeled and unlabeled images as one batch: faster, shared BN statistics."""
+    sync_bn: bool = False
+    """Compute BN statistics over all processes, not per process."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleOptions:
+    """Steps, learning rate and optimizers. All processes share a batch."""
 
     epochs: int = 200
-    """Epochs of the whole run; the schedules below follow it."""
-    steps_per_epoch: Annotated[int | None, "INT"] = None
-    """Steps of an epoch; by default one pass over the unlabeled part (of the labeled, if alone)."""
+    """Number of epochs."""
+    steps_per_epoch: Annotated[int | None, "INT", "one pass over the unlabeled part"] = None
+    """Steps in an epoch."""
     labeled_batch: int = 2
-    """Labeled images of a step, of all processes together; a small labeled part is repeated."""
+    """Labeled images in a step; a small part is repeated."""
     unlabeled_batch: int = 2
-    """Unlabeled images of a step, of all processes together."""
+    """Unlabeled images in a step."""
+    accumulate: Annotated[int, "PARTS"] = 1
+    """Split a batch into PARTS: less memory, BN statistics per part."""
     lr: float = 0.5
-    """Learning rate of SGD after the warm-up."""
+    """SGD learning rate after the warm-up."""
+    scale_lr: bool = False
+    """Multiply --lr by the images in a step / 4 (supervised baseline: / 2)."""
     momentum: float = 0.9
-    """Of SGD."""
+    """SGD momentum."""
     weight_decay: float = 5e-5
-    """Of both optimizers."""
+    """Weight decay of SGD and Adam."""
     warmup_epochs: int = 20
-    """Epochs in which the learning rate grows from 0."""
+    """Epochs of linear growth of the learning rate from 0."""
     decay_epochs: int = 50
     """Epochs between two decays of the learning rate."""
     decay: float = 0.5
-    """Factor on the learning rate at each decay."""
-    log_var_lr: float = 0.05
-    """Learning rate of Adam for the loss weights s."""
-    unsupervised_weight: float = 0.5
-    """u of the last epoch; it grows linearly from 0."""
-    coefficients: tuple[float, float, float] = (1.0, 0.5, 1.0)
-    """Weights of the mask, sdf and boundary objectives ahead of exp(-s)."""
-    regularizer: float = 0.4
-    """Factor of exp(s) in the adaptive loss."""
-    initial_log_var: float = 1.0
-    """s at the start."""
-    dropout: float = 0.1
-    """In the gates."""
-    accumulate: Annotated[int, "PARTS"] = 1
-    """Cut every batch into so many parts, trained one after the other before the optimizer's step: less memory, but
-    batch normalization sees each part alone."""
-    joint_forward: bool = False
-    """Labeled and unlabeled images as one batch through the U-Nets: fewer, larger kernels, but batch normalization
-    sees both together."""
-    ema: Annotated[float | None, "DECAY"] = None
-    """Validate, and keep as best, a moving average of the weights, in which a step weighs DECAY times as much as the
-    next: 0.99 averages over about 100 steps."""
-    scale_lr: bool = False
-    """Multiply --lr by the images of a step over those of the published recipe (2 labeled and 2 unlabeled)."""
-    sync_bn: bool = False
-    """Batch normalization over the batches of all processes (torchrun); without it each normalizes its own rows."""
-
-    val_every: int = 1
-    """Epochs between two validations; the last epoch is always validated."""
-    save_every: int = 1
-    """Epochs between two checkpoints."""
-    precision: Precision = "auto"
-    """auto: bf16 autocast on CUDA, fp32 on the CPU."""
-    compile: Compile = "none"
-    """torch.compile of the U-Nets: default, or max with kernels chosen by trial. It takes a minute or more."""
-    cuda_graph: bool = True
-    """Replay the whole step as one CUDA graph, where a single CUDA device trains."""
-    deterministic: bool = False
-    """The same bits again from the same seed on a GPU too, at some cost in speed; on the CPU that is so anyway."""
-    data_device: Literal["auto", "device", "host"] = "auto"
-    """Where the images wait: auto keeps them on the device unless they would take half of its free memory."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N; auto takes CUDA where there is one."""
-    threads: Annotated[int | None, "INT"] = None
-    """CPU threads; by default as many as torch takes. Runs are bitwise equal at equal numbers of threads."""
-    profile: bool = False
-    """Profile a few early steps: where their time goes as a table, and a Chrome trace in the run folder."""
+    """Factor of each decay."""
+    ema: Annotated[float | None, "DECAY", "off"] = None
+    """Validate an EMA of the weights; 0.99 averages about 100 steps."""
     seed: int = 0
-    """Of weights, order, augmentation, dropout and synthetic images."""
+    """Seed of weights, order, augmentation, dropout and synthetic images."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """Labeled loss + u * unlabeled loss; each is sum(coefficient * exp(-s) * term + regularizer * exp(s))."""
+
+    coefficients: Annotated[tuple[float, float, float], "MASK SDF BOUNDARY"] = (1.0, 0.5, 1.0)
+    """Fixed coefficients of the three terms."""
+    regularizer: float = 0.4
+    """Coefficient of exp(s)."""
+    initial_log_var: float = 1.0
+    """Initial value of every s."""
+    log_var_lr: float = 0.05
+    """Adam learning rate of s."""
+    unsupervised_weight: float = 0.5
+    """Value of u in the last epoch; u grows linearly from 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputingOptions:
+    """Device and speed. Results are bitwise reproducible on the CPU with the same number of threads."""
+
+    device: Annotated[str, "NAME"] = "auto"
+    """Device: cpu, cuda or cuda:N; auto takes CUDA if available."""
+    threads: Annotated[int | None, "INT", "torch's choice"] = None
+    """Number of CPU threads."""
+    precision: Precision = "auto"
+    """Arithmetic of the networks; auto: bf16 on CUDA, fp32 on the CPU."""
+    compile: Compile = "none"
+    """Compile the U-Nets with torch.compile (a minute or more); max also tunes."""
+    cuda_graph: bool = True
+    """Replay a step as one CUDA graph, if a single CUDA device trains."""
+    deterministic: bool = False
+    """Make runs on a GPU bitwise reproducible, but slower."""
+    data_device: Literal["auto", "device", "host"] = "auto"
+    """Memory for the images; auto: device if they fill at most half of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputOptions:
+    """A run folder holds the configuration, metrics, checkpoints and pictures."""
+
+    out: Annotated[Path | None, "DIR", "runs/NAME-DATE-TIME"] = None
+    """New run folder."""
+    resume: Annotated[Path | None, "RUN", "a new run"] = None
+    """Run folder to continue with its own configuration."""
+    val_every: int = 1
+    """Epochs from one validation to the next; the last epoch has one."""
+    save_every: int = 1
+    """Epochs from one checkpoint to the next."""
+    profile: bool = False
+    """Print where the time of a few early steps goes; write a Chrome trace."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(  # fields and help start with the last base
+    OutputOptions, ComputingOptions, LossOptions, ScheduleOptions, ModelOptions, DataOptions
+):
+    """Train Semi-MoE (arXiv 2509.13834) on few labeled and many unlabeled gland images.
+
+    Without --data, the images are synthetic glands and the defaults suit a CPU. With --data, the defaults are the
+    published recipe: `--data DIR --help` shows them.
+    """
 
     @property
     def semi_supervised(self) -> bool:
         return self.unlabeled != NONE
 
     def check(self, processes: int = 1) -> None:
-        """Raise UserError for values that so many processes cannot train with, before anything is read or written."""
+        """Raise UserError for a value that a run of `processes` processes cannot train with."""
         for field in dataclasses.fields(self):
             values = getattr(self, field.name)
             for value in values if isinstance(values, tuple) else [values]:
                 if isinstance(value, float) and not math.isfinite(value):
                     raise UserError(f"{flag(field.name)} is {value}: give a finite number")
-                if isinstance(value, int) and value > (most := MOST.get(field.name, 2**31 - 1)):
+                if isinstance(value, int) and value > (most := LARGEST.get(field.name, 2**31 - 1)):
                     raise UserError(f"{flag(field.name)} is {value}: give at most {most}")
         positive = (
             "image_size width epochs labeled_batch unlabeled_batch decay_epochs val_every save_every lr log_var_lr "
@@ -174,7 +203,7 @@ class TrainConfig:
             raise UserError(f"--synthetic is {self.synthetic}: give at least one labeled and one validation image")
 
     def _check_shares(self, processes: int) -> None:
-        """That every process, and every part of a batch, gets equally many images, and enough."""
+        """Raise UserError unless every part of a batch on every process has the same number of images, and enough."""
         parts = processes * self.accumulate
         sharers = [f"{processes} processes"] if processes > 1 else []
         sharers += [f"--accumulate {self.accumulate}"] if self.accumulate > 1 else []
@@ -192,7 +221,7 @@ class TrainConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; the run folder's own place (out, resume) and a look at its speed are not part of them."""
+        """The options as JSON values, without out, resume and profile, which do not change the results."""
         values = dataclasses.asdict(self)
         for name in ("out", "resume", "profile"):
             del values[name]
@@ -201,12 +230,12 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """What `to_dict` gave."""
+        """The inverse of `to_dict`; out, resume and profile get their defaults."""
         tuples = {name: tuple(values[name]) for name in ("synthetic", "coefficients")}
         return cls(**values | tuples | {"data": None if values["data"] is None else Path(values["data"])})
 
 
-SYNTHETIC = TrainConfig(  # few steps, so a shorter schedule; larger batches steady the statistics of small images
+SYNTHETIC = TrainConfig(  # a short schedule for a CPU; larger batches give small images steadier BN statistics
     image_size=64,
     width=8,
     epochs=40,
@@ -215,7 +244,7 @@ SYNTHETIC = TrainConfig(  # few steps, so a shorter schedule; larger batches ste
     labeled_batch=4,
     unlabeled_batch=4,
     val_every=4,
-    threads=1,  # at this size a second one gains nothing
+    threads=1,  # a second thread gains nothing at this size
 )
 
 
@@ -224,8 +253,11 @@ def flag(name: str) -> str:
 
 
 def parse(arguments: Sequence[str] | None = None, processes: int = 1) -> TrainConfig:
-    """The configuration that a command line asks for, checked. Raises UserError; exits by itself for --help."""
-    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # these two decide on the defaults
+    """The configuration of a command line, checked; --help prints the options and exits.
+
+    arguments: sys.argv[1:] if None. processes: number of processes that train together. Raises UserError.
+    """
+    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # --data and --resume decide the defaults
     first_look.add_argument("--data", nargs="?")
     first_look.add_argument("--resume", nargs="?", type=Path)
     given, _ = first_look.parse_known_args(arguments)
@@ -241,7 +273,7 @@ def parse(arguments: Sequence[str] | None = None, processes: int = 1) -> TrainCo
 
 
 def read_config(run: Path) -> TrainConfig:
-    """The configuration of an existing run folder."""
+    """The configuration that a run folder stores. Raises UserError if the file is missing or damaged."""
     path = run / CONFIG_FILE
     try:
         values = json.loads(path.read_bytes())
@@ -257,12 +289,12 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def _refuse_changes(stored: TrainConfig, config: TrainConfig) -> None:
-    """A resumed run keeps its configuration, but for where and how it computes the same."""
+    """Raise UserError if an option that is not in MUTABLE differs from the stored run."""
     for field in dataclasses.fields(TrainConfig):
         before, now = getattr(stored, field.name), getattr(config, field.name)
         if before != now and field.name == "out":
-            raise UserError(f"--out is {now}, but --resume {stored.resume} continues in its own folder: leave one out")
-        if before != now and field.name not in PLACE:
+            raise UserError(f"--out is {now}, but --resume {stored.resume} writes to its own folder: leave out one")
+        if before != now and field.name not in MUTABLE:
             raise UserError(
                 f"{flag(field.name)} is {now}, but the run in {stored.resume} was started with "
                 f"{'none' if before is None else before}: "

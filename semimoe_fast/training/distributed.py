@@ -1,8 +1,8 @@
-"""One run on several devices: `torchrun --nproc-per-node N -m semimoe_fast.train`, a process for each of them.
+"""One run on several devices, one process per device: `torchrun --nproc-per-node N -m semimoe_fast.train`.
 
-Every process (rank) holds the data and the model and trains its own rows of every batch; DistributedDataParallel
-averages the gradients, so that the run is the one of a single process with the same global batch. What is small and
-rare (metrics, votes, states) goes over gloo between the hosts and never waits for a device by itself.
+Every process (rank) holds all data and the whole model, and trains its own rows of every batch.
+DistributedDataParallel (DDP) averages the gradients, so the run has the global batch of a run of one process. CPU
+tensors (metrics, votes, states) go over gloo and do not synchronize the device.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ from torch.nn.parallel import DistributedDataParallel
 from ..device import choose_device
 from ..errors import UserError, explain, first_sentence
 
-TIMEOUT = timedelta(minutes=10)  # until a rank that is alive and does nothing counts as lost
-PATIENCE = timedelta(days=1)  # the same, while rank 0 does for all what takes as long as it takes: decoding the images
+TIMEOUT = timedelta(minutes=10)  # a rank that does not answer for so long counts as lost
+LONG_TIMEOUT = timedelta(days=1)  # the same while rank 0 decodes images for all ranks
 
-LAUNCH = "start several processes with torchrun, or unset WORLD_SIZE and RANK to train in one"
+LAUNCH_REMEDY = "start several processes with torchrun, or unset WORLD_SIZE and RANK to train in one"
 
 T = TypeVar("T")
 
-_joined: list[dist.ProcessGroup] = []
+_groups: list[dist.ProcessGroup] = []
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run. Alone, the ordinary case, every method is trivial and nothing is set up."""
+    """The processes of a run. World() is a run of one process, in which every method is trivial."""
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0  # on this machine, where it picks the device
-    store: dist.Store | None = None  # shared by all ranks; torchrun's agent keeps it, so it survives any of them
-    patient: dist.ProcessGroup | None = None  # of all ranks, for waits of up to PATIENCE
+    local_rank: int = 0  # rank on this machine, which selects the device
+    store: dist.Store | None = None  # shared by all ranks; lives in torchrun's agent, so it outlives a lost rank
+    long_waits: dist.ProcessGroup | None = None  # all ranks, with LONG_TIMEOUT
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that writes and prints."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     @property
     def command(self) -> str:
-        """How a run of this many processes is started, without its options."""
+        """The command that starts a run of this many processes, without its options."""
         if self.size == 1:
             return "python -m semimoe_fast.train"
         local = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
@@ -62,50 +62,48 @@ class World:
         return f"torchrun {nodes}--nproc-per-node {local} -m semimoe_fast.train"
 
     def device(self, name: str) -> torch.device:
-        """What `choose_device` gives; among several processes, each takes the CUDA device of its local rank."""
+        """`choose_device`, but with several processes the CUDA device of the local rank. Raises UserError."""
         if self.size == 1:
             return choose_device(name)
         if name not in ("auto", "cpu", "cuda"):
-            raise UserError(
-                f"--device is {name!r}, but every process takes a device of its own: give auto, cpu or cuda"
-            )
+            raise UserError(f"--device is {name!r}, but every process needs its own device: give auto, cpu or cuda")
         if name == "cpu" or not (name == "cuda" or torch.cuda.is_available()):
             return torch.device("cpu")
         if self.local_rank >= (count := torch.cuda.device_count()):
             raise UserError(f"torch sees {count} CUDA devices: give at most --nproc-per-node {count}, or --device cpu")
         device = torch.device("cuda", self.local_rank)
-        torch.cuda.set_device(device)  # NCCL's and Triton's choice too
+        torch.cuda.set_device(device)  # NCCL and Triton use the current device
         return device
 
     def share(self, batch: int) -> slice:
-        """The rows of a batch that this rank trains."""
+        """The rows of a global batch of `batch` images that this rank trains."""
         rows = batch // self.size
         return slice(self.rank * rows, (self.rank + 1) * rows)
 
     def parallel(self, module: nn.Module) -> nn.Module:
-        """The module, its gradients averaged over the ranks during the backward pass."""
+        """The module in DDP, which averages its gradients over the ranks in the backward pass."""
         if self.size == 1:
             return module
-        # It takes the two layouts of a 1 x 1 convolution for different ones, though they are the same memory.
+        # Harmless: the two layouts of a 1 x 1 convolution have different strides but the same memory order.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-        # BN's running statistics stay each rank's own until the epoch ends, instead of rank 0's, sent at every step.
+        # Each rank keeps its own BN running statistics until the epoch ends; DDP must not broadcast those of rank 0.
         known = inspect.signature(DistributedDataParallel).parameters
         own_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch < 2.13
         return DistributedDataParallel(module, gradient_as_bucket_view=True, **{own_buffers: False})
 
     def synchronize_batch_norm(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model with batch normalization over the rows of all ranks, its parameters and their names kept."""
+        """The model with synchronized batch normalization; parameters and their names stay the same."""
         if self.size == 1:
             return model
         if device.type == "cuda":
             return nn.SyncBatchNorm.convert_sync_batchnorm(model)
         for layer in model.modules():
             if isinstance(layer, nn.BatchNorm2d):
-                layer.__class__ = SyncBatchNorm  # the same layer with another forward
+                layer.__class__ = SyncBatchNorm  # changes forward only
         return model
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensors of all ranks, which have one shape, in their order and on the CPU."""
+        """The tensors of all ranks, in rank order, on the CPU. All ranks must pass the same shape."""
         tensor = tensor.detach().cpu().contiguous()
         if self.size == 1:
             return [tensor]
@@ -114,66 +112,66 @@ class World:
         return parts
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """Over the ranks, bitwise the same on each."""
+        """The mean over the ranks, bitwise equal on all ranks."""
         return tensor if self.size == 1 else torch.stack(self.gather(tensor)).mean(0)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Over the ranks, bitwise the same on each."""
+        """The sum over the ranks, bitwise equal on all ranks."""
         return tensor if self.size == 1 else torch.stack(self.gather(tensor)).sum(0)
 
     def max(self, number: int) -> int:
-        """The largest of the ranks' numbers. It costs the hosts a fifth of a millisecond and their devices nothing."""
+        """The maximum over the ranks. It takes the CPU 0.2 ms and does not synchronize the device."""
         return number if self.size == 1 else max(int(part) for part in self.gather(torch.tensor(number)))
 
     def wait(self) -> None:
-        """Until every rank has come here."""
+        """Block until every rank has called this."""
         self.max(0)
 
     def broadcast(self, text: Callable[[], str]) -> str:
-        """What text() gives on rank 0; the others do not call it."""
+        """The result of text() on rank 0, on all ranks; the other ranks do not call text()."""
         values = [text() if self.is_main else None]
         if self.size > 1:
             dist.broadcast_object_list(values, device=torch.device("cpu"))
         return values[0]
 
     def main_first(self, call: Callable[[], T]) -> T:
-        """call() on rank 0 and, where it came to no bad end, on the others: what it prints or refuses shows once."""
+        """Return call(), which rank 0 runs first; if it raises there, the other ranks do not run it."""
         if self.size == 1:
             return call()
         if not self.is_main:
-            dist.barrier(self.patient)
+            dist.barrier(self.long_waits)
             return call()
         result = call()
-        dist.barrier(self.patient)
+        dist.barrier(self.long_waits)
         return result
 
-    def claim(self) -> bool:
-        """Whether this is the first rank to say why the run ends."""
+    def first_to_report(self) -> bool:
+        """True for the first rank that calls this: it prints why the run ends."""
         try:
             return self.store is None or self.store.add("ended", 1) == 1
-        except dist.DistError:  # the store is lost too: better said twice than never
+        except dist.DistError:  # the store is lost too: print rather than stay silent
             return True
 
     @contextmanager
-    def watched(self, remedy: str) -> Iterator[None]:
-        """End the process with one line where another has gone; nothing where that one has said why it goes."""
+    def exit_on_lost_rank(self, remedy: str) -> Iterator[None]:
+        """A context that exits the process with one line if another rank is lost, unless that rank has said why."""
         try:
             yield
         except RuntimeError as error:
-            if not _tells_of_loss(error):
+            if not _means_lost_rank(error):
                 raise
-            if self.claim():
+            if self.first_to_report():
                 reason = re.sub(r"^\[\S+\] ", "", str(error)).splitlines()[0].split(". ")[0]
                 print(f"error: another process of this run was lost ({reason}); {remedy}", file=sys.stderr, flush=True)
-            os._exit(1)  # an orderly exit would wait for what is still under way on the device, and that never ends
+            os._exit(1)  # sys.exit would wait forever for pending collectives on the device
 
 
 @contextmanager
 def join() -> Iterator[World]:
-    """The world that torchrun set up in the environment, or the world of one without it.
+    """A context with the World of torchrun's environment variables, or World() without them.
 
-    The ranks leave it together; the first rank that meets an error of the user's prints it. Raises UserError where the
-    environment is incomplete or the ranks do not meet.
+    If the body raises an error that `explain` knows, the first rank that raises it prints it, and all ranks exit.
+    Raises UserError if environment variables are missing or wrong, or if the ranks cannot connect.
     """
     if launched_size() == 1:
         yield World()
@@ -181,20 +179,21 @@ def join() -> Iterator[World]:
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     except dist.DistError as error:
-        raise UserError(f"the processes of this run do not meet ({first_sentence(error)}); {LAUNCH}") from error
-    dist.init_process_group(
-        store=store, rank=rank, world_size=size, timeout=TIMEOUT
-    )  # gloo, and NCCL where there is CUDA
-    # For good, because DDP must not be the last to hold the group: it would end it with the interpreter's lock in hand,
-    # for which the threads of gloo may be waiting that it then waits for (torch 2.13).
-    _joined.append(dist.group.WORLD)
-    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-    world = World(rank, size, int(os.environ.get("LOCAL_RANK", "0")), store, patient)
+        raise UserError(
+            f"the processes of this run cannot connect ({first_sentence(error)}); {LAUNCH_REMEDY}"
+        ) from error
+    # The default backend: gloo for CPU tensors, and NCCL for CUDA tensors if available.
+    dist.init_process_group(store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    # Keep a reference for the life of the process. Otherwise DDP may hold the last one, and its destructor joins the
+    # gloo threads while it holds the GIL, which those threads may be waiting for: a deadlock (torch 2.13).
+    _groups.append(dist.group.WORLD)
+    long_waits = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
+    world = World(rank, size, int(os.environ.get("LOCAL_RANK", "0")), store, long_waits)
     try:
-        with world.watched("start it again"):
+        with world.exit_on_lost_rank("start it again"):
             yield world
     except BaseException as error:
-        first = world.claim()  # before the connections close, which the other ranks would take for a loss
+        first = world.first_to_report()  # before connections close, which the other ranks would report as a lost rank
         if (line := explain(error)) is None:
             raise
         if first:
@@ -205,7 +204,7 @@ def join() -> Iterator[World]:
 
 
 def launched_size() -> int:
-    """WORLD_SIZE, or 1 without it. Raises UserError where the variables that torchrun sets are incomplete or wrong."""
+    """WORLD_SIZE, or 1 if unset. Raises UserError if variables that torchrun sets are missing or wrong."""
     if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ:
         return 1
     size = _number_from_environment("WORLD_SIZE", 1)
@@ -213,7 +212,7 @@ def launched_size() -> int:
         _number_from_environment("RANK", 0, size - 1)
         _number_from_environment("MASTER_PORT", 1, 65535)
         if not os.environ.get("MASTER_ADDR"):
-            raise UserError(f"WORLD_SIZE is {size} but MASTER_ADDR is not set; {LAUNCH}")
+            raise UserError(f"WORLD_SIZE is {size} but MASTER_ADDR is not set; {LAUNCH_REMEDY}")
         for name, least, most in (("LOCAL_RANK", 0, size - 1), ("LOCAL_WORLD_SIZE", 1, size)):
             if name in os.environ:
                 _number_from_environment(name, least, most)
@@ -224,39 +223,39 @@ def _number_from_environment(name: str, least: int, most: float = math.inf) -> i
     text = os.environ.get(name)
     if text is None:
         others = [f"{other} is {os.environ[other]}" for other in ("WORLD_SIZE", "RANK") if other in os.environ]
-        raise UserError(f"{' and '.join(others)} but {name} is not set; {LAUNCH}")
+        raise UserError(f"{' and '.join(others)} but {name} is not set; {LAUNCH_REMEDY}")
     if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
         limits = f"from {least} to {most}" if most < math.inf else f"from {least}"
-        raise UserError(f"the environment variable {name} is {text!r}, not a number {limits}; {LAUNCH}")
+        raise UserError(f"the environment variable {name} is {text!r}, not a number {limits}; {LAUNCH_REMEDY}")
     return int(text)
 
 
-def _tells_of_loss(error: RuntimeError) -> bool:
-    """gloo raises plain RuntimeErrors, which start with the place in its sources."""
+def _means_lost_rank(error: RuntimeError) -> bool:
+    """Whether an error comes from a broken connection. gloo raises plain RuntimeErrors that name its source file."""
     return isinstance(error, dist.DistError) or "gloo/" in str(error)
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch normalization over the rows of all ranks, which have equally many: what nn.SyncBatchNorm is, on a CPU."""
+    """nn.SyncBatchNorm for CPU tensors: batch statistics over the rows of all ranks, which have equal batch sizes."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
         wide = x.float()
         mean = _Mean.apply(wide.mean((0, 2, 3)))
-        centerd = wide - mean[:, None, None]
-        variance = _Mean.apply(centerd.square().mean((0, 2, 3)))
+        centered = wide - mean[:, None, None]
+        variance = _Mean.apply(centered.square().mean((0, 2, 3)))
         with torch.no_grad():
             count = x.numel() // x.shape[1] * dist.get_world_size()
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
             self.num_batches_tracked += 1
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (centerd * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        return (centered * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 class _Mean(torch.autograd.Function):
-    """Mean over the ranks. Its gradient is one too, because DDP averages what becomes of it."""
+    """Mean over the ranks. Backward averages grad_output over the ranks, because DDP averages the gradients too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""An exponential moving average of a model's weights, to evaluate in the place of the last ones (Polyak averaging)."""
+"""Exponential moving average (EMA) of the weights of a model, for evaluation."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ from torch import nn
 
 
 class EMA:
-    """The mean of what a model was after its steps, of weights and of BN's statistics, older ones weighing less.
+    """EMA of the weights and BN statistics of a model, with bias correction as in Adam (arXiv 1412.6980).
 
-    A step weighs `decay` times as much as the one after it. The sums start at 0 and are divided by the weights that
-    they hold, as Adam's moments are (arXiv 1412.6980), so that the initial weights have no part in the mean.
+    The sums start at 0, and `after` divides them by 1 - decay**steps, so the initial weights do not count.
 
-    sums: of every floating-point tensor of the model's state, updated in place without waiting for the device.
+    sums: name -> EMA without bias correction, for each floating-point tensor of the model's state.
     """
 
-    def __init__(self, followed: nn.Module, decay: float) -> None:
-        self.followed, self.decay = followed.state_dict(), decay
-        self.model = copy.deepcopy(followed).requires_grad_(False).eval()
-        self.sums = {name: torch.zeros_like(v) for name, v in self.followed.items() if v.is_floating_point()}
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.source, self.decay = model.state_dict(), decay
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.sums = {name: torch.zeros_like(v) for name, v in self.source.items() if v.is_floating_point()}
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the model after one more step."""
-        torch._foreach_lerp_(list(self.sums.values()), [self.followed[name] for name in self.sums], 1 - self.decay)
+        """Add the current weights to the sums, in place and without waiting for the device."""
+        torch._foreach_lerp_(list(self.sums.values()), [self.source[name] for name in self.sums], 1 - self.decay)
 
     @torch.no_grad()
     def after(self, steps: int) -> nn.Module:
-        """The mean over so many steps, as a model in eval mode; before the first, the model as it is."""
+        """The averaged model in eval mode after `steps` updates; with 0 steps, a copy of the current model."""
         weights = 1 - self.decay**steps
         for name, value in self.model.state_dict().items():
             summed = name in self.sums and steps > 0
-            value.copy_(self.sums[name] / weights if summed else self.followed[name])
+            value.copy_(self.sums[name] / weights if summed else self.source[name])
         return self.model

@@ -1,4 +1,4 @@
-"""A training step that Python does not slow down: the U-Nets compiled, the whole step as one CUDA graph."""
+"""A training step without the overhead of Python: torch.compile of the U-Nets, and one CUDA graph of the step."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from torch import Tensor, nn
 from ..device import Compile
 from .batches import map_tensors, tensors_of
 
-MODES = {"default": "default", "max": "max-autotune-no-cudagraphs"}  # the whole step is one graph already
-WARM_UP = 3  # steps that let libraries choose their algorithms and kernels compile, before the graph is captured
+MODES = {"default": "default", "max": "max-autotune-no-cudagraphs"}  # the step already is one CUDA graph
+WARM_UP = 3  # eager steps before the capture, in which libraries choose algorithms and kernels compile
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 def compile_experts(experts: nn.ModuleList, how: Compile) -> None:
-    """Let torch.compile make the features of every expert while it trains; one compilation serves those of one width.
+    """Compile the forward pass of every expert for training; experts of the same width share one compilation.
 
-    Evaluation stays eager: its batches have other shapes, each of which would be compiled anew.
+    Evaluation stays eager, because torch.compile would recompile for each of its batch shapes.
     """
     if how == "none":
         return
     for expert in experts:
-        expert.features = _choose(expert, expert.features, how)
+        expert.features = _compile(expert, expert.features, how)
 
 
-def _choose(expert: nn.Module, eager: Callable[[Tensor], Tensor], how: Compile) -> Callable[[Tensor], Tensor]:
+def _compile(expert: nn.Module, eager: Callable[[Tensor], Tensor], how: Compile) -> Callable[[Tensor], Tensor]:
     compiled = torch.compile(eager, fullgraph=True, dynamic=False, mode=MODES[how])
     return lambda images: (compiled if expert.training else eager)(images)
 
 
 class GraphedStep:
-    """A step as a CUDA graph: `step(inputs)` of tensors whose shapes never change, replayed with new inputs.
+    """A function `step(inputs)` that runs as a CUDA graph: captured once, then replayed with new inputs.
 
-    The step must read and write nothing else that moves: what it updates, it updates in place. Its first calls are
-    executed as they are, on a stream beside, and count like any other; then it is captured, which executes nothing.
+    Input shapes must be constant, and the step must update all its state in place. The first WARM_UP calls run eagerly
+    on a side stream. The next call captures the graph, which runs no kernel, and replays it.
     """
 
     def __init__(self, step: Callable[[Any], None], device: torch.device, capture: Capture | None = None) -> None:
@@ -46,9 +46,9 @@ class GraphedStep:
         self.capture = capture or self._capture
 
     def __call__(self, inputs: Any) -> None:
-        """Execute the step for inputs: named tuples of tensors on the device."""
+        """Run the step. inputs: nested named tuples of tensors on the device."""
         if self.calls < WARM_UP:
-            self._beside(lambda: self.step(inputs))
+            self._on_side_stream(lambda: self.step(inputs))
         else:
             if self.calls == WARM_UP:
                 self.inputs = map_tensors(inputs, torch.clone)
@@ -58,7 +58,7 @@ class GraphedStep:
             self.replay()
         self.calls += 1
 
-    def _beside(self, call: Callable[[], None]) -> None:
+    def _on_side_stream(self, call: Callable[[], None]) -> None:
         if self.stream is None:
             call()
             return
@@ -70,7 +70,7 @@ class GraphedStep:
 
     def _capture(self, call: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        # thread_local: the thread that makes the next batches may allocate pinned memory meanwhile
+        # thread_local: the thread that prepares batches may allocate pinned memory during the capture
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             call()
         return graph.replay

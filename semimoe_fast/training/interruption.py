@@ -1,4 +1,4 @@
-"""Signals that end a run after the step under way."""
+"""SIGINT and SIGTERM stop a run after the current step."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from .distributed import World
 
 
 class Interruption:
-    """Remembers the first SIGINT or SIGTERM, so that the step under way can finish; a second one ends the process.
+    """A context that records SIGINT and SIGTERM; the object, called after every step, says whether to stop.
 
-    Called after every step, it tells whether any rank got one, on all of them at the same step. A second one does not
-    end them: torchrun hands on what reached them before, and ends them itself after half a minute.
+    All ranks stop after the same step if any rank got a signal. In a run of one process, a second signal has its
+    usual effect. With torchrun it is ignored, because torchrun forwards signals that the ranks may already have got;
+    torchrun kills the ranks after 30 seconds.
     """
 
     def __init__(self, world: World) -> None:
@@ -28,7 +29,7 @@ class Interruption:
 
     def __call__(self) -> bool:
         agreed = self.world.max(self.received)
-        if agreed:  # else leave it: a signal may have come meanwhile
+        if agreed:  # if not, keep self.received: a signal may have arrived during max()
             self.received = agreed
         return agreed != 0
 

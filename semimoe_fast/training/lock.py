@@ -1,4 +1,4 @@
-"""One process at a time writes into a run folder."""
+"""A lock so that only one process writes into a run folder."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ LOCK_FILE = ".lock"
 
 
 class FolderLock:
-    """Holds at most one run folder, until the `with` block or the process ends, however it ends.
+    """Context that locks at most one run folder until the `with` block or the process ends.
 
-    The system keeps the lock, on FOLDER/.lock; the file itself may lie there unlocked and is never removed, because
-    another process may be about to lock it.
+    The lock is a POSIX flock on FOLDER/.lock, which the system releases even if the process is killed. The file is
+    never removed, because another process may have opened it in order to lock it.
     """
 
     def __enter__(self) -> FolderLock:
@@ -30,9 +30,9 @@ class FolderLock:
         self.held.close()
 
     def take(self, folder: Path) -> None:
-        """Lock an existing folder. Raises UserError where another process holds it, and OSError.
+        """Lock an existing folder; on a file system without locks, only warn.
 
-        On a file system without locks it warns.
+        Raises UserError if another process holds the lock, OSError if the lock file cannot be opened.
         """
         file = self.held.enter_context((folder / LOCK_FILE).open("a"))
         try:

@@ -1,8 +1,8 @@
-"""Where the time of a training step goes: `--profile`, a table on the screen and a Chrome trace in the run folder.
+"""`--profile`: a table of where the time of a training step goes, and a Chrome trace in the run folder.
 
-Parts of the step are marked, in the trainer, the model and the objective, with `torch.profiler.record_function`, which
-does next to nothing while no profiler runs. On the CPU a category's time is that of its operators. On CUDA, where the
-host only gives orders, it is that of the kernels which the operators have launched.
+Trainer, model and objective mark regions of the step with `torch.profiler.record_function`, which costs almost nothing
+without a profiler. On the CPU, the time of a category is that of its operators; on CUDA, that of the kernels that its
+operators launch.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from ..errors import UserError
 from .speed import peak_memory_bytes
 from .trainer import Trainer
 
-WARM_UP, STEPS = 3, 5  # steps that are only waited for, then those that are recorded
+WARM_UP, STEPS = 3, 5  # steps before the recording, and recorded steps
 TRACE_FILE = "trace.json.gz"
 
-# The regions that are marked by name, and what the table calls them; the optimizers mark themselves.
+# Names of the marked regions -> names in the table. Optimizers mark their own regions.
 REGIONS = {name: name for name in ("augmentation", "targets", "gates", "losses")} | {"data": "data wait"}
-PAUSE = "between epochs"  # the region of what belongs to no step
+PAUSE = "between epochs"  # region of validation and saving, which belong to no step
 OPERATORS = {r"conv\dd|convolution": "convolutions", "batch_norm": "batch normalization"}
-OPTIMISER, OTHER, GAPS = "optimizer", "other", "host gaps"
-CATEGORIES = (*REGIONS.values(), *OPERATORS.values(), OPTIMISER, OTHER, GAPS)
+OPTIMIZER, OTHER, GAPS = "optimizer", "other", "host gaps"
+CATEGORIES = (*REGIONS.values(), *OPERATORS.values(), OPTIMIZER, OTHER, GAPS)
 
 
 class StepProfile:
-    """Profiles some steps of a run, which calls `step` after each of them; nothing where it is not wanted.
+    """Context that profiles steps of a run, which calls `step` after each of them; `wanted=False` turns it off.
 
-    The numbers of a run stay the same, and nothing that goes wrong here ends it.
+    Profiling does not change the results of the run, and its errors do not end the run.
     """
 
     def __init__(self, trainer: Trainer, folder: Path, wanted: bool = True) -> None:
@@ -53,20 +53,20 @@ class StepProfile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Show what has been recorded, where the run ends before the profile does."""
+        """Print the table of fewer steps if the run ends before all steps are recorded."""
         if self.profiler is not None:
             self.profiler.stop()
             if self.steps <= WARM_UP:
-                tqdm.write(f"--profile: nothing to show after {self.steps} steps, as the first {WARM_UP} are a warm-up")
+                tqdm.write(f"--profile: nothing to show after {self.steps} steps; the first {WARM_UP} are the warm-up")
 
     def step(self) -> None:
-        """To be called after every step."""
+        """Call after every step."""
         if self.profiler is None:
             return
         self.steps += 1
         epoch_ends = self.trainer.step == self.trainer.steps_per_epoch
         if self._on_cuda and (epoch_ends or self.steps in (WARM_UP, WARM_UP + STEPS)):
-            torch.cuda.synchronize(self.trainer.device)  # so that the kernels of what is recorded run while it is
+            torch.cuda.synchronize(self.trainer.device)  # kernels must finish inside the recording of their step
         self.profiler.step()
         if self.steps == WARM_UP + STEPS:
             self.profiler.stop()
@@ -83,12 +83,12 @@ class StepProfile:
         try:
             profiler.export_chrome_trace(str(self.folder / TRACE_FILE))
             text = self._table(time_by_category(profiler.events(), steps, self._on_cuda), steps)
-        except Exception as error:  # whatever it is, days of training do not end over a table
+        except Exception as error:  # no profiling error may end a run
             text = f"--profile: no result ({type(error).__name__}: {error}); the run goes on"
         tqdm.write(text)
 
     def _table(self, times: dict[str, float], steps: int) -> str:
-        """`times` in microseconds of that many steps."""
+        """The printed table. times: microseconds per category, over `steps` steps."""
         trainer = self.trainer
         total = sum(times.values())
         seconds = total / steps / 1e6
@@ -105,16 +105,16 @@ class StepProfile:
         lines.append(f"{trainer.images_per_step / seconds:.1f} images/s, {flops / seconds / 1e12:.3g} TFLOP/s")
         lines.append(f"peak memory {memory:.2f} GiB; {device}")
         if self._on_cuda:
-            lines.append("host gaps are those of the eager step: a profiled step is not replayed from a CUDA graph")
-        lines.append(f"trace: {self.folder / TRACE_FILE}, to be opened in https://ui.perfetto.dev")
+            lines.append("host gaps are those of eager steps: a profiled run does not use a CUDA graph")
+        lines.append(f"trace: {self.folder / TRACE_FILE}, opens in https://ui.perfetto.dev")
         return "\n".join(lines)
 
 
 def time_by_category(events: Sequence[FunctionEvent], steps: int, on_cuda: bool) -> dict[str, float]:
-    """Microseconds of the first `steps` profiled steps by category; they add up to the steps' time on the clock.
+    """Microseconds per category over the first `steps` recorded steps; the sum is the wall-clock time of these steps.
 
-    "host gaps" is what passes in no operator, on CUDA what passes without a kernel; what of that passes in the region
-    "data", and in no other inside it, is "data wait".
+    "data wait" is idle time in the region "data" but outside its subregions; "host gaps" is all other idle time. Idle
+    means that no operator runs (CPU) or no kernel runs (CUDA).
     """
     own = [event for event in events if event.device_type == DeviceType.CPU]
     recorded = [event for event in own if event.name.startswith("ProfilerStep")][:steps]
@@ -124,39 +124,39 @@ def time_by_category(events: Sequence[FunctionEvent], steps: int, on_cuda: bool)
 
 
 def categorize(events: Iterable[FunctionEvent]) -> dict[int, str]:
-    """The category of each CPU event, by its id(): of the nearest region around it, else of its operator's name.
+    """id(event) -> category of each CPU event: of the innermost region around it, else by its operator's name.
 
-    A node of the backward pass runs outside all regions, perhaps in another thread. It has the sequence number of the
-    operator that made it, the last to begin under that number, and is of the same category.
+    Backward nodes run outside all regions, possibly in another thread. A node has the sequence number of its forward
+    operator, the last one that started with this number, and gets the category of that operator.
     """
     categories: dict[int, str] = {}
-    makers: dict[int, str] = {}
-    for event in events:  # in the order of their start, parents before children
+    by_sequence: dict[int, str] = {}
+    for event in events:  # sorted by start, parents before children
         category = categories.get(id(event.cpu_parent), OTHER)
         if event.is_user_annotation:
-            category = OPTIMISER if event.name.startswith("Optimizer.") else REGIONS.get(event.name, category)
+            category = OPTIMIZER if event.name.startswith("Optimizer.") else REGIONS.get(event.name, category)
         elif category == OTHER and event.name.startswith("autograd::engine::evaluate_function"):
-            category = makers.get(event.sequence_nr, OTHER)
+            category = by_sequence.get(event.sequence_nr, OTHER)
         elif category == OTHER:
             category = next((found for name, found in OPERATORS.items() if re.search(name, event.name)), OTHER)
         categories[id(event)] = category
         if event.sequence_nr >= 0:
-            makers[event.sequence_nr] = category
+            by_sequence[event.sequence_nr] = category
     return categories
 
 
 def _on_host(own: Sequence[FunctionEvent], recorded: Sequence[FunctionEvent]) -> dict[str, float]:
-    """The time of each event in the thread of the steps beside that of its children, by category."""
+    """CPU: microseconds per category of the events in the thread of the steps, each without its children."""
     categories, times = categorize(own), dict.fromkeys(CATEGORIES, 0.0)
-    waiting = list(recorded)
-    while waiting:
-        event = waiting.pop()
+    pending = list(recorded)
+    while pending:
+        event = pending.pop()
         if event.name == PAUSE:
             continue
-        waiting += event.cpu_children
+        pending += event.cpu_children
         category = categories[id(event)]
-        if event.is_user_annotation and category not in (OPTIMISER, REGIONS["data"]):
-            category = GAPS  # in a region, but in none of its operators
+        if event.is_user_annotation and category not in (OPTIMIZER, REGIONS["data"]):
+            category = GAPS  # inside a region, outside its operators
         times[category] += event.self_cpu_time_total
     return times
 
@@ -164,11 +164,11 @@ def _on_host(own: Sequence[FunctionEvent], recorded: Sequence[FunctionEvent]) ->
 def _on_device(
     own: Sequence[FunctionEvent], device: Sequence[FunctionEvent], recorded: Sequence[FunctionEvent]
 ) -> dict[str, float]:
-    """The time of the kernels by the category of the operator that launched each, and how long none ran."""
+    """CUDA: microseconds per category of the kernels, by the operator that launched them, and of idle time."""
     categories, times = categorize(own), dict.fromkeys(CATEGORIES, 0.0)
     kernels = [event for event in device if not event.is_user_annotation]
     if not kernels:
-        raise UserError("torch.profiler saw no kernel; end other profilers that may hold the device")
+        raise UserError("torch.profiler recorded no kernel; stop other profilers that use the device")
     busy = _union((kernel.time_range.start, kernel.time_range.end) for kernel in kernels)
     pauses = [event for event in own if event.name == PAUSE and _within(event, recorded)]
 
@@ -183,11 +183,11 @@ def _on_device(
         times[categories[id(event)]] += sum(kernel.duration for kernel in event.kernels)
     times[OTHER] += max(
         0.0, sum(map(_elapsed, filter(counts, kernels))) - sum(times.values())
-    )  # launched by no operator
+    )  # no operator launched them
     gaps = idle(recorded) - idle(pauses)
     running = sum(map(_elapsed, recorded)) - sum(map(_elapsed, pauses)) - gaps
-    alone = running / (sum(times.values()) or 1.0)  # below 1 where several streams run kernels at a time
-    times = {category: time * alone for category, time in times.items()}
+    scale = running / (sum(times.values()) or 1.0)  # below 1 if kernels overlap on several streams
+    times = {category: time * scale for category, time in times.items()}
     data = [event for event in own if event.name == "data" and counts(event)]
     inside = [child for event in data for child in event.cpu_children if child.is_user_annotation]
     times[REGIONS["data"]] += (wait := idle(data) - idle(inside))
@@ -204,7 +204,7 @@ def _within(event: FunctionEvent, ranges: Iterable[FunctionEvent]) -> bool:
 
 
 def _union(ranges: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The same points of time in ranges apart from each other, in their order."""
+    """The union of time ranges, as sorted disjoint ranges."""
     union: list[tuple[float, float]] = []
     for start, end in sorted(ranges):
         if union and start <= union[-1][1]:

@@ -1,4 +1,4 @@
-"""metrics.jsonl of a run: one line of JSON an epoch, readable whatever a full disk or a kill left of it."""
+"""metrics.jsonl of a run: one JSON line per epoch. Readers skip lines that a full disk or a kill has damaged."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ HINTS = {
     "loss_weights": Three,
     "speed": dict[str, float | None],
 }
-VAL = dict[str, dict[str, float]]  # of "val", which the records of validated epochs have
+VAL = dict[str, dict[str, float]]  # type of "val", which only records of validated epochs have
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Write one more line; it is on the disk on return, ahead of the checkpoint that counts on it."""
+    """Append a record and sync it to the disk; the run writes the checkpoint of the epoch afterwards."""
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
         file.flush()
@@ -37,30 +37,38 @@ def append(path: Path, record: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records in the order of their epochs. Damaged lines are left out, which a warning says.
+    """The records sorted by epoch, without damaged lines, which a warning counts.
 
-    Of two records of one epoch the later counts. Raises UserError where the file cannot be opened.
+    If an epoch has several records, the last one counts. Raises UserError if the file cannot be read.
     """
+    return _read(path, "left out")
+
+
+def _read(path: Path, fate: str) -> list[dict[str, Any]]:
+    """`read`; the warning says what happens to damaged lines: "left out" or "dropped from the file"."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); without it there is nothing to report") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); the report needs it; restore the file") from error
     records = [record for line in lines if (record := _record(line)) is not None]
     if len(records) < len(lines):
-        warn(f"{path}: {len(lines) - len(records)} damaged lines are dropped; the run goes on")
+        damaged = len(lines) - len(records)
+        warn(f"{path}: {damaged} damaged line{' is' if damaged == 1 else 's are'} {fate}")
     by_epoch = {record["epoch"]: record for record in records}
     return [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
 
 def truncate(path: Path, epochs: int) -> None:
-    """Drop the records of epochs from `epochs` on, which will be trained again, and damaged lines."""
+    """Keep only the records of the first `epochs` epochs; drop damaged lines. A missing file stays missing."""
     if path.exists():
-        text = "".join(json.dumps(record) + "\n" for record in read(path) if record["epoch"] < epochs)
+        text = "".join(
+            json.dumps(record) + "\n" for record in _read(path, "dropped from the file") if record["epoch"] < epochs
+        )
         write_atomically(path, lambda part: part.write_text(text))
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """The record of a line; None where the line is damaged."""
+    """The record of a line; None if the line is damaged."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):

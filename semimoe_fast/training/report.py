@@ -1,4 +1,4 @@
-"""What a run looks like: curves, overlays, TensorBoard, and the summary printed at the end."""
+"""Reports of a run: curves, overlays, TensorBoard, and the printed summary."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ TITLES = ("image", "truth", "prediction", "signed distance (red: inside)", "boun
 
 
 def draw_curves(records: Records, tasks: Sequence[str], path: Path) -> None:
-    """Losses, their terms, the learned weights exp(-s), the mean gate weights and the validation scores, by epoch."""
+    """Plot losses, terms, learned loss weights exp(-s), mean gate weights and validation scores over the epochs.
+
+    At least one record must have validation scores.
+    """
     figure = Figure(figsize=(15, 8), layout="constrained")
     losses, supervised, pseudo, weights, gates, scores = figure.subplots(2, 3).flat
     epochs = [r["epoch"] for r in records]
@@ -69,7 +72,7 @@ def draw_curves(records: Records, tasks: Sequence[str], path: Path) -> None:
 def draw_overlays(
     model: SemiMoE, val: Dataset, preprocessing: Preprocessing, device: torch.device, path: Path, rows: int = 6
 ) -> None:
-    """For some validation images: image, true outline, gated mask, gated sdf and gated boundary."""
+    """Draw `rows` validation images: image, true outline, gated mask, gated sdf and gated boundary."""
     model.eval()
     chosen = torch.linspace(0, len(val) - 1, min(rows, len(val))).round().long()
     images, masks = val.images[chosen], val.masks[chosen]
@@ -95,9 +98,9 @@ def draw_overlays(
 
 
 class TensorBoard:
-    """The records as TensorBoard scalars while the run goes on; nothing where it is not installed or not wanted.
+    """Writes the records as TensorBoard scalars; does nothing if `wanted` is False or TensorBoard is not installed.
 
-    Scalars of a resumed run from `first_epoch` on replace those an earlier attempt wrote.
+    first_epoch: a resumed run replaces the scalars from this epoch on.
     """
 
     def __init__(self, folder: Path, tasks: Sequence[str], first_epoch: int, wanted: bool = True) -> None:
@@ -111,7 +114,7 @@ class TensorBoard:
         try:
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
         except UnicodeEncodeError:
-            warn(f"{folder}: TensorBoard writes to no folder whose name is not UTF-8; metrics.jsonl has its scalars")
+            warn(f"{folder}: TensorBoard needs a folder with a UTF-8 name; metrics.jsonl has its scalars")
 
     def write(self, record: dict[str, Any]) -> None:
         if self.writer is None:
@@ -141,7 +144,7 @@ class TensorBoard:
 
 
 def summary(records: Records, folder: Path) -> str:
-    """The last and the best validated epoch, and where everything lies."""
+    """A table of the scores of the last and the best validated epoch, and the files of the run."""
     validated = [r for r in records if "val" in r]
     best = max(validated, key=lambda r: r["val"][GATED]["dice"])
     lines = [f"{'validation':<22}{'Dice':>8}{'Jaccard':>9}{'swept Dice':>12}{'Jaccard':>9}{'threshold':>11}"]
@@ -152,7 +155,7 @@ def summary(records: Records, folder: Path) -> str:
                     f"{f'{title}, {name}':<22}{s['dice']:8.4f}{s['jaccard']:9.4f}"
                     f"{s['swept_dice']:12.4f}{s['swept_jaccard']:9.4f}{s['swept_threshold']:11.2f}"
                 )
-    lines.append("swept: at the threshold with the best Jaccard on these very images")
+    lines.append("swept: at the threshold that maximizes Jaccard on the validation images")
     lines.append(
         f"best: epoch {best['epoch'] + 1} of {records[-1]['epoch'] + 1}; curves.png, overlays.png, metrics.jsonl,"
     )

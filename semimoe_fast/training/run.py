@@ -1,4 +1,4 @@
-"""A run: its epochs validated, recorded and saved in a folder, from which it can be taken up again."""
+"""A run: trains, validates, records and saves its epochs in a run folder, and resumes from it."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from tqdm import tqdm
 from .. import checkpoint
 from ..checkpoint import REMEDY, Preprocessing
 from ..data.folders import Dataset
-from ..errors import UserError, first_sentence, warn
+from ..errors import UserError, warn
 from ..evaluation.scoring import count_set, score_set
 from ..inference.predictor import GATED
 from ..validation import check_types
 from . import records, report
 from .batches import TrainingData
-from .config import CONFIG_FILE, NONE, PLACE, TrainConfig
+from .config import CONFIG_FILE, MUTABLE, NONE, TrainConfig
 from .distributed import World
 from .interruption import Interruption
 from .lock import FolderLock
 from .profile import PAUSE, StepProfile
 from .run_folder import BEST, LAST, METRICS_FILE, new_folder
-from .trainer import Trainer, states_of_ranks
+from .state import StateMismatch, states_of_ranks
+from .trainer import Trainer
 
 
 @dataclass
 class Run:
-    """A run folder and the trainer that fills it."""
+    """A run folder, and the trainer whose results it stores."""
 
     config: TrainConfig
     folder: Path
@@ -52,25 +53,28 @@ class Run:
         world: World,
         lock: FolderLock,
     ) -> Run:
-        """A new run in a new folder, which is locked from then on."""
+        """Start a run in a new folder, and lock the folder."""
         trainer = Trainer(config, data, device, world)
         folder = Path(world.broadcast(lambda: str(new_folder(config, lock))))
         return cls(config, folder, trainer, val, world)
 
     @classmethod
     def resume(cls, config: TrainConfig, data: TrainingData, val: Dataset, device: torch.device, world: World) -> Run:
-        """The run of an existing folder, which is locked already, where its last checkpoint left it."""
+        """Resume the run of --resume, whose folder is already locked, from its last checkpoint.
+
+        Raises UserError if the checkpoint is damaged or belongs to another configuration or other images.
+        """
         run = cls(config, config.resume, Trainer(config, data, device, world), val, world)
         path = run.folder / LAST
         if not path.is_file():
-            return run  # killed before its first checkpoint: the seed makes it start over as it did
+            return run  # killed before its first checkpoint: start over with the same seed
         metadata, tensors = checkpoint.read(path)
         expected = run.metadata()
-        if without_place(metadata.get("config")) != without_place(expected["config"]):
+        if without_mutable(metadata.get("config")) != without_mutable(expected["config"]):
             raise UserError(f"{path}: is of another configuration than {run.folder / CONFIG_FILE}; start a new run")
         if metadata.get("data") != expected["data"]:
             raise UserError(
-                f"{path}: the images have changed since, or are others; restore them, give their folder as --data, or "
+                f"{path}: the images are not those of the checkpoint; restore them, give their folder as --data, or "
                 "start a new run"
             )
         check_types(path, "its metadata", metadata, {"epoch": int, "step": int, "best_dice": float}, REMEDY)
@@ -79,24 +83,20 @@ class Run:
             raise UserError(f"{path}: is of epoch {epoch}, step {step}, which this run does not have; {REMEDY}")
         try:
             run.trainer.restore(tensors, epoch, step)
-        except torch.OutOfMemoryError:
-            raise
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise UserError(
-                f"{path}: its tensors are not those of this run ({first_sentence(error)}); {REMEDY}"
-            ) from error
+        except StateMismatch as error:
+            raise UserError(f"{path}: its tensors are not those of this run ({error}); {REMEDY}") from error
         if (before := len(states_of_ranks(tensors))) != world.size and world.is_main:
-            print(f"{path}: is of {before} processes, now {world.size}: dropout goes on with other random numbers")
+            print(f"{path}: saved by {before} processes, resumed by {world.size}: dropout draws other random numbers")
         run.best_dice = metadata["best_dice"]
         return run
 
     def train(self, interruption: Interruption) -> bool:
-        """Train to the last epoch; False if interrupted, with the checkpoint written."""
+        """Train to the last epoch; if interrupted, save a checkpoint and return False."""
         trainer, steps = self.trainer, self.trainer.steps_per_epoch
         if self.world.is_main:
             records.truncate(self.folder / METRICS_FILE, trainer.epoch)
         done = trainer.epoch * steps + trainer.step
-        pace = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines; a log file needs few
+        pace = 0.1 if sys.stderr.isatty() else 30  # seconds between updates of the bar; each is a line in a log file
         bar = {"initial": done, "unit": "step", "mininterval": pace} | ({} if self.world.is_main else {"disable": True})
         tensorboard = report.TensorBoard(self.folder, trainer.model.tasks, trainer.epoch, self.world.is_main)
         profile = StepProfile(trainer, self.folder, self.config.profile and self.world.is_main)
@@ -117,7 +117,7 @@ class Run:
         return True
 
     def _finish_epoch(self) -> dict[str, Any]:
-        """Validate, record and save the epoch just trained, in an order that a kill at any point leaves repeatable."""
+        """Validate, record and save the epoch; in this order, a run killed at any point resumes bitwise."""
         trainer, config = self.trainer, self.config
         speed = trainer.speed()
         record = {
@@ -143,30 +143,31 @@ class Run:
         return record
 
     def _validate(self) -> dict[str, dict[str, float]]:
-        """Scores over all pixels of the validation set, of which every rank counts its images."""
+        """Scores over all pixels of the validation set; each rank counts a part of the images."""
         mine = self.val[self.world.rank :: self.world.size]
         counts = count_set(
-            self.trainer.evaluated, mine, self._preprocessing, self.trainer.device, self.config.precision
+            self.trainer.eval_model, mine, self._preprocessing, self.trainer.device, self.config.precision
         )
         total = {name: self.world.sum(images.sum(0, keepdim=True)) for name, images in counts.items()}
         return {name: scores._asdict() for name, scores in score_set(total).items()}
 
     def save(self, name: str) -> None:
-        """Write a checkpoint; no rank goes on, or away, before it is on the disk."""
+        """Write a checkpoint; all ranks return after it is on the disk."""
         state = self.trainer.state() if name == LAST else {}
         if self.world.is_main:
-            model = self.trainer.model if name == LAST else self.trainer.evaluated
+            model = self.trainer.model if name == LAST else self.trainer.eval_model
             checkpoint.save(self.folder / name, model, self.metadata(), state)
         self.world.wait()
 
     @property
     def fingerprints(self) -> list[str]:
-        """Of the labeled, unlabeled and validation images."""
+        """Fingerprints of the labeled, unlabeled and validation images; "none" for a missing part."""
         data = self.trainer.data
         parts = (data.labeled, data.unlabeled, self.val)
         return [NONE if part is None else part.fingerprint for part in parts]
 
     def metadata(self) -> dict[str, Any]:
+        """The JSON metadata of a checkpoint."""
         return {
             "config": self.config.to_dict(),
             "preprocessing": self._preprocessing._asdict(),
@@ -177,28 +178,28 @@ class Run:
         }
 
     def report(self) -> None:
-        """Draw the pictures and print what came out."""
+        """Draw curves.png and overlays.png, and print the scores."""
         path = self.folder / METRICS_FILE
         kept = records.read(path)
         report.draw_overlays(
-            self.trainer.evaluated, self.val, self._preprocessing, self.trainer.device, self.folder / "overlays.png"
+            self.trainer.eval_model, self.val, self._preprocessing, self.trainer.device, self.folder / "overlays.png"
         )
         if any("val" in record for record in kept):
             report.draw_curves(kept, self.trainer.model.tasks, self.folder / "curves.png")
             print(report.summary(kept, self.folder))
         else:
-            warn(f"{path}: holds no record of a validation any more; curves.png and the table of scores are left out")
+            warn(f"{path}: holds no record of a validation; curves.png and the table of scores are left out")
         if self.config.ema is not None:
-            print("validation is of the average weights (--ema), as in best.safetensors; last.safetensors has the last")
+            print("scores and best.safetensors are of the EMA (--ema); last.safetensors has the last weights")
 
     @property
     def _preprocessing(self) -> Preprocessing:
         return self.trainer.data.preprocessing
 
 
-def without_place(value: Any) -> Any:
-    """A stored configuration without what a resumed run may change."""
-    return {k: v for k, v in value.items() if k not in PLACE} if isinstance(value, dict) else value
+def without_mutable(value: Any) -> Any:
+    """A stored configuration without the options that a resumed run may change."""
+    return {k: v for k, v in value.items() if k not in MUTABLE} if isinstance(value, dict) else value
 
 
 def summary_of(record: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The folder of a run: its place, its files, and that no two runs share it."""
+"""The folder of a run: its path, its files, and checks that no other run uses it."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ BEST, LAST = "best.safetensors", "last.safetensors"
 
 
 def cache_folder(config: TrainConfig) -> Path:
-    """Where decoded images are kept: beside the run folder, so that the runs next to each other share it."""
+    """Folder of decoded images: beside the run folder, so that runs with the same parent folder share it."""
     run = config.resume or config.out
     return (RUNS if run is None else run.resolve().parent) / "cache"
 
 
 def new_folder(config: TrainConfig, lock: FolderLock) -> Path:
-    """Create and lock the run folder, --out or runs/NAME-DATE-TIME, and write the configuration into it."""
+    """Create and lock the run folder, --out or runs/NAME-DATE-TIME, and write config.json. Raises UserError."""
     folder = _create_folder(config)
     lock.take(folder)
     if config.out is not None:
-        refuse_used(folder)  # another process may have filled it while this one read its images
+        refuse_used(folder)  # another process may have written into it since the first check
     text = json.dumps(config.to_dict(), indent=2) + "\n"
     checkpoint.write_atomically(folder / CONFIG_FILE, lambda part: part.write_text(text))
     return folder
 
 
 def refuse_used(folder: Path) -> None:
-    """Raise UserError where --out is a file, or a folder that is not empty."""
+    """Raise UserError if --out is a file or a folder that is not empty."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; give a folder as --out")
     if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
@@ -53,7 +53,7 @@ def _create_folder(config: TrainConfig) -> Path:
         folder = stem if attempt == 1 else stem.with_name(f"{stem.name}-{attempt}")
         try:
             folder.mkdir(parents=True)
-        except FileExistsError:  # another run started within the same second
+        except FileExistsError:  # another run started in the same second
             continue
         break
     return folder

@@ -1,4 +1,4 @@
-"""The data of a training run, as its configuration asks for it: from a folder, or synthetic glands."""
+"""The images of a training run: from a data folder, or synthetic glands."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .config import NONE, TrainConfig
 
 
 def load_data(config: TrainConfig, cache: Cache | None = None) -> tuple[TrainingData, Dataset]:
-    """Training and validation sets, checked against the configuration; a folder's by way of the cache, if there is one.
+    """The training data and the validation set of a configuration.
 
-    Raises UserError.
+    cache: store of decoded images for data folders. Raises UserError if the data cannot be read or are too few.
     """
     labeled, unlabeled, val = synthetic_data(config) if config.data is None else folder_data(config, cache)
     if unlabeled is not None and config.unlabeled_batch > len(unlabeled):
@@ -37,7 +37,7 @@ def _refuse_batch(kind: str, batch: int, images: int) -> NoReturn:
 
 
 def synthetic_data(config: TrainConfig) -> tuple[Dataset, Dataset | None, Dataset]:
-    """Synthetic glands cut into parts; the validation part is the same with and without unlabeled images."""
+    """Labeled, unlabeled and validation part of synthetic glands; unlabeled is None for the supervised baseline."""
     images, masks = glands(sum(config.synthetic), config.image_size, config.seed, weakly_stained=config.synthetic[0])
     names = [f"synthetic_{i}" for i in range(len(images))]
     parts = []
@@ -49,9 +49,10 @@ def synthetic_data(config: TrainConfig) -> tuple[Dataset, Dataset | None, Datase
 
 
 def folder_data(config: TrainConfig, cache: Cache | None = None) -> tuple[Dataset, Dataset | None, Dataset]:
+    """Labeled, unlabeled and validation part of a data folder; unlabeled is None for the supervised baseline."""
     load = load_part if cache is None else cache.load_part
     if not config.data.is_dir():
-        raise UserError(f"--data is {config.data}, which is no folder: give the path of the folder as --data")
+        raise UserError(f"--data is {config.data}, which is not a folder: give the path of a folder")
     labeled = config.labeled or only_part(config.data, "train_sup_", "--labeled")
     unlabeled = None
     if config.semi_supervised:
@@ -65,7 +66,7 @@ def folder_data(config: TrainConfig, cache: Cache | None = None) -> tuple[Datase
 
 
 def only_part(root: Path, prefix: str, flag: str) -> str:
-    """The one part of a data folder whose name starts so."""
+    """The only part of a data folder whose name starts with the prefix. Raises UserError if there are 0 or several."""
     parts = sorted(path.parent.name for path in root.glob("*/image"))
     found = [part for part in parts if part.startswith(prefix)]
     if len(found) != 1:

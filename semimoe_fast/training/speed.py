@@ -1,4 +1,4 @@
-"""How fast a run is and how much memory it takes, in numbers that machines can be compared by."""
+"""Speed, floating-point operations and memory of a run."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ..model import SemiMoE
 
 
 class Stopwatch:
-    """The time of an epoch's steps, without the first steps of a run, which choose algorithms, compile and capture.
+    """Mean time of the steps of an epoch, without the warm-up: the first steps of a run, which compile and capture.
 
-    The warm-up may take several epochs. The device is waited for when it has warmed up and at the end of an epoch.
+    The warm-up may span several epochs. The stopwatch synchronizes the device after the warm-up and after every epoch.
     """
 
     def __init__(self, device: torch.device, warm_up_steps: int) -> None:
         self.device, self.warm_up_steps = device, warm_up_steps
-        self.warm_up_seconds = 0.0  # of the steps alone, not of validation between them
+        self.warm_up_seconds = 0.0  # time of the steps only, without validation
         self.start()
 
     def start(self) -> None:
-        """An epoch begins."""
+        """Call at the start of an epoch."""
         self.steps, self.seconds, self.started = 0, 0.0, time.perf_counter()
 
     def tick(self) -> None:
-        """A step was issued."""
+        """Call after every step."""
         if not self.warm_up_steps:
             self.steps += 1
             return
@@ -38,14 +38,14 @@ class Stopwatch:
             self.start()
 
     def stop(self) -> None:
-        """The last step of the epoch was issued."""
+        """Call after the last step of an epoch."""
         if self.warm_up_steps:
             self.warm_up_seconds += self._elapsed()
         else:
             self.seconds = self._elapsed()
 
     def seconds_per_step(self) -> float | None:
-        """Mean over the steps of the epoch just stopped that came after the warm-up; None if there were none."""
+        """Mean over the steps of the last epoch after the warm-up; None if it had no such step."""
         return self.seconds / self.steps if self.steps else None
 
     def _elapsed(self) -> float:
@@ -56,11 +56,11 @@ class Stopwatch:
 
 @functools.cache
 def flops_per_step(width: int, image_size: int, images: int) -> int:
-    """Floating-point operations of a training step's U-Nets, forward and backward: a multiply and an add are two.
+    """Floating-point operations of the U-Nets in a training step, forward and backward; a multiply-add counts as 2.
 
-    width: channels of the first level; image_size: side in pixels; images: of the labeled and the unlabeled batch
-    together, which cost the same. Counted are the convolutions, with those of the experts' own heads, from the shapes
-    alone: nothing is computed, and no random number is drawn. Gates and losses, far below a hundredth, are not.
+    width: channels of the first level. image_size: side in pixels. images: labeled and unlabeled images in a step.
+    The count covers the convolutions of the experts and their heads. It omits gates and losses, which are far below
+    1 %. It uses shapes only: it computes nothing and draws no random numbers.
     """
     with torch.device("meta"):
         experts = SemiMoE(width=width).experts
@@ -73,7 +73,7 @@ def flops_per_step(width: int, image_size: int, images: int) -> int:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory used so far: of tensors on a CUDA device; else of the process, resident, as Linux counts it."""
+    """Peak memory so far, in bytes: of tensors on a CUDA device, or the resident memory of the process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,13 +1,13 @@
-"""The training loop's inside: one step, one epoch, and the state that resumes it bitwise.
+"""One training step, one epoch, and the state that resumes a run bitwise.
 
-Dropout draws from torch's global generators, which are saved with the state; all other randomness is keyed by epoch and
-step (`batches`). A step reads its batch and updates everything else in place, without waiting for the device, so that
-it can be a CUDA graph.
+Dropout draws from torch's global generators, whose states are part of the saved state. All other random numbers depend
+on seed, epoch and step only (`batches`). A step reads its batch, updates everything else in place and does not
+synchronize the device, so that a CUDA graph can replay it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -27,15 +27,16 @@ from .ema import EMA
 from .graphs import WARM_UP, GraphedStep, compile_experts
 from .schedule import generator, learning_rate, unsupervised_weight
 from .speed import Stopwatch, flops_per_step, peak_memory_bytes
+from .state import check_state, states_of_ranks, with_prefix
 
 T = TypeVar("T")
 
 
 class Trainer:
-    """Model, optimizers and position in the schedule; `train_epoch` advances them, `state`/`restore` save them.
+    """Model, optimizers and schedule of a run. `train_epoch` trains; `state` and `restore` save and resume.
 
-    device: where everything lives; world: the processes that share each batch; `state`, `restore` and the end of an
-    epoch are for all of them at once.
+    device: device of all tensors. world: the processes of the run; all ranks must call `train_epoch`, `epoch_means`,
+    `state` and `restore` together.
     """
 
     def __init__(
@@ -48,32 +49,32 @@ class Trainer:
             self.model = self.world.synchronize_batch_norm(self.model, device)
         for gate in self.model.gating.gates:
             gate.dropout.p = config.dropout
-        self.average = None if config.ema is None else EMA(self.model, config.ema)
+        self.ema = None if config.ema is None else EMA(self.model, config.ema)
         compile_experts(self.model.experts, config.compile)
         self.adaptive = AdaptiveMultiObjectiveLoss(config.coefficients, config.regularizer, config.initial_log_var).to(
             device
         )
-        self._optimizers()
+        self._create_optimizers()
         self.objective = self.world.parallel(Objective(self.model, self.adaptive, config.joint_forward))
-        if self.world.rank > 0:  # other rows, other dropout; rank 0 goes on as a process alone would
+        if self.world.rank > 0:  # dropout differs by rank; rank 0 draws as a run of one process
             torch.manual_seed(generator(config.seed, self.world.rank).initial_seed())
         self.batches = Batches(config, data, device, self.world)
         self.mean, self.std = (torch.tensor(values, device=device) for values in data.preprocessing[1:3])
-        self.weight = torch.zeros((), device=device)  # u of the epoch under way
+        self.weight = torch.zeros((), device=device)  # u of the current epoch
         self.epoch = 0
-        self.step = 0  # within the epoch
+        self.step = 0  # steps done in the current epoch
         self.sums = self._zero_sums()
         graphed = config.cuda_graph and not config.profile and device.type == "cuda" and self.world.size == 1
         self.update = GraphedStep(self._update, device) if graphed else self._update
         self.stopwatch = Stopwatch(device, WARM_UP + 1 if graphed else 1)
         self.flops = flops_per_step(config.width, config.image_size, self.images_per_step)
         if self.world.size > 1:
-            self._settle()
+            self._warm_up_ddp()
 
-    def _optimizers(self) -> None:
-        """One SGD over the networks, one Adam over s. Fused: one or a few kernels for all parameters together.
+    def _create_optimizers(self) -> None:
+        """Create one SGD for the networks and one Adam for s, both fused: a few kernels update all parameters.
 
-        The learning rate is a tensor, so that a captured step follows the schedule.
+        The learning rate of SGD is a tensor, so that a CUDA graph follows the schedule.
         """
         c, capturable = self.config, self.device.type == "cuda"
         self.lr = torch.zeros((), device=self.device)
@@ -91,7 +92,7 @@ class Trainer:
     @property
     def learning_rate(self) -> float:
         c, base = self.config, self.config.lr
-        if c.scale_lr:  # linear in the images of a step (arXiv 1706.02677), from those of the published recipe
+        if c.scale_lr:  # linear scaling rule (arXiv 1706.02677); the published recipe has 4 images (supervised: 2)
             base *= self.images_per_step / (4 if self.semi_supervised else 2)
         return learning_rate(self.epoch, base, c.warmup_epochs, c.decay_epochs, c.decay)
 
@@ -109,17 +110,17 @@ class Trainer:
 
     @property
     def settings(self) -> str:
-        """How the steps are executed, in words."""
-        compiled = "" if self.config.compile == "none" else ", U-Nets compiled, which takes the first a minute or more"
+        """One line for the log: the images, where they are, and how steps run."""
+        compiled = "" if self.config.compile == "none" else ", compiled U-Nets (the first step takes a minute or more)"
         step = "one CUDA graph" if isinstance(self.update, GraphedStep) else "eager"
         unlabeled = 0 if self.data.unlabeled is None else len(self.data.unlabeled)
         images = f"{len(self.data.labeled)} labeled and {unlabeled} unlabeled images on the {self.batches.data_device}"
         return f"{images}; steps: {step}{compiled}"
 
     def speed(self) -> dict[str, float | None]:
-        """Of the steps of the epoch just trained, and the time that the warm-up took before them.
+        """Speed of the steps of the last epoch, peak memory, and seconds of the warm-up.
 
-        images_per_second and tflop_per_second are None where the epoch had no step after the warm-up.
+        images_per_second and tflop_per_second are None if the epoch had no step after the warm-up.
         """
         seconds = self.stopwatch.seconds_per_step()
         return {
@@ -130,12 +131,12 @@ class Trainer:
         }
 
     @property
-    def evaluated(self) -> SemiMoE:
-        """The model to evaluate: that of the average weights, where they are kept."""
-        return self.model if self.average is None else self.average.after(self.epoch * self.steps_per_epoch + self.step)
+    def eval_model(self) -> SemiMoE:
+        """The model to evaluate: the EMA with --ema, else the model itself."""
+        return self.model if self.ema is None else self.ema.after(self.epoch * self.steps_per_epoch + self.step)
 
     def train_epoch(self, stop: Callable[[], bool], progress: Callable[[], None]) -> bool:
-        """Train the rest of the current epoch; False if `stop()` was true after some step."""
+        """Train the remaining steps of the current epoch; return False as soon as `stop()` is true after a step."""
         batches = self.begin_epoch()
         self.stopwatch.start()
         for batch in _timed("data", batches):
@@ -152,14 +153,14 @@ class Trainer:
         return True
 
     def begin_epoch(self) -> Iterator[Batch]:
-        """Set the model and the schedule to the current epoch, and give the batches of its remaining steps."""
+        """Set training mode, learning rate and u for the current epoch; return the batches of its remaining steps."""
         self.model.train()
         self.lr.fill_(self.learning_rate)
         self.weight.fill_(self.unsupervised_weight)
         return self.batches.of_epoch(self.epoch, self.step)
 
     def train_step(self, batch: Batch) -> None:
-        """One optimizer step. Its losses go to `sums`; nothing waits for the device."""
+        """One optimizer step. It adds its losses to `sums` and does not synchronize the device."""
         self.update(batch)
 
     def _update(self, batch: Batch) -> None:
@@ -167,18 +168,18 @@ class Trainer:
         self.adam.zero_grad()
         parts = batch.parts(self.config.accumulate)
         for number, part in enumerate(parts, 1):
-            with self._gradients_reduced(number == len(parts)):
+            with self._all_reduce_if(number == len(parts)):
                 losses = self._losses(part)
                 (losses.total / len(parts)).backward()
             for name, total in self.sums.items():
                 total += getattr(losses, name).detach() / len(parts)
         self.sgd.step()
         self.adam.step()
-        if self.average is not None:
-            self.average.update()
+        if self.ema is not None:
+            self.ema.update()
 
-    def _gradients_reduced(self, last: bool) -> AbstractContextManager[Any]:
-        """Among several processes, gradients are summed over them with the last part of a batch only."""
+    def _all_reduce_if(self, last: bool) -> AbstractContextManager[Any]:
+        """A context in which DDP averages the gradients over the ranks only for the last part of a batch."""
         return self.objective.no_sync() if self.world.size > 1 and not last else nullcontext()
 
     def _losses(self, batch: Batch) -> StepLosses:
@@ -194,11 +195,11 @@ class Trainer:
             images, masks = augment.apply(*batch, self.mean, self.std)
             return images.contiguous(memory_format=torch.channels_last), masks
 
-    def _settle(self) -> None:
-        """Let DDP see one backward pass, after which it packs the gradients anew for good, and undo all else it does.
+    def _warm_up_ddp(self) -> None:
+        """Run one backward pass, then restore the BN statistics and the random state.
 
-        How they are packed decides on the order in which more than two ranks are summed, and so on the last bits: a
-        resumed run must pack from its first step as the undisturbed one did.
+        DDP rebuilds its gradient buckets after the first backward pass. The buckets decide the order in which the
+        gradients of more than two ranks are summed, so a resumed run needs the final buckets from its first step.
         """
         before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
@@ -206,20 +207,21 @@ class Trainer:
         self.model.load_state_dict(before, strict=False)
 
     def next_epoch(self) -> None:
+        """Start the next epoch with sums of 0."""
         self.epoch, self.step = self.epoch + 1, 0
         for total in self.sums.values():
             total.zero_()
 
     def epoch_means(self) -> dict[str, Any]:
-        """Means over the steps of the epoch so far, as plain numbers; the one place that waits for the device."""
+        """Means over the steps and ranks of the current epoch, as Python numbers; synchronizes the device."""
         means = {name: (self.world.mean(total) / max(self.step, 1)).tolist() for name, total in self.sums.items()}
         return means | {"loss_weights": torch.exp(-self.adaptive.log_vars.detach()).tolist()}
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor beside the model that the next step depends on."""
+        """All tensors that the next step depends on, except the model's own."""
         state = {f"adaptive.{key}": value for key, value in self.adaptive.state_dict().items()}
-        if self.average is not None:
-            state |= {f"average.{key}": value for key, value in self.average.sums.items()}
+        if self.ema is not None:
+            state |= {f"average.{key}": value for key, value in self.ema.sums.items()}
         for name, parameter, optimizer in self._optimized():
             moments = optimizer.state[parameter].items()
             state |= {f"optim.{name}.{key}": value for key, value in moments if value is not None}
@@ -229,27 +231,24 @@ class Trainer:
         return state
 
     def restore(self, state: Mapping[str, Tensor], epoch: int, step: int) -> None:
-        """Take up the run where a checkpoint left it: the tensors of `state`, and the model's under `model.`.
+        """Resume from a checkpoint: the tensors of `state()`, and the model's under the prefix "model.".
 
-        Where it was left by another number of processes, their sums and statistics are averaged, and ranks above 0
-        start their dropout anew. Raises KeyError or RuntimeError for tensors that are not those of this run.
+        If another number of processes saved them, the ranks start with the mean of their sums and BN statistics, and
+        ranks above 0 with new random states. Raises StateMismatch, before any change, for tensors of another run.
         """
+        ranks = states_of_ranks(state)
+        self._check(state, ranks)
         self.model.load_state_dict(with_prefix(state, "model."))
         self.adaptive.load_state_dict(with_prefix(state, "adaptive."))
-        if self.average is not None:
+        if self.ema is not None:
             for name, value in with_prefix(state, "average.").items():
-                self.average.sums[name].copy_(value)
+                self.ema.sums[name].copy_(value)
         for name, parameter, optimizer in self._optimized():
             moments = with_prefix(state, f"optim.{name}.")
-            if moments.keys() != self._moments(optimizer):
-                raise KeyError(f"optim.{name}")
             optimizer.state[parameter] = {key: _like(parameter, value) for key, value in moments.items()}
-        ranks = states_of_ranks(state)
         same = len(ranks) == self.world.size
         own = ranks[self.world.rank if same else 0]
-        tensors = {f"sums.{name}": total for name, total in self.sums.items()}
-        tensors |= {f"statistics.{name}": buffer for name, buffer in self._running_statistics().items()}
-        for key, tensor in tensors.items():
+        for key, tensor in self._averaged_state().items():
             if key in own:
                 tensor.copy_(own[key] if same else torch.stack([rank[key] for rank in ranks]).mean(0))
         if same or self.world.is_main:
@@ -258,21 +257,41 @@ class Trainer:
                 torch.cuda.set_rng_state(own["random.cuda"].cpu(), self.device)
         self.epoch, self.step = epoch, step
 
+    def _check(self, state: Mapping[str, Tensor], ranks: Sequence[Mapping[str, Tensor]]) -> None:
+        """Raise StateMismatch unless `restore` can take the tensors."""
+        shared = {f"model.{key}": value for key, value in self.model.state_dict().items()}
+        shared |= {f"adaptive.{key}": value for key, value in self.adaptive.state_dict().items()}
+        if self.ema is not None:
+            shared |= {f"average.{key}": value for key, value in self.ema.sums.items()}
+        for name, parameter, optimizer in self._optimized():
+            for key in self._moments(optimizer):
+                shared[f"optim.{name}.{key}"] = torch.zeros(()) if key == "step" else parameter
+        own = self._averaged_state() | self._own_state()  # older checkpoints and other devices may lack some of them
+        own = {key: value for key, value in own.items() if key in state or key == "random.cpu"}
+        check_state(state, shared | own)
+        for rank in ranks[1:]:
+            check_state(rank, own)
+
     def _own_state(self) -> dict[str, Tensor]:
-        """What the processes of a run do not have in common."""
+        """The tensors that differ from rank to rank."""
         own = {f"sums.{name}": value for name, value in self.sums.items()}
         own["random.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             own["random.cuda"] = torch.cuda.get_rng_state(self.device)
         if self.world.size > 1:
-            own |= {f"statistics.{name}": value for name, value in self._running_statistics().items()}
+            own |= self._averaged_state()
         return own
 
+    def _averaged_state(self) -> dict[str, Tensor]:
+        """The tensors that differ from rank to rank, without random states, which cannot be averaged."""
+        sums = {f"sums.{name}": value for name, value in self.sums.items()}
+        return sums | {f"statistics.{name}": value for name, value in self._running_statistics().items()}
+
     def _running_statistics(self) -> dict[str, Tensor]:
-        """Running means and variances of BN: each process has those of its own rows until the epoch ends."""
+        """BN running means and variances, of the model and the EMA; they differ from rank to rank within an epoch."""
         statistics = {name: buffer for name, buffer in self.model.named_buffers() if buffer.is_floating_point()}
-        if self.average is not None:
-            statistics |= {f"average.{name}": self.average.sums[name] for name in statistics}
+        if self.ema is not None:
+            statistics |= {f"average.{name}": self.ema.sums[name] for name in statistics}
         return statistics
 
     def _optimized(self) -> Iterator[tuple[str, torch.nn.Parameter, torch.optim.Optimizer]]:
@@ -282,7 +301,7 @@ class Trainer:
             yield f"adaptive.{name}", parameter, self.adam
 
     def _moments(self, optimizer: torch.optim.Optimizer) -> set[str]:
-        """What an optimizer keeps for each parameter once it has taken a step."""
+        """Names of the tensors that an optimizer keeps per parameter after its first step."""
         if optimizer is self.adam:
             return {"step", "exp_avg", "exp_avg_sq"}
         return {"momentum_buffer"} if self.config.momentum else set()
@@ -301,7 +320,7 @@ class Trainer:
 
 
 def _timed(name: str, items: Iterator[T]) -> Iterator[T]:
-    """The items; a profile shows under `name` the time that each was waited for."""
+    """The items; a profile shows the time of waiting for each of them under `name`."""
     while True:
         with record_function(name):
             try:
@@ -312,18 +331,5 @@ def _timed(name: str, items: Iterator[T]) -> Iterator[T]:
 
 
 def _like(parameter: Tensor, value: Tensor) -> Tensor:
-    """A moment, or a count of steps, on the device and in the layout of its parameter."""
+    """An optimizer's tensor on the device of its parameter; moments also get the memory layout of the parameter."""
     return value.to(parameter.device) if value.ndim == 0 else torch.empty_like(parameter).copy_(value)
-
-
-def states_of_ranks(state: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
-    """What each of the processes that left a state had of its own, under the names that rank 0's has in it."""
-    ranks = [state]
-    while rank := with_prefix(state, f"rank{len(ranks)}."):
-        ranks.append(rank)
-    return ranks
-
-
-def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names start with the prefix, without it."""
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -45,7 +45,7 @@ def test_data_may_move_but_not_change(folder_run: Path, glands_folder: Path, tmp
     train.main(["--resume", str(folder_run), "--data", str(moved)])
     image = next((moved / "train_unsup_4" / "image").iterdir())
     image.rename(image.with_name("renamed.png"))
-    with pytest.raises(UserError, match="the images have changed since, or are others"):
+    with pytest.raises(UserError, match="the images are not those of the checkpoint"):
         train.main(["--resume", str(folder_run), "--data", str(moved)])
 
 
@@ -286,10 +286,14 @@ def test_damaged_configuration_is_refused(finished: Path, tmp_path: Path, change
         ({"epoch": "1"}, "", 'epoch of its metadata is "1", not an integer'),
         ({"epoch": 10**9}, "", "is of epoch 1000000000, step 0, which this run does not have"),
         ({"best_dice": None}, "", "best_dice of its metadata is null, not a finite number"),
-        ({}, "random.cpu", "its tensors are not those of this run ('random.cpu')"),
-        ({}, "model.gating.heads.0.bias", "its tensors are not those of this run (Error(s) in loading state_dict"),
-        ({}, "optim.model.gating.heads.0.bias.momentum_buffer", "its tensors are not those of this run ('optim.model."),
-        ({}, "optim.adaptive.log_vars.exp_avg", "its tensors are not those of this run ('optim.adaptive.log_vars')"),
+        ({}, "random.cpu", "its tensors are not those of this run (random.cpu is missing)"),
+        ({}, "model.gating.heads.0.bias", "of this run (model.gating.heads.0.bias is missing)"),
+        ({}, "optim.model.gating.heads.0.bias.momentum_buffer", "its tensors are not those of this run (optim.model."),
+        (
+            {},
+            "optim.adaptive.log_vars.exp_avg",
+            "of this run (optim.adaptive.log_vars.exp_avg is missing)",
+        ),
     ],
 )
 def test_damaged_state_is_refused(finished: Path, tmp_path: Path, changes: dict, without: str, message: str) -> None:

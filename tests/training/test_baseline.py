@@ -1,4 +1,4 @@
-"""The published trainer that benchmarks measure against computes what ours computes, with every habit and without."""
+"""The baseline of the benchmarks, the published trainer, computes the same as ours, with and without each habit."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def random_batch() -> baseline.Batch:
 
 
 @pytest.mark.parametrize("habit", [None, *HABITS])
-def test_step_is_ours(habit: str | None) -> None:
-    """In float64, where the order of summation is no excuse."""
+def test_baseline_step_equals_ours(habit: str | None) -> None:
+    """In float64, so that the order of summation does not matter."""
     model, adaptive = SemiMoE(width=4).double().train(), AdaptiveMultiObjectiveLoss().double()
     for gate in model.gating.gates:
         gate.dropout.p = 0.0
@@ -63,7 +63,7 @@ def test_step_is_ours(habit: str | None) -> None:
     torch.testing.assert_close(trainer.log_vars.grad, adaptive.log_vars.grad, **close)
     ours = dict(model.named_parameters())
     for name, parameter in trainer.networks.named_parameters():
-        gradient = ours[name].grad if name in ours else torch.zeros_like(parameter)  # of a bias ahead of BN
+        gradient = ours[name].grad if name in ours else torch.zeros_like(parameter)  # a bias before BN has no gradient
         torch.testing.assert_close(parameter.grad, gradient, **close, msg=name)
     statistics = dict(trainer.networks.named_buffers())
     for name, buffer in model.named_buffers():
@@ -71,7 +71,7 @@ def test_step_is_ours(habit: str | None) -> None:
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators of its body."""
+    """Counts operators, and reads of device values by Python."""
 
     def __enter__(self) -> Operators:
         self.count = 0
@@ -92,7 +92,7 @@ def operators_of_a_step(habit: str | None) -> Operators:
     return operators
 
 
-def test_habits_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_habit_has_its_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     flushes = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: flushes.append(True))
     everything = operators_of_a_step(None)
@@ -109,7 +109,7 @@ def test_habits_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_gating_graph_of_pseudo_labels(keep: bool) -> None:
+def test_pseudo_labels_keep_the_gating_graph_only_as_a_habit(keep: bool) -> None:
     trainer, batch = trainer_without(None if keep else "keep_gating_graph"), random_batch()
     graphs = []
     trainer.networks.gating.register_forward_hook(lambda *call: graphs.append(call[2][0].grad_fn is not None))
@@ -117,7 +117,7 @@ def test_gating_graph_of_pseudo_labels(keep: bool) -> None:
     assert graphs == [keep, True]
 
 
-def test_targets_of_the_loader_are_ours() -> None:
+def test_loader_targets_equal_ours() -> None:
     masks = torch.cat([glands.glands(3, 64, seed=0)[1], torch.zeros(1, 64, 64).byte(), torch.ones(1, 64, 64).byte()])
     for mask in masks:
         sdf, boundary = F.distance_targets(mask)
@@ -126,7 +126,7 @@ def test_targets_of_the_loader_are_ours() -> None:
         torch.testing.assert_close(results[1], boundary, rtol=0, atol=0)
 
 
-def test_augmentation_moves_image_and_mask_alike(tmp_path: Path) -> None:
+def test_augmentation_transforms_image_and_mask_alike(tmp_path: Path) -> None:
     mask = glands.glands(1, 64, seed=0)[1][0].numpy()
     for name, picture in (("image", np.stack([255 * mask] * 3, -1)), ("mask", mask)):
         (tmp_path / name).mkdir()
@@ -137,23 +137,23 @@ def test_augmentation_moves_image_and_mask_alike(tmp_path: Path) -> None:
     for _ in range(100):
         image, moved = samples[0]
         bright = image[0] > image[0].mean()
-        assert (bright != moved.bool()).float().mean() < 0.05  # bilinear and nearest part at the edges
+        assert (bright != moved.bool()).float().mean() < 0.05  # bilinear and nearest resampling differ at edges
         seen.add(moved.numpy().tobytes())
-    assert len(seen) > 30  # 8 symmetries, and half of the time one of 81 crops
+    assert len(seen) > 30  # 8 symmetries; every second image is one of 81 crops
 
 
 @pytest.mark.parametrize("habit", [None, "loader_targets"])
 def test_training_on_a_folder(glands_folder: Path, habit: str | None) -> None:
     trainer = trainer_without(habit, dataclasses.replace(CONFIG, warmup_epochs=0))
     before = trainer.networks.gating.heads[0].weight.clone()
-    trainer.train(trainer.batches(glands_folder, workers=0), 3)  # four unlabeled images make two steps an epoch
+    trainer.train(trainer.batches(glands_folder, workers=0), 3)  # four unlabeled images make two steps per epoch
     assert not torch.equal(trainer.networks.gating.heads[0].weight, before)
     assert trainer.networks.experts[0].encoder[0][1].num_batches_tracked == 2 * 3  # both batches of every step
 
 
 @pytest.mark.slow
 def test_golden_step(golden) -> None:
-    """The whole step at the published width, with the published code's own weights, biases and numbers, in float64."""
+    """A step at the published width against golden values of the published code, in float64."""
     expected = golden("network64")
     epoch = round(float(expected["step/unsup_weight"]) / 0.5 * 200) - 1
     trainer = trainer_without(None, dataclasses.replace(CONFIG, width=64, lr=0.0), epoch)

@@ -1,7 +1,8 @@
-"""Runs on several processes (torchrun, gloo): the run of one process, interrupted, robbed of a rank, refused."""
+"""Runs of several processes (torchrun, gloo): equality with one process, interruption, lost ranks, bad settings."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -22,26 +23,25 @@ from semimoe_fast.training.distributed import World
 from semimoe_fast.training.sources import load_data
 from semimoe_fast.training.trainer import Trainer
 
-pytest.importorskip("tyro", reason="commands read their options with tyro")
-
-EPOCHS = 4  # of two steps; long enough to be disturbed
+EPOCHS = 4  # of two steps; long enough to interrupt
 
 
 @pytest.fixture(scope="module")
 def options(tiny: list[str]) -> list[str]:
-    """Three images to validate on, which two processes share unequally."""
+    """Three validation images, which two processes cannot share equally."""
     return [*tiny, "--synthetic", "2", "4", "3"]
 
 
 @pytest.fixture(scope="module")
 def pair(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of two processes that nothing disturbed."""
+    """The folder of an uninterrupted run of two processes."""
     folder = tmp_path_factory.mktemp("runs") / "pair"
     assert_finishes(folder, *options, "--epochs", str(EPOCHS), "--out", str(folder))
     return folder
 
 
 def launch(*options: str, processes: int = 2) -> subprocess.Popen:
+    pytest.importorskip("tyro", reason="commands read their options with tyro")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.Popen(
         [*command, "-m", "semimoe_fast.train", *options],
@@ -53,25 +53,25 @@ def launch(*options: str, processes: int = 2) -> subprocess.Popen:
 
 
 def assert_finishes(folder: Path, *options: str, processes: int = 2) -> None:
-    """A run of several processes ends well, and only one of them writes and prints."""
+    """Launch a run and check that it succeeds and that only one process prints."""
     process = launch(*options, processes=processes)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert output.count(f"are in {folder}") == 1
-    assert output.count("\n") == train_summary_lines(folder)
+    assert output.count("\n") == printed_lines(folder)
 
 
-def train_summary_lines(folder: Path) -> int:
-    return report.summary(records(folder), folder).count("\n") + 2  # and the settings
+def printed_lines(folder: Path) -> int:
+    return report.summary(records(folder), folder).count("\n") + 2  # 1 for the settings, 1 for the last line
 
 
-def launched_and_under_way(folder: Path, options: list[str], processes: int = 2) -> tuple[subprocess.Popen, list[int]]:
-    """A run of several processes after its first checkpoint, and their ids in the order of their ranks."""
+def launch_and_wait(folder: Path, options: list[str], processes: int = 2) -> tuple[subprocess.Popen, list[int]]:
+    """Launch a run, wait for its first checkpoint; return torchrun and the ids of its processes in rank order."""
     process = launch(*options, "--epochs", str(EPOCHS), "--out", str(folder), processes=processes)
     deadline = time.monotonic() + 60
     while not (folder / run_folder.LAST).exists():
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timeout"
         time.sleep(0.02)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return process, sorted((int(child) for child in children), key=rank_of)
@@ -97,7 +97,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 
 def assert_close(folder: Path, expected: dict[str, torch.Tensor], state: float, moments: float) -> None:
-    """Weights, statistics and s, and the moments of a run's last checkpoint, relative to the largest of each tensor."""
+    """Compare model, s and moments of the last checkpoint; tolerances are relative to the maximum of each tensor."""
     _, tensors = checkpoint.read(folder / run_folder.LAST)
     for prefix, tolerance in (("model.", state), ("adaptive.", state), ("optim.", moments)):
         compared = [key for key in expected if key.startswith(prefix)]
@@ -108,14 +108,14 @@ def assert_close(folder: Path, expected: dict[str, torch.Tensor], state: float, 
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_with_synchronized_batch_norm(options: list[str], tmp_path: Path) -> None:
-    """The whole command, BN in training mode: parameters, statistics, optimizers and metrics; dropout alone differs."""
+def test_two_processes_with_sync_bn_equal_one(options: list[str], tmp_path: Path) -> None:
+    """Parameters, BN statistics, optimizers and metrics, without dropout, which differs by rank."""
     options = [*options, "--dropout", "0", "--lr", "0.01", "--sync-bn"]
     one, two = tmp_path / "one", tmp_path / "two"
     train.main([*options, "--out", str(one)])
     assert_finishes(two, *options, "--out", str(two))
-    # fp32 sums in another order, through 23 layers of two channels whose BN sees as few as 8 pixels: measured 2e-4, and
-    # 1e-2 in the moments, where ranks that normalize apart are off by 0.3 and 9
+    # other order of fp32 sums, over 23 layers of two channels whose BN sees as few as 8 pixels: measured 2e-4, and 1e-2
+    # in the moments; without --sync-bn the errors are 0.3 and 9
     assert_close(two, checkpoint.read(one / run_folder.LAST)[1], 2e-3, 0.1)
     for ours, theirs in zip(records(two), records(one), strict=True):
         assert flat(ours) == pytest.approx(flat(theirs), rel=1e-3, abs=2e-3)  # a pixel on the threshold may flip
@@ -124,13 +124,13 @@ def test_two_processes_are_one_with_synchronized_batch_norm(options: list[str], 
 
 def flat(value) -> list[float]:
     if isinstance(value, dict):
-        value = [value[key] for key in sorted(value) if not key.startswith("swept_")]  # the best of many jumps
+        value = [value[key] for key in sorted(value) if not key.startswith("swept_")]  # the maximum of a step function
     return [x for part in value for x in flat(part)] if isinstance(value, list) else [value]
 
 
 @dataclass(frozen=True)
 class Apart(World):
-    """A rank that nobody else belongs to: its share of the rows, its own gradients."""
+    """A rank with its own rows and gradients, which does not communicate."""
 
     def parallel(self, module):
         return module
@@ -139,8 +139,8 @@ class Apart(World):
         return [tensor]
 
 
-def test_gradients_are_those_of_the_shares_averaged(options: list[str], tmp_path: Path) -> None:
-    """Each rank's BN sees its own rows: two trainers side by side, their gradients averaged by hand."""
+def test_gradients_are_averaged_over_the_ranks(options: list[str], tmp_path: Path) -> None:
+    """Expected: two trainers in this process, one per rank, whose gradients the test averages."""
     options = [*options, "--dropout", "0"]
     parsed = config.parse(options)
     torch.set_num_threads(parsed.threads)
@@ -148,7 +148,7 @@ def test_gradients_are_those_of_the_shares_averaged(options: list[str], tmp_path
     trainers = [Trainer(parsed, data, torch.device("cpu"), Apart(rank, 2)) for rank in range(2)]
     for trainer in trainers:
         for optimizer in (trainer.sgd, trainer.adam):
-            optimizer.step = lambda: None  # what the training step calls; the class's own is called below
+            optimizer.step = lambda: None  # the step of the class is called below, after averaging
     for _ in range(parsed.epochs):
         for batches in zip(*(trainer.begin_epoch() for trainer in trainers), strict=True):
             for trainer, batch in zip(trainers, batches, strict=True):
@@ -162,11 +162,11 @@ def test_gradients_are_those_of_the_shares_averaged(options: list[str], tmp_path
         for trainer in trainers:
             trainer.next_epoch()
     for mine, other in zip(*(trainer.model.buffers() for trainer in trainers), strict=True):
-        assert not mine.is_floating_point() or not torch.equal(mine, other)  # they have seen different rows
-        mine.copy_((mine + other) / 2)  # what a run does at the end of its epochs
+        assert not mine.is_floating_point() or not torch.equal(mine, other)  # the ranks trained different rows
+        mine.copy_((mine + other) / 2)  # a run averages them at the end of each epoch
     assert_finishes(tmp_path / "run", *options, "--out", str(tmp_path / "run"))
     expected = trainers[0].state() | {f"model.{k}": v for k, v in trainers[0].model.state_dict().items()}
-    assert_close(tmp_path / "run", expected, 1e-5, 1e-5)  # the same arithmetic but for the order of the averages
+    assert_close(tmp_path / "run", expected, 1e-5, 1e-5)  # only the order of the averages differs
 
 
 @pytest.mark.slow
@@ -177,26 +177,26 @@ def test_ranks_draw_different_dropout(pair: Path) -> None:
 
 
 @pytest.mark.slow
-def test_signal_to_one_rank_stops_all_and_the_run_resumes_bitwise(options: list[str], tmp_path: Path) -> None:
-    """Three ranks, because the sum of two gradients does not depend on how they are packed."""
+def test_signal_to_one_rank_stops_all_ranks_and_the_run_resumes_bitwise(options: list[str], tmp_path: Path) -> None:
+    """Three ranks, because the sum of two gradients does not depend on DDP's buckets."""
     options = [*options, *"--synthetic 3 6 2 --labeled-batch 3 --unlabeled-batch 3".split()]
-    folder, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
-    process, ranks = launched_and_under_way(folder, options, processes=3)
-    os.kill(ranks[1], signal.SIGTERM)  # not the one that writes
+    folder, uninterrupted = tmp_path / "run", tmp_path / "uninterrupted"
+    process, ranks = launch_and_wait(folder, options, processes=3)
+    os.kill(ranks[1], signal.SIGTERM)  # not the main process
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     remedy = f"torchrun --nproc-per-node 3 -m semimoe_fast.train --resume {folder}"
     assert output.splitlines()[1:] == [f"interrupted by SIGTERM; continue with: {remedy}"]
     assert_finishes(folder, "--resume", str(folder), processes=3)
-    assert_finishes(undisturbed, *options, "--epochs", str(EPOCHS), "--out", str(undisturbed), processes=3)
-    assert_same_run(folder, undisturbed)
+    assert_finishes(uninterrupted, *options, "--epochs", str(EPOCHS), "--out", str(uninterrupted), processes=3)
+    assert_same_run(folder, uninterrupted)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_lost_rank_ends_the_run_which_resumes(options: list[str], pair: Path, tmp_path: Path, capsys, lost) -> None:
     folder = tmp_path / "run"
-    process, ranks = launched_and_under_way(folder, options)
+    process, ranks = launch_and_wait(folder, options)
     os.kill(ranks[lost], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
@@ -207,15 +207,15 @@ def test_lost_rank_ends_the_run_which_resumes(options: list[str], pair: Path, tm
     if lost == 0:
         assert_finishes(folder, "--resume", str(folder))
         assert_same_run(folder, pair)
-    else:  # on the device that is left
+    else:  # one process resumes
         train.main(["--resume", str(folder)])
-        assert "is of 2 processes, now 1: dropout goes on with other random numbers" in capsys.readouterr().out
+        assert "saved by 2 processes, resumed by 1: dropout draws other random numbers" in capsys.readouterr().out
         assert [record["epoch"] for record in records(folder)] == list(range(EPOCHS))
         assert "rank1.random.cpu" not in checkpoint.read(folder / run_folder.LAST)[1]
 
 
 @pytest.mark.slow
-def test_what_the_user_can_mend_is_said_once(options: list[str], tmp_path: Path) -> None:
+def test_user_error_is_printed_once(options: list[str], tmp_path: Path) -> None:
     process = launch(*options, "--labeled-batch", "3", "--out", str(tmp_path / "run"))
     output, errors = process.communicate(timeout=60)
     assert process.returncode != 0
@@ -225,7 +225,7 @@ def test_what_the_user_can_mend_is_said_once(options: list[str], tmp_path: Path)
     assert not (tmp_path / "run").exists()
 
 
-PATIENT = """
+SLOW_MAIN = """
 import time
 from datetime import timedelta
 from semimoe_fast.training import distributed
@@ -237,12 +237,12 @@ with distributed.join() as world:
 
 
 @pytest.mark.slow
-def test_all_wait_for_the_first_as_long_as_it_takes(tmp_path: Path) -> None:
-    """A rank that decodes many images is not a lost one."""
-    (tmp_path / "patient.py").write_text(PATIENT)
+def test_ranks_wait_for_rank_0_beyond_the_timeout(tmp_path: Path) -> None:
+    """Decoding may take longer than TIMEOUT."""
+    (tmp_path / "slow_main.py").write_text(SLOW_MAIN)
     command = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
     process = subprocess.run(
-        [sys.executable, *command, str(tmp_path / "patient.py")],
+        [sys.executable, *command, str(tmp_path / "slow_main.py")],
         capture_output=True,
         text=True,
         check=False,
@@ -253,8 +253,8 @@ def test_all_wait_for_the_first_as_long_as_it_takes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_images_are_kept_by_the_first_process(glands_folder: Path, tmp_path: Path) -> None:
-    """With a cache and, where none can be, with one line that says so, the run is the same."""
+def test_main_process_caches_the_images(glands_folder: Path, tmp_path: Path) -> None:
+    """The run is the same with a cache and, after one warning, without one."""
     options = "--image-size 32 --width 2 --epochs 1 --warmup-epochs 0 --device cpu --data".split()
     runs = [tmp_path / name / "run" for name in ("kept", "not")]
     for run in runs:
@@ -270,31 +270,32 @@ def test_images_are_kept_by_the_first_process(glands_folder: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("changes", "message"),
     [
-        ("--unlabeled-batch 3", "--unlabeled-batch is 3, which 2 processes cannot share: give a multiple of 2"),
+        ({"unlabeled_batch": 3}, "--unlabeled-batch is 3, which 2 processes cannot share: give a multiple of 2"),
         (
-            "--image-size 16",
+            {"image_size": 16},
             "--image-size is 16 and a batch 2 for 2 processes: batch normalization then sees a single pixel",
         ),
     ],
 )
-def test_configurations_that_processes_cannot_share(options: list[str], arguments: str, message: str) -> None:
-    config.parse([*options, *arguments.split()])
+def test_batches_that_two_processes_cannot_share(tiny_config: config.TrainConfig, changes: dict, message: str) -> None:
+    changed = dataclasses.replace(tiny_config, **changes)
+    changed.check()
     with pytest.raises(UserError) as caught:
-        config.parse([*options, *arguments.split()], processes=2)
+        changed.check(processes=2)
     assert message in str(caught.value)
 
 
-def test_devices_of_several_processes() -> None:
+def test_devices_with_several_processes() -> None:
     assert World(1, 2, 1).device("cpu") == torch.device("cpu")
-    with pytest.raises(UserError, match="--device is 'cuda:0', but every process takes a device of its own"):
+    with pytest.raises(UserError, match="--device is 'cuda:0', but every process needs its own device"):
         World(1, 2, 1).device("cuda:0")
     with pytest.raises(UserError, match=r"give at most --nproc-per-node \d+, or --device cpu"):
         World(99, 100, 99).device("cuda")
 
 
-MEETING = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+ENVIRONMENT = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 
 @pytest.mark.parametrize(
@@ -312,20 +313,22 @@ MEETING = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_P
         ({"LOCAL_RANK": "x"}, "the environment variable LOCAL_RANK is 'x', not a number from 0 to 1"),
     ],
 )
-def test_half_set_environments_are_refused(tiny: list[str], monkeypatch, changes: dict, message: str) -> None:
-    for name, value in (MEETING | changes).items():
+def test_incomplete_environment_raises_user_error(
+    tiny_config: config.TrainConfig, monkeypatch, changes: dict, message: str
+) -> None:
+    for name, value in (ENVIRONMENT | changes).items():
         monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError) as caught:
-        train.main(tiny)
+        train.main(tiny_config)
     assert (
         str(caught.value)
         == f"{message}; start several processes with torchrun, or unset WORLD_SIZE and RANK to train in one"
     )
 
 
-def test_processes_that_cannot_meet_say_so(tiny: list[str], monkeypatch) -> None:
-    for name, value in (MEETING | {"MASTER_ADDR": "nowhere.invalid"}).items():
+def test_processes_that_cannot_connect_raise_user_error(tiny_config: config.TrainConfig, monkeypatch) -> None:
+    for name, value in (ENVIRONMENT | {"MASTER_ADDR": "nowhere.invalid"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=1))
-    with pytest.raises(UserError, match="the processes of this run do not meet"):
-        train.main(tiny)
+    with pytest.raises(UserError, match="the processes of this run cannot connect"):
+        train.main(tiny_config)

@@ -1,4 +1,4 @@
-"""The step without Python: replayed from its operators it trains as the eager one; compiled, nearly so."""
+"""CUDA graphs and torch.compile: graphed, recorded and compiled steps train like eager steps."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA de
 
 
 class Tape(TorchDispatchMode):
-    """What a CUDA graph is, on the CPU: the operators of a call and the memory of their results, but no Python.
+    """A CUDA graph on the CPU: it records the operators of a call and the memory of their results, then replays them.
 
-    While it is recorded the call is executed, which a CUDA graph's is not; so the first replay does nothing.
+    Unlike a CUDA graph's capture, recording runs the call, so the first replay does nothing.
     """
 
     def __init__(self) -> None:
@@ -52,9 +52,9 @@ class Tape(TorchDispatchMode):
     def capture(cls, call: Callable[[], None]) -> Callable[[], None]:
         with cls() as tape:
             call()
-        # What would wait for a GPU: to read a number, or where something is not 0.
-        waiting = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
-        assert not waiting & {function.name().split(".")[0] for function, *_ in tape.calls}
+        # Operators that synchronize a GPU.
+        synchronizing = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
+        assert not synchronizing & {function.name().split(".")[0] for function, *_ in tape.calls}
         return tape.replay
 
 
@@ -73,7 +73,7 @@ def trainer(config: TrainConfig, device: torch.device = CPU, **changes) -> Train
 
 
 def train(runner: Trainer) -> dict[str, Tensor]:
-    """The run's whole state after its epochs; the schedules change from one to the next."""
+    """Train all epochs; return model, state and sums. The schedules change from epoch to epoch."""
     for _ in range(runner.config.epochs):
         assert runner.train_epoch(stop=lambda: False, progress=lambda: None)
         sums = {f"epoch {runner.epoch} {name}": total.clone() for name, total in runner.sums.items()}
@@ -90,12 +90,13 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("changes", OPTIONS, ids=str)
-def test_replayed_operators_are_the_eager_run(
+def test_replayed_step_equals_the_eager_step(
     tiny_config: TrainConfig, monkeypatch: pytest.MonkeyPatch, changes: dict
 ) -> None:
-    """Bit for bit, through changing batches, learning rates and weights, dropout included: all that moves is read from
-    memory, and nothing of it was fixed when the step was recorded. The tape misses native code that goes by addresses,
-    so this is the portable backend."""
+    """Bitwise, with changing batches, learning rates, u and dropout: a replay must read all of them from memory.
+
+    The portable backend, because the tape cannot record native code.
+    """
     monkeypatch.setenv("SEMIMOE_BACKEND", "portable")
     config = dataclasses.replace(tiny_config, synthetic=(4, 8, 2), epochs=5)
     expected = train(trainer(config, **changes))
@@ -107,8 +108,8 @@ def test_replayed_operators_are_the_eager_run(
     assert [key for key in expected if not torch.equal(result[key], expected[key])] == []
 
 
-def test_what_python_fixes_shows_on_the_tape() -> None:
-    """The test above can fail: a step that reads a number from Python keeps the first."""
+def test_tape_detects_python_numbers() -> None:
+    """The test above can fail: a step that reads a Python number replays its first value."""
     factor, seen = iter(range(1, 100)), torch.zeros(())
 
     def step(inputs: Images) -> None:
@@ -122,8 +123,8 @@ def test_what_python_fixes_shows_on_the_tape() -> None:
 
 @CUDA
 @pytest.mark.parametrize("changes", OPTIONS, ids=str)
-def test_cuda_graph_is_the_eager_run(tiny_config: TrainConfig, changes: dict) -> None:
-    """Up to the order of sums inside cuDNN's algorithms, whose choice may differ; dropout draws the same."""
+def test_cuda_graph_equals_the_eager_step(tiny_config: TrainConfig, changes: dict) -> None:
+    """Up to the order of summation, because cuDNN may choose other algorithms; dropout draws the same numbers."""
     config = dataclasses.replace(
         tiny_config, synthetic=(4, 8, 2), epochs=5, lr=0.01, device="cuda", precision="fp32", **changes
     )
@@ -140,10 +141,10 @@ def test_cuda_graph_is_the_eager_run(tiny_config: TrainConfig, changes: dict) ->
 
 
 @CUDA
-def test_a_step_does_not_wait_for_the_device(tiny_config: TrainConfig) -> None:
+def test_step_does_not_synchronize_the_device(tiny_config: TrainConfig) -> None:
     runner = trainer(tiny_config, torch.device("cuda"), device="cuda", cuda_graph=False)
     batches = list(runner.begin_epoch())
-    runner.train_step(batches[0])  # the first may compile kernels and make workspaces
+    runner.train_step(batches[0])  # the first step may compile kernels and allocate workspaces
     torch.cuda.set_sync_debug_mode("error")
     try:
         runner.train_step(batches[1])
@@ -152,8 +153,8 @@ def test_a_step_does_not_wait_for_the_device(tiny_config: TrainConfig) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_experts_are_the_eager_ones(tiny_config: TrainConfig) -> None:
-    """One compilation serves all three, since they have one width; the rest stays as it was."""
+def test_compiled_experts_equal_eager_experts(tiny_config: TrainConfig) -> None:
+    """The three experts have the same width and share one compilation."""
     from torch._dynamo.utils import counters
 
     config = dataclasses.replace(tiny_config, dropout=0.0, lr=0.01)
@@ -164,5 +165,5 @@ def test_compiled_experts_are_the_eager_ones(tiny_config: TrainConfig) -> None:
     assert not counters["graph_break"]
     for key, value in expected.items():
         if value.is_floating_point() and not key.startswith("optim"):
-            # fp32 sums in another order, through 23 layers whose BN sees as few as 8 pixels
+            # other order of fp32 sums, over 23 layers whose BN sees as few as 8 pixels
             torch.testing.assert_close(result[key], value, rtol=1e-2, atol=1e-2, msg=key)

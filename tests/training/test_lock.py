@@ -1,7 +1,8 @@
-"""A run folder belongs to one process, until that ends in whatever way."""
+"""The lock of a run folder: one process at a time, released when the process ends or is killed."""
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import os
@@ -15,13 +16,14 @@ import pytest
 
 from semimoe_fast import train
 from semimoe_fast.errors import UserError
-from semimoe_fast.training import config, run_folder
+from semimoe_fast.training import run_folder
+from semimoe_fast.training.config import TrainConfig, read_config
 from semimoe_fast.training.lock import LOCK_FILE, FolderLock
 
 BUSY = "another process is training in this folder; wait until it ends"
 
 
-def test_folder_has_one_owner_at_a_time(tmp_path: Path) -> None:
+def test_only_one_lock_at_a_time(tmp_path: Path) -> None:
     with FolderLock() as first, FolderLock() as second:
         first.take(tmp_path)
         with pytest.raises(UserError, match=BUSY):
@@ -30,28 +32,30 @@ def test_folder_has_one_owner_at_a_time(tmp_path: Path) -> None:
         third.take(tmp_path)
 
 
-def test_second_process_is_refused_whether_it_resumes_or_starts(
-    tiny: list[str], finished: Path, tmp_path: Path
+def test_second_process_is_refused_on_resume_and_on_start(
+    tiny_config: TrainConfig, finished: Path, tmp_path: Path
 ) -> None:
     resumed = shutil.copytree(finished, tmp_path / "resumed")
     fresh = tmp_path / "fresh"  # the other process has just created it
     fresh.mkdir()
     before = {path: path.read_bytes() for path in resumed.iterdir() if path.is_file()}
-    for folder, arguments in ((resumed, ["--resume", str(resumed)]), (fresh, [*tiny, "--out", str(fresh)])):
+    for folder, config in (
+        (resumed, dataclasses.replace(read_config(resumed), resume=resumed)),
+        (fresh, dataclasses.replace(tiny_config, out=fresh)),
+    ):
         with FolderLock() as other:
             other.take(folder)
             with pytest.raises(UserError) as caught:
-                train.main(arguments)
+                train.main(config)
         assert str(caught.value).startswith(f"{folder}: {BUSY}")
     assert {path: path.read_bytes() for path in before} == before
     assert [path.name for path in fresh.iterdir()] == [LOCK_FILE]
 
 
-def test_folder_filled_while_images_were_read_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "of another run").touch()
-    parsed = config.parse(["--out", str(tmp_path)])
+def test_folder_filled_after_the_first_check_is_refused(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "file of another run").touch()
     with FolderLock() as lock, pytest.raises(UserError, match="is not empty"):
-        run_folder.new_folder(parsed, lock)
+        run_folder.new_folder(dataclasses.replace(tiny_config, out=tmp_path), lock)
 
 
 KILLED_OWNER = """
@@ -66,7 +70,7 @@ with FolderLock() as lock:
 """
 
 
-def test_lock_of_a_killed_process_is_gone(tmp_path: Path) -> None:
+def test_killed_process_releases_the_lock(tmp_path: Path) -> None:
     owner = subprocess.Popen(
         [sys.executable, "-c", KILLED_OWNER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -79,7 +83,7 @@ def test_lock_of_a_killed_process_is_gone(tmp_path: Path) -> None:
         lock.take(tmp_path)
 
 
-def test_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_file_system_without_locks_causes_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     def flock(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 

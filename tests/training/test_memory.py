@@ -1,4 +1,4 @@
-"""What the forward pass keeps for the backward one: next to the weights, all that a step takes of memory."""
+"""Memory that the forward pass saves for the backward pass; with the weights, it is the memory of a step."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def config(batch: int, precision: Precision = "fp32") -> TrainConfig:
     )
 
 
-def kept(step: Callable[[], object]) -> int:
-    """Bytes of the memory that autograd keeps during a call, but for the parameters."""
-    storages: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no address comes twice
+def saved_bytes(step: Callable[[], object]) -> int:
+    """Bytes that autograd saves during a call, without the parameters."""
+    storages: dict[int, torch.UntypedStorage] = {}  # referenced, so that no address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, torch.nn.Parameter):
@@ -45,27 +45,27 @@ def kept(step: Callable[[], object]) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def of_ours(batch: int, precision: Precision) -> int:
+def bytes_of_ours(batch: int, precision: Precision) -> int:
     trainer = Trainer(config(batch, precision), load_data(config(batch))[0], CPU)
     (images,) = trainer.begin_epoch()
-    return kept(lambda: trainer.train_step(images))
+    return saved_bytes(lambda: trainer.train_step(images))
 
 
-def of_baseline(batch: int) -> int:
+def bytes_of_baseline(batch: int) -> int:
     trainer = baseline.Baseline(config(batch), CPU)
     mask = torch.zeros(batch, 32, 32, dtype=torch.uint8)
     images = torch.randn(batch, 3, 32, 32)
-    return kept(lambda: trainer.step(baseline.Batch(images, (mask, *F.distance_targets(mask)), images)))
+    return saved_bytes(lambda: trainer.step(baseline.Batch(images, (mask, *F.distance_targets(mask)), images)))
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_memory_is_linear_in_the_batch(precision: Precision) -> None:
-    two, four, eight = (of_ours(batch, precision) for batch in (2, 4, 8))
+    two, four, eight = (bytes_of_ours(batch, precision) for batch in (2, 4, 8))
     assert eight - four == pytest.approx(2 * (four - two), rel=0.02)
 
 
-def test_memory_of_an_image_is_half_of_the_published_trainer_s() -> None:
-    """What comes with the batch; cast and folded weights are kept beside it, whatever the batch."""
-    published = of_baseline(8) - of_baseline(4)
-    assert of_ours(8, "bf16") - of_ours(4, "bf16") < 0.45 * published
-    assert of_ours(8, "fp32") - of_ours(4, "fp32") < 0.85 * published
+def test_memory_per_image_is_below_the_published_trainer() -> None:
+    """The difference of two batch sizes leaves out saved weights, which do not depend on the batch."""
+    published = bytes_of_baseline(8) - bytes_of_baseline(4)
+    assert bytes_of_ours(8, "bf16") - bytes_of_ours(4, "bf16") < 0.45 * published
+    assert bytes_of_ours(8, "fp32") - bytes_of_ours(4, "fp32") < 0.85 * published

@@ -1,4 +1,4 @@
-"""Where a step's time goes: every microsecond in one category, the backward pass in that of its forward pass."""
+"""The profile of a step: each microsecond in one category, backward operators in the category of their forward."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ ROW = re.compile(r"^(\S.*?) +(\d+\.\d\d) +(\d+\.\d)%$", re.MULTILINE)
 
 @pytest.fixture(scope="module", params=DEVICES)
 def profiled(request, tiny_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of a profiled run of nine steps in three epochs, and what it printed."""
+    """Folder and output of a profiled run of nine steps in three epochs."""
     folder = tmp_path_factory.mktemp("runs") / "profiled"
     with contextlib.redirect_stdout(io.StringIO()) as output:
         train.main(dataclasses.replace(tiny_config, device=request.param, steps_per_epoch=3, profile=True, out=folder))
     return folder, output.getvalue()
 
 
-def test_table(profiled: tuple[Path, str]) -> None:
-    """All categories, the longest first, and what they add up to."""
+def test_table_lists_all_categories(profiled: tuple[Path, str]) -> None:
+    """The rows list all categories, longest first, and add up to the step."""
     folder, output = profiled
     on_cpu = "; CPU, threads: " in output
     *rows, (last, total, whole) = [(name, float(ms), float(share)) for name, ms, share in ROW.findall(output)]
@@ -50,7 +50,7 @@ def test_table(profiled: tuple[Path, str]) -> None:
     assert sum(ms for _, ms, _ in rows) == pytest.approx(total, abs=0.01 * rounding)
     assert sum(share for _, _, share in rows) == pytest.approx(100, abs=0.1 * rounding)
     share_of = {name: share for name, _, share in rows}
-    # of a step this small a GPU's kernels take next to nothing
+    # in a step this small, the kernels of a GPU take almost no time
     for name in ("convolutions", "batch normalization", "gates", "host gaps") if on_cpu else ("host gaps",):
         assert share_of[name] > 1, name
     assert all(ms > 0 for name, ms, _ in rows if name in ("convolutions", "batch normalization", "gates"))
@@ -71,24 +71,24 @@ def test_trace_shows_the_regions_of_the_recorded_steps(profiled: tuple[Path, str
     assert any("convolution" in event["name"] for event in events if event.get("cat") == "cpu_op")
 
 
-@pytest.mark.parametrize(("epochs", "says"), [(1, "nothing to show after 2 steps"), (2, "mean of 1 steps (the run")])
-def test_short_run_says_so(tiny: list[str], tmp_path: Path, capsys, epochs: int, says: str) -> None:
-    train.main([*tiny, "--epochs", str(epochs), "--profile", "--out", str(tmp_path / "run")])
+@pytest.mark.parametrize(("epochs", "text"), [(1, "nothing to show after 2 steps"), (2, "mean of 1 steps (the run")])
+def test_short_run_prints_fewer_steps(tiny_config: TrainConfig, tmp_path: Path, capsys, epochs: int, text: str) -> None:
+    train.main(dataclasses.replace(tiny_config, epochs=epochs, profile=True, out=tmp_path / "run"))
     output = capsys.readouterr().out
-    assert says in output
+    assert text in output
     assert (tmp_path / "run" / profile.TRACE_FILE).exists() == ("images/s" in output) == (epochs == 2)
 
 
-def test_failure_does_not_end_the_run(tiny: list[str], tmp_path: Path, capsys, monkeypatch) -> None:
+def test_profiling_error_does_not_end_the_run(tiny_config: TrainConfig, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(profile, "time_by_category", lambda *_: 1 / 0)
-    train.main([*tiny, "--profile", "--out", str(tmp_path / "run")])
+    train.main(dataclasses.replace(tiny_config, profile=True, out=tmp_path / "run"))
     output = capsys.readouterr().out
     assert "--profile: no result (ZeroDivisionError: division by zero); the run goes on" in output
     assert "last, gated" in output
 
 
 def record(step: Callable[[], None]) -> list[FunctionEvent]:
-    """The events of two steps, as a run has them recorded."""
+    """The profiler events of two steps."""
     plan = schedule(wait=0, warmup=1, active=2)
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], schedule=plan, acc_events=True) as profiler:
         for _ in range(3):
@@ -97,8 +97,8 @@ def record(step: Callable[[], None]) -> list[FunctionEvent]:
     return profiler.events()
 
 
-def test_every_moment_of_a_step_counts_once() -> None:
-    """Sleeping has no operator: in "data" it is a wait, elsewhere a gap, and between epochs it is no part of a step."""
+def test_categories_add_up_to_the_step() -> None:
+    """Sleep, which has no operator, is data wait in the region "data", not counted between epochs, else a host gap."""
     matrix = torch.randn(300, 300)
 
     def step() -> None:
@@ -127,7 +127,7 @@ def test_every_moment_of_a_step_counts_once() -> None:
     assert 20e3 <= first["data wait"] <= times["data wait"] - 20e3
 
 
-def test_backward_pass_counts_where_its_forward_pass_does() -> None:
+def test_backward_operators_have_the_category_of_their_forward() -> None:
     gating = MultiGating(16)
     features = [torch.randn(2, 16, 64, 64, requires_grad=True) for _ in range(3)]
     wanted = [*features, *gating.parameters()]
@@ -136,7 +136,7 @@ def test_backward_pass_counts_where_its_forward_pass_does() -> None:
         *outputs, weights = gating(features)
         with record_function("losses"):
             loss = sum(output.square().mean() for output in (*outputs, weights))
-        torch.autograd.grad(loss, wanted)  # not backward(), which adds them up too
+        torch.autograd.grad(loss, wanted)  # backward() would also accumulate
 
     events = record(step)
     categories = categorize(events)
@@ -151,7 +151,7 @@ def test_backward_pass_counts_where_its_forward_pass_does() -> None:
     assert times["other"] < 0.02 * times["gates"]
 
 
-def test_layers_of_a_unet_are_told_apart_forward_and_backward() -> None:
+def test_layers_have_their_categories_forward_and_backward() -> None:
     layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
     images = torch.randn(2, 3, 16, 16)
     events = record(lambda: layers(images).sum().backward())
@@ -182,8 +182,8 @@ def kernel(start: float, end: float, launcher: FunctionEvent | None = None, mark
     return FunctionEvent(0, "kernel", 7, start, end, device_type=DeviceType.CUDA, is_user_annotation=mark)
 
 
-def test_time_on_a_device_is_that_of_its_kernels() -> None:
-    """A step whose kernels are written by hand, and another, unfinished, that does not count."""
+def test_cuda_time_is_that_of_the_kernels() -> None:
+    """A hand-written step with kernels, and a second, unfinished step that does not count."""
     step = event("ProfilerStep*", 0, 100, mark=True)
     data = event("data", 0, 20, mark=True, parent=step)
     augmentation = event("augmentation", 4, 10, mark=True, parent=data)
@@ -196,23 +196,23 @@ def test_time_on_a_device_is_that_of_its_kernels() -> None:
     late = event("aten::add", 101, 102, parent=unfinished)
     own = [step, data, augmentation, resize, convolution, addition, pause, validation, unfinished, late]
     device = [
-        kernel(0, 120, mark=True),  # the regions show on the device's side of the trace too
-        kernel(6, 12, resize),  # ends outside the augmentation, in the wait for data
+        kernel(0, 120, mark=True),  # regions also appear among device events
+        kernel(6, 12, resize),  # ends after the augmentation, during the data wait
         kernel(30, 50, convolution),
         kernel(50, 60, addition),
-        kernel(64, 68),  # launched by no operator
+        kernel(64, 68),  # no operator launched it
         kernel(82, 90, validation),
         kernel(102, 110, late),
     ]
     expected = dict.fromkeys(CATEGORIES, 0.0) | {"augmentation": 6, "convolutions": 20, "other": 14}
-    expected |= {"data wait": 12, "host gaps": 80 - 40 - 12}  # 20 less 6 within the augmentation, and 2 of its kernel
+    expected |= {"data wait": 12, "host gaps": 80 - 40 - 12}  # 20 minus 6 of augmentation minus 2 of its kernel
     assert time_by_category([*own, *device], 1, on_cuda=True) == pytest.approx(expected)
 
-    twin = kernel(30, 50, addition)  # at once with the convolution, on another stream: they share the time
+    twin = kernel(30, 50, addition)  # overlaps the convolution on another stream; both share the time
     times = time_by_category([*own, *device, twin], 1, on_cuda=True)
     assert sum(times.values()) == pytest.approx(80)
     assert times["host gaps"] == pytest.approx(expected["host gaps"])
     assert times["convolutions"] == pytest.approx(20 * 40 / 60)
 
-    with pytest.raises(profile.UserError, match="saw no kernel"):
+    with pytest.raises(profile.UserError, match="recorded no kernel"):
         time_by_category(own, 1, on_cuda=True)

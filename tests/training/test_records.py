@@ -1,7 +1,8 @@
-"""metrics.jsonl: what is read back of it, whatever it holds."""
+"""metrics.jsonl: reading and truncating files with damaged, missing and repeated records."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from semimoe_fast import train
 from semimoe_fast.errors import UserError
 from semimoe_fast.training import records, run_folder
+from semimoe_fast.training.config import read_config
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +29,14 @@ def epochs(path: Path) -> list[int]:
     return [json.loads(text)["epoch"] for text in path.read_text().splitlines()]
 
 
-def test_epochs_to_be_trained_again_are_dropped_even_after_a_lost_line(line: dict, tmp_path: Path) -> None:
-    """Epoch 1 was damaged and is gone; 3 was recorded, and the process killed ahead of its checkpoint."""
+def test_truncate_drops_by_epoch_not_by_line(line: dict, tmp_path: Path) -> None:
+    """The record of epoch 1 is missing; epoch 3 has a record but no checkpoint."""
     path = write(tmp_path / "m", *(line | {"epoch": epoch} for epoch in (0, 2, 3)))
     records.truncate(path, 3)
     assert epochs(path) == [0, 2]
 
 
-def test_later_record_of_an_epoch_counts(line: dict, tmp_path: Path) -> None:
+def test_last_record_of_an_epoch_counts(line: dict, tmp_path: Path) -> None:
     path = write(tmp_path / "m", *(line | {"epoch": epoch, "lr": lr} for epoch, lr in ((0, 1), (1, 1), (1, 2))))
     assert [(record["epoch"], record["lr"]) for record in records.read(path)] == [(0, 1), (1, 2)]
 
@@ -56,23 +58,23 @@ def test_later_record_of_an_epoch_counts(line: dict, tmp_path: Path) -> None:
     ],
     ids=lambda damage: str(damage)[:20],
 )
-def test_damaged_line_is_told_and_left_out(line: dict, tmp_path: Path, capsys, damage: dict | bytes) -> None:
+def test_damaged_line_is_left_out_with_a_warning(line: dict, tmp_path: Path, capsys, damage: dict | bytes) -> None:
     if isinstance(damage, dict) and damage != {"epoch": 1}:
         damage = line | {"epoch": 1} | damage
     path = write(tmp_path / "m", line, damage, line | {"epoch": 2})
     assert [record["epoch"] for record in records.read(path)] == [0, 2]
-    assert capsys.readouterr().err == f"warning: {path}: 1 damaged lines are dropped; the run goes on\n"
+    assert capsys.readouterr().err == f"warning: {path}: 1 damaged line is left out\n"
 
 
-def test_missing_file_is_refused(tmp_path: Path) -> None:
+def test_missing_file_raises_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="m: cannot be read"):
         records.read(tmp_path / "m")
 
 
-def test_run_without_a_whole_record_still_ends_well(finished: Path, tmp_path: Path, capsys) -> None:
+def test_run_without_valid_records_finishes_with_warnings(finished: Path, tmp_path: Path, capsys) -> None:
     folder = shutil.copytree(finished, tmp_path / "run")
     write(folder / run_folder.METRICS_FILE, b"\xff", b"1")
-    train.main(["--resume", str(folder)])
+    train.main(dataclasses.replace(read_config(folder), resume=folder))
     told = capsys.readouterr().err
-    assert "2 damaged lines are dropped" in told
-    assert "holds no record of a validation any more" in told
+    assert "2 damaged lines are dropped from the file" in told
+    assert "holds no record of a validation;" in told

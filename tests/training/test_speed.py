@@ -1,4 +1,4 @@
-"""Steps against a clock of our own, FLOPs against a count by hand, memory against what the system says."""
+"""Stopwatch against a fake clock, FLOPs against a formula, memory against /proc."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from semimoe_fast.training.speed import Stopwatch, flops_per_step, peak_memory_b
 
 
 class Clock:
-    """A clock that only the steps and validations below move."""
+    """A fake clock that only `epoch` advances."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
@@ -28,8 +28,8 @@ class Clock:
         self.now += 100  # validation
 
 
-def test_warm_up_may_take_several_epochs_and_is_no_part_of_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps an epoch, five of warm-up."""
+def test_speed_excludes_a_warm_up_of_several_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps per epoch, five steps of warm-up."""
     clock = Clock(monkeypatch)
     watch = Stopwatch(torch.device("cpu"), 5)
     for _ in range(2):
@@ -41,23 +41,23 @@ def test_warm_up_may_take_several_epochs_and_is_no_part_of_the_speed(monkeypatch
     assert (watch.seconds_per_step(), watch.warm_up_seconds) == (3, 40)
 
 
-def test_warm_up_that_ends_with_its_epoch_leaves_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_epoch_of_only_warm_up_steps_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     watch = Stopwatch(torch.device("cpu"), 2)
     clock.epoch(watch, 8, 8)
     assert (watch.seconds_per_step(), watch.warm_up_seconds) == (None, 16)
 
 
-def by_hand(width: int, side: int, images: int) -> int:
-    """Two operations a weight and pixel: forward, for the gradient of the weights and, but for images, of the input."""
+def flops_by_formula(width: int, side: int, images: int) -> int:
+    """Two operations per weight and pixel: forward, weight gradient, and input gradient (except for the images)."""
     total = 0
-    for rows in (2, 1, 2):  # of the experts' own heads
+    for rows in (2, 1, 2):  # output channels of the experts' heads
         channels = [width * 2**level for level in range(5)]
         convolutions = [(c, rows, 1, side) for c in channels[:1]]  # (in, out, kernel, side)
         for level, out in enumerate(channels):
             here = side // 2**level
             convolutions += [(channels[level - 1] if level else 3, out, 3, here), (out, out, 3, here)]  # down
-            if level < 4:  # up: transposed, 16 products for each pixel of the level below; of both halves; once more
+            if level < 4:  # up: transposed convolution (16 products per input pixel), then two convolutions
                 convolutions += [(2 * out, out, 4, here // 2), (2 * out, out, 3, here), (out, out, 3, here)]
         for ins, outs, kernel, here in convolutions:
             passes = 2 if ins == 3 else 3
@@ -66,21 +66,21 @@ def by_hand(width: int, side: int, images: int) -> int:
 
 
 @pytest.mark.parametrize(("width", "side", "images"), [(2, 32, 1), (4, 64, 3)])
-def test_flops_are_those_of_a_count_by_hand(width: int, side: int, images: int) -> None:
+def test_flops_match_the_formula(width: int, side: int, images: int) -> None:
     state = torch.get_rng_state()
-    assert flops_per_step(width, side, images) == by_hand(width, side, images)
+    assert flops_per_step(width, side, images) == flops_by_formula(width, side, images)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_peak_memory_holds_what_is_resident() -> None:
+def test_peak_memory_is_at_least_the_resident_memory() -> None:
     held = torch.ones(2**25)
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     peak = peak_memory_bytes(torch.device("cpu"))
-    assert held.nbytes < 0.99 * resident < peak < 100 * resident  # not KiB, and not KiB of KiB
+    assert held.nbytes < 0.99 * resident < peak < 100 * resident  # a wrong unit is off by 1024
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_peak_memory_of_a_gpu_is_that_of_its_tensors() -> None:
+def test_peak_memory_of_a_gpu_counts_tensors() -> None:
     device = torch.device("cuda")
     before = peak_memory_bytes(device)
     held = torch.empty(before + 2**20, dtype=torch.uint8, device=device)

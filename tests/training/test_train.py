@@ -1,4 +1,4 @@
-"""Training from the command line: what a run leaves behind, resuming bitwise, interruption."""
+"""Runs: files of the run folder, reproducibility, interruption, bitwise resuming."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def contents(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
-    """Model, optimizers, s, position, random state and records, bit for bit (but for the speed)."""
+    """Both runs have bitwise equal checkpoints and records, except for the speed."""
     for name in (run_folder.LAST, run_folder.BEST):
         (metadata, tensors), (expected_metadata, expected) = contents(folder / name), contents(other / name)
         assert metadata == expected_metadata
@@ -38,6 +38,14 @@ def assert_same_run(folder: Path, other: Path) -> None:
         for text in ((f / run_folder.METRICS_FILE).read_text() for f in (folder, other))
     )
     assert ours == theirs
+
+
+def start(tiny_config: config.TrainConfig, folder: Path, **changes) -> None:
+    train.main(dataclasses.replace(tiny_config, out=folder, **changes))
+
+
+def resume(folder: Path, **changes) -> None:
+    train.main(dataclasses.replace(config.read_config(folder), resume=folder, **changes))
 
 
 def test_run_folder(finished: Path) -> None:
@@ -74,23 +82,23 @@ def test_training_reduces_the_loss(finished: Path) -> None:
     assert totals[-1] < totals[0]
 
 
-def test_same_seed_same_run_other_seed_other_run(tiny: list[str], finished: Path, tmp_path: Path) -> None:
-    train.main([*tiny, "--out", str(tmp_path / "same")])
+def test_seed_determines_the_run(tiny_config: config.TrainConfig, finished: Path, tmp_path: Path) -> None:
+    start(tiny_config, tmp_path / "same")
     assert_same_run(tmp_path / "same", finished)
-    train.main([*tiny, "--seed", "4", "--out", str(tmp_path / "other")])
+    start(tiny_config, tmp_path / "other", seed=4)
     tensors, expected = (contents(folder / run_folder.LAST)[1] for folder in (tmp_path / "other", finished))
     assert not torch.equal(tensors["model.gating.heads.0.weight"], expected["model.gating.heads.0.weight"])
 
 
-def test_command_is_the_same_run(tiny: list[str], finished: Path, tmp_path: Path) -> None:
-    """As a process of its own, without the deterministic mode that the tests run in."""
+def test_command_line_gives_the_same_run(tiny: list[str], finished: Path, tmp_path: Path) -> None:
+    """A separate process, without the deterministic mode of the tests."""
     subprocess.run([*TRAIN, *tiny, "--out", str(tmp_path / "run")], check=True, capture_output=True)
     assert_same_run(tmp_path / "run", finished)
 
 
-def test_profiled_run_is_the_same_run(tiny: list[str], finished: Path, tmp_path: Path, capsys) -> None:
-    """Three of its steps are recorded, with the end of an epoch between them."""
-    train.main([*tiny, "--profile", "--out", str(tmp_path / "run")])
+def test_profiled_run_is_the_same_run(tiny_config: config.TrainConfig, finished: Path, tmp_path: Path, capsys) -> None:
+    """The profile records three steps, with the end of an epoch between them."""
+    start(tiny_config, tmp_path / "run", profile=True)
     assert "mean of 3 steps (the run had no more)" in capsys.readouterr().out
     assert_same_run(tmp_path / "run", finished)
     assert (tmp_path / "run" / config.CONFIG_FILE).read_text() == (finished / config.CONFIG_FILE).read_text()
@@ -98,23 +106,21 @@ def test_profiled_run_is_the_same_run(tiny: list[str], finished: Path, tmp_path:
 
 @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 def test_bf16_follows_fp32(tiny_config: config.TrainConfig, tmp_path: Path, device: str) -> None:
-    """Without dropout, which a GPU draws otherwise for every dtype."""
+    """Without dropout, because a GPU draws other numbers for each dtype."""
 
     def first_epoch(precision: str) -> dict:
         folder = tmp_path / precision
-        train.main(
-            dataclasses.replace(tiny_config, epochs=1, dropout=0.0, device=device, precision=precision, out=folder)
-        )
+        start(tiny_config, folder, epochs=1, dropout=0.0, device=device, precision=precision)
         return json.loads((folder / run_folder.METRICS_FILE).read_text())
 
     ours, theirs = first_epoch("bf16"), first_epoch("fp32")
-    # the first epoch has a learning rate of 0: the same weights, evaluated with 8 bits of mantissa through 23 layers
+    # the learning rate of the first epoch is 0, so the weights are equal; bf16 has 8 bits of mantissa, over 23 layers
     assert ours["supervised_total"] == pytest.approx(theirs["supervised_total"], rel=0.02)
     assert ours["supervised_total"] != theirs["supervised_total"]
 
 
 class StopAfter(interruption.Interruption):
-    """An interruption that comes after a number of steps."""
+    """An interruption after a number of steps."""
 
     def __init__(self, steps: int) -> None:
         self.left = steps
@@ -127,40 +133,41 @@ class StopAfter(interruption.Interruption):
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_interrupted_run_resumes_bitwise(
-    tiny: list[str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+    tiny_config: config.TrainConfig, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
-    """Two steps an epoch, so that some interruptions fall inside an epoch and some between two."""
+    """With two steps per epoch: interruptions within an epoch and at its end."""
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(train, "Interruption", lambda _: StopAfter(steps))
         with pytest.raises(SystemExit) as exit_:
-            train.main([*tiny, "--out", str(folder)])
+            start(tiny_config, folder)
     assert exit_.value.code == 128 + signal.SIGINT
-    train.main(["--resume", str(folder), "--profile"])  # which, like the place, is no part of the configuration
+    resume(folder, profile=True)  # a resumed run may change this option
     assert_same_run(folder, finished)
 
 
-def test_options_resume_bitwise(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the average of the weights, parts of a batch and images that come from the host."""
-    options = [*tiny, *"--ema 0.9 --accumulate 2 --joint-forward --data_device host".split()]
-    train.main([*options, "--out", str(tmp_path / "undisturbed")])
+def test_run_with_many_options_resumes_bitwise(
+    tiny_config: config.TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = dataclasses.replace(tiny_config, ema=0.9, accumulate=2, joint_forward=True, data_device="host")
+    start(options, tmp_path / "uninterrupted")
     with monkeypatch.context() as patch:
         patch.setattr(train, "Interruption", lambda _: StopAfter(3))
         with pytest.raises(SystemExit):
-            train.main([*options, "--out", str(tmp_path / "run")])
-    train.main(["--resume", str(tmp_path / "run")])
-    assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
+            start(options, tmp_path / "run")
+    resume(tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "uninterrupted")
 
 
 @pytest.mark.parametrize("victim", ["save last", "save best", "metrics", "validation", "step"])
 def test_killed_run_resumes_bitwise(
-    tiny: list[str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
+    tiny_config: config.TrainConfig, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
 ) -> None:
-    """Death in the second epoch, at each of the points that leave something half done on the disk."""
+    """Killed in the second epoch, at each point where files may be incomplete."""
     folder = tmp_path / "run"
 
     class Killed(BaseException):
-        """No handler of errors catches it."""
+        """No `except Exception` catches it."""
 
     def dying(function, when):
         def call(*arguments, **keywords):
@@ -186,46 +193,57 @@ def test_killed_run_resumes_bitwise(
         else:
             patch.setattr(run.Trainer, "train_step", dying(run.Trainer.train_step, in_second_epoch))
         with pytest.raises(Killed):
-            train.main([*tiny, "--out", str(folder)])
+            start(tiny_config, folder)
     if victim == "metrics":
         with (folder / run_folder.METRICS_FILE).open("a") as file:
             file.write('{"epoch": 1, "half a li')
-    train.main(["--resume", str(folder)])
+    resume(folder)
     assert_same_run(folder, finished)
 
 
-def test_damaged_record_is_dropped_and_the_run_ends_well(finished: Path, tmp_path: Path, capsys) -> None:
-    """A line that a full disk cut short, of an epoch before the checkpoint, and two that are no records at all."""
+def test_damaged_records_are_dropped_on_resume(finished: Path, tmp_path: Path, capsys) -> None:
+    """A line of a finished epoch that a full disk has truncated, and two lines that are not records."""
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     lines = (folder / run_folder.METRICS_FILE).read_text().splitlines()
     damaged = [lines[0].encode(), lines[1][:100].encode(), b"\xff\xfe", b"1", lines[2].encode()]
     (folder / run_folder.METRICS_FILE).write_bytes(b"\n".join(damaged))
-    train.main(["--resume", str(folder)])
-    assert "3 damaged lines are dropped" in capsys.readouterr().err
+    resume(folder)
+    assert "3 damaged lines are dropped from the file" in capsys.readouterr().err
     assert (folder / run_folder.METRICS_FILE).read_text() == f"{lines[0]}\n{lines[2]}\n"
 
 
-def test_run_without_checkpoint_starts_over(tiny: list[str], finished: Path, tmp_path: Path, monkeypatch) -> None:
+def test_other_errors_of_a_resume_are_not_reported_as_damage(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def restore(*_: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(run.Trainer, "restore", restore)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        resume(finished)
+
+
+def test_run_without_checkpoint_starts_over(
+    tiny_config: config.TrainConfig, finished: Path, tmp_path: Path, monkeypatch
+) -> None:
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(run.Run, "train", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            train.main([*tiny, "--out", str(folder)])
-    train.main(["--resume", str(folder)])
+            start(tiny_config, folder)
+    resume(folder)
     assert_same_run(folder, finished)
 
 
 def wait_for(condition, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timeout"
         time.sleep(0.05)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_signals(tiny: list[str], tmp_path: Path, number: signal.Signals) -> None:
-    """A real process: SIGINT and SIGTERM save and say how to go on; after SIGKILL the last checkpoint is whole."""
+    """A separate process: SIGINT and SIGTERM save and print the remedy; SIGKILL leaves a valid checkpoint."""
     folder = tmp_path / "run"
     process = subprocess.Popen(
         [*TRAIN, *tiny, "--epochs", "10000", "--out", str(folder)], stdout=subprocess.PIPE, text=True
@@ -245,29 +263,28 @@ def test_signals(tiny: list[str], tmp_path: Path, number: signal.Signals) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("delay", [0, 0.2])
 def test_sigkill_and_resume_as_processes(tiny: list[str], tmp_path: Path, delay: float) -> None:
-    """Killed by the system at no chosen moment, resumed by the command: as the run that was left alone."""
+    """A process killed at an arbitrary time and resumed gives the same run as an uninterrupted one."""
     options = [*tiny, "--epochs", "12"]
-    folder, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+    folder, uninterrupted = tmp_path / "run", tmp_path / "uninterrupted"
     process = subprocess.Popen([*TRAIN, *options, "--out", str(folder)], stdout=subprocess.DEVNULL)
     wait_for((folder / run_folder.LAST).exists)
     time.sleep(delay)
     process.kill()
-    assert process.wait() == -signal.SIGKILL, "the run was over before it was killed: give it more epochs"
+    assert process.wait() == -signal.SIGKILL, "the run ended before the kill: use more epochs"
     subprocess.run([*TRAIN, "--resume", str(folder)], check=True, stdout=subprocess.DEVNULL)
-    train.main([*options, "--out", str(undisturbed)])
-    assert_same_run(folder, undisturbed)
+    train.main([*options, "--out", str(uninterrupted)])
+    assert_same_run(folder, uninterrupted)
 
 
 def test_resume_of_a_finished_run_only_reports(finished: Path, tmp_path: Path, capsys) -> None:
-    pytest.importorskip("tyro")
     before = (finished / run_folder.LAST).read_bytes()
-    train.main(["--resume", str(finished)])
+    resume(finished)
     assert (finished / run_folder.LAST).read_bytes() == before
     assert "last, gated" in capsys.readouterr().out
 
 
-def test_supervised_baseline_takes_as_many_steps_as_asked(tiny: list[str], tmp_path: Path) -> None:
-    train.main([*tiny, "--unlabeled", "none", "--steps-per-epoch", "2", "--epochs", "1", "--out", str(tmp_path / "r")])
+def test_supervised_baseline_takes_the_given_steps(tiny_config: config.TrainConfig, tmp_path: Path) -> None:
+    start(tiny_config, tmp_path / "r", unlabeled="none", steps_per_epoch=2, epochs=1)
     record = json.loads((tmp_path / "r" / run_folder.METRICS_FILE).read_text())
     assert record["unsupervised_total"] == 0
     assert record["unsupervised_terms"] == [0, 0, 0]

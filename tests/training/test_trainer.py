@@ -1,4 +1,4 @@
-"""The step's arithmetic: optimizers together, parts of a batch, one forward for two batches, the average of weights."""
+"""Arithmetic of a step: fused optimizers, --accumulate, --joint-forward, --ema, --scale-lr; and its recorded speed."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from torch import Tensor
 from semimoe_fast import checkpoint, train
 from semimoe_fast.device import configure
 from semimoe_fast.objective import objective
-from semimoe_fast.training import config, run_folder
+from semimoe_fast.training import run_folder
+from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.sources import load_data
+from semimoe_fast.training.state import StateMismatch
 from semimoe_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
 
-def trainer(options: list[str], **changes) -> Trainer:
-    parsed = dataclasses.replace(config.parse(options), **changes)
-    parsed.check()
-    runner = Trainer(parsed, load_data(parsed)[0], CPU)
-    runner.epoch = 1  # at the first, the learning rate is 0
+def trainer(config: TrainConfig, **changes) -> Trainer:
+    config = dataclasses.replace(config, **changes)
+    config.check()
+    runner = Trainer(config, load_data(config)[0], CPU)
+    runner.epoch = 1  # the learning rate of epoch 0 is 0
     return runner
 
 
@@ -32,9 +34,9 @@ def gradients(runner: Trainer) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter, _ in runner._optimized()}
 
 
-def test_one_fused_sgd_is_five_optimizers(tiny: list[str]) -> None:
-    """As published: an SGD for each of the four networks and an Adam, written out; the layout is channels-last."""
-    runner = trainer(tiny)
+def test_fused_optimizers_equal_the_published_five(tiny_config: TrainConfig) -> None:
+    """The published trainer has one SGD for each of four networks and one Adam, all contiguous and not fused."""
+    runner = trainer(tiny_config)
     mine = {name: p for name, p, _ in runner._optimized()}
     theirs = {name: p.detach().clone(memory_format=torch.contiguous_format) for name, p in mine.items()}
     networks = [f"model.experts.{e}." for e in range(3)] + ["model.gating."]
@@ -61,9 +63,9 @@ def test_one_fused_sgd_is_five_optimizers(tiny: list[str]) -> None:
             torch.testing.assert_close(parameter.detach(), theirs[name], rtol=1e-6, atol=1e-7, msg=name)
 
 
-def test_accumulated_gradients_are_the_mean_of_the_parts(tiny: list[str]) -> None:
-    options = [*tiny, *"--synthetic 4 4 2 --labeled-batch 4 --unlabeled-batch 4 --dropout 0".split()]
-    runner, plain = trainer(options, accumulate=2), trainer(options)
+def test_accumulated_gradients_are_the_mean_of_the_parts(tiny_config: TrainConfig) -> None:
+    config = dataclasses.replace(tiny_config, synthetic=(4, 4, 2), labeled_batch=4, unlabeled_batch=4, dropout=0.0)
+    runner, plain = trainer(config, accumulate=2), trainer(config)
     (batch,) = runner.begin_epoch()
     plain.model.train()
     plain.weight.fill_(plain.unsupervised_weight)
@@ -83,8 +85,8 @@ def test_accumulated_gradients_are_the_mean_of_the_parts(tiny: list[str]) -> Non
     torch.testing.assert_close(runner.sums["total"], torch.stack(totals).mean())
 
 
-def test_joint_forward_is_the_same_but_for_batch_norm(tiny: list[str]) -> None:
-    runner = trainer([*tiny, "--dropout", "0"])
+def test_joint_forward_differs_only_in_batch_norm(tiny_config: TrainConfig) -> None:
+    runner = trainer(tiny_config, dropout=0.0)
     (batch, *_) = runner.begin_epoch()
     images, masks = runner._augmented(batch.labeled)
     targets = (masks, torch.rand(masks.shape), masks)
@@ -93,7 +95,7 @@ def test_joint_forward_is_the_same_but_for_batch_norm(tiny: list[str]) -> None:
     def losses(joint: bool) -> list[Tensor]:
         return list(objective(runner.model, runner.adaptive, images, targets, unlabeled, 0.5, joint_forward=joint))
 
-    runner.model.eval()  # BN by its running statistics, whatever the batch
+    runner.model.eval()  # BN uses running statistics
     for together, apart in zip(losses(True), losses(False), strict=True):
         torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6)
     runner.model.train()
@@ -103,10 +105,10 @@ def test_joint_forward_is_the_same_but_for_batch_norm(tiny: list[str]) -> None:
     assert counter.item() == before + 1 + 2
 
 
-def test_average_follows_the_weights(tiny: list[str]) -> None:
-    runner = trainer(tiny, ema=0.75)
+def test_ema_follows_the_weights(tiny_config: TrainConfig) -> None:
+    runner = trainer(tiny_config, ema=0.75)
     runner.epoch = 0
-    for name, value in runner.evaluated.state_dict().items():
+    for name, value in runner.eval_model.state_dict().items():
         assert torch.equal(value, runner.model.state_dict()[name])
     past = []
     for batch in runner.begin_epoch():
@@ -115,15 +117,15 @@ def test_average_follows_the_weights(tiny: list[str]) -> None:
         runner.step += 1
         past.append({name: value.clone() for name, value in runner.model.state_dict().items()})
     assert len(past) == 2
-    for name, value in runner.evaluated.state_dict().items():
+    for name, value in runner.eval_model.state_dict().items():
         mean = (0.75 * past[0][name] + past[1][name]) / 1.75 if value.is_floating_point() else past[1][name]
         torch.testing.assert_close(value, mean, msg=name)
-    assert not runner.evaluated.training
+    assert not runner.eval_model.training
 
 
-def test_average_is_what_is_validated_and_kept_as_best(tiny: list[str], tmp_path: Path) -> None:
+def test_best_checkpoint_holds_the_ema(tiny_config: TrainConfig, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    train.main([*tiny, "--ema", "0.5", "--epochs", "1", "--warmup-epochs", "0", "--out", str(folder)])
+    train.main(dataclasses.replace(tiny_config, ema=0.5, epochs=1, warmup_epochs=0, out=folder))
     _, best = checkpoint.read(folder / run_folder.BEST)
     _, last = checkpoint.read(folder / run_folder.LAST)
     sums = {key.removeprefix("average."): value for key, value in last.items() if key.startswith("average.")}
@@ -134,11 +136,34 @@ def test_average_is_what_is_validated_and_kept_as_best(tiny: list[str], tmp_path
 
 
 @pytest.mark.parametrize(
-    ("options", "factor"), [("", 1.0), ("--labeled-batch 4 --unlabeled-batch 8", 3.0), ("--unlabeled none", 1.0)]
+    ("changes", "message"),
+    [
+        (
+            {"model.gating.heads.0.bias": torch.zeros(3)},
+            r"heads.0.bias is float32 \(3,\), not float32 \(2,\)",
+        ),
+        ({"random.cpu": torch.zeros(3)}, r"random.cpu is float32 \(3,\), not uint8"),
+        ({"average.x": torch.zeros(3)}, "average.x is unknown"),
+        ({"rank1.random.cpu": torch.zeros(3)}, "sums.total is missing"),
+    ],
 )
-def test_learning_rate_grows_with_the_images_of_a_step(tiny: list[str], options: str, factor: float) -> None:
-    options = [*tiny, *"--synthetic 4 8 2 --scale-lr".split(), *options.split()]
-    assert trainer(options).learning_rate == pytest.approx(0.1 * factor)
+def test_restore_refuses_other_tensors_before_any_change(
+    tiny_config: TrainConfig, finished: Path, changes: dict[str, Tensor], message: str
+) -> None:
+    runner = trainer(tiny_config)
+    before = {name: value.clone() for name, value in runner.model.state_dict().items()}
+    _, tensors = checkpoint.read(finished / run_folder.LAST)
+    with pytest.raises(StateMismatch, match=message):
+        runner.restore(tensors | changes, 1, 0)
+    assert all(torch.equal(value, before[name]) for name, value in runner.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "factor"), [({}, 1.0), ({"labeled_batch": 4, "unlabeled_batch": 8}, 3.0), ({"unlabeled": "none"}, 1.0)]
+)
+def test_learning_rate_scales_with_the_images_in_a_step(tiny_config: TrainConfig, changes: dict, factor: float) -> None:
+    runner = trainer(tiny_config, synthetic=(4, 8, 2), scale_lr=True, **changes)
+    assert runner.learning_rate == pytest.approx(0.1 * factor)
 
 
 def test_speed_of_every_epoch_is_recorded(finished: Path) -> None:
@@ -153,8 +178,8 @@ def test_speed_of_every_epoch_is_recorded(finished: Path) -> None:
         assert speed["warm_up_seconds"] == first["warm_up_seconds"]
 
 
-def test_epoch_that_only_warms_up_has_no_speed(tiny: list[str], tmp_path: Path) -> None:
-    train.main([*tiny, *"--epochs 2 --steps-per-epoch 1 --val-every 2".split(), "--out", str(tmp_path / "run")])
+def test_epoch_of_only_warm_up_has_no_speed(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    train.main(dataclasses.replace(tiny_config, epochs=2, steps_per_epoch=1, val_every=2, out=tmp_path / "run"))
     lines = (tmp_path / "run" / run_folder.METRICS_FILE).read_text().splitlines()
     first, second = (json.loads(line)["speed"] for line in lines)
     assert (first["images_per_second"], first["tflop_per_second"]) == (None, None)
@@ -162,14 +187,14 @@ def test_epoch_that_only_warms_up_has_no_speed(tiny: list[str], tmp_path: Path) 
     assert first["warm_up_seconds"] == second["warm_up_seconds"] > 0
 
 
-def test_settings_are_told() -> None:
+def test_configure_describes_the_settings() -> None:
     threads = torch.get_num_threads()
     assert configure(CPU, "auto", deterministic=False).endswith(f"threads: {threads}, fp32, channels-last")
     assert configure(CPU, "bf16", deterministic=False).endswith(f"threads: {threads}, bf16 autocast, channels-last")
 
 
-def test_deterministic_runs_do_not_fill_memory() -> None:
-    """Which PyTorch else does with all that is allocated uninitialized, at each step."""
+def test_deterministic_runs_do_not_fill_uninitialized_memory() -> None:
+    """PyTorch fills it by default in deterministic mode, at each allocation."""
     configure(CPU, "auto", deterministic=True)
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.utils.deterministic.fill_uninitialized_memory
