@@ -1,4 +1,4 @@
-"""The Hausdorff distance of two objects, and the least one to any object of a map: exact, squared, in pixels squared."""
+"""The Hausdorff distance of two objects, and the least one to any object of a map: exact, in pixels squared."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import torch
 from .. import functional as F
 from .runs import Objects
 
+UNLIMITED = np.iinfo(np.int64).max
 ANCHORS = 16  # pixels of an object that bound the distance to it from above
-PIXELS_PER_RUN = 4  # distances to as many runs cost as much as the distance transform of a pixel
 
 
 def squared_hausdorff(these: Objects, i: int, others: Objects, j: int) -> int:
     """From the distance transforms of both objects, in the box that holds them."""
-    boxes = np.stack([these.boxes[i], others.boxes[j]])
-    (top, _, left, _), (_, bottom, _, right) = boxes.min(0).tolist(), boxes.max(0).tolist()
+    top, bottom, left, right = _common_box(these, i, others, j)
     crop = slice(top, bottom + 1), slice(left, right + 1)
     pair = np.stack([others.image[crop] == others.ids[j], these.image[crop] == these.ids[i]])
     to_nearest = F.squared_distance(torch.from_numpy(pair)).numpy()  # outside an object, that to its nearest pixel
@@ -28,18 +27,19 @@ def least_squared_hausdorff(these: Objects, i: int, others: Objects) -> int:
     Where a side of two boxes is d pixels apart, one object has a pixel at least d from all pixels of the other. This
     orders the candidates and ends the search.
     """
-    bounds = np.abs(others.boxes - these.boxes[i]).max(1) ** 2
-    least = np.iinfo(np.int64).max
-    for j in np.argsort(bounds).tolist():
+    bounds = np.abs(others.boxes - these.boxes[:, i, None]).max(0) ** 2
+    nearest = int(bounds.argmin())
+    least = _distant(these, i, others, nearest)
+    bounds[nearest] = least
+    closer = np.flatnonzero(bounds < least)
+    for j in closer[np.argsort(bounds[closer])].tolist():
         if bounds[j] >= least:
             break
-        bound = max(_farthest_from_box(these, i, others.boxes[j]), _farthest_from_box(others, j, these.boxes[i]))
-        if bound < least:
-            least = min(least, _distant(these, i, others, j, bound))
+        least = min(least, _distant(these, i, others, j, least))
     return least
 
 
-def _farthest_from_box(objects: Objects, number: int, box: np.ndarray) -> int:
+def _farthest_from_box(objects: Objects, number: int, box: list[int]) -> int:
     """The squared distance to a box from an object's farthest pixel, which is at an end of a run: it is convex."""
     rows, left, right = objects.runs_of(number)
     top, bottom, first, last = box
@@ -48,17 +48,26 @@ def _farthest_from_box(objects: Objects, number: int, box: np.ndarray) -> int:
     return int((across**2 + along**2).max())
 
 
-def _distant(these: Objects, i: int, others: Objects, j: int, bound: int) -> int:
-    """The squared Hausdorff distance of objects far apart, of which `bound` is a lower bound.
+def _distant(these: Objects, i: int, others: Objects, j: int, limit: int = UNLIMITED) -> int:
+    """The squared Hausdorff distance of objects far apart, or something between the limit and it.
 
-    Only pixels that may be farther from the other object than the bound are looked at, and few are.
+    A pixel's distance to the other object is at least that to its box. Only pixels that may be farther from the other
+    object than such a bound are looked at, and few are.
     """
+    bound = max(
+        _farthest_from_box(these, i, others.boxes[:, j].tolist()),
+        _farthest_from_box(others, j, these.boxes[:, i].tolist()),
+    )
+    if bound >= limit:
+        return bound
+    top, bottom, first, last = _common_box(these, i, others, j)
+    area = (bottom - top + 1) * (last - first + 1)
     for source, a, target, b in ((these, i, others, j), (others, j, these, i)):
         rows, left, right = _runs_beyond(source, a, target, b, bound)
         target_rows, target_left, target_right = (x[:, None] for x in target.runs_of(b))
         lengths = right - left + 1
         pixels = int(lengths.sum())
-        if pixels * len(target_rows) > PIXELS_PER_RUN * _box_area(these.boxes[i], others.boxes[j]):
+        if pixels * len(target_rows) > area:  # then distance transforms of the box cost less
             return squared_hausdorff(these, i, others, j)
         if pixels:
             y = np.repeat(rows, lengths)
@@ -82,8 +91,7 @@ def _runs_beyond(source: Objects, a: int, target: Objects, b: int, bound: int) -
     return rows[beyond], left[beyond], right[beyond]
 
 
-def _box_area(first: np.ndarray, second: np.ndarray) -> int:
-    """Pixels of the box that holds two boxes."""
-    top, left = np.minimum(first, second)[[0, 2]]
-    bottom, right = np.maximum(first, second)[[1, 3]]
-    return int((bottom - top + 1) * (right - left + 1))
+def _common_box(these: Objects, i: int, others: Objects, j: int) -> tuple[int, int, int, int]:
+    """Top, bottom, left and right of the box that holds both objects, inclusive."""
+    (top, bottom, left, right), box = these.boxes[:, i].tolist(), others.boxes[:, j].tolist()
+    return min(top, box[0]), max(bottom, box[1]), min(left, box[2]), max(right, box[3])

@@ -50,7 +50,7 @@ class Objects:
             np.minimum.reduceat(self.left, begin),
             np.maximum.reduceat(self.right, begin),
         )
-        self.boxes = np.stack(sides, 1)  # (N, 4): top, bottom, left, right, inclusive
+        self.boxes = np.stack(sides)  # (4, N): top, bottom, left, right, inclusive
 
     def __len__(self) -> int:
         return len(self.ids)
