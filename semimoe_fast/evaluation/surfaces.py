@@ -41,10 +41,11 @@ def _distances(prediction: np.ndarray, truth: np.ndarray) -> tuple[float, float]
     if not masks.any((1, 2)).all():
         return float("nan"), float("nan")
     surfaces = _surfaces(_crop(masks))
-    to_nearest = F.squared_distance(torch.from_numpy(surfaces)).numpy()  # outside a surface, that to its nearest pixel
+    to_nearest = F.squared_distance(torch.from_numpy(surfaces)).flatten(1).numpy()  # outside a surface, that to it
+    surfaces = surfaces.reshape(2, -1)
     from_prediction, from_truth = (
-        np.sqrt(np.where(surfaces[other][surfaces[this]], 0, to_nearest[other][surfaces[this]]))
-        for this, other in ((0, 1), (1, 0))
+        np.sqrt(np.where(other[pixels], 0, squared[pixels]))
+        for pixels, other, squared in zip(map(np.flatnonzero, surfaces), surfaces[::-1], to_nearest[::-1], strict=True)
     )
     hd95 = np.percentile(np.concatenate([from_prediction, from_truth]), 95)
     return float(hd95), float(from_prediction.mean() + from_truth.mean()) / 2
