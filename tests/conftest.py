@@ -24,7 +24,7 @@ from semimoe_fast.training.config import SYNTHETIC, TrainConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(os.environ.get("SEMIMOE_SHARED", Path(__file__).parents[1] / ".." / "shared"))
-RESEARCH_ONLY = {"targets_glas"}  # holds GlaS content, which may not be distributed with the project
+RESEARCH_ONLY = {"targets_glas", "objects_glas"}  # hold GlaS content, which may not be distributed with the project
 
 
 @pytest.fixture(autouse=True, scope="session")

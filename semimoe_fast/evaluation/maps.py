@@ -1,0 +1,45 @@
+"""Masks and instance maps from tensors and arrays of any library, as NumPy arrays on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def array_pair(prediction: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Prediction and truth as (B, H, W) arrays of bool or an integer dtype; (H, W) becomes (1, H, W).
+
+    Raises TypeError for floating-point values and for anything but an array, ValueError for other shapes.
+    """
+    predicted, true = _array("prediction", prediction), _array("truth", truth)
+    if predicted.shape != true.shape:
+        raise ValueError(f"prediction and truth are of the same images, got shapes {predicted.shape} and {true.shape}")
+    if predicted.ndim not in (2, 3):
+        raise ValueError(f"prediction and truth are (B, H, W) or (H, W), got shape {predicted.shape}")
+    return (predicted, true) if predicted.ndim == 3 else (predicted[None], true[None])
+
+
+def _array(name: str, x: Any) -> np.ndarray:
+    if isinstance(x, np.ndarray):
+        if x.dtype.kind not in "biu":
+            raise TypeError(_ambiguous(name, x.dtype))
+        return x
+    if isinstance(x, Tensor):
+        if x.is_floating_point() or x.is_complex():
+            raise TypeError(_ambiguous(name, x.dtype))
+        return x.cpu().numpy()
+    if hasattr(x, "__dlpack__"):
+        return _array(name, torch.from_dlpack(x))
+    if hasattr(x, "__cuda_array_interface__"):  # Numba's device arrays do not speak DLPack
+        return _array(name, torch.as_tensor(x, device="cuda"))
+    raise TypeError(f"{name} is a tensor or an array, got {type(x).__name__}: use np.asarray({name})")
+
+
+def _ambiguous(name: str, dtype: Any) -> str:
+    return (
+        f"{name} of dtype {dtype} is ambiguous: give instances as integers, or threshold a mask first, for example "
+        f"{name} > 0.5"
+    )
