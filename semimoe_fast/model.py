@@ -152,7 +152,7 @@ class MultiGating(nn.Module):
             return F.label_projections(projections, self.gate_weights(means), [head.bias for head in self.heads])
 
     def gate_weights(self, means: Tensor) -> Tensor:
-        """(B, E, channels) -> (B, T, E), softmax over the experts, in the dtype of the parameters even under autocast."""
+        """(B, E, channels) -> (B, T, E), softmax over the experts, in the parameters' dtype even under autocast."""
         with torch.autocast(means.device.type, enabled=False):
             inputs = means.flatten(1).to(self.heads[0].weight.dtype)
             return torch.stack([gate(inputs) for gate in self.gates], 1)
