@@ -33,7 +33,7 @@ ARGUMENTS = {  # arguments of SemiMoE
     "width": int,
     "expert_tasks": tuple[Literal["mask", "sdf", "boundary"], ...],
 }
-MAX_IMAGE_SIZE = 16384  # pixels; a network on larger images fits into no memory
+MOST_PIXELS = 16384  # limit of the side of an image; a network on larger images fits into no memory
 REMEDY = "take a checkpoint that this package wrote, undamaged"
 
 
@@ -62,8 +62,8 @@ class Preprocessing(NamedTuple):
             raise UserError(f"{path}: holds no image size and statistics; take a checkpoint of a training run")
         check_types(path, "preprocessing", values, get_type_hints(cls), REMEDY)
         size, std, ring_radius = values["image_size"], values["std"], values["ring_radius"]
-        if not 1 <= size <= MAX_IMAGE_SIZE:
-            raise UserError(f"{path}: image_size of preprocessing is {size}, not from 1 to {MAX_IMAGE_SIZE}; {REMEDY}")
+        if not 1 <= size <= MOST_PIXELS:
+            raise UserError(f"{path}: image_size of preprocessing is {size}, not from 1 to {MOST_PIXELS}; {REMEDY}")
         if min(std) <= 0:
             raise UserError(f"{path}: std of preprocessing is {shown(std)}, not positive; {REMEDY}")
         if ring_radius < 0:

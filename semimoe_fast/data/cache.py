@@ -91,7 +91,7 @@ class Entry:
             return dataset if file.read(start) == self.header(dataset.fingerprint) else None
 
     def write(self, path: Path, title: str) -> None:
-        """Decode the images into the file, one image per thread at a time. Errors: OSError, and those of `read_pair`."""
+        """Decode the images into the file, one image per thread. Errors: OSError, and those of `read_pair`."""
         start = len(self.header())
 
         def store(row: int) -> None:

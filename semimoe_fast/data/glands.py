@@ -7,7 +7,7 @@ and noise.
 
 Segmentation is not trivial: stain, light and texture vary more between images than between gland and stroma within an
 image. Glands touch each other and cross the border of the picture. The stroma also has pale holes (vessels, the edge of
-the slide) and dense nuclei (lymphocytes). Only the arrangement, a palisade of nuclei around a lumen, identifies a gland.
+the slide) and dense nuclei (lymphocytes). Only the arrangement, a palisade of nuclei around a lumen, marks a gland.
 
 Unlabeled images help: the labeled images come from a laboratory that stains weakly, all other images from one that
 stains normally. Only the unlabeled images show glands with the normal stain.

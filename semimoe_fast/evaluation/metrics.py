@@ -1,4 +1,4 @@
-"""Dice and Jaccard over all pixels of a set, at threshold 0.5 and at the best swept threshold, as in the published code.
+"""Dice and Jaccard over all pixels of a set, at threshold 0.5 and at the best of a sweep, as in the published code.
 
 `count` and `score` are separate functions, so that counts of batches are summed on the device and read once.
 """
