@@ -46,7 +46,7 @@ def symmetries(size):
 
 
 def test_three_coins_draw_the_published_symmetries():
-    """Published probabilities: flip none, rows, columns, both 1/4 each; transpose 1/2; rotation by k * 90 degrees 1/4."""
+    """Published: flip none, rows, columns or both 1/4 each; transpose 1/2; rotation by k * 90 degrees 1/4 each."""
     square = np.arange(4).reshape(2, 2)  # its eight symmetric images differ
     published = Counter()
     for flip, transpose, rotation in product([(), (0,), (1,), (0, 1)], [False, True], range(4)):
