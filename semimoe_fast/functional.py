@@ -8,7 +8,7 @@ Masks of `squared_distance` and `distance_targets` may also be NumPy arrays or o
 Their dtype is bool or any integer, and every non-zero value is foreground, so touching instances form one region.
 
 Targets of the losses hold class numbers from 0. Other numbers, such as 255, belong to no class. The losses accumulate
-in float32 or float64, whatever the dtype of the logits.
+in float32 or float64 for every dtype of the logits.
 
 Masks and class targets may be (B, 1, H, W) and may be floating-point if they hold only 0 and 1, as MONAI gives them.
 The check of a floating-point tensor waits for the device on CUDA; integer tensors are never read for a check. Under
@@ -48,8 +48,8 @@ def distance_targets(mask: Any, ring_radius: float = 2) -> tuple[Tensor, Tensor]
     mask: as `squared_distance` takes it -> (sdf, boundary), shaped like mask.
     sdf: float32 in [-1, 1]. In the foreground it is the distance to the background, divided by its maximum over the
     image, but 0 on pixels with a background neighbor above, below, left or right. In the background it is minus the
-    distance to the foreground, divided by its maximum over the image. Images of background alone are -1 everywhere,
-    images of foreground alone +1.
+    distance to the foreground, divided by its maximum over the image. Images with only background are -1 everywhere,
+    images with only foreground +1.
     boundary: uint8, 1 on background pixels at most `ring_radius` pixels from the foreground.
     Raises errors as `squared_distance`, and ValueError for a negative radius.
     """

@@ -1,7 +1,7 @@
 """Choose the backend of every operation.
 
 Each operation has up to three implementations: `reference` (obvious), `portable` (fast plain PyTorch) and `fused`
-(compiled module or Triton). By default the fused one computes where it can, else the portable one. SEMIMOE_BACKEND or
+(compiled module or Triton). The default is the fused one if it can serve, else the portable one. SEMIMOE_BACKEND or
 `backend(...)` forces one of them.
 """
 

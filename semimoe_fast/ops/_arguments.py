@@ -40,13 +40,13 @@ def mask_batch(mask: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 def _mask_tensor(mask: Any) -> Tensor:
     if isinstance(mask, Tensor):
         if mask.is_floating_point() or mask.is_complex():
-            _require_binary(mask)
+            _require_binary(mask, real=not mask.is_complex())
             return mask != 0
         # CUDA kernels read every integer type
         return mask if mask.is_cuda or mask.dtype in (torch.uint8, torch.bool) else mask != 0
     if isinstance(mask, np.ndarray):
         if mask.dtype.kind not in "biu":
-            _require_binary(mask)
+            _require_binary(mask, real=mask.dtype.kind == "f")
         return torch.from_numpy(mask != 0)  # a new array, because torch takes no negative strides or read-only memory
     if hasattr(mask, "__dlpack__"):
         return _mask_tensor(torch.from_dlpack(mask))
@@ -55,10 +55,10 @@ def _mask_tensor(mask: Any) -> Tensor:
     raise TypeError(f"a mask is a tensor or an array, got {type(mask).__name__}: use np.asarray(mask)")
 
 
-def _require_binary(mask: Tensor | np.ndarray) -> None:
-    if not is_binary(mask):
+def _require_binary(mask: Tensor | np.ndarray, real: bool) -> None:
+    if not (real and is_binary(mask)):
         raise TypeError(
-            f"a mask of dtype {mask.dtype} with values other than 0 and 1 is ambiguous: threshold it first, "
+            f"a mask of dtype {mask.dtype} is ambiguous unless it holds only real 0 and 1: threshold it first, "
             "for example mask > 0.5"
         )
 

@@ -128,7 +128,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changed_files_are_decoded_anew(root: Path, cached: Cache, change: str) -> None:
+def test_changed_files_are_decoded_again(root: Path, cached: Cache, change: str) -> None:
     before = cached.load_part(root, "train", SIZE, True)
     CHANGES[change](root)
     after = cached.load_part(root, "train", SIZE, True)

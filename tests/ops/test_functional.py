@@ -141,9 +141,9 @@ def test_multi_gate_equals_reference(
     results = run(F.multi_gate, lambda t: t)
     exact = run(reference.multi_gate, lambda t: t.cpu().double())
     magnitude = run(reference.multi_gate, lambda t: t.cpu().double().abs())  # rounding errors scale with it
-    for result, oracle, scale in zip(results, exact, magnitude, strict=True):
+    for result, expected, scale in zip(results, exact, magnitude, strict=True):
         assert result.dtype == dtype
-        assert ((result.cpu().double() - oracle).abs() <= roundings * torch.finfo(dtype).eps * scale).all()
+        assert ((result.cpu().double() - expected).abs() <= roundings * torch.finfo(dtype).eps * scale).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -155,9 +155,9 @@ def test_half_precision_features_with_float32_gates(dtype: torch.dtype, device: 
     results, labels = F.multi_gate(half, *rest), F.pseudo_labels(half, *rest)
     exact = cast((half, *rest), lambda t: t.cpu().double())
     magnitude = reference.multi_gate(*cast(exact, torch.abs))
-    for result, oracle, scale in zip(results, reference.multi_gate(*exact), magnitude, strict=True):
+    for result, expected, scale in zip(results, reference.multi_gate(*exact), magnitude, strict=True):
         assert result.dtype == dtype
-        assert ((result.cpu().double() - oracle).abs() <= 2 * torch.finfo(dtype).eps * scale).all()
+        assert ((result.cpu().double() - expected).abs() <= 2 * torch.finfo(dtype).eps * scale).all()
     error = (labels[1].cpu().double() - reference.pseudo_labels(*exact)[1]).abs()  # tanh has slopes up to 1
     assert (error <= 3 * torch.finfo(dtype).eps * magnitude[1].clamp(min=1)).all()
 
@@ -173,16 +173,16 @@ def test_half_precision_features_with_float32_gates(dtype: torch.dtype, device: 
 )
 def test_multi_gate_over_shapes(batch, experts, heads, channels, height, width) -> None:
     arguments = gate_inputs(batch, experts, tuple(heads), channels, (height, width))
-    for result, oracle in zip(F.multi_gate(*arguments), reference.multi_gate(*arguments), strict=True):
-        torch.testing.assert_close(result, oracle, rtol=1e-10, atol=1e-12)  # float64 against float64
+    for result, expected in zip(F.multi_gate(*arguments), reference.multi_gate(*arguments), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12)  # float64 against float64
 
 
 def test_pseudo_labels_equal_reference_and_carry_no_gradient() -> None:
     arguments = gate_inputs(size=(16, 16))
-    results, expected = F.pseudo_labels(*arguments), reference.pseudo_labels(*arguments)
-    for result, oracle in zip(results, expected, strict=True):
+    results = F.pseudo_labels(*arguments)
+    for result, expected in zip(results, reference.pseudo_labels(*arguments), strict=True):
         assert not result.requires_grad
-        torch.testing.assert_close(result, oracle)
+        torch.testing.assert_close(result, expected)
     assert [r.dtype for r in results] == [torch.uint8, torch.float64, torch.uint8]
 
 
@@ -207,16 +207,16 @@ def test_losses_over_shapes(batch, classes, height, width, seed) -> None:
 
 def check_loss(name: str, prediction: Tensor, target: Tensor) -> None:
     """Portable in float64 and float32, value and gradient, against the reference in float64."""
-    oracle_input = prediction.clone().requires_grad_()
-    oracle = getattr(reference, name)(oracle_input, target)
-    oracle.backward()
+    expected_input = prediction.clone().requires_grad_()
+    expected = getattr(reference, name)(expected_input, target)
+    expected.backward()
     # float32: probabilities carry 1e-7, sums of up to 221 of them 1e-6; gradients divide by sums of at least 1
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         leaf = prediction.detach().to(dtype, copy=True).requires_grad_()
         value = getattr(F, name)(leaf, target.to(dtype) if target.is_floating_point() else target)
         value.backward()
-        torch.testing.assert_close(value.double(), oracle.detach(), rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(leaf.grad.double(), oracle_input.grad, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(value.double(), expected.detach(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(leaf.grad.double(), expected_input.grad, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

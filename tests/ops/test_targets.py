@@ -195,9 +195,10 @@ def test_fallback_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest
         (
             lambda: F.squared_distance(torch.full((4, 4), 0.5)),
             TypeError,
-            "float32 with values other than 0 and 1 is ambiguous: threshold it first",
+            "float32 is ambiguous unless it holds only real 0 and 1: threshold it first",
         ),
-        (lambda: F.squared_distance(np.full((4, 4), np.nan)), TypeError, "float64 with values other than 0 and 1"),
+        (lambda: F.squared_distance(np.full((4, 4), np.nan)), TypeError, "float64 is ambiguous"),
+        (lambda: F.squared_distance(torch.ones(4, 4).cfloat()), TypeError, "complex64 is ambiguous"),
         (lambda: F.squared_distance(torch.zeros(1, 2, 4, 4).bool()), ValueError, "(B, 1, H, W), (B, H, W) or (H, W)"),
         (lambda: F.squared_distance([[0, 1]]), TypeError, "a mask is a tensor or an array, got list: use np.asarray"),
         (lambda: F.squared_distance(torch.zeros(4).bool()), ValueError, "(B, H, W) or (H, W)"),
