@@ -1,18 +1,29 @@
-"""Semi-MoE (arXiv 2509.13834): semi-supervised segmentation with a mixture of three experts, made fast.
+"""Semi-MoE (arXiv 2509.13834): fast semi-supervised segmentation with a mixture of three experts.
 
-    from semimoe_fast import functional as F      the operations
-    from semimoe_fast.model import SemiMoE        the network
-    python -m semimoe_fast.train --help           training; also evaluate, predict and info
+    from semimoe_fast import functional as F          the operations
+    from semimoe_fast.model import SemiMoE            the network
+    with semimoe_fast.backend("reference"): ...       choose how the operations compute
+    python -m semimoe_fast.train --help               training; also evaluate, predict, synthetic and info
 
-Importing the package alone imports nothing heavy.
+Importing the package alone does not import torch.
 """
 
 from __future__ import annotations
 
 import pkgutil
+from typing import Any
 
 __version__ = "0.1.0"
 
-# In a checkout, Python run from its root finds this folder before the installed package, which alone has
-# semimoe_fast.kernels. With its path extended the package is both.
+# In a checkout, Python finds this folder before the installed package, but only the installed package contains
+# semimoe_fast.kernels. The extended path covers both.
 __path__ = pkgutil.extend_path(__path__, __name__)
+
+
+def __getattr__(name: str) -> Any:
+    """Import `backend` on first use, because it needs torch."""
+    if name == "backend":
+        from .ops import backend
+
+        return backend
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

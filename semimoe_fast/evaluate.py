@@ -22,9 +22,9 @@ from .options import read_options
 class EvaluateConfig:
     """Score a checkpoint on a labeled part of a data folder, image by image and over all pixels.
 
-    Prints a table, then everything as one line of JSON. Predictors: the gated mask, each expert's own mask (the sdf
-    expert's is where its field is positive), and the boundary expert's ring against the true ring. The swept threshold
-    is the one with the best Jaccard on these very images, as the published code reports it.
+    Print a table of scores. Predictors are the gated mask, each expert's own mask (for the sdf expert, pixels with a
+    positive distance), and the boundary expert's ring against the true ring. The swept threshold is the one with the
+    best Jaccard on the same images, as the published code reports it.
     """
 
     checkpoint: Path
@@ -34,9 +34,9 @@ class EvaluateConfig:
     part: str = "val"
     """Part of the folder to score."""
     json: Annotated[Path | None, "FILE"] = None
-    """Write the scores to this file too."""
+    """Also write the scores to this JSON file."""
     batch: int = 8
-    """Images at a time."""
+    """Images per batch."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
@@ -57,12 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     preprocessing = Preprocessing.of(config.checkpoint, metadata)
     dataset = load_part(config.data, config.part, preprocessing.image_size, with_masks=True)
     counts = count_set(model, dataset, preprocessing, device, config.precision, config.batch, progress=True)
-    about = {"checkpoint": str(config.checkpoint), "data": str(config.data), "part": config.part}
-    scores = about | as_json(counts, dataset.names)
+
     print(table(counts, dataset.names))
-    print(json.dumps(scores))
     if config.json is not None:
-        config.json.write_text(json.dumps(scores, indent=2) + "\n")
+        about = {"checkpoint": str(config.checkpoint), "data": str(config.data), "part": config.part}
+        config.json.write_text(json.dumps(about | as_json(counts, dataset.names), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""`python -m semimoe_fast.info`: versions, how the native module was built, and the backend of every operation here."""
+"""Print versions, how the compiled module was built, and the backends in use: `python -m semimoe_fast.info`."""
 
 from __future__ import annotations
 
-import os
 import platform
 
 import torch
@@ -13,7 +12,7 @@ from .ops import _native
 
 
 def versions() -> list[tuple[str, str]]:
-    """What is installed, as (name, version)."""
+    """Versions of the software and names of the devices, as (name, value)."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return [
         ("semimoe_fast", __version__),
@@ -27,7 +26,7 @@ def versions() -> list[tuple[str, str]]:
 
 
 def triton_version() -> str:
-    """By import, since the package that brings the module has several names."""
+    """Triton's version, read by importing it, because its package has different names."""
     try:
         import triton
     except ImportError:
@@ -36,7 +35,7 @@ def triton_version() -> str:
 
 
 def native_build() -> list[tuple[str, str]]:
-    """What the compiled module was built with, as (name, version)."""
+    """File, compiler and CUDA version of the compiled module, as (name, value)."""
     native = _native.module()
     if native is None:
         return [("native module", _native.why_missing())]
@@ -52,12 +51,12 @@ def native_build() -> list[tuple[str, str]]:
 
 
 def backends() -> list[tuple[str, str, str, str]]:
-    """Which backend serves each operation here, as (operation, device, backend, reason)."""
+    """The backend of each operation on this machine, as (operation, device, backend, reason)."""
     rows = []
     for operation in ops.OPERATIONS:
         for device_type in ("cpu", "cuda"):
             try:
-                choice = ops.choose(operation, device_type, os.environ.get("SEMIMOE_BACKEND"))
+                choice = ops.choose(operation, device_type, ops.forced_backend())
             except ops.BackendError as error:
                 choice = ("none", str(error))
             if device_type == "cuda" and not torch.cuda.is_available():

@@ -1,7 +1,7 @@
 """Semi-MoE: three expert U-Nets, the multi-gating module that mixes their features, and the adaptive loss.
 
-Source: arXiv 2509.13834. Published sizes: E = T = 3 experts and tasks, width C = 64, K = 2 mask classes; none of
-them is fixed here.
+Source: arXiv 2509.13834. The published network has E = T = 3 experts and tasks, width C = 64 and K = 2 mask classes;
+here all of them are arguments.
 """
 
 from __future__ import annotations
@@ -18,23 +18,30 @@ from torch.profiler import record_function
 from . import functional as F
 
 LEVELS = 5
-STRIDE = 2 ** (LEVELS - 1)  # sides inside a U-Net are multiples of this
+STRIDE = 2 ** (LEVELS - 1)  # a U-Net pads both sides of an image to multiples of this
 
 
 class Output(NamedTuple):
-    """Predictions of SemiMoE for B images of H x W pixels. A task that no expert learns is None."""
+    """Predictions of SemiMoE for B images of H x W pixels. A task without an expert is None."""
 
     mask: Tensor | None  # gated mask logits (B, K, H, W)
     sdf: Tensor | None  # gated raw signed distance field (B, 1, H, W); tanh gives the field
     boundary: Tensor | None  # gated boundary logits (B, 2, H, W)
-    own: tuple[Tensor, ...]  # each expert's own prediction, shaped as that of its task
+    own: tuple[Tensor, ...]  # each expert's own prediction, with the shape of its task
     gate_weights: Tensor  # (B, T, E), softmax over the experts
 
 
-class ExpertUNet(nn.Module):
-    """U-Net of five levels: (B, in_channels, H, W) -> (feature (B, width, H, W), own prediction (B, out, H, W)).
+class Projected(NamedTuple):
+    """Everything that the gating needs from the experts' features, read in one pass over them."""
 
-    Any H and W: the image is padded by its border to multiples of 16 and the results are cropped back.
+    means: Tensor  # of the features over the pixels (B, E, C)
+    projections: Tensor  # all heads applied to each expert's features (B, E, sum O_k, H, W)
+
+
+class ExpertUNet(nn.Module):
+    """U-Net of five levels: (B, in_channels, H, W) -> (features (B, width, H, W), own prediction (B, out, H, W)).
+
+    H and W are arbitrary: the border of the image is repeated up to multiples of 16, and the results are cropped.
     """
 
     def __init__(self, in_channels: int = 3, out_channels: int = 2, width: int = 64) -> None:
@@ -53,7 +60,7 @@ class ExpertUNet(nn.Module):
         return features, self.head(features)
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, in_channels, H, W) -> (B, width, H, W), what the head and the multi-gate see."""
+        """(B, in_channels, H, W) -> features (B, width, H, W), the input of the head and of the multi-gate."""
         height, width = images.shape[-2:]
         x = pad_to_stride(images)
         skips = []
@@ -67,26 +74,27 @@ class ExpertUNet(nn.Module):
 
 
 class UpsamplingConv2d(nn.Conv2d):
-    """Nearest x2 upsampling and a 3x3 convolution of its result, (B, C, H, W) -> (B, O, 2H, 2W), in one.
+    """Nearest x2 upsampling followed by a 3x3 convolution, as one operation: (B, C, H, W) -> (B, O, 2H, 2W).
 
-    Of three neighbors in the upsampled image at least two are copies of one pixel. To add their weights beforehand
-    makes a transposed convolution of 4x4 and stride 2 of it: 4 projections instead of 9, and no upsampled copy to keep.
+    Of three neighbors in the upsampled image two are copies of the same pixel, so their weights can be summed.
+    The result is a 4x4 transposed convolution with stride 2: it computes 4 products per output pixel instead of 9, and
+    the backward pass needs no upsampled image.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        by_column = _added_weights(self.weight.permute(3, 2, 1, 0))
-        kernel = _added_weights(by_column.transpose(0, 1))  # (4, 4, C, O)
+        by_column = _summed_weights(self.weight.permute(3, 2, 1, 0))
+        kernel = _summed_weights(by_column.transpose(0, 1))  # (4, 4, C, O)
         return nn.functional.conv_transpose2d(x, kernel.permute(2, 3, 0, 1), self.bias, stride=2, padding=1)
 
 
-def _added_weights(weights: Tensor) -> Tensor:
-    """The weights (3, ...) along an axis, those added that meet the same pixel before it was doubled: (4, ...)."""
+def _summed_weights(weights: Tensor) -> Tensor:
+    """Sum the weights (3, ...) of an axis that meet the same pixel before upsampling -> (4, ...)."""
     before, here, after = weights
     return torch.stack([after, here + after, before + here, before])
 
 
 class Gate(nn.Module):
-    """Weights of the experts for one task: (B, D) feature means -> (B, E), D = experts x channels."""
+    """Weights of the experts for one task: feature means (B, D) -> (B, E), with D = experts x channels."""
 
     def __init__(self, features: int, num_experts: int, dropout: float = 0.1) -> None:
         super().__init__()
@@ -104,7 +112,9 @@ class Gate(nn.Module):
 class MultiGating(nn.Module):
     """Mix the features of E experts, per image and per task, into T gated predictions.
 
-    E tensors (B, channels, H, W) -> T tensors (B, O_k, H, W) and, last, gate_weights (B, T, E); O_k = head_channels[k].
+    Features, E tensors (B, channels, H, W), or their `Projected` -> T tensors (B, O_k, H, W) and, last, gate_weights
+    (B, T, E), where O_k = head_channels[k]. The heads are applied together in one operation, so forward hooks on single
+    heads do not fire.
     """
 
     def __init__(
@@ -115,43 +125,45 @@ class MultiGating(nn.Module):
         self.heads = nn.ModuleList(nn.Conv2d(channels, out, 1) for out in head_channels)
         initialize(self)
 
-    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, features: Sequence[Tensor] | Projected) -> tuple[Tensor, ...]:
+        if isinstance(features, Projected):
+            return self.mix(*features)
         means, projections, _ = self.projections(features)
         return self.mix(means, projections)
 
     def projections(
         self, features: Sequence[Tensor], own_heads: Sequence[nn.Conv2d] = ()
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Means (B, E, channels), projections (B, E, sum O_k, H, W), and the predictions of the experts' own heads."""
+        """Means (B, E, channels), projections (B, E, sum O_k, H, W) and predictions of the experts' own heads."""
         own_weights, own_biases = [head.weight for head in own_heads], [head.bias for head in own_heads]
         with record_function("gates"):
             return F.project_experts(features, [head.weight for head in self.heads], own_weights, own_biases)
 
     def mix(self, means: Tensor, projections: Tensor) -> tuple[Tensor, ...]:
-        """What `forward` gives, from what `projections` gives."""
+        """The result of `forward`, from the means and projections that `projections` returns."""
         with record_function("gates"):
             weights = self.gate_weights(means)
             return *F.mix_projections(projections, weights, [head.bias for head in self.heads]), weights
 
     @torch.no_grad()
     def pseudo_labels(self, means: Tensor, projections: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Labels from the gated predictions: mask (B, H, W), sdf (B, 1, H, W), boundary (B, H, W); no gradient."""
+        """Labels from the gated predictions, without gradient: mask (B, H, W), sdf (B, 1, H, W), boundary (B, H, W)."""
         with record_function("gates"):
             return F.label_projections(projections, self.gate_weights(means), [head.bias for head in self.heads])
 
     def gate_weights(self, means: Tensor) -> Tensor:
-        """(B, E, channels) -> (B, T, E), softmax over the experts, in the parameters' dtype whatever autocast says."""
+        """(B, E, channels) -> (B, T, E), softmax over the experts, in the parameters' dtype even under autocast."""
         with torch.autocast(means.device.type, enabled=False):
             inputs = means.flatten(1).to(self.heads[0].weight.dtype)
             return torch.stack([gate(inputs) for gate in self.gates], 1)
 
 
 class SemiMoE(nn.Module):
-    """Experts and gating together: images (B, in_channels, H, W) -> Output, any H and W.
+    """Experts and gating together: images (B, in_channels, H, W) -> Output, for any H and W.
 
-    num_classes: K, at least 2, the background among them. expert_tasks names what each expert learns, "mask", "sdf" or
-    "boundary"; several experts may share a task. The gated tasks are the distinct ones, in the order of their first
-    expert. Raises ValueError for fewer classes and for unknown tasks.
+    num_classes: K, at least 2, including the background. expert_tasks: the task of each expert, "mask", "sdf" or
+    "boundary"; several experts may share a task. There is one gated prediction per distinct task, in the order of the
+    first expert with the task. Raises ValueError for fewer classes and for unknown tasks.
     """
 
     def __init__(
@@ -175,18 +187,36 @@ class SemiMoE(nn.Module):
 
     def forward(self, images: Tensor) -> Output:
         means, projections, own = self.run_experts(images)
-        *gated, gate_weights = self.gating.mix(means, projections)
+        *gated, gate_weights = self.gating(Projected(means, projections))
         predictions = dict(zip(self.tasks, gated, strict=True))
         return Output(predictions.get("mask"), predictions.get("sdf"), predictions.get("boundary"), own, gate_weights)
 
     def run_experts(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """The experts and one pass over their features: what `MultiGating.projections` gives."""
+        """Run the experts. Returns means, projections and own predictions as `MultiGating.projections` does.
+
+        One pass over the features computes all of them. Only if an expert or its head has hooks, the experts run as
+        modules, so that the hooks fire; their heads then read the features a second time.
+        """
+        if any(_has_hooks(module) for expert in self.experts for module in (expert, expert.head)):
+            features, own = zip(*(expert(images) for expert in self.experts), strict=True)
+            means, projections, _ = self.gating.projections(features)
+            return means, projections, own
         features = [expert.features(images) for expert in self.experts]
         return self.gating.projections(features, [expert.head for expert in self.experts])
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs forward or backward hooks."""
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    )
+
+
 class AdaptiveMultiObjectiveLoss(nn.Module):
-    """sum over j of c_j exp(-s_j) L_j + regularizer exp(s_j), with one learned s_j (`log_vars`) per term."""
+    """Sum over j of c_j exp(-s_j) L_j + regularizer exp(s_j), with one learned s_j (`log_vars`) per term.
+
+    terms L: (T,) -> scalar. coefficients c: T numbers.
+    """
 
     def __init__(
         self, coefficients: Sequence[float] = (1.0, 0.5, 1.0), regularizer: float = 0.4, initial: float = 1.0
@@ -200,13 +230,13 @@ class AdaptiveMultiObjectiveLoss(nn.Module):
 
 
 def pad_to_stride(images: Tensor) -> Tensor:
-    """Repeat the lower and right border until both sides are multiples of 16."""
+    """Images (B, C, H, W) whose lower and right borders are repeated until both sides are multiples of 16."""
     bottom, right = (-images.shape[-2] % STRIDE, -images.shape[-1] % STRIDE)
     return nn.functional.pad(images, (0, right, 0, bottom), mode="replicate") if bottom or right else images
 
 
 def initialize(module: nn.Module) -> None:
-    """Kaiming-normal (fan-in) convolutions and linear layers with zero biases, BN weights ~ N(1, 0.02)."""
+    """Draw weights: Kaiming-normal (fan-in) in convolutions and linear layers, N(1, 0.02) in BN; all biases are 0."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(layer.weight)
@@ -218,7 +248,7 @@ def initialize(module: nn.Module) -> None:
 
 
 def _conv(in_channels: int, out_channels: int) -> list[nn.Module]:
-    """3x3 convolution, BN, ReLU. BN removes any bias the convolution could have, so it has none."""
+    """3x3 convolution, BN, ReLU. The convolution has no bias, because BN would subtract it."""
     return [
         nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
         nn.BatchNorm2d(out_channels),
@@ -227,7 +257,10 @@ def _conv(in_channels: int, out_channels: int) -> list[nn.Module]:
 
 
 def _up(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Nearest x2 upsampling, 3x3 convolution, BN, ReLU; the keys leave a 0 to the upsampling, which has no weights."""
+    """Nearest x2 upsampling, 3x3 convolution, BN, ReLU.
+
+    The keys are 1, 2, 3, because key 0 is the upsampling layer in the state dicts of the published code.
+    """
     convolution = UpsamplingConv2d(in_channels, out_channels, 3, padding=1, bias=False)
     layers = (convolution, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
     return nn.Sequential(OrderedDict((str(key), layer) for key, layer in enumerate(layers, 1)))

@@ -1,4 +1,4 @@
-"""The loss of one training step (arXiv 2509.13834): supervised, and from pseudo-labels unsupervised."""
+"""The loss of one training step (arXiv 2509.13834): a supervised part, and an unsupervised part from pseudo-labels."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from . import functional as F
-from .model import AdaptiveMultiObjectiveLoss, SemiMoE
+from .model import AdaptiveMultiObjectiveLoss, Projected, SemiMoE
 
-ExpertOutput = tuple[Tensor, Tensor, tuple[Tensor, ...]]  # what SemiMoE.run_experts gives
+ExpertOutput = tuple[Tensor, Tensor, tuple[Tensor, ...]]  # means, projections, own predictions of SemiMoE.run_experts
 
 
 class StepLosses(NamedTuple):
-    """total carries the gradient; the rest is for the record. Terms are (3,): mask, sdf, boundary."""
+    """Losses of a step. Only `total` has a gradient; the other values are for logs. Terms (3,): mask, sdf, boundary."""
 
     total: Tensor
     supervised_total: Tensor
@@ -27,7 +27,7 @@ class StepLosses(NamedTuple):
 
 
 class Objective(nn.Module):
-    """`objective` of a model and its adaptive loss, as one module with one backward pass."""
+    """The function `objective` of a model and its adaptive loss as one module."""
 
     def __init__(self, model: SemiMoE, adaptive: AdaptiveMultiObjectiveLoss, joint_forward: bool = False) -> None:
         super().__init__()
@@ -56,14 +56,15 @@ def objective(
 ) -> StepLosses:
     """Losses of one step.
 
-    labeled, unlabeled: normalized images (B, 3, H, W); targets: mask (B, H, W), sdf (B, H, W) or (B, 1, H, W),
-    boundary (B, H, W); unsupervised_weight: u. Without unlabeled images the loss is the supervised part alone.
-    BN sees the unlabeled batch first, and both batches apart; with joint_forward both as one, and once.
+    labeled, unlabeled: normalized images (B, 3, H, W); targets: mask, sdf and boundary, each (B, H, W) or (B, 1, H, W),
+    as `functional.objective_terms` takes them; unsupervised_weight: u. Without unlabeled images (None) the loss is the
+    supervised part. The experts run on the unlabeled batch, then on the labeled batch, each with its own BN statistics;
+    with joint_forward they run once on both, with joint statistics.
     """
-    learned, guessed = _run_experts(model, labeled, unlabeled, joint_forward)
-    weighted, pseudo_terms = _unsupervised(model, adaptive, guessed, unsupervised_weight)
-    means, projections, own = learned
-    *gated, gate_weights = model.gating.mix(means, projections)
+    labeled_output, unlabeled_output = _run_experts(model, labeled, unlabeled, joint_forward)
+    weighted, pseudo_terms = _unsupervised(model, adaptive, unlabeled_output, unsupervised_weight)
+    means, projections, own = labeled_output
+    *gated, gate_weights = model.gating(Projected(means, projections))
     with record_function("losses"):
         terms = F.joint_objective_terms([own, gated], *targets)
         supervised = adaptive(terms)
@@ -80,12 +81,12 @@ def objective(
 def _run_experts(
     model: SemiMoE, labeled: Tensor, unlabeled: Tensor | None, joint: bool
 ) -> tuple[ExpertOutput, ExpertOutput | None]:
-    """The experts' means, projections and own predictions of either batch."""
+    """Outputs of the experts for the labeled and the unlabeled batch."""
     if unlabeled is None:
         return model.run_experts(labeled), None
     if not joint:
-        guessed = model.run_experts(unlabeled)
-        return model.run_experts(labeled), guessed
+        unlabeled_output = model.run_experts(unlabeled)
+        return model.run_experts(labeled), unlabeled_output
     count = len(unlabeled)
     means, projections, own = model.run_experts(torch.cat([unlabeled, labeled]))
     return (
@@ -97,7 +98,7 @@ def _run_experts(
 def _unsupervised(
     model: SemiMoE, adaptive: AdaptiveMultiObjectiveLoss, output: ExpertOutput | None, weight: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """u times the adaptive loss of every expert against its pseudo-label, and its terms."""
+    """The adaptive loss of the experts' own predictions and the pseudo-labels, times u, and its terms."""
     if output is None:
         return torch.zeros_like(adaptive.log_vars[0]), torch.zeros_like(adaptive.log_vars)
     means, projections, own = output

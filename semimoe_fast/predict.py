@@ -23,9 +23,9 @@ from .options import read_options
 
 @dataclasses.dataclass(frozen=True)
 class PredictConfig:
-    """Write a mask for every image: a PNG of the image's own size, 255 on glands and 0 elsewhere.
+    """Write a mask for every image: a PNG of the size of the image, 255 on glands and 0 elsewhere.
 
-    An earlier mask of the same name is replaced.
+    Existing masks of the same name are replaced.
     """
 
     checkpoint: Path
@@ -33,9 +33,9 @@ class PredictConfig:
     input: Path
     """An image, or a folder of images."""
     out: Path
-    """Folder for the masks, NAME.png; created if missing."""
+    """Folder for the masks NAME.png; it is created if missing."""
     overlay: bool = False
-    """Also draw the outline on the image, NAME_overlay.png."""
+    """Also write the image with the outlines drawn on it, NAME_overlay.png."""
     threshold: float = 0.5
     """Foreground probability above which a pixel is gland."""
     device: str = "auto"
@@ -45,27 +45,29 @@ class PredictConfig:
 
 
 def plan(config: PredictConfig) -> dict[Path, list[Path]]:
-    """The files to write for each image: its mask and, if wanted, its overlay.
+    """The files to write for each image: its mask and, with --overlay, its overlay.
 
-    Raises UserError where there is no image, or a file to be written would replace an image or another such file.
+    Raises UserError if there is no image, if --out is the folder of the images or a file, or if the overlay of one
+    image and the mask of another have the same name.
     """
     paths = list_images(config.input) if config.input.is_dir() else [config.input]
     if not paths[0].exists():
         raise UserError(f"{config.input}: no such file or folder; give an image or a folder of images")
     if paths[0].parent.resolve() == config.out.resolve():
-        raise UserError(f"--out is the folder of the images, {config.out}: masks would replace them, give another")
+        raise UserError(
+            f"--out is the folder of the images, {config.out}: masks would replace them, give another folder"
+        )
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"--out is {config.out}, which is a file: give a folder")
     suffixes = ("", "_overlay") if config.overlay else ("",)
-    outputs = {path: [config.out / f"{path.stem}{suffix}.png" for suffix in suffixes] for path in paths}
-    owners: dict[Path, Path] = {}
-    for path, files in outputs.items():
-        for file in files:
-            if (other := owners.setdefault(file, path)) != path:
-                raise UserError(
-                    f"{other} and {path} would both be written to {file}: rename one, or leave out --overlay"
-                )
-    return outputs
+    by_stem = {path.stem: path for path in paths}  # stems are unique
+    for path in paths if config.overlay else []:
+        if other := by_stem.get(f"{path.stem}_overlay"):
+            raise UserError(
+                f"{path} and {other} would both be written to {config.out / other.stem}.png: "
+                "rename one, or leave out --overlay"
+            )
+    return {path: [config.out / f"{path.stem}{suffix}.png" for suffix in suffixes] for path in paths}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """Import and export of checkpoints in the layout of the published code (its four state dicts).
 
-The published networks carry a bias in every convolution ahead of BN. Ours have none: on import the bias b is folded
-into BN's running mean (mean - b), which leaves every output unchanged, and on export it is written as zero.
+In the published networks every convolution before BN has a bias. Ours have none: the import subtracts the bias from
+BN's running mean, which does not change any output, and the export writes biases of zero.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ StateDict = Mapping[str, Tensor]
 
 
 def import_published(source: str | Path | Mapping[str, StateDict]) -> SemiMoE:
-    """A SemiMoE with the weights of a published checkpoint, in eval mode.
+    """A SemiMoE in eval mode with the weights of a published checkpoint.
 
-    source: a torch file, or a dict of the state dicts segment_model, sdf_model, boundary_model and gating_model; a
-    `module.` before the keys is dropped. Files are read without executing pickled code. Raises UserError where the
-    file cannot be read, or parts, keys or shapes are not those of a published checkpoint.
+    source: a torch file, or a dict of the state dicts segment_model, sdf_model, boundary_model and gating_model, whose
+    keys may start with `module.`. Files are read without executing pickled code. Raises UserError if the file cannot
+    be read, or if parts, keys or shapes differ from those of a published checkpoint.
     """
     name = "the dict of state dicts" if isinstance(source, Mapping) else str(source)
     parts = source if isinstance(source, Mapping) else _read_torch_file(Path(source))
@@ -43,7 +43,7 @@ def import_published(source: str | Path | Mapping[str, StateDict]) -> SemiMoE:
         stem, head = (parts["segment_model"][key] for key in ("Conv1.conv.0.weight", "Conv_1x1.weight"))
         if stem.ndim != 4 or head.ndim != 4 or 0 in stem.shape + head.shape:
             raise ValueError(f"the first and the last weight are {tuple(stem.shape)} and {tuple(head.shape)}")
-        with torch.device("meta"):  # nothing to initialize, no random number drawn
+        with torch.device("meta"):  # does not initialize weights and draws no random numbers
             model = SemiMoE(in_channels=stem.shape[1], num_classes=head.shape[0], width=stem.shape[0])
         for part, expert in zip(EXPERT_PARTS, model.experts, strict=True):
             expert.load_state_dict(_import_expert(parts[part]), assign=True)
@@ -51,24 +51,25 @@ def import_published(source: str | Path | Mapping[str, StateDict]) -> SemiMoE:
         model.gating.load_state_dict(gating, assign=True)
     except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{name}: is not a published Semi-MoE checkpoint ({first_sentence(error)}); give one of the published code"
+            f"{name}: is not a published Semi-MoE checkpoint ({first_sentence(error)}); "
+            "give a checkpoint that the published code wrote"
         ) from error
     return model.eval()
 
 
 def _tensors(name: str, part: str, state: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """A state dict without `module.` before its keys. Raises UserError for other keys than strings and other values."""
+    """The state dict with the prefix `module.` removed. Raises UserError unless it maps strings to tensors."""
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             kind = f"{type(key).__name__} -> {type(value).__name__}"
-            raise UserError(f"{name}: {part} holds {key!r} ({kind}), not a tensor by name; give the four state dicts")
+            raise UserError(f"{name}: {part} holds {key!r} ({kind}), not a named tensor; give the four state dicts")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def export_published(model: SemiMoE) -> dict[str, dict[str, Tensor]]:
-    """The four state dicts, with the published keys and shapes, that `import_published` turns back into the model.
+    """The model as the four state dicts of the published code, which `import_published` reads.
 
-    Raises ValueError unless the model has the published experts (mask, sdf, boundary).
+    Raises ValueError unless the experts are mask, sdf and boundary, in this order.
     """
     if model.expert_tasks != ("mask", "sdf", "boundary"):
         raise ValueError(f"the published layout has experts for mask, sdf, boundary; this model: {model.expert_tasks}")
@@ -81,14 +82,14 @@ def export_published(model: SemiMoE) -> dict[str, dict[str, Tensor]]:
 
 def _read_torch_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give a checkpoint of the published code")
+        raise UserError(f"{path}: no such file; give a checkpoint that the published code wrote")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever its unpickler meets in a damaged file
+    except Exception as error:  # for a damaged file the unpickler of torch.load raises almost any exception
         raise UserError(f"{path}: not a torch file of plain tensors ({str(error).splitlines()[0]})") from error
     if not isinstance(content, Mapping):
         raise UserError(
-            f"{path}: holds a {type(content).__name__}, not the dict of four state dicts of a published one"
+            f"{path}: holds a {type(content).__name__}; give the dict of four state dicts that the published code wrote"
         )
     return dict(content)
 
@@ -105,7 +106,7 @@ def _import_expert(state: StateDict) -> dict[str, Tensor]:
 
 
 def _export_expert(state: StateDict) -> dict[str, Tensor]:
-    """Published keys in published order: each convolution's zero bias right behind its weight."""
+    """The state dict with published keys in published order; each convolution before BN gets a bias of zeros."""
     exported = {}
     for key, value in state.items():
         exported[published := published_expert_key(key)] = value.clone()

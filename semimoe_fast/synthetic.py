@@ -28,11 +28,14 @@ class Folder:
     size: int = 128
     """Width and height of an image in pixels."""
     seed: int = 0
-    """Which pictures to draw."""
+    """Seed of the random numbers that draw the pictures."""
 
 
 def write(folder: Folder) -> None:
-    """Draw the three parts of a data set, all different pictures, and save them below `folder.out`."""
+    """Draw the three parts of a data set and save them below `folder.out`. All pictures are different.
+
+    Raises UserError for a folder that is not empty and for numbers out of range.
+    """
     if folder.out.exists() and not (folder.out.is_dir() and not any(folder.out.iterdir())):
         raise UserError(f"{folder.out} exists and is not an empty folder: choose another --out")
     if min(folder.labeled, folder.unlabeled, folder.val, folder.seed) < 0 or folder.size < 16:

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back, nothing is executed, a crash leaves the old file or the new one."""
+"""Checkpoints: round trips, refusal of damaged and hostile files, atomic writes, and the published layout."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_round_trip(tmp_path: Path, tasks: tuple[str, ...], layout: torch.memory
     assert [path.name for path in tmp_path.iterdir()] == ["c.safetensors"]
 
 
-def test_preprocessing_is_kept(tmp_path: Path) -> None:
+def test_preprocessing_is_saved_and_loaded(tmp_path: Path) -> None:
     preprocessing = Preprocessing(96, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 1.5)
     save(tmp_path / "with", SemiMoE(width=2), {"preprocessing": preprocessing._asdict()})
     save(tmp_path / "without", SemiMoE(width=2))
@@ -60,7 +60,7 @@ def damaged(path: Path, keep: float) -> None:
 
 
 def rewritten(path: Path, changes: dict) -> None:
-    """A whole checkpoint, but for its metadata."""
+    """A complete checkpoint with changed metadata."""
     save(path, SemiMoE(width=2))
     metadata, tensors = checkpoint.read(path)
     save_file(tensors, path, {checkpoint.METADATA_KEY: json.dumps(metadata | changes)})
@@ -96,7 +96,7 @@ STATISTICS = {"image_size": 32, "mean": [0.5, 0.5, 0.5], "std": [0.1, 0.1, 0.1],
 
 
 def hostile(header: object = None, weights: dict[str, torch.Tensor | None] | None = None) -> Callable[[Path], None]:
-    """Writes a whole checkpoint but for its metadata (JSON, or the text itself) or some weights (None: left out)."""
+    """A function that writes a checkpoint with other metadata (JSON value or text) or weights (None: leave it out)."""
     state = {f"model.{k}": v for k, v in (WEIGHTS | (weights or {})).items() if v is not None}
     header = {"format": 1, "model": MODEL} if header is None else header
     text = header if isinstance(header, str) else json.dumps(header)
@@ -110,9 +110,12 @@ def with_model(**changes: object) -> Callable[[Path], None]:
 STEM = "experts.0.encoder.0.0.weight"
 HOSTILE = {
     "no metadata": (lambda path: save_file(WEIGHTS, path), "not a checkpoint of semimoe_fast"),
-    "of another program": (lambda path: save_file(WEIGHTS, path, {"format": "pt"}), "not a checkpoint of semimoe_fast"),
+    "other program": (
+        lambda path: save_file(WEIGHTS, path, {"format": "pt"}),
+        "not a checkpoint of semimoe_fast",
+    ),
     "not JSON": (hostile("{"), "its metadata is not JSON"),
-    "endless JSON": (hostile("[" * 100_000), "its metadata is not JSON"),
+    "deeply nested JSON": (hostile("[" * 100_000), "its metadata is not JSON"),
     "JSON of another type": (hostile([1]), "its metadata is [1], not an object"),
     "no format": (hostile({"model": MODEL}), "its metadata has no format"),
     "format is a list": (hostile({"format": [1], "model": MODEL}), "format of its metadata is [1], not an integer"),
@@ -127,9 +130,13 @@ HOSTILE = {
     "width is negative": (with_model(width=-2), "do not fit its own configuration"),
     "channels are absurd": (with_model(in_channels=10**9), "do not fit its own configuration"),
     "classes are absurd": (with_model(num_classes=10**9), "do not fit its own configuration"),
-    "classes are beyond 64 bits, of the second expert": (
+    "classes are beyond 64 bits, mask is the second expert": (
         with_model(num_classes=10**30, expert_tasks=["sdf", "mask", "boundary"]),
         "do not fit its own configuration",
+    ),
+    "one class, with its head": (
+        hostile({"format": 1, "model": MODEL | {"num_classes": 1}}, {"experts.0.head.weight": torch.ones(1, 2, 1, 1)}),
+        "num_classes of model is 1, not 2 or more",
     ),
     "no experts": (with_model(expert_tasks=[]), "expert_tasks of model is empty"),
     "too many experts": (with_model(expert_tasks=["mask"] * 10_000), "do not fit its own configuration"),
@@ -140,12 +147,12 @@ HOSTILE = {
     "weight missing": (hostile(weights={STEM: None}), "do not fit its own configuration"),
     "weight of another shape": (hostile(weights={"gating.heads.0.bias": torch.ones(3)}), "do not fit its own"),
     "weight of another type": (hostile(weights={STEM: WEIGHTS[STEM].half()}), "is torch.float16, not torch.float32"),
-    "weight of no type": (lambda path: path.write_bytes(tensor_of_type("F6_E2M3")), "not a readable checkpoint"),
+    "weight of unknown type": (lambda path: path.write_bytes(tensor_of_type("F6_E2M3")), "not a readable checkpoint"),
 }
 
 
 def tensor_of_type(dtype: str) -> bytes:
-    """A safetensors file of a type that torch may not have."""
+    """A safetensors file with a dtype that torch may not have."""
     tensor = {"dtype": dtype, "shape": [4], "data_offsets": [0, 3]}
     text = json.dumps({"__metadata__": {checkpoint.METADATA_KEY: "{}"}, "x": tensor}).encode()
     return len(text).to_bytes(8, "little") + text + bytes(3)
@@ -170,7 +177,8 @@ def test_hostile_checkpoints_are_refused_in_a_line(tmp_path: Path, case: str) ->
         ({"mean": [0.5]}, "mean of preprocessing is [0.5], not a list of 3, each a finite number"),
         ({"mean": [10**400, 0, 0]}, "not a list of 3, each a finite number"),
         ({"std": [0.1, float("nan"), 0.1]}, "std of preprocessing is [0.1, NaN, 0.1], not a list of 3"),
-        ({"std": [0.1, 0, 0.1]}, "std or ring_radius of preprocessing is"),
+        ({"std": [0.1, 0, 0.1]}, "std of preprocessing is [0.1, 0, 0.1], not positive"),
+        ({"ring_radius": -1}, "ring_radius of preprocessing is -1, not 0 or more"),
         ({"ring_radius": None}, "ring_radius of preprocessing is null, not a finite number"),
     ],
 )
@@ -190,14 +198,14 @@ def assert_one_line_with_remedy(caught: pytest.ExceptionInfo, path: Path, messag
     assert len(text) < 400
 
 
-def test_names_of_the_model_are_kept(tmp_path: Path) -> None:
+def test_names_reserved_for_the_model_are_refused(tmp_path: Path) -> None:
     for arguments in ({"metadata": {"format": 2}}, {"metadata": {"model": {}}}, {"state": {"model.x": torch.ones(1)}}):
-        with pytest.raises(ValueError, match="is a name that checkpoints keep"):
+        with pytest.raises(ValueError, match="is reserved for the model in checkpoints"):
             save(tmp_path / "c", SemiMoE(width=2), **arguments)
     assert not list(tmp_path.iterdir())
 
 
-def test_loading_leaves_the_random_numbers_alone(tmp_path: Path) -> None:
+def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
     model = SemiMoE(width=2)
     save(tmp_path / "c", model)
     parts = export_published(model)
@@ -216,30 +224,33 @@ def test_imported_weights_are_a_copy() -> None:
 
 
 def write_and_die(path: Path, moment: str) -> None:
-    """Replace a file, and be killed inside of writing, before the file is replaced, or after."""
+    """Replace a file, and kill this process while it writes, before it renames, or after it renames the file."""
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def write(part: Path) -> None:
         part.write_bytes(b"new" * 1000)
-        if moment == "inside":
+        if moment == "while writing":
             die()
 
     replace = Path.replace
 
-    def die_about(part: Path, target: Path) -> None:
-        if moment == "before":
+    def replace_and_die(part: Path, target: Path) -> None:
+        if moment == "before renaming":
             die()
         replace(part, target)
         die()
 
-    Path.replace = die_about
+    Path.replace = replace_and_die
     checkpoint.write_atomically(path, write)
 
 
-@pytest.mark.parametrize(("moment", "left"), [("inside", b"old"), ("before", b"old"), ("after", b"new" * 1000)])
-def test_kill_while_saving_leaves_the_old_file_or_the_new_one(tmp_path: Path, moment: str, left: bytes) -> None:
+@pytest.mark.parametrize(
+    ("moment", "left"),
+    [("while writing", b"old"), ("before renaming", b"old"), ("after renaming", b"new" * 1000)],
+)
+def test_kill_while_saving_leaves_the_old_or_the_new_file(tmp_path: Path, moment: str, left: bytes) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
     child = os.fork()
@@ -250,7 +261,7 @@ def test_kill_while_saving_leaves_the_old_file_or_the_new_one(tmp_path: Path, mo
             os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert path.read_bytes() == left
-    checkpoint.write_atomically(path, lambda part: part.write_bytes(b"again"))  # whatever it left is in nobody's way
+    checkpoint.write_atomically(path, lambda part: part.write_bytes(b"again"))  # overwrites what the killed one left
     assert path.read_bytes() == b"again"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -291,7 +302,7 @@ class Payload:
         return (Path.touch, (Path(self.target),))
 
 
-def test_published_file_with_code_is_refused_unexecuted(tmp_path: Path) -> None:
+def test_published_file_with_code_is_refused_without_executing_it(tmp_path: Path) -> None:
     payload = Payload()
     payload.target = str(tmp_path / "executed")
     path = tmp_path / "evil.pth"
@@ -344,8 +355,7 @@ def test_only_the_published_experts_are_exported() -> None:
         export_published(SemiMoE(width=2, expert_tasks=("mask", "sdf")))
 
 
-def test_files_have_the_permissions_of_the_user_s_others(tmp_path: Path) -> None:
-    """A colleague may read them, as the umask says."""
+def test_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
     (tmp_path / "other").touch()
     save(tmp_path / "c.safetensors", SemiMoE(width=1))
     assert (tmp_path / "c.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -1,4 +1,4 @@
-"""Imports go one way: commands, rooms, model, operations, kernels."""
+"""Modules import only from lower layers: commands, folders, model, operations, kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import semimoe_fast
 
-# Every module imports only from layers below its own; rooms on one line do not import each other.
+# Every module imports only from the layers below it. Names on one line do not import each other.
 LAYERS = [
     {"train", "evaluate", "predict", "prepare", "synthetic", "info"},
     {"training"},
@@ -21,12 +21,12 @@ LAYERS = [
     {"device", "ops"},
     {"kernels", "errors"},
 ]
-LAYER_OF = {room: number for number, layer in enumerate(LAYERS) for room in layer}
-OPS_BELOW_ALL = "ops.reference"  # imports nothing of ours
+LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+REFERENCE = "ops.reference"  # imports nothing of the package
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its name within it."""
+    """The path of every module, by its name within the package."""
     names = {}
     for folder in map(Path, semimoe_fast.__path__):
         for path in folder.rglob("*.py"):
@@ -37,7 +37,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports_of(name: str, path: Path) -> set[str]:
-    """The modules and names of the package that a module imports, anywhere in its text."""
+    """The modules and names of the package that a module imports, at the top or in functions."""
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -51,22 +51,22 @@ def imports_of(name: str, path: Path) -> set[str]:
     return found - {"__version__"}
 
 
-def test_no_import_runs_upwards() -> None:
+def test_no_module_imports_from_a_higher_layer() -> None:
     upwards = []
     for name, path in modules().items():
-        room = name.split(".")[0]
+        folder = name.split(".")[0]
         for imported in imports_of(name, path):
             target = imported.split(".")[0]
-            if target != room and LAYER_OF[target] <= LAYER_OF[room]:
+            if target != folder and LAYER_OF[target] <= LAYER_OF[folder]:
                 upwards.append(f"{name} imports {imported}")
     assert upwards == []
 
 
-def test_the_reference_imports_nothing_of_ours() -> None:
-    assert imports_of(OPS_BELOW_ALL, modules()[OPS_BELOW_ALL]) == set()
+def test_reference_imports_nothing_of_the_package() -> None:
+    assert imports_of(REFERENCE, modules()[REFERENCE]) == set()
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
+def test_imports_have_no_cycles() -> None:
     known = modules()
     edges = {}
     for name, path in known.items():

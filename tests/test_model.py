@@ -1,4 +1,4 @@
-"""Shapes for any number of experts, tasks, classes and any width; initialization; layouts; compilation."""
+"""Model: shapes for any number of experts, tasks and classes and any width; initialization; layouts; hooks; compile."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_output_shapes(tasks, classes, width, channels, size) -> None:
     torch.testing.assert_close(output.gate_weights.sum(2), torch.ones(2, len(set(tasks))))
 
 
-def test_padding_repeats_the_border_and_is_cropped() -> None:
+def test_border_is_repeated_and_results_are_cropped() -> None:
     expert = ExpertUNet(3, 2, 2).eval()
     image = torch.randn(1, 3, 20, 37)
     padded = torch.nn.functional.pad(image, (0, 11, 0, 12), mode="replicate")
@@ -45,7 +45,7 @@ def test_initialization() -> None:
     expert = ExpertUNet(3, 2, 16)
     convolution, norm = expert.decoder[0][0], expert.decoder[0][1]
     fan_in = convolution.weight[0].numel()
-    # 128 x 256 x 9 and 128 draws: their sample std is known to about 0.1 % and 6 %
+    # the sample std of 128 x 256 x 9 and of 128 random numbers deviates by about 0.1 % and 6 %
     assert convolution.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.01)
     assert norm.weight.std().item() == pytest.approx(0.02, rel=0.25)
     assert norm.weight.mean().item() == pytest.approx(1, abs=0.01)
@@ -54,6 +54,30 @@ def test_initialization() -> None:
     biases = [p for m in (expert, gating) for name, p in m.named_parameters() if name.endswith("bias")]
     assert biases
     assert all((bias == 0).all() for bias in biases)
+
+
+def test_forward_hooks_fire_in_training_and_evaluation() -> None:
+    """Hooks on an expert, its head and the gating fire once per call and see the module's output."""
+    model, adaptive = SemiMoE(width=1), AdaptiveMultiObjectiveLoss()
+    images, mask = torch.randn(2, 3, 16, 16), torch.randint(0, 2, (2, 16, 16))
+    expected = model.eval()(images)
+    shapes: dict[str, list] = {"expert": [], "head": [], "gating": []}
+
+    def record(name: str, module: torch.nn.Module) -> None:
+        module.register_forward_hook(lambda module, inputs, output: shapes[name].append([x.shape for x in output]))
+
+    record("expert", model.experts[0])
+    record("gating", model.gating)
+    for hooked, unhooked in zip(model(images)[:3], expected[:3], strict=True):
+        torch.testing.assert_close(hooked, unhooked)
+    model.experts[0].head.register_forward_hook(lambda module, inputs, output: shapes["head"].append(output.shape))
+    assert shapes == {
+        "expert": [[(2, 1, 16, 16), (2, 2, 16, 16)]],
+        "head": [],
+        "gating": [[(2, 2, 16, 16), (2, 1, 16, 16), (2, 2, 16, 16), (2, 3, 3)]],
+    }
+    objective(model.train(), adaptive, images, (mask, *F.distance_targets(mask)), images, 0.5).total.backward()
+    assert {name: len(calls) for name, calls in shapes.items()} == {"expert": 3, "head": 2, "gating": 2}
 
 
 def test_channels_last_changes_the_layout_only() -> None:
@@ -74,7 +98,7 @@ def test_gate_follows_its_formula() -> None:
     torch.testing.assert_close(gate(means), expected)
 
 
-def test_pseudo_labels_use_the_gated_predictions() -> None:
+def test_pseudo_labels_come_from_the_gated_predictions() -> None:
     gating = MultiGating(4, 3).eval()
     features = [torch.randn(2, 4, 8, 8, requires_grad=True) for _ in range(3)]
     mask, sdf, boundary, _ = gating(features)
@@ -96,7 +120,7 @@ def test_adaptive_loss_module(terms: int) -> None:
 
 
 def test_training_objective_compiles_without_graph_breaks() -> None:
-    """Experts, gates, pseudo-labels and losses of a whole step, with gradients."""
+    """A whole step with gradients: experts, gates, pseudo-labels and losses."""
     torch.manual_seed(0)
     model, adaptive = SemiMoE(width=1), AdaptiveMultiObjectiveLoss()
     for gate in model.gating.gates:
@@ -135,7 +159,7 @@ def test_model_compiles_without_graph_breaks() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (4, 3)])
-def test_upsampling_convolution_is_both_in_turn(size: tuple[int, int]) -> None:
+def test_upsampling_convolution_equals_upsampling_then_convolution(size: tuple[int, int]) -> None:
     layer = UpsamplingConv2d(3, 2, 3, padding=1).double()
     x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
     expected = torch.nn.functional.conv2d(

@@ -1,7 +1,7 @@
-"""The full-width network and one whole training step against the published implementation.
+"""The full-width network and one whole training step compared with the published implementation.
 
-In float64, where no processor's order of summation shows. In float32 the full-width network has no more than three
-digits of a single gradient in common from one processor to the next; so float32 is compared with our own float64.
+The comparison is in float64, where the order of summation does not matter. In float32, single gradients of the
+full-width network agree to three digits at most between processors, so float32 is compared with our own float64.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Parts = dict[str, dict[str, Tensor]]
 
 
 def seeded_tensor(part: str, key: str, shape: list[int]) -> Tensor:
-    """The recipe by which the golden run drew its weights, as float64: each tensor from a seed made of its name."""
+    """The weights of the golden run as float64. The seed of each tensor is computed from its name."""
     rng = np.random.default_rng(zlib.crc32(f"20261123:{part}.{key}".encode()))
     if key.endswith("num_batches_tracked"):
         return torch.tensor(0)
@@ -53,7 +53,7 @@ def published() -> Parts:
 
 
 @pytest.mark.slow
-def test_eval_forward(published: Parts, golden) -> None:
+def test_golden_eval_forward(published: Parts, golden) -> None:
     expected = golden("network64")
     model = import_published(published)
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_eval_forward(published: Parts, golden) -> None:
 
 
 @pytest.mark.parametrize("form", ["ours", pytest.param("as published", marks=pytest.mark.slow)])
-def test_training_step(published: Parts, golden, form: str) -> None:
+def test_golden_training_step(published: Parts, golden, form: str) -> None:
     expected = golden("network64")
     model = import_published(published).train()
     if form == "as published":
@@ -93,7 +93,7 @@ def check_golden_losses(losses: NamedTuple, log_vars_grad: Tensor, expected: dic
 
 
 def check_golden_gradient(parameter: Tensor, key: str, expected: dict[str, np.ndarray]) -> None:
-    """A bias ahead of BN has no gradient but rounding errors, of about 1e-16."""
+    """The gradient of a bias before BN is zero up to rounding errors of about 1e-16."""
     norm = expected[f"step/grad_norm/{key}"]
     np.testing.assert_allclose(parameter.grad.norm(), norm, rtol=1e-7, atol=1e-12, err_msg=key)
 
@@ -113,16 +113,15 @@ def test_pseudo_labels_of_the_golden_step(published: Parts, golden) -> None:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_float32_step_is_the_float64_one_up_to_rounding(
+def test_float32_step_equals_the_float64_step_up_to_rounding(
     layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bound is the effect of rounding itself: of noise in float64, as large as float32 makes it in every layer.
+    """The bound comes from float64 steps with random noise in every layer, as large as float32 rounding.
 
-    A float32 sum of n products is off by about sqrt(n) roundings of 2^-24, in whatever order a processor adds them up.
-    The bound is 4 times the largest effect of three draws of such noise, which covers the tail of the draws, and at
-    least that error of a sum over all pixels, since means and gradients of parameters get no noise. Smooth layers
-    replace ReLU and max pooling, and pseudo-labels are those of float64, because one value on the other side of a kink
-    moves a gradient by more than all rounding.
+    A float32 sum of n products has an error of about sqrt(n) roundings of 2^-24, whatever the order of summation. The
+    bound is 4 times the largest deviation of three steps with such noise, and at least that error of a sum over all
+    pixels, because means and gradients of parameters get no noise. Smooth layers replace ReLU and max pooling, and the
+    pseudo-labels are those of float64: one value on the other side of a kink changes a gradient more than all rounding.
     """
     original = make_smooth(SemiMoE(width=8), monkeypatch)
     mask = glands.glands(2, 64, seed=1)[1]
@@ -161,9 +160,9 @@ def test_float32_step_is_the_float64_one_up_to_rounding(
     def deviations(other: dict[str, Tensor]) -> dict[str, float]:
         return {name: ((other[name] - value).norm() / value.norm()).item() for name, value in exact.items()}
 
-    of_noise = [deviations(step(torch.float64, seed)) for seed in range(3)]
+    with_noise = [deviations(step(torch.float64, seed)) for seed in range(3)]
     for name, deviation in deviations(step(torch.float32)).items():
-        bound = max(2**-24 * mask.numel() ** 0.5, 4 * max(draw[name] for draw in of_noise))
+        bound = max(2**-24 * mask.numel() ** 0.5, 4 * max(noisy[name] for noisy in with_noise))
         assert deviation <= bound < 1e-4, name
 
 
@@ -178,7 +177,7 @@ def make_smooth(model: SemiMoE, monkeypatch: pytest.MonkeyPatch) -> SemiMoE:
 
 
 def add_rounding_noise(model: SemiMoE, seed: int) -> None:
-    """Every convolution and linear layer is off by what rounding to float32 does, forward and backward."""
+    """Multiply the output of every convolution and linear layer by noise as large as float32 rounding errors."""
     random = torch.Generator().manual_seed(seed)
 
     def hook(layer: torch.nn.Module, inputs: tuple, output: Tensor) -> Tensor:
@@ -190,10 +189,8 @@ def add_rounding_noise(model: SemiMoE, seed: int) -> None:
             layer.register_forward_hook(hook)
 
 
-def test_step_is_the_published_one_in_exact_arithmetic() -> None:
-    """A convolution's bias ahead of BN changes nothing, and upsampling may be part of the convolution after it: here in
-    float64, where rounding is small.
-    """
+def test_step_equals_the_published_step_in_exact_arithmetic() -> None:
+    """Biases before BN change nothing, and upsampling can be part of the next convolution. Shown in float64."""
     torch.manual_seed(0)
     biased = export_published(SemiMoE(width=4))
     for part in EXPERT_PARTS:
@@ -217,8 +214,8 @@ def test_step_is_the_published_one_in_exact_arithmetic() -> None:
         losses = golden_step(model, AdaptiveMultiObjectiveLoss().double(), inputs)
         runs.append((losses, dict(model.named_parameters())))
     (folded, ours), (original, theirs) = runs
-    for mine, its in zip(folded, original, strict=True):
-        torch.testing.assert_close(mine, its, rtol=1e-9, atol=1e-12)
+    for result, reference in zip(folded, original, strict=True):
+        torch.testing.assert_close(result, reference, rtol=1e-9, atol=1e-12)
     for name, parameter in ours.items():
         torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-7, atol=1e-10)
 
@@ -231,14 +228,14 @@ class UpsampledConv2d(torch.nn.Conv2d):
 
 
 def as_published(model: SemiMoE, parts: Parts) -> SemiMoE:
-    """The biases that import folds into BN's running means are put back, and images upsampled before a convolution."""
+    """The published form of the model: biases before BN, and upsampling as a separate operation."""
     for part, expert in zip(EXPERT_PARTS, model.experts, strict=True):
         names = {module: name for name, module in expert.named_modules()}
         for convolution in [m for m in names if isinstance(m, torch.nn.Conv2d) and m.bias is None]:
             key = published_expert_key(f"{names[convolution]}.bias")
             convolution.bias = torch.nn.Parameter(parts[part][key].clone())
             if isinstance(convolution, UpsamplingConv2d):
-                convolution.__class__ = UpsampledConv2d  # the same layer with another forward
+                convolution.__class__ = UpsampledConv2d  # same parameters, other forward
     return model
 
 

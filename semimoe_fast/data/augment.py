@@ -1,11 +1,10 @@
-"""Random crops and symmetries of a batch, drawn on the CPU and applied in one pass on the batch's own device.
+"""Random crops and symmetries of a batch: drawn on the CPU, applied in one pass on the device of the batch.
 
 The published recipe: with probability 0.5 a random crop of 7/8 of the side, resized back; with probability 0.75 a
 flip (rows, columns or both, equally likely); with probability 0.5 a transpose; always a rotation by a random multiple
-of 90 degrees. Flip, transpose and rotation are elements of the square's symmetry group D4, and the last two alone,
-a transpose by a fair coin and one of four rotations, already give each of its eight elements with probability 1/8;
-whatever flip came before, the product stays uniform. Three fair coins (flip the rows, flip the columns, transpose)
-draw the same distribution.
+of 90 degrees. All three are elements of the symmetry group D4 of the square. A transpose with probability 0.5 followed
+by a random rotation is uniform over the eight elements of D4, and a flip before them keeps the product uniform. So this
+module tosses three fair coins instead (flip the rows, flip the columns, transpose), which is uniform over D4 too.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-Channels = Sequence[float] | Tensor  # a number for each channel
+Channels = Sequence[float] | Tensor  # one number per channel
 
 
 class Augmentation(NamedTuple):
-    """What to do to each of B images: cut out a square, resize it to the image's size, transpose that, flip that."""
+    """Parameters of B images, in the order of use: crop a square, resize it to the image size, transpose, flip."""
 
-    corner: Tensor  # int64 (B, 2): first row and column of the square, in pixels
-    extent: Tensor  # int64 (B,): its side, in pixels
-    flip: Tensor  # bool (B, 2): reverse the order of the rows, of the columns
+    corner: Tensor  # int64 (B, 2): first row and first column of the square, in pixels
+    extent: Tensor  # int64 (B,): side of the square, in pixels
+    flip: Tensor  # bool (B, 2): reverse the rows, reverse the columns
     transpose: Tensor  # bool (B,)
 
 
@@ -43,11 +42,10 @@ def apply(
 ) -> tuple[Tensor, Tensor | None]:
     """Augment images, uint8 (B, 3, S, S), and masks, uint8 (B, S, S), on their device, and normalize the images.
 
-    Images are resized bilinearly (half-pixel centers, clamped to the crop, no antialiasing), masks by nearest
-    neighbor with index floor(i * extent / S): OpenCV's INTER_LINEAR and INTER_NEAREST. `mean` and `std` are of pixels
-    in [0, 1], a number for each channel. Returns float32 images and uint8 masks (None without masks), shaped as they
-    came. The device is never waited for. Raises ValueError where the images are not square or do not match the masks
-    or the augmentation.
+    Images are resized as by OpenCV's INTER_LINEAR (bilinear, half-pixel centers, clamped to the crop, no antialiasing)
+    and masks as by INTER_NEAREST (pixel i takes pixel floor(i * extent / S)). mean, std: of pixels in [0, 1], one per
+    channel. Returns float32 images and uint8 masks, or None without masks, in the same shapes. Does not synchronize
+    with the device. Raises ValueError if images are not square or do not match the masks or the augmentation.
     """
     batch, _, size, width = images.shape
     if size != width:
@@ -55,7 +53,7 @@ def apply(
     if len(augmentation.extent) != batch or (masks is not None and masks.shape != (batch, size, size)):
         raise ValueError(
             f"images {tuple(images.shape)}, masks {None if masks is None else tuple(masks.shape)} and an augmentation "
-            f"of {len(augmentation.extent)} do not belong together"
+            f"of {len(augmentation.extent)} do not match"
         )
     augmentation = Augmentation(*(field.to(images.device, non_blocking=True) for field in augmentation))
     row, column = _sources(augmentation, _linear(augmentation.extent, size))
@@ -77,24 +75,24 @@ def _standardize(images: Tensor, mean: Channels, std: Channels) -> Tensor:
 
 
 def _per_channel(values: Channels, device: torch.device) -> Tensor:
-    # By way of a CPU tensor: to make one on the device from a list would wait for the device.
+    # A CPU tensor first: creating a tensor on the device from a list synchronizes.
     return torch.as_tensor(values, dtype=torch.float32).view(-1, 1, 1).to(device, non_blocking=True)
 
 
 def _linear(extent: Tensor, size: int) -> Tensor:
-    """Where in a crop of `extent` (B,) the pixels of its resized copy lie, float32 (B, size), half-pixel centers."""
+    """Positions in a crop of side `extent` (B,) that the pixels of the resized crop sample, float32 (B, size)."""
     extent = extent[:, None].float()
     position = (torch.arange(size, device=extent.device) + 0.5) * (extent / size) - 0.5
     return position.clamp(min=0).minimum(extent - 1)
 
 
 def _nearest(extent: Tensor, size: int) -> Tensor:
-    """Which pixel of a crop of `extent` (B,) each pixel of its resized copy takes, int64 (B, size)."""
+    """Indices in a crop of side `extent` (B,) that the pixels of the resized crop copy, int64 (B, size)."""
     return torch.arange(size, device=extent.device) * extent[:, None] // size
 
 
 def _sources(augmentation: Augmentation, position: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of the source of every output pixel, (B, S, S) each, from the positions in the crop (B, S)."""
+    """Source row and source column of every output pixel, each (B, S, S), from positions in the crop (B, S)."""
     reverse = augmentation.flip[:, :, None]
     along = torch.where(reverse, position.flip(-1)[:, None], position[:, None])  # (B, 2, S): rows, columns
     along = along + augmentation.corner[:, :, None]

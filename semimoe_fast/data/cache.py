@@ -1,8 +1,8 @@
-"""Decoded images, kept on the disk: of all runs on the same files only the first decodes them.
+"""Cache of decoded images on disk: only the first run on the same image files decodes them.
 
-CACHE/KEY.safetensors holds what `data.load_part` gives. KEY is the digest of all that this follows from, such as the
-names and bytes of the image files: what is found is right, wherever the images now lie, and never expires. The tensors
-are mapped, not read: processes share the memory, and a set may be larger than it.
+CACHE/KEY.safetensors holds the result of `folders.load_part`. KEY is a digest of everything that the result depends on,
+such as the names and bytes of the image files. So a cached file never becomes stale, and moved images find it again.
+The tensors are memory-mapped: processes share the memory, and a part may be larger than memory.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from ..checkpoint import write_atomically
 from ..errors import warn
 from .folders import Dataset, Pair, in_threads, list_pairs, read_pair, read_pairs
 
-FORMAT = 2  # to be raised when the same files are decoded to other values, or stored in another way
-NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's, which older Pythons do not name
+FORMAT = 2  # increase it when the decoded values or the file format change
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # older Pythons do not name this Linux flag
 
 
 @dataclass
 class Cache:
-    """A folder of decoded parts, created when the first is stored.
+    """A folder of decoded parts, created when the first part is stored.
 
-    It only ever saves time: whatever is wrong with it is told in one line on stderr, and the images are decoded.
+    If the cache cannot be used, one line on stderr says why, and the images are decoded into memory.
     """
 
     folder: Path
-    writes: bool = True  # not where another process of the run does, nor once it has failed
+    writes: bool = True  # False in processes that leave writing to another, and after writing has failed
 
     def load_part(self, root: Path, part: str, size: int, with_masks: bool) -> Dataset:
-        """As `data.load_part`: the same values, the same errors; the tensors are mapped from a file of the cache."""
+        """Same values and errors as `folders.load_part`; the tensors are memory-mapped from the cache."""
         pairs = list_pairs(root, part, with_masks)
         try:
             entry = Entry(pairs, size, key_of(pairs, size, f"{part}, looking for it in the cache"))
-        except OSError:  # a file that cannot be read: decoding says so better
+        except OSError:  # a file cannot be read: decoding raises the clear error
             return read_pairs(pairs, size, part)
         path = self.folder / f"{entry.key}.safetensors"
         dataset = self._find(entry, path)
@@ -57,6 +57,7 @@ class Cache:
         return read_pairs(pairs, size, part) if dataset is None else dataset
 
     def _find(self, entry: Entry, path: Path) -> Dataset | None:
+        """The cached part, or None, with a warning if its file exists but is unusable."""
         try:
             if not path.is_file():
                 return None
@@ -64,23 +65,23 @@ class Cache:
         except OSError as error:
             dataset, reason = None, error.strerror or str(error)
         if dataset is None and self.writes:
-            warn(f"{path}: {reason}; its images are decoded anew")
+            warn(f"{path}: {reason}; its images are decoded again")
         return dataset
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A part as a safetensors file, of which all but the pixels is known beforehand."""
+    """One part of a data folder as a safetensors file. Its layout follows from the files, the size and the key."""
 
     pairs: Sequence[Pair]
     size: int
     key: str
 
     def read(self, path: Path) -> Dataset | None:
-        """Map the file; None where it is not, to the last bit, what `write` wrote. Raises OSError.
+        """Map the file; None if any bit differs from what `write` wrote. Raises OSError.
 
-        That takes a pass over all pixels. A run makes it anyway, because its checkpoints carry this fingerprint, and
-        nothing else would ever tell of pixels that the disk has damaged.
+        The check reads all pixels to compute the fingerprint. A run needs the fingerprint for its checkpoints anyway,
+        and no other check detects pixels that the disk has damaged.
         """
         start = len(self.header())
         if path.stat().st_size != start + sum(math.prod(shape) for shape in self.shapes.values()):
@@ -90,7 +91,7 @@ class Entry:
             return dataset if file.read(start) == self.header(dataset.fingerprint) else None
 
     def write(self, path: Path, title: str) -> None:
-        """Decode into the file, an image a thread at a time. Raises UserError as `read_pair` does, and OSError."""
+        """Decode the images into the file, one image per thread. Errors: OSError, and those of `read_pair`."""
         start = len(self.header())
 
         def store(row: int) -> None:
@@ -119,7 +120,7 @@ class Entry:
         return {"images": (count, 3, size, size)} | masks
 
     def header(self, fingerprint: str = "0" * 64) -> bytes:
-        """The start of the file, up to the pixels; equally long for every fingerprint."""
+        """The bytes of the file before the pixels. Their number does not depend on the fingerprint."""
         metadata = {"key": self.key, "fingerprint": fingerprint, "names": json.dumps(self.names)}
         header: dict[str, Any] = {"__metadata__": metadata}
         end = 0
@@ -131,9 +132,10 @@ class Entry:
         return len(text).to_bytes(8, "little") + text
 
     def map(self, path: Path) -> Dataset:
-        """The file's tensors. Whoever writes into them changes a copy of the page in memory, never the file.
+        """Map the tensors of the file. Writing to them changes a private copy in memory, never the file.
 
-        safe_open maps too, but has memory set aside for such copies, which Linux refuses for files larger than it.
+        safe_open maps files too, but it reserves memory for private copies, and Linux refuses to reserve more than
+        there is.
         """
         with path.open("rb") as file:
             protection = mmap.PROT_READ | mmap.PROT_WRITE
@@ -145,12 +147,12 @@ class Entry:
 
 
 def key_of(pairs: Sequence[Pair], size: int, title: str) -> str:
-    """Digest of everything that decides on the decoded values and their names. Raises OSError for unreadable files."""
+    """Digest of everything that determines the decoded values and names. Raises OSError for unreadable files."""
 
     def digests(pair: Pair) -> list[str | None]:
         return [pair.image.stem, *(None if path is None else _digest(path) for path in pair)]
 
-    decoders = [PIL.__version__, torch.__version__]  # of another version a JPEG or a resized pixel may differ by one
+    decoders = [PIL.__version__, torch.__version__]  # pixels of JPEG files and resized images may differ by version
     return hashlib.sha256(json.dumps([FORMAT, *decoders, size, in_threads(digests, pairs, title)]).encode()).hexdigest()
 
 

@@ -1,7 +1,7 @@
-"""Image folders in the GlaS layout, decoded once into uint8 tensors.
+"""Read image folders in the GlaS layout into uint8 tensors.
 
-ROOT/PART/image holds the images and ROOT/PART/mask their masks, paired by stem: image/1.tif with mask/1.png. In a mask
-any non-zero value is gland. Whatever is wrong with a folder or a file is a UserError that names it and the remedy.
+ROOT/PART/image holds the images and ROOT/PART/mask their masks, paired by stem: image/1.tif with mask/1.png. Every
+non-zero mask value is gland. Bad folders and files raise UserError, which names the file and the remedy.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ A, B = TypeVar("A"), TypeVar("B")
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, of pixels in [0, 1]
 
-# As published. (The std of GlaS is not that of its pixels, which is about (0.168, 0.248, 0.132).)
+# The values of the published code. (The std of the pixels of GlaS is in fact about (0.168, 0.248, 0.132).)
 NORMALIZATION: dict[str, Statistics] = {
     "glas": ((0.787803, 0.512017, 0.784938), (0.428206, 0.507778, 0.426366)),
     "crag": ((0.83065554, 0.72236917, 0.8572969), (0.11995327, 0.15234795, 0.09136074)),
@@ -37,7 +37,7 @@ NORMALIZATION: dict[str, Statistics] = {
 
 @dataclass
 class Dataset:
-    """N images of one size. They may be mapped from a file and larger than memory: read them, never write them."""
+    """N images of one size. The tensors may be mapped from a file larger than memory, so do not write to them."""
 
     images: Tensor  # uint8 (N, 3, S, S)
     masks: Tensor | None  # uint8 0/1 (N, S, S)
@@ -52,8 +52,8 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of names and decoded content, which is read once, however often it is asked for."""
-        digest = hashlib.sha256("\n".join(self.names).encode("utf-8", "surrogateescape"))  # the bytes of the file names
+        """SHA-256 of names and pixels; computed once, because it reads all pixels."""
+        digest = hashlib.sha256("\n".join(self.names).encode("utf-8", "surrogateescape"))  # file names as their bytes
         for tensor in (self.images, self.masks):
             if tensor is not None:
                 digest.update(tensor.contiguous().numpy())
@@ -68,23 +68,23 @@ class Pair(NamedTuple):
 
 
 def load_part(root: Path, part: str, size: int, with_masks: bool) -> Dataset:
-    """Read ROOT/PART and resize it to size x size pixels; without masks a mask folder is ignored.
+    """Read ROOT/PART and resize it to size x size pixels. with_masks False ignores the mask folder.
 
-    Raises UserError for missing or empty folders, images without a mask or masks without an image, pairs of different
-    sizes, and files that read_image or read_mask refuse.
+    Raises UserError for missing or empty folders, images without a mask, masks without an image, masks that differ in
+    size from their image, and files that `read_image` or `read_mask` refuse.
     """
     return read_pairs(list_pairs(root, part, with_masks), size, part)
 
 
 def list_pairs(root: Path, part: str, with_masks: bool) -> list[Pair]:
-    """The files of ROOT/PART, sorted. Raises UserError where they do not pair, as `load_part` says."""
+    """The files of ROOT/PART, sorted by path. Raises UserError for missing or empty folders and unpaired files."""
     images = list_images(_part_folder(root, part, "image"))
     masks = _masks_of(images, _part_folder(root, part, "mask")) if with_masks else [None] * len(images)
     return [Pair(*paths) for paths in zip(images, masks, strict=True)]
 
 
 def read_pairs(pairs: Sequence[Pair], size: int, title: str) -> Dataset:
-    """Decode and resize files into memory, under a progress bar. Raises UserError as `read_pair` does."""
+    """Decode and resize files in memory and show a progress bar. Raises UserError as `read_pair` does."""
     images, masks = zip(*in_threads(lambda pair: read_pair(pair, size), pairs, title), strict=True)
     return Dataset(
         images=torch.stack(images),
@@ -94,9 +94,9 @@ def read_pairs(pairs: Sequence[Pair], size: int, title: str) -> Dataset:
 
 
 def read_pair(pair: Pair, size: int) -> tuple[Tensor, Tensor | None]:
-    """An image, uint8 (3, size, size), and its mask, uint8 0/1 (size, size), if it has one.
+    """The resized image, uint8 (3, size, size), and its mask, uint8 0/1 (size, size), or None without a mask file.
 
-    Raises UserError where the two differ in size, and for files that read_image or read_mask refuse.
+    Raises UserError if their files differ in size, and for files that `read_image` or `read_mask` refuse.
     """
     image = read_image(pair.image)
     if pair.mask is None:
@@ -112,7 +112,7 @@ def read_pair(pair: Pair, size: int) -> tuple[Tensor, Tensor | None]:
 
 
 def in_threads(call: Callable[[A], B], items: Sequence[A], title: str) -> list[B]:
-    """call(item) of every item, in their order, under a progress bar; the first error ends it."""
+    """[call(item) for item in items], computed in threads with a progress bar. The first error cancels the rest."""
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
         return list(tqdm(pool.map(call, items), title, len(items), leave=False, disable=None))
@@ -121,9 +121,9 @@ def in_threads(call: Callable[[A], B], items: Sequence[A], title: str) -> list[B
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The image files of a folder, sorted; hidden files and those that are no images (Thumbs.db) are passed over.
+    """The image files of a folder, sorted by path. Hidden files and other files, such as Thumbs.db, are skipped.
 
-    Raises UserError if the folder is missing or has no image, or two files of it have one stem.
+    Raises UserError if the folder is missing, has no image, or has two images with the same stem.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: create it or correct the path")
@@ -138,16 +138,17 @@ def list_images(folder: Path) -> list[Path]:
     for path in paths:
         other = by_stem.setdefault(path.stem, path)
         if other != path:
-            raise UserError(f"{other} and {path.name} have the same stem: remove or rename one, files pair by stem")
+            raise UserError(
+                f"{other} and {path.name} have the same stem: remove or rename one, images and masks are paired by stem"
+            )
     return paths
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Read any 8-bit image Pillow knows as RGB, uint8 (H, W, 3); gray and palette are converted, alpha is dropped.
+    """Read an 8-bit image of any format of Pillow as RGB, uint8 (H, W, 3).
 
-    EXIF orientation is applied; a warning tells of pages after the first.
-
-    Raises UserError for unreadable files and for more than 8 bits per channel.
+    Gray and palette images are converted, alpha is dropped, EXIF orientation is applied. Of several pages the first
+    is read, with a warning. Raises UserError for unreadable files and for more than 8 bits per channel.
     """
     image, deep = _decode(path)
     if deep:
@@ -156,29 +157,30 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Read a mask as uint8 (H, W), 1 where its value is not 0: 1-bit, 8-bit, palette (by index) or instance ids.
+    """Read a mask as uint8 (H, W), 1 where the stored value (of a palette image the index) is not 0.
 
-    Gray stored as RGB counts as one channel. Raises UserError for unreadable files, colors, float values and JPEG.
+    The file may have any integer type, and RGB with three equal channels. Raises UserError for unreadable files, other
+    color images, floating-point values and JPEG.
     """
     image, deep = _decode(path)
     remedy = "save it as a PNG of one channel with class or instance numbers, 0 for background"
     if image.format == "JPEG":
-        raise UserError(f"{path} is a JPEG, whose compression leaves non-zero values around each gland: {remedy}")
+        raise UserError(f"{path} is a JPEG, and JPEG compression adds non-zero values around each gland: {remedy}")
     if image.mode == "F":
         raise UserError(f"{path} holds floating-point values: {remedy}")
     values = np.array(image)
     if values.ndim == 3:
-        values = values[..., : len(image.getbands()) - ("A" in image.getbands())]  # alpha is no label
-        if deep or (values != values[..., :1]).any():  # of deep colors only the high bytes have come
+        values = values[..., : len(image.getbands()) - ("A" in image.getbands())]  # without alpha
+        if deep or (values != values[..., :1]).any():  # Pillow keeps only the high bytes of deep colors
             raise UserError(f"{path} is a color image (mode {image.mode}): {remedy}")
         values = values[..., 0]
     return (values != 0).astype(np.uint8)
 
 
 def resize_image(image: np.ndarray, size: int) -> Tensor:
-    """Resize an image, uint8 (H, W, 3), to uint8 (3, size, size), bilinearly: half-pixel centers, no antialiasing.
+    """Resize an image, uint8 (H, W, 3), to uint8 (3, size, size): bilinear, half-pixel centers, no antialiasing.
 
-    This is OpenCV's INTER_LINEAR, which the published results were made with, up to its 11-bit weights (1 of 255).
+    The published results used OpenCV's INTER_LINEAR. It rounds its weights to 11 bits, so values differ by at most 1.
     """
     pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous()
     if pixels.shape[1:] == (size, size):
@@ -188,22 +190,22 @@ def resize_image(image: np.ndarray, size: int) -> Tensor:
 
 
 def resize_mask(mask: np.ndarray, size: int) -> Tensor:
-    """Resize a mask (H, W) to (size, size) by nearest neighbor, index floor(i * H / size): OpenCV's INTER_NEAREST."""
+    """Resize a mask (H, W) to (size, size) as OpenCV's INTER_NEAREST does: row i is row floor(i * H / size)."""
     row, column = (np.arange(size) * side // size for side in mask.shape)
     return torch.from_numpy(mask[row[:, None], column])
 
 
 def channel_statistics(*sets: Tensor) -> Statistics:
-    """Mean and std of each channel of all images, uint8 sets (N, C, H, W), pixels scaled to [0, 1].
+    """Mean and std of each channel over all images of several sets, uint8 (N, C, H, W); pixels are scaled to [0, 1].
 
-    A std is at least one gray level, so that a constant channel can be divided by it. Raises ValueError for no pixels.
+    The std is at least 1/255, because images are divided by it. Raises ValueError if there are no pixels.
     """
     if not any(images.numel() for images in sets):
-        raise ValueError(f"no pixels to measure in images of shape {', '.join(str(tuple(s.shape)) for s in sets)}")
+        raise ValueError(f"there are no pixels in images of shape {', '.join(str(tuple(s.shape)) for s in sets)}")
     counts = torch.zeros(sets[0].shape[1], 256, dtype=torch.int64)
     for images in sets:
-        for some in images.split(64):  # the sets may be larger than memory
-            counts += torch.stack([torch.bincount(c.flatten(), minlength=256) for c in some.unbind(1)]).cpu()
+        for chunk in images.split(64):  # a set may be larger than memory
+            counts += torch.stack([torch.bincount(c.flatten(), minlength=256) for c in chunk.unbind(1)]).cpu()
     level = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
     for count in counts:
@@ -215,13 +217,13 @@ def channel_statistics(*sets: Tensor) -> Statistics:
 
 
 def _part_folder(root: Path, part: str, kind: str) -> Path:
-    """ROOT/PART/KIND, with a UserError that says what ROOT does have where it is missing."""
+    """ROOT/PART/KIND. If it is missing, a UserError lists the parts of ROOT."""
     folder = root / part / kind
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: correct the path of the data")
     if not folder.is_dir():
         parts = sorted(path.parent.name for path in root.glob(f"*/{kind}") if path.is_dir())
-        choice = f"choose one of its parts {', '.join(parts)}" if parts else f"{root} has no PART/{kind} at all"
+        choice = f"choose one of its parts {', '.join(parts)}" if parts else f"{root} has no PART/{kind} folder"
         raise UserError(f"{folder} is missing: {choice}")
     return folder
 
@@ -232,23 +234,23 @@ def _masks_of(images: list[Path], folder: Path) -> list[Path]:
     for image in images:
         if image.stem not in masks:
             raise UserError(f"{image} has no mask: add {folder / image.stem}.png or remove the image")
-    spare = sorted(masks.keys() - {image.stem for image in images})
-    if spare:
-        raise UserError(f"{masks[spare[0]]} has no image: add {images[0].parent / spare[0]}.png or remove the mask")
+    unpaired = sorted(masks.keys() - {image.stem for image in images})
+    if unpaired:
+        stem = unpaired[0]
+        raise UserError(f"{masks[stem]} has no image: add {images[0].parent / stem}.png or remove the mask")
     return [masks[image.stem] for image in images]
 
 
 def _decode(path: Path) -> tuple[Image.Image, bool]:
-    """The file's image, decoded to the last pixel and upright, and whether the file has more than 8 bits per channel.
+    """Decode the first page of a file, apply the EXIF orientation, and say if it has more than 8 bits per channel.
 
-    Of several pages the first is taken, which a warning says.
+    Further pages cause a warning. Raises UserError if Pillow cannot decode the first page.
     """
     try:
-        # From an open file, because Pillow maps a named one, and then scrambles gray TIFFs that lie on their side.
+        # Pass an open file: Pillow maps a named file to memory, and then scrambles rotated gray TIFFs.
         with path.open("rb") as file, Image.open(file) as image:
-            pages = getattr(image, "n_frames", 1)
-            # Pillow cuts 16-bit colors to 8 without a word; only the decoder's raw mode, such as RGB;16B, tells.
-            # BGR;16 is another thing: 16 bits per pixel.
+            # Pillow silently reduces 16-bit colors to 8 bits. Only the decoder's raw mode, such as RGB;16B, shows it.
+            # BGR;16 means 16 bits per pixel, not per channel.
             raw_modes = str([tile[3] for tile in image.tile]).replace("BGR;16", "")
             image.load()
             _turn_upright(image, path)
@@ -256,11 +258,10 @@ def _decode(path: Path) -> tuple[Image.Image, bool]:
         raise UserError(
             f"{path} cannot be read as an image (unknown or damaged header): replace or remove it"
         ) from error
-    except Exception as error:  # a broken file makes Pillow's decoders raise almost anything
+    except Exception as error:  # for a damaged file Pillow's decoders raise almost any exception
         reason = str(error) or type(error).__name__
         raise UserError(f"{path} cannot be read as an image ({reason}): replace or remove it") from error
-    if pages > 1:
-        warn(f"{path} has {pages} pages, of which the first alone is read: save the others as files of their own")
+    _warn_of_further_pages(path)
     return image, image.mode[0] in "IF" or ";16" in raw_modes
 
 
@@ -268,5 +269,17 @@ def _turn_upright(image: Image.Image, path: Path) -> None:
     """Apply the EXIF orientation, as viewers and annotation tools do."""
     try:
         ImageOps.exif_transpose(image, in_place=True)
-    except Exception as error:  # Pillow raises almost anything, and the pixels are whole
-        warn(f"{path}: its EXIF data cannot be read ({error}); it is taken to be upright")
+    except Exception as error:  # for damaged EXIF data Pillow raises almost any exception; the pixels are complete
+        warn(f"{path}: its EXIF data cannot be read ({error}); its orientation is ignored")
+
+
+def _warn_of_further_pages(path: Path) -> None:
+    """Warn if a file has more than one page. Counting them reads the headers of all pages, which may be damaged."""
+    try:
+        with path.open("rb") as file, Image.open(file) as image:
+            pages = getattr(image, "n_frames", 1)
+    except Exception as error:  # for a damaged header Pillow raises almost any exception
+        warn(f"{path}: pages after the first cannot be read ({error}); only the first page is used")
+        return
+    if pages > 1:
+        warn(f"{path} has {pages} pages, and only the first is used: save the others as separate files")

@@ -1,15 +1,16 @@
-"""Synthetic H&E glands: images and exact masks to train, test and benchmark on where there is no data set.
+"""Synthetic H&E glands: images and exact masks for training, tests and benchmarks without a data set.
 
-A picture is built as a slide is. Outlines are drawn in the unit square; the depth below the nearest gland's outline
-says what tissue a point is (stroma, epithelium, lumen); tissue and nuclei give the amounts of haematoxylin and eosin;
-the Beer-Lambert law turns the two stains into color; a microscope blurs it and adds noise.
+A picture is generated in five steps. Random outlines of glands are drawn in the unit square. The distance of a pixel
+inside the outline (its depth) determines its tissue: stroma, epithelium or lumen. Tissue and nuclei determine the
+amounts of haematoxylin and eosin. The Beer-Lambert law converts the two stains to color. A microscope model adds blur
+and noise.
 
-What makes it a task: stain, light and texture differ from image to image by more than gland and stroma differ within
-one, glands touch and leave the picture, and stroma has its own pale holes (vessels, the slide's edge) and its own
-dense nuclei (lymphocytes), so that only the arrangement, a palisade of nuclei around a lumen, tells a gland.
+Segmentation is not trivial: stain, light and texture vary more between images than between gland and stroma within an
+image. Glands touch each other and cross the border of the picture. The stroma also has pale holes (vessels, the edge of
+the slide) and dense nuclei (lymphocytes). Only the arrangement, a palisade of nuclei around a lumen, marks a gland.
 
-What makes it a semi-supervised one: the labels come from a laboratory that stains weakly, all other images from one
-that does not. How glands look there, only the unlabeled images tell.
+Unlabeled images help: the labeled images come from a laboratory that stains weakly, all other images from one that
+stains normally. Only the unlabeled images show glands with the normal stain.
 """
 
 from __future__ import annotations
@@ -28,11 +29,10 @@ WEAK_STAIN = 0.5
 
 
 def glands(count: int, size: int, seed: int, weakly_stained: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw `count` square pictures of glands with their masks, the first few of them weakly stained.
+    """Draw `count` square pictures of glands with their masks. The first `weakly_stained` of them have half the stain.
 
-    Returns images, uint8 (count, 3, size, size), and masks, uint8 0/1 (count, size, size), 1 on glands, lumen included.
-    Image i depends on seed, size, i and the strength of its stain alone. Raises ValueError for count < 0, size < 16 or
-    seed < 0.
+    Returns images, uint8 (count, 3, size, size), and masks, uint8 0/1 (count, size, size), 1 on glands including the
+    lumen. Image i depends only on seed, size, i and its stain. Raises ValueError for count < 0, size < 16 or seed < 0.
     """
     if count < 0 or size < 16 or seed < 0:
         raise ValueError(f"glands need count >= 0, size >= 16 and seed >= 0; got {count}, {size} and {seed}")
@@ -64,12 +64,12 @@ def _points(size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Outline:
-    """A closed curve around `center`: an ellipse with its radius modulated by harmonics 2, 3, ... of the angle."""
+    """A closed curve around `center`: an ellipse whose radius is modulated by harmonics 2, 3, ... of the angle."""
 
     center: complex
     radii: tuple[float, float]
     angle: float
-    harmonics: np.ndarray  # complex amplitudes, relative to the radius
+    harmonics: np.ndarray  # complex amplitudes relative to the radius
 
     @classmethod
     def random(cls, rng: Generator, radius: float, elongation: float, angle: float, irregularity: float) -> _Outline:
@@ -83,7 +83,7 @@ class _Outline:
         )
 
     def depth(self, points: np.ndarray) -> np.ndarray:
-        """Signed distance to the curve, to first order; positive inside."""
+        """First-order approximation of the signed distance to the curve, positive inside."""
         turned = (points - np.complex64(self.center)) * np.complex64(np.exp(-1j * self.angle))
         scaled = turned.real / self.radii[0] + 1j * turned.imag / self.radii[1]
         radius = np.sqrt(scaled.real**2 + scaled.imag**2) + np.float32(1e-6)
@@ -98,10 +98,10 @@ class _Outline:
 
 
 class _Canvas:
-    """Places outlines at random so that any two keep a clearance; a negative one lets them overlap by as much."""
+    """Places random outlines at least `clearance` apart. A negative clearance allows that much overlap."""
 
     def __init__(self) -> None:
-        self.points = _points(24)  # coarse: a clearance needs no pixels
+        self.points = _points(24)  # a coarse grid suffices for the clearance
         self.covered = np.full((24, 24), -np.inf, np.float32)
 
     def place(self, propose: Callable[[], _Outline], attempts: int, most: int, clearance: float) -> list[_Outline]:
@@ -119,12 +119,12 @@ class _Canvas:
 
 @dataclass(frozen=True)
 class _Scene:
-    """What lies where: depths below the outlines of each kind of structure, float32 (size, size), in image sides."""
+    """Depths inside the outlines of each kind of structure, float32 (size, size), in units of the image side."""
 
-    zoom: float  # length of everything relative to the usual magnification
+    zoom: float  # magnification relative to the usual one
     depth: np.ndarray  # glands
-    void: np.ndarray  # vessels and the slide's edge: pale, but no gland
-    follicle: np.ndarray  # lymphoid follicles: dense nuclei, but no gland
+    void: np.ndarray  # vessels and the edge of the slide: pale, but not glands
+    follicle: np.ndarray  # lymphoid follicles: dense nuclei, but not glands
 
     @classmethod
     def arrange(cls, rng: Generator, size: int) -> _Scene:
@@ -156,14 +156,16 @@ class _Scene:
 
 
 def _slide_edge(rng: Generator) -> _Outline:
-    """A huge disc outside of the picture that reaches into one side of it."""
+    """The edge of the slide as a huge disc that covers one side of the picture."""
     direction = np.exp(2j * np.pi * rng.random())
     return _Outline(0.5 + 0.5j + rng.uniform(2.25, 2.45) * direction, (2.0, 2.0), 0.0, 0.02 * np.ones(4, np.complex64))
 
 
 def _union(outlines: list[_Outline], points: np.ndarray, ruffle: np.ndarray) -> np.ndarray:
-    """Depth below the union of outlines, each ruffled. Where two overlap it falls to 0 on the line between them, so
-    that each keeps its own rim of nuclei there."""
+    """Depth inside the union of ruffled outlines.
+
+    Where two outlines overlap, the depth falls to 0 on the line between them, so each gland keeps its rim of nuclei.
+    """
     first = second = np.full(points.shape, -1, np.float32)
     for outline in outlines:
         depth = outline.depth(points) + ruffle
@@ -177,7 +179,7 @@ def _union(outlines: list[_Outline], points: np.ndarray, ruffle: np.ndarray) -> 
 
 def _stains(rng: Generator, scene: _Scene, size: int) -> np.ndarray:
     """Amounts of haematoxylin and eosin at every pixel, float32 (2, size, size)."""
-    soft = scene.zoom * rng.uniform(0.002, 0.006)  # half-width of a border
+    soft = scene.zoom * rng.uniform(0.002, 0.006)  # half-width of tissue borders
     mottle, drift = _texture(rng, size, 0.02 * scene.zoom), _texture(rng, size, 0.12)
     wall = scene.zoom * rng.uniform(0.04, 0.085) * (1 + 0.2 * _texture(rng, size, 0.06))  # height of the epithelium
 
@@ -189,21 +191,21 @@ def _stains(rng: Generator, scene: _Scene, size: int) -> np.ndarray:
 
 
 def _stroma(rng: Generator, scene: _Scene, mottle: np.ndarray, drift: np.ndarray) -> np.ndarray:
-    """Wavy fibres, in places dense and in places loose with gaps between them."""
+    """Stain of the stroma: wavy fibers of varying density with gaps between them."""
     size = len(mottle)
     across = (_points(size) * np.exp(1j * rng.uniform(0, np.pi))).real / (scene.zoom * rng.uniform(0.03, 0.06))
     bend = rng.uniform(0.5, 1.5) * _texture(rng, size, 0.08) + 0.25 * _texture(rng, size, 0.02 * scene.zoom)
-    fibre = np.sin(2 * np.pi * (across + bend)) * np.clip(0.5 + 0.5 * _texture(rng, size, 0.07), 0, 1)
-    gap = _step(fibre + mottle - rng.uniform(1.2, 2.8), 0.3)
+    fiber = np.sin(2 * np.pi * (across + bend)) * np.clip(0.5 + 0.5 * _texture(rng, size, 0.07), 0, 1)
+    gap = _step(fiber + mottle - rng.uniform(1.2, 2.8), 0.3)
     haematoxylin = rng.uniform(0.05, 0.2) + 0.05 * mottle + 0.05 * drift
-    eosin = rng.uniform(0.45, 0.75) + rng.uniform(0.05, 0.3) * fibre + 0.12 * mottle + 0.12 * drift
+    eosin = rng.uniform(0.45, 0.75) + rng.uniform(0.05, 0.3) * fiber + 0.12 * mottle + 0.12 * drift
     return np.stack([haematoxylin, eosin]).astype(np.float32) * (1 - 0.8 * gap)
 
 
 def _glands(
     rng: Generator, scene: _Scene, stain: np.ndarray, mottle: np.ndarray, wall: np.ndarray, soft: float
 ) -> np.ndarray:
-    """Cytoplasm, goblets of mucin above the nuclei, and a lumen, with debris in it where the gland is deep enough."""
+    """Add the glands: cytoplasm, mucin in goblet cells above the nuclei, and a lumen with debris in the deep parts."""
     size, zoom, depth = len(mottle), scene.zoom, scene.depth
     gland, lumen = _step(depth, soft), _step(depth - wall, soft)
     stain = _mix(stain, rng.uniform(0.2, 0.5) + 0.06 * mottle, rng.uniform(0.3, 0.7) + 0.06 * mottle, gland)
@@ -215,7 +217,7 @@ def _glands(
 
 
 def _vessels(rng: Generator, scene: _Scene, stain: np.ndarray, soft: float) -> np.ndarray:
-    """Empty space with a wall of muscle or hardly any, outside of the glands."""
+    """Add vessels outside the glands: empty space with a muscular wall of random strength."""
     outside = 1 - _step(scene.depth, soft)
     muscle = _band(scene.void, -scene.zoom * rng.uniform(0.005, 0.03), 0) * outside
     stain[1] += rng.uniform(0, 0.4) * muscle
@@ -223,7 +225,7 @@ def _vessels(rng: Generator, scene: _Scene, stain: np.ndarray, soft: float) -> n
 
 
 def _nuclei(rng: Generator, scene: _Scene, drift: np.ndarray, wall: np.ndarray, soft: float) -> np.ndarray:
-    """A palisade across the base of the epithelium, a sprinkle in the stroma, crowds in the follicles."""
+    """Nuclei: a palisade at the base of the epithelium, a few in the stroma, many in the follicles."""
     size, zoom, depth = len(drift), scene.zoom, scene.depth
     rows = rng.uniform(0.45, 0.75)
     palisade = _scatter(rng, zoom * 0.016, rng.uniform(0.85, 1) * _band(depth, 0.06 * wall, rows * wall))
@@ -238,7 +240,7 @@ def _nuclei(rng: Generator, scene: _Scene, drift: np.ndarray, wall: np.ndarray, 
 
 
 def _scatter(rng: Generator, spacing: float, density: np.ndarray) -> np.ndarray:
-    """Random points, complex (N,), about `spacing` apart, kept with probability `density` (size, size)."""
+    """Random points, complex (N,), on a jittered grid of `spacing`, each kept with probability `density`."""
     cells = max(1, round(1 / spacing))
     grid = _points(cells).ravel()
     points = grid + (rng.uniform(-0.45, 0.45, grid.shape) + 1j * rng.uniform(-0.45, 0.45, grid.shape)) / cells
@@ -276,7 +278,7 @@ def _texture(rng: Generator, size: int, scale: float) -> np.ndarray:
 
 
 def _blur(field: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian blur by `sigma` pixels over the last two axes, periodic."""
+    """Periodic Gaussian blur with `sigma` in pixels over the last two axes."""
     height, width = field.shape[-2:]
     frequency = np.fft.fftfreq(height)[:, None] ** 2 + np.fft.rfftfreq(width)[None, :] ** 2
     response = np.exp(-2 * (np.pi * sigma) ** 2 * frequency).astype(np.float32)
@@ -295,7 +297,7 @@ def _band(depth: np.ndarray, low: np.ndarray | float, high: np.ndarray | float) 
 def _mix(
     stain: np.ndarray, haematoxylin: np.ndarray | float, eosin: np.ndarray | float, cover: np.ndarray
 ) -> np.ndarray:
-    """Replace the stain (2, size, size) by the two given amounts where `cover` is 1, in part where it is less."""
+    """Blend the stain (2, size, size) with the two given amounts: replaced where `cover` is 1, kept where it is 0."""
     above = np.stack(np.broadcast_arrays(haematoxylin, eosin, cover)[:2])
     return (stain + cover * (above - stain)).astype(np.float32)
 
@@ -304,7 +306,7 @@ def _mix(
 
 
 def _photograph(rng: Generator, stain: np.ndarray, strength: float) -> np.ndarray:
-    """Light through the two stains (Beer-Lambert), then lamp, lens and noise: uint8 (3, size, size)."""
+    """The image of the stains, uint8 (3, size, size): Beer-Lambert law, uneven lamp, blur and noise."""
     size = stain.shape[-1]
     strengths, hue = strength * np.exp(rng.normal(0, 0.1, (2, 1))), np.exp(rng.normal(0, 0.05, (2, 3)))
     density = np.tensordot(strengths * hue * DENSITIES, np.maximum(stain, 0), axes=(0, 0))  # (3, size, size)

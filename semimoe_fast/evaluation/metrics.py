@@ -1,6 +1,6 @@
-"""Dice and Jaccard over all pixels of a set, at threshold 0.5 and at the best of a sweep, as the published code scores.
+"""Dice and Jaccard over all pixels of a set, at threshold 0.5 and at the best of a sweep, as in the published code.
 
-Counting and scoring are apart, so that counts add up over batches on the device and are read once.
+`count` and `score` are separate functions, so that counts of batches are summed on the device and read once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ HALF = THRESHOLDS.index(0.5)
 
 
 class Scores(NamedTuple):
-    """Fractions in [0, 1]. The swept threshold is chosen on the set it is reported for, so it flatters."""
+    """Fractions in [0, 1]. The swept threshold is chosen on the scored set, so the swept scores are optimistic."""
 
     dice: float
     jaccard: float
@@ -25,13 +25,13 @@ class Scores(NamedTuple):
 
 
 def count(probability: Tensor, mask: Tensor) -> Tensor:
-    """Per image and threshold: true positives, predicted and actual foreground pixels.
+    """Count true positives, predicted foreground pixels and true foreground pixels per image and threshold.
 
-    probability: (B, H, W) in [0, 1], mask: (B, H, W), non-zero is foreground -> int64 (B, 45, 3). A pixel is predicted
-    foreground where its probability exceeds the threshold.
+    probability: (B, H, W) in [0, 1]; mask: (B, H, W), non-zero is foreground -> int64 (B, 45, 3). The prediction is
+    foreground if the probability is greater than the threshold.
     """
     thresholds = torch.tensor(THRESHOLDS, dtype=probability.dtype, device=probability.device)
-    exceeded = torch.searchsorted(thresholds, probability.flatten(1).contiguous())  # how many thresholds lie below
+    exceeded = torch.searchsorted(thresholds, probability.flatten(1).contiguous())  # number of thresholds exceeded
     foreground = (mask != 0).flatten(1)
     bins = len(THRESHOLDS) + 1
     histogram = torch.zeros(len(mask), 2 * bins, dtype=torch.int64, device=mask.device)
@@ -42,7 +42,7 @@ def count(probability: Tensor, mask: Tensor) -> Tensor:
 
 
 def score(counts: Tensor) -> Scores:
-    """Scores of counts (45, 3), usually summed over the images of a set. Empty against empty is a perfect 1."""
+    """Scores of counts (45, 3), usually summed over the images of a set. They are 1 if both masks are empty."""
     true_positive, predicted, actual = counts.double().unbind(1)
     union = predicted + actual - true_positive
     jaccard = torch.where(union > 0, true_positive / union, 1.0)

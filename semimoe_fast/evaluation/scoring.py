@@ -1,4 +1,4 @@
-"""Scores of a model on a labeled set: counts of every predictor, added up over images, as a table or as JSON."""
+"""Score all predictors of a model on a labeled set, and format the scores as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def count_set(
     batch: int = 8,
     progress: bool = False,
 ) -> dict[str, Tensor]:
-    """Counts (N, 45, 3) of every predictor on a labeled set, on the CPU. The model is left in eval mode."""
+    """Counts of every predictor on a labeled set of N images, int64 (N, 45, 3) on the CPU, by predictor name.
+
+    batch: images per batch. The model is in eval mode afterwards.
+    """
     model.eval()
     counts: dict[str, list[Tensor]] = {}
     batches = list(zip(dataset.images.split(batch), dataset.masks.split(batch), strict=True))
@@ -45,12 +48,12 @@ def count_set(
 
 
 def score_set(counts: dict[str, Tensor]) -> dict[str, metrics.Scores]:
-    """Scores over all pixels of the set, by predictor."""
+    """Scores over all pixels of the set, by predictor name."""
     return {name: metrics.score(images.sum(0)) for name, images in counts.items()}
 
 
 def table(counts: dict[str, Tensor], names: Sequence[str]) -> str:
-    """The scores as text: for each predictor, image by image and over all pixels."""
+    """A text table with the scores of each predictor, per image and over all pixels."""
     header = f"{'':<36}{'Dice':>8}{'Jaccard':>9}   {'swept: Dice':>12}{'Jaccard':>9}{'threshold':>11}"
     rows = [header]
     for predictor, images in counts.items():
@@ -66,6 +69,7 @@ def _row(name: str, s: metrics.Scores) -> str:
 
 
 def as_json(counts: dict[str, Tensor], names: Sequence[str]) -> dict[str, Any]:
+    """The scores over all pixels ("all") and per image ("images"), by predictor name, as JSON values."""
     per_image = {
         name: {predictor: metrics.score(images[i])._asdict() for predictor, images in counts.items()}
         for i, name in enumerate(names)

@@ -1,4 +1,4 @@
-"""From a trained model to masks: foreground probabilities of its predictors, and the mask of one image."""
+"""Foreground probabilities of a trained model's predictors, and the mask of one image."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def gated_foreground(output: Output) -> Tensor:
 
 
 def foreground(output: Output, expert_tasks: Sequence[str]) -> dict[str, Tensor]:
-    """Foreground probability (B, H, W), float32, of the gated mask and of each expert's own prediction, by name."""
+    """Foreground probabilities, float32 (B, H, W), of the gated mask and of each expert's own prediction, by name."""
     probabilities = {GATED: gated_foreground(output)}
     for number, (task, own) in enumerate(zip(expert_tasks, output.own, strict=True), 1):
         name = f"{task} expert" if expert_tasks.count(task) == 1 else f"{task} expert {number}"
@@ -48,7 +48,7 @@ def segment(
 ) -> np.ndarray:
     """Mask of one image: uint8 (H, W, 3) -> bool (H, W).
 
-    The image is resized to the size the model was trained at, the probability back, bilinearly.
+    The image is resized to the training size of the model, and the probability is resized back, both bilinearly.
     """
     pixels = resize_image(image, preprocessing.image_size)[None].to(device)
     with autocast(precision, device):
@@ -60,10 +60,12 @@ def segment(
 
 
 def require_mask(path: Path, model: SemiMoE) -> None:
-    """Raise UserError for a checkpoint whose experts learn no mask, or not from RGB images."""
+    """Raise UserError for a checkpoint without a mask expert or for images that are not RGB."""
     if model.in_channels != 3:
         raise UserError(
-            f"{path}: takes images of {model.in_channels} channels, not RGB; take a checkpoint of a training run"
+            f"{path}: takes images of {model.in_channels} channels, not RGB; give a checkpoint of a training run"
         )
     if "mask" not in model.tasks:
-        raise UserError(f"{path}: its experts learn {', '.join(model.tasks)}, no mask; take a checkpoint with one")
+        raise UserError(
+            f"{path}: its experts learn {', '.join(model.tasks)}, no mask; give a checkpoint with a mask expert"
+        )

@@ -1,26 +1,36 @@
-"""Choice of backend for every operation; beside it, the custom ops through which torch.compile sees the fused ones.
+"""Choose the backend of every operation.
 
-Three backends stand behind each public name: `reference` (obvious), `portable` (fast plain PyTorch) and `fused`
-(native or Triton). The environment variable SEMIMOE_BACKEND forces one, and fails where it cannot serve.
+Each operation has up to three implementations: `reference` (obvious), `portable` (fast plain PyTorch) and `fused`
+(compiled module or Triton). The default is the fused one if it can serve, else the portable one. SEMIMOE_BACKEND or
+`backend(...)` forces one of them.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import UserError
 from . import _native, _triton, adaptive, distance, gate, objective, portable, reference
+from ._backend import BACKENDS, BackendError, backend, forced_backend
+
+__all__ = [
+    "BACKENDS",
+    "OPERATIONS",
+    "BackendError",
+    "backend",
+    "choose",
+    "forced_backend",
+    "implementation",
+    "why_not_fused",
+]
 
 logger = logging.getLogger("semimoe_fast")
 
-BACKENDS = ("reference", "portable", "fused")
 OPERATIONS = (
     "squared_distance",
     "distance_targets",
@@ -38,77 +48,81 @@ OPERATIONS = (
 )
 
 
-class BackendError(UserError, RuntimeError):
-    """SEMIMOE_BACKEND asks for a backend that is unknown or cannot serve here."""
+class Fused(NamedTuple):
+    """A fused implementation, and the module (`_native` or `_triton`) that runs it on each device."""
+
+    function: Callable[..., Any]
+    cpu: ModuleType
+    cuda: ModuleType
 
 
-NATIVE: dict[str, Callable[..., Any]] = {
-    "squared_distance": distance.squared_distance,
-    "distance_targets": distance.distance_targets,
+FUSED = {
+    "squared_distance": Fused(distance.squared_distance, cpu=_native, cuda=_native),
+    "distance_targets": Fused(distance.distance_targets, cpu=_native, cuda=_native),
+    "multi_gate": Fused(gate.multi_gate, cpu=_triton, cuda=_triton),
+    "pseudo_labels": Fused(gate.pseudo_labels, cpu=_triton, cuda=_triton),
+    "project_experts": Fused(gate.project_experts, cpu=_triton, cuda=_triton),
+    "mix_projections": Fused(gate.mix_projections, cpu=_triton, cuda=_triton),
+    "label_projections": Fused(gate.label_projections, cpu=_triton, cuda=_triton),
+    "objective_terms": Fused(objective.objective_terms, cpu=_native, cuda=_triton),
+    "joint_objective_terms": Fused(objective.joint_objective_terms, cpu=_native, cuda=_triton),
+    "adaptive_loss": Fused(adaptive.adaptive_loss, cpu=_triton, cuda=_triton),
 }
-TRITON: dict[str, Callable[..., Any]] = {
-    "multi_gate": gate.multi_gate,
-    "pseudo_labels": gate.pseudo_labels,
-    "project_experts": gate.project_experts,
-    "mix_projections": gate.mix_projections,
-    "label_projections": gate.label_projections,
-    "objective_terms": objective.objective_terms,
-    "joint_objective_terms": objective.joint_objective_terms,
-    "adaptive_loss": adaptive.adaptive_loss,
-}
-NATIVE_ON_CPU = ("objective_terms", "joint_objective_terms")  # by Triton on a GPU; see also _triton.interprets
-FUSED = NATIVE | TRITON
 
 
 def implementation(operation: str, device: torch.device) -> Callable[..., Any]:
-    """The function that computes an operation on a device, as `choose` decides."""
-    backend = _chosen(operation, device.type, os.environ.get("SEMIMOE_BACKEND"))
-    if backend == "fused":
-        return FUSED[operation]
-    return getattr(reference if backend == "reference" else portable, operation)
+    """The function that computes an operation on a device. Raises BackendError as `choose` does."""
+    name = _chosen(operation, device.type, forced_backend())
+    if name == "fused":
+        return FUSED[operation].function
+    return getattr(reference if name == "reference" else portable, operation)
 
 
 def choose(operation: str, device_type: str, forced: str | None = None) -> tuple[str, str]:
-    """Backend for an operation on "cpu" or "cuda" tensors, and the reason in one line; `forced` is SEMIMOE_BACKEND.
+    """The backend of an operation on "cpu" or "cuda" tensors, and the reason in one line.
 
-    Raises BackendError where the forced backend is unknown or cannot serve.
+    forced: the backend that the caller asks for. Raises BackendError if it does not exist or cannot serve.
     """
-    missing = why_not_fused(operation, device_type)
+    obstacle = why_not_fused(operation, device_type)
     if forced is None:
-        if missing is None and device_type == "cpu" and _engine(operation, device_type) is _triton:
-            missing = "Triton's interpreter is for tests"
-        return ("portable", missing) if missing else ("fused", "the fastest available")
+        if obstacle is None and device_type == "cpu" and _engine(operation, device_type) is _triton:
+            obstacle = "Triton's interpreter is for tests"
+        return ("portable", obstacle) if obstacle else ("fused", "the fastest available")
     if forced not in BACKENDS:
         raise BackendError(f"SEMIMOE_BACKEND={forced!r}: choose one of {', '.join(BACKENDS)}, or unset it")
-    if forced == "fused" and missing:
-        raise BackendError(f"SEMIMOE_BACKEND=fused cannot serve {operation} on {device_type}: {missing}")
-    return forced, f"SEMIMOE_BACKEND={forced}"
+    if forced == "fused" and obstacle:
+        raise BackendError(
+            f"the fused backend cannot serve {operation} on {device_type}: {obstacle}; choose another backend"
+        )
+    return forced, "SEMIMOE_BACKEND or backend(...) asks for it"
 
 
 def why_not_fused(operation: str, device_type: str) -> str | None:
-    """Why an operation has no fused implementation on a device, or None where it has one."""
+    """The reason in one line why the fused backend cannot serve an operation on a device; None if it can."""
     if operation not in OPERATIONS:
         raise ValueError(f"unknown operation {operation!r}: choose one of {', '.join(OPERATIONS)}")
     if operation not in FUSED:
-        return "no fused kernel is written for it yet"
+        return "it has no fused kernel yet"
     return _engine(operation, device_type).why_unavailable(device_type)
 
 
 def _engine(operation: str, device_type: str) -> ModuleType:
-    """Who computes a fused operation on a device: `_native` or `_triton`."""
-    native_here = device_type == "cpu" and operation in NATIVE_ON_CPU and not _triton.interprets()
-    return _native if operation in NATIVE or native_here else _triton
+    """The module that runs a fused operation on a device: `_native` or `_triton`."""
+    fused = FUSED[operation]
+    if device_type == "cpu" and not (fused.cuda is _triton and _triton.interprets()):
+        return fused.cpu
+    return fused.cuda
 
 
-@torch.compiler.assume_constant_result  # so that a compiled caller traces past the log and the cache
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the log and the cache
 def _chosen(operation: str, device_type: str, forced: str | None) -> str:
-    return _choose_and_say(operation, device_type, forced)
+    return _choose_and_log(operation, device_type, forced)
 
 
-@functools.cache
-def _choose_and_say(operation: str, device_type: str, forced: str | None) -> str:
-    """`choose`, and a line in the log the first time that it falls back."""
-    backend, reason = choose(operation, device_type, forced)
-    if forced is None and backend == "portable" and (device_type != "cpu" or operation in (*NATIVE, *NATIVE_ON_CPU)):
+@functools.cache  # so that a fallback is logged once
+def _choose_and_log(operation: str, device_type: str, forced: str | None) -> str:
+    name, reason = choose(operation, device_type, forced)
+    fused_expected = device_type != "cpu" or (operation in FUSED and FUSED[operation].cpu is _native)
+    if forced is None and name == "portable" and fused_expected:
         logger.warning("%s on %s falls back to the portable backend: %s", operation, device_type, reason)
-    return backend
+    return name

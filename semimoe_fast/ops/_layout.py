@@ -1,4 +1,4 @@
-"""Memory layouts that the kernels can address."""
+"""Give tensors a memory layout that the kernels can address: one stride from pixel to pixel within a plane."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def addressable(x: Tensor) -> Tensor:
-    """x (B, C, H, W), or a copy, in whose planes every pixel is as far from the one before as the next."""
+    """x (B, C, H, W) in place if its planes have one stride from pixel to pixel, else a contiguous copy."""
     height, width = x.shape[2:]
     in_planes = 1 in (height, width) or x.stride(2) == width * x.stride(3)
     expanded = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
@@ -20,7 +20,7 @@ def addressable(x: Tensor) -> Tensor:
 
 
 def alike(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors (B, C, H, W), or contiguous copies, that are addressable in one and the same way."""
+    """Addressable tensors (B, C, H, W) with the same strides: in place if possible, else contiguous copies."""
     planes = [addressable(x) for x in tensors]
     same = all(x.stride() == planes[0].stride() for x in planes)
     return planes if same else [x.contiguous() for x in planes]

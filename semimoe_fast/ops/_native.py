@@ -1,6 +1,6 @@
-"""The compiled module: loads it, checks that it fits, and calls it on tensors.
+"""Load the compiled module, check that it fits this package, and call it on tensors.
 
-It takes addresses, not tensors, so what it may assume is checked here and nowhere else: device, dtype, shape, layout.
+The compiled module takes addresses instead of tensors, so this file checks device, dtype, shape and layout.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from torch import Tensor
 
 from ..errors import UserError
 
-ABI = 3  # of csrc/bindings.cpp
+ABI = 3  # must equal the ABI of csrc/bindings.cpp
 REMEDY = "run `pip install .` in the project's folder"
 INT32_MAX = 2**31 - 1
-SLAB_ROWS, TILE_COLUMNS = 32, 256  # of csrc/distance_cuda.hpp
+SLAB_ROWS, TILE_COLUMNS = 32, 256  # must equal those of csrc/distance_cuda.hpp
 
 
 def module() -> ModuleType | None:
-    """The compiled module, or None where it is missing or of another ABI."""
+    """The compiled module, or None if it is missing or has another ABI."""
     return _load()[0]
 
 
 def why_missing() -> str:
-    """Why `module` is None, and the remedy, in one line; empty where it is not None."""
+    """The reason in one line why `module` returns None, with the remedy; empty if it does not."""
     return _load()[1]
 
 
 def why_unavailable(device_type: str) -> str | None:
-    """Why the native operations cannot serve tensors on "cpu" or "cuda", in one line; None where they can."""
+    """The reason in one line why the compiled module cannot serve "cpu" or "cuda" tensors; None if it can."""
     native = module()
     if native is None:
         return why_missing()
@@ -47,7 +47,7 @@ def why_unavailable(device_type: str) -> str | None:
 
 
 def module_for(device_type: str) -> ModuleType:
-    """The compiled module; RuntimeError, with the reason, where it cannot serve tensors on that device."""
+    """The compiled module. Raises RuntimeError with the reason if it cannot serve tensors on that device."""
     reason = why_unavailable(device_type)
     if reason is not None:
         raise RuntimeError(reason)
@@ -55,9 +55,9 @@ def module_for(device_type: str) -> ModuleType:
 
 
 def instruction_set() -> str:
-    """Which CPU kernels run: the best that this processor has, or what the environment variable SEMIMOE_SIMD asks for.
+    """The instruction set of the CPU kernels: SEMIMOE_SIMD, or by default the best of this processor.
 
-    Raises UserError where they do not exist here.
+    Raises UserError if SEMIMOE_SIMD names one that this processor or build lacks.
     """
     available = _load()[0].instruction_sets
     wanted = os.environ.get("SEMIMOE_SIMD", available[0])
@@ -69,8 +69,8 @@ def instruction_set() -> str:
 def runs_on(archs: str, capability: tuple[int, int]) -> bool:
     """Whether kernels built for `archs`, such as "80 90", run on a GPU of a compute capability, such as (8, 6).
 
-    Machine code runs on its own major version, from its minor upwards, and the PTX of the last one from there upwards;
-    what was built for "90a" (one architecture) or "100f" (one family) stays there.
+    Machine code runs on GPUs with the same major version and the same or a higher minor version. The PTX of the last
+    architecture runs on all later GPUs. Code for "90a" runs on (9, 0) only, code for "100f" within major version 10.
     """
 
     def version(arch: str) -> tuple[int, int]:
@@ -86,11 +86,11 @@ def runs_on(archs: str, capability: tuple[int, int]) -> bool:
 
 
 def squared_distance(mask: Tensor, out: Tensor) -> None:
-    """Write the squared distance of every pixel to the nearest pixel of the opposite class, -1 where there is none.
+    """Write the squared distance of every pixel to the nearest pixel of the opposite class, or -1 without such a pixel.
 
-    mask: (B, H, W), non-zero is foreground, uint8 or bool on the CPU, any integer on a GPU; out: int32 (B, H, W). Both
-    contiguous and on one device. On a GPU the work is queued on the current stream. Raises ValueError where the image
-    diagonal exceeds 46,340 pixels.
+    mask: (B, H, W), non-zero is foreground, uint8 or bool on the CPU, bool or any integer on a GPU; out: int32
+    (B, H, W). Both are contiguous and on one device. On a GPU the kernels are queued on the current stream. Raises
+    ValueError if the image diagonal exceeds 46,340 pixels.
     """
     native = module_for(mask.device.type)
     _check(mask, out=(out, torch.int32))
@@ -103,10 +103,10 @@ def squared_distance(mask: Tensor, out: Tensor) -> None:
 
 
 def distance_targets(mask: Tensor, sdf: Tensor, boundary: Tensor, ring_radius: float) -> None:
-    """Write the normalized signed distance, and the ring of background at most `ring_radius` pixels off the foreground.
+    """Write the normalized signed distance, and the background ring within `ring_radius` pixels of the foreground.
 
-    mask: as `squared_distance`; sdf: float32 (B, H, W); boundary: uint8 (B, H, W). All contiguous and on one device.
-    Work and errors as `squared_distance`.
+    mask: as `squared_distance` takes it; sdf: float32 (B, H, W); boundary: uint8 (B, H, W). All are contiguous and on
+    one device. Stream and errors as `squared_distance`.
     """
     native = module_for(mask.device.type)
     _check(mask, sdf=(sdf, torch.float32), boundary=(boundary, torch.uint8))
@@ -148,7 +148,7 @@ def _distance_cuda(
 
 
 def scratch_of(batch: int, height: int, width: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of bits, gaps, far and state of csrc/distance_cuda.hpp."""
+    """Shapes and dtypes of the scratch buffers bits, gaps, far and state in csrc/distance_cuda.hpp."""
     slabs, tiles = -(-height // SLAB_ROWS), -(-width // TILE_COLUMNS)
     return [
         ((batch, slabs, width), torch.int32),
@@ -159,7 +159,7 @@ def scratch_of(batch: int, height: int, width: int) -> list[tuple[tuple[int, ...
 
 
 def squared_radius(radius: float) -> int:
-    """The largest squared distance, an integer of 32 bits, that is within a radius."""
+    """The largest int32 that is at most radius^2."""
     return math.floor(min(radius * radius, INT32_MAX))
 
 
@@ -170,13 +170,13 @@ def _load() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         return None, f"the compiled module cannot be imported ({error}): {REMEDY}"
     if native.abi != ABI:
-        return None, f"the compiled module has ABI {native.abi}, this package needs {ABI}: {REMEDY}"
+        return None, f"the compiled module has ABI {native.abi}, but this package needs {ABI}: {REMEDY}"
     return native, ""
 
 
 @functools.cache
 def _why_no_gpu(archs: str) -> str | None:
-    """Why kernels built for `archs` cannot serve every GPU that PyTorch may use; None where they can."""
+    """The reason in one line why kernels built for `archs` cannot serve all GPUs of PyTorch; None if they can."""
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"
     try:

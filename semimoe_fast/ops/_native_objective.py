@@ -1,6 +1,6 @@
-"""The objective on the CPU by the compiled module: what kernels/objective.py does on a GPU, in float32.
+"""The objective on the CPU in float32, by the compiled module. kernels/objective.py is its counterpart on the GPU.
 
-As in `_native`, what addresses cannot say is checked here.
+The compiled module takes addresses instead of tensors, so this file checks device, dtype, shape and layout.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from torch import Tensor
 
 from . import _native
 
-MOST_CLASSES = 255  # of csrc/objective_kernels.hpp
+MOST_CLASSES = 255  # must equal that of csrc/objective_kernels.hpp
 CLASSES = (torch.uint8, torch.bool)
 
-Place = tuple[int, int, int, int]  # address, and strides of image, channel and pixel in elements
-Sizes = tuple[int, int, int, int]  # images, pixels, classes of mask and boundary
+View = tuple[int, int, int, int]  # address, and strides of image, channel and pixel in elements
+Sizes = tuple[int, int, int, int]  # images, pixels per image, mask classes, boundary classes
 
 
 def forward(
     predictions: Sequence[Sequence[Tensor]], targets: Sequence[Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Terms (3,), alpha and beta (B, C), C = S K + S L, in `dtype`, which is float32.
+    """Terms (3,), and the coefficients alpha and beta (B, S (K + L)) that `backward` needs, in `dtype` (float32).
 
     predictions: S x (mask logits (B, K, H, W), raw sdf (B, 1, H, W), boundary logits (B, L, H, W)), float32; targets:
-    mask (uint8 or bool), sdf (float32) and boundary (uint8 or bool), each (B, 1, H, W). Every plane has one stride from
-    pixel to pixel.
+    mask (uint8 or bool), sdf (float32) and boundary (uint8 or bool), each (B, 1, H, W). Every plane must have one
+    stride from pixel to pixel. Raises ValueError otherwise.
     """
-    sizes, logits, places = _arguments(predictions, targets)
+    sizes, logits, views = _arguments(predictions, targets)
     columns = _columns(predictions, sizes)
     terms, alpha, beta = (torch.empty(shape, dtype=dtype) for shape in (3, (sizes[0], columns), (sizes[0], columns)))
     addresses = [_address(x, x.shape) for x in (terms, alpha, beta)]
     native = _native.module_for("cpu")
-    native.objective_terms(sizes, logits, places, *addresses, _native.instruction_set(), torch.get_num_threads())
+    native.objective_terms(sizes, logits, views, *addresses, _native.instruction_set(), torch.get_num_threads())
     return terms, alpha, beta
 
 
@@ -44,8 +44,11 @@ def backward(
     alpha: Tensor,
     beta: Tensor,
 ) -> list[list[Tensor]]:
-    """Gradients laid out as the predictions; grad_output: (3,) float32, the rest as `forward` takes and gives."""
-    sizes, logits, places = _arguments(predictions, targets)
+    """Gradients of the predictions, with their shapes and strides.
+
+    grad_output: float32 (3,); predictions and targets as `forward` takes them; alpha and beta as it returns them.
+    """
+    sizes, logits, views = _arguments(predictions, targets)
     columns = _columns(predictions, sizes)
     grad_output = grad_output.contiguous()
     gradients = [[torch.empty_like(x) for x in prediction] for prediction in predictions]
@@ -53,11 +56,11 @@ def backward(
     native.objective_gradients(
         sizes,
         logits,
-        places,
+        views,
         _address(alpha, (sizes[0], columns)),
         _address(beta, (sizes[0], columns)),
         _address(grad_output, (3,)),
-        [_place(x, x.shape) for gradient in gradients for x in gradient],
+        [_view(x, x.shape) for gradient in gradients for x in gradient],
         _native.instruction_set(),
         torch.get_num_threads(),
     )
@@ -66,28 +69,28 @@ def backward(
 
 def _arguments(
     predictions: Sequence[Sequence[Tensor]], targets: Sequence[Tensor]
-) -> tuple[Sizes, list[Place], list[Place]]:
-    """Sizes, and where predictions and targets lie."""
+) -> tuple[Sizes, list[View], list[View]]:
+    """Sizes, and the addresses and strides of predictions and targets."""
     batch, _, height, width = predictions[0][0].shape
     channels = [x.shape[1] for x in predictions[0]]
     if channels[1] != 1 or not 1 <= min(channels) <= max(channels) <= MOST_CLASSES:
         raise ValueError(f"the native objective takes 1 to {MOST_CLASSES} classes and one sdf, got {channels} channels")
     logits = [
-        _place(x, (batch, count, height, width))
+        _view(x, (batch, count, height, width))
         for prediction in predictions
         for x, count in zip(prediction, channels, strict=True)
     ]
     plane = (batch, 1, height, width)
     mask, sdf, boundary = targets
-    places = [_place(mask, plane, CLASSES), _place(sdf, plane), _place(boundary, plane, CLASSES)]
-    return (batch, height * width, channels[0], channels[2]), logits, places
+    views = [_view(mask, plane, CLASSES), _view(sdf, plane), _view(boundary, plane, CLASSES)]
+    return (batch, height * width, channels[0], channels[2]), logits, views
 
 
 def _columns(predictions: Sequence[Sequence[Tensor]], sizes: Sizes) -> int:
     return len(predictions) * sum(sizes[2:])
 
 
-def _place(x: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype] = (torch.float32,)) -> Place:
+def _view(x: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype] = (torch.float32,)) -> View:
     _check(x, shape, dtypes)
     image, channel, row, column = x.stride()
     height, width = shape[2:]

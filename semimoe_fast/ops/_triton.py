@@ -8,27 +8,29 @@ import os
 
 import torch
 
+from ._backend import forced_backend
+
 OLDEST = (8, 0)  # Ampere: bfloat16 and tf32 in the tensor cores
 
 
 def why_unavailable(device_type: str) -> str | None:
-    """Why Triton cannot serve tensors on "cpu" or "cuda", in one line; None where it can."""
+    """The reason in one line why Triton cannot serve "cpu" or "cuda" tensors; None if it can."""
     if device_type not in ("cpu", "cuda"):
         return f"the Triton kernels serve cuda tensors, not {device_type}"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device_type == "cpu" and not interpreted:
-        return "Triton kernels run on a GPU, and on the CPU only in its interpreter (TRITON_INTERPRET=1)"
+        return "Triton kernels need a GPU (TRITON_INTERPRET=1 runs them on the CPU for tests)"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: run `pip install triton`"
     return None if device_type == "cpu" else _why_no_gpu()
 
 
 def interprets() -> bool:
-    """Whether Triton's interpreter shall serve CPU tensors even where the compiled module could.
+    """Whether Triton's interpreter computes CPU tensors although the compiled module could.
 
-    As the tests of the kernels ask: TRITON_INTERPRET=1 together with SEMIMOE_BACKEND=fused.
+    The tests of the kernels ask for it with TRITON_INTERPRET=1 and the forced backend "fused".
     """
-    return os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("SEMIMOE_BACKEND") == "fused"
+    return os.environ.get("TRITON_INTERPRET") == "1" and forced_backend() == "fused"
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Custom ops of the fused adaptive loss."""
+"""The fused adaptive loss as custom ops, forward and backward."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ def adaptive_loss(
     """See `functional.adaptive_loss`."""
     if torch.float64 in (terms.dtype, log_vars.dtype):  # the kernel computes in float32
         return portable.adaptive_loss(terms, log_vars, coefficients, regularizer)
-    total = _total(terms, log_vars, list(coefficients), regularizer)
+    total = _forward(terms, log_vars, list(coefficients), regularizer)
     return total.to(torch.promote_types(terms.dtype, log_vars.dtype))
 
 
 @torch.library.custom_op("semimoe_fast::adaptive_loss", mutates_args=())
-def _total(terms: Tensor, log_vars: Tensor, coefficients: Sequence[float], regularizer: float) -> Tensor:
-    """(T,), (T,), T numbers, a number -> () float32."""
+def _forward(terms: Tensor, log_vars: Tensor, coefficients: Sequence[float], regularizer: float) -> Tensor:
+    """terms (T,), log_vars (T,), T coefficients, regularizer -> float32 ()."""
     from ..kernels import adaptive
 
     return adaptive.forward(terms.contiguous(), log_vars.contiguous(), coefficients, regularizer)
 
 
-@_total.register_fake
+@_forward.register_fake
 def _(terms: Tensor, log_vars: Tensor, coefficients: Sequence[float], regularizer: float) -> Tensor:
     return terms.new_empty((), dtype=torch.float32)
 
@@ -37,7 +37,7 @@ def _(terms: Tensor, log_vars: Tensor, coefficients: Sequence[float], regularize
 def _gradients(
     grad_output: Tensor, terms: Tensor, log_vars: Tensor, coefficients: Sequence[float], regularizer: float
 ) -> tuple[Tensor, Tensor]:
-    """(), and what the op above took -> gradients of terms and log_vars."""
+    """grad_output () and the arguments of the forward op -> gradients of terms (T,) and log_vars (T,)."""
     from ..kernels import adaptive
 
     return adaptive.backward(grad_output, terms.contiguous(), log_vars.contiguous(), coefficients, regularizer)
@@ -51,20 +51,20 @@ def _(grad_output: Tensor, terms: Tensor, log_vars: Tensor, *_: object) -> tuple
     )
 
 
-def _remember(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001
+def _save_for_backward(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001
     terms, log_vars, ctx.coefficients, ctx.regularizer = inputs
     ctx.save_for_backward(terms, log_vars)
 
 
-def _differentiate(ctx, grad_output: Tensor) -> tuple:  # noqa: ANN001
+def _backward(ctx, grad_output: Tensor) -> tuple:  # noqa: ANN001
     return *_gradients(grad_output, *ctx.saved_tensors, ctx.coefficients, ctx.regularizer), None, None
 
 
-def _refuse(ctx, *_: object) -> None:  # noqa: ANN001
+def _refuse_second_derivative(ctx, *_: object) -> None:  # noqa: ANN001
     raise RuntimeError(
         "the fused adaptive loss has first derivatives only: for second ones set SEMIMOE_BACKEND=reference"
     )
 
 
-_total.register_autograd(_differentiate, setup_context=_remember)
-_gradients.register_autograd(_refuse)
+_forward.register_autograd(_backward, setup_context=_save_for_backward)
+_gradients.register_autograd(_refuse_second_derivative)

@@ -1,4 +1,4 @@
-"""Custom ops of the native distance targets."""
+"""The distance targets of the compiled module as custom ops."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from . import _native
 
 @torch.library.custom_op("semimoe_fast::squared_distance", mutates_args=())
 def squared_distance(mask: Tensor) -> Tensor:
-    """uint8 or bool (on CUDA any integer) (B, H, W), contiguous -> int32 (B, H, W)."""
+    """mask: contiguous (B, H, W), uint8 or bool, on CUDA bool or any integer -> int32 (B, H, W)."""
     out = torch.empty_like(mask, dtype=torch.int32)
     _native.squared_distance(mask, out)
     return out
@@ -23,7 +23,7 @@ def _(mask: Tensor) -> Tensor:
 
 @torch.library.custom_op("semimoe_fast::distance_targets", mutates_args=())
 def distance_targets(mask: Tensor, ring_radius: float) -> tuple[Tensor, Tensor]:
-    """uint8 or bool (on CUDA any integer) (B, H, W), contiguous -> float32 and uint8 (B, H, W)."""
+    """mask: as `squared_distance` takes it -> sdf float32 (B, H, W), boundary uint8 (B, H, W)."""
     sdf = torch.empty_like(mask, dtype=torch.float32)
     boundary = torch.empty_like(mask, dtype=torch.uint8)
     _native.distance_targets(mask, sdf, boundary, ring_radius)

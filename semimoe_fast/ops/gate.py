@@ -1,4 +1,4 @@
-"""The fused multi-gate: the pass over the features, and the custom ops of the passes over their projections."""
+"""The multi-gate as custom ops: the pass over the features, and the passes over their projections."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from . import gate_portable
 from ._layout import alike
 
 
-def refuse(ctx, *_: object) -> None:  # noqa: ANN001
-    """The derivative of a gradient."""
+def refuse_second_derivative(ctx, *_: object) -> None:  # noqa: ANN001
     raise RuntimeError("the multi-gate has first derivatives only: for second ones set SEMIMOE_BACKEND=reference")
 
 
@@ -31,7 +30,7 @@ def multi_gate(
     features: Sequence[Tensor], gate_weights: Tensor, head_weights: Sequence[Tensor], head_biases: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """See `functional.multi_gate`."""
-    return mix_projections(_project_alone(features, head_weights), gate_weights, head_biases)
+    return mix_projections(_project(features, head_weights), gate_weights, head_biases)
 
 
 def pseudo_labels(
@@ -39,12 +38,12 @@ def pseudo_labels(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `functional.pseudo_labels`."""
     with torch.no_grad():
-        return label_projections(_project_alone(features, head_weights), gate_weights, head_biases)
+        return label_projections(_project(features, head_weights), gate_weights, head_biases)
 
 
 def mix_projections(projections: Tensor, gate_weights: Tensor, head_biases: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """See `functional.mix_projections`."""
-    if projections.dtype == torch.float64:  # the kernels accumulate in float32
+    if projections.dtype == torch.float64:  # the kernels compute in float32
         return gate_portable.mix_projections(projections, gate_weights, head_biases)
     return tuple(_mix(projections, gate_weights, torch.cat(list(head_biases)), [len(bias) for bias in head_biases]))
 
@@ -59,14 +58,15 @@ def label_projections(
         return _labels(projections, gate_weights, torch.cat(list(head_biases)), len(head_biases[0]))
 
 
-def _project_alone(features: Sequence[Tensor], head_weights: Sequence[Tensor]) -> Tensor:
-    nothing = features[0].new_zeros(0, features[0].shape[1])
-    return project_experts(features, head_weights, [nothing] * len(features), [nothing[:, 0]] * len(features))[1]
+def _project(features: Sequence[Tensor], head_weights: Sequence[Tensor]) -> Tensor:
+    """Only the projections of `project_experts`, for experts without own heads."""
+    empty = features[0].new_zeros(0, features[0].shape[1])
+    return project_experts(features, head_weights, [empty] * len(features), [empty[:, 0]] * len(features))[1]
 
 
 @torch.library.custom_op("semimoe_fast::mix_projections", mutates_args=())
 def _mix(projections: Tensor, gate_weights: Tensor, biases: Tensor, rows: Sequence[int]) -> list[Tensor]:
-    """(B, E, O, H, W), (B, T, E), (O,), T numbers O_k -> T x (B, O_k, H, W)."""
+    """projections (B, E, O, H, W), gate_weights (B, T, E), biases (O,), T row counts O_k -> T x (B, O_k, H, W)."""
     from ..kernels import mix_projections
 
     return mix_projections.forward(projections.contiguous(), gate_weights.contiguous(), biases, rows)
@@ -82,7 +82,7 @@ def _(projections: Tensor, gate_weights: Tensor, biases: Tensor, rows: Sequence[
 def _mix_gradients(
     projections: Tensor, gate_weights: Tensor, grad_outputs: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the op above took, and gradients T x (B, O_k, H, W) -> those of products, gate weights and biases."""
+    """Arguments of `_mix` and grad_outputs T x (B, O_k, H, W) -> gradients of projections, gate weights and biases."""
     from ..kernels import mix_projections
 
     return mix_projections.backward(
@@ -99,21 +99,22 @@ def _(projections: Tensor, gate_weights: Tensor, grad_outputs: Sequence[Tensor])
     )
 
 
-def _remember_mix(ctx, inputs: tuple, output: list[Tensor]) -> None:  # noqa: ANN001
+def _save_mix_for_backward(ctx, inputs: tuple, output: list[Tensor]) -> None:  # noqa: ANN001
     projections, gate_weights, biases, _ = inputs
     ctx.biases_dtype = biases.dtype
     ctx.save_for_backward(projections, gate_weights)
 
 
-def _differentiate_mix(ctx, grad_outputs: Sequence[Tensor]) -> tuple:  # noqa: ANN001
+def _mix_backward(ctx, grad_outputs: Sequence[Tensor]) -> tuple:  # noqa: ANN001
     projections, gate_weights = ctx.saved_tensors
-    of_projections, of_weights, of_biases = _mix_gradients(projections, gate_weights, grad_outputs)
-    return of_projections, of_weights.to(gate_weights.dtype), of_biases.to(ctx.biases_dtype), None
+    grad_projections, grad_weights, grad_biases = _mix_gradients(projections, gate_weights, grad_outputs)
+    return grad_projections, grad_weights.to(gate_weights.dtype), grad_biases.to(ctx.biases_dtype), None
 
 
 @torch.library.custom_op("semimoe_fast::label_projections", mutates_args=())
 def _labels(projections: Tensor, gate_weights: Tensor, biases: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, E, K + 1 + L, H, W), (B, 3, E), (K + 1 + L,), K -> uint8 (B, H, W), (B, 1, H, W), uint8 (B, H, W)."""
+    """projections (B, E, K + 1 + L, H, W), gate_weights (B, 3, E), biases (K + 1 + L,), K classes
+    -> mask uint8 (B, H, W), sdf (B, 1, H, W), boundary uint8 (B, H, W)."""
     from ..kernels import mix_projections
 
     return mix_projections.labels(projections.contiguous(), gate_weights.contiguous(), biases, classes)
@@ -126,8 +127,8 @@ def _(projections: Tensor, gate_weights: Tensor, biases: Tensor, classes: int) -
     return mask, projections.new_empty(batch, 1, height, width), torch.empty_like(mask)
 
 
-_mix.register_autograd(_differentiate_mix, setup_context=_remember_mix)
-_mix_gradients.register_autograd(refuse)
+_mix.register_autograd(_mix_backward, setup_context=_save_mix_for_backward)
+_mix_gradients.register_autograd(refuse_second_derivative)
 
 
 # ---------------------------------------------------------------------------------------- projection of the experts
@@ -147,7 +148,7 @@ def apply(
 
 
 def _kernels(x: Tensor, fused: bool) -> Any:
-    """The module whose `forward` and `backward` compute: the plain one for what the kernels are not made for."""
+    """The module whose `forward` and `backward` compute: plain PyTorch for float64 and for too many channels."""
     if not fused or x.dtype == torch.float64:
         return gate_portable
     from ..kernels import project_experts
@@ -159,7 +160,8 @@ def _kernels(x: Tensor, fused: bool) -> Any:
 def _project_experts(
     features: Sequence[Tensor], weights: Tensor, own_biases: Tensor, own_rows: Sequence[int], fused: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """E x (B, C, H, W), (O + sum O_e, C), (sum O_e,), E x O_e -> (B, E, C), (B, E, O, H, W), E x (B, O_e, H, W)."""
+    """features E x (B, C, H, W), weights of all heads and own heads (O + sum O_e, C), own_biases (sum O_e,), E row
+    counts O_e -> means (B, E, C), projections (B, E, O, H, W), own predictions E x (B, O_e, H, W)."""
     with torch.autocast(weights.device.type, enabled=False):
         module = _kernels(features[0], fused)
         return module.forward(alike(features), weights.contiguous(), own_biases.contiguous(), own_rows)
@@ -186,12 +188,12 @@ def _expert_gradients(
     grad_own: Sequence[Tensor],
     fused: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """What the op above took, and the gradients of its results, where there are any -> those of its tensors.
+    """Gradients of the features, with their dtype and strides, and of weights and own_biases, in float32 or float64.
 
-    Of the features as these are, of the parameters in at least float32.
+    Takes arguments of `_project_experts` and gradients of its results; unused results have None, or an empty grad_own.
     """
     with torch.autocast(weights.device.type, enabled=False):
-        of_features, *of_parameters = _kernels(features[0], fused).backward(
+        grad_features, *grad_parameters = _kernels(features[0], fused).backward(
             alike(features),
             weights.contiguous(),
             own_rows,
@@ -200,7 +202,7 @@ def _expert_gradients(
             [grad.contiguous() for grad in grad_own] or None,
         )
     dtype = torch.promote_types(weights.dtype, torch.float32)
-    return of_features, *(gradient.to(dtype) for gradient in of_parameters)
+    return grad_features, *(gradient.to(dtype) for gradient in grad_parameters)
 
 
 @_expert_gradients.register_fake
@@ -215,30 +217,30 @@ def _(
     )
 
 
-def _remember_experts(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001
-    ctx.set_materialize_grads(False)  # pseudo-labels need no gradient of products and means
+def _save_experts_for_backward(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001
+    ctx.set_materialize_grads(False)  # unused results, such as projections for pseudo-labels, get None
     features, weights, own_biases, ctx.own_rows, ctx.fused = inputs
     ctx.biases_dtype = own_biases.dtype
     ctx.save_for_backward(*features, weights)
 
 
-def _differentiate_experts(
+def _experts_backward(
     ctx,  # noqa: ANN001
     grad_means: Tensor | None,
     grad_projections: Tensor | None,
     grad_own: Sequence[Tensor | None] | None,
 ) -> tuple:
     *features, weights = ctx.saved_tensors
-    own = []  # or all of them, where any is asked for
+    own = []  # stays empty if no own prediction is used; else unused ones get zeros
     if any(grad is not None for grad in grad_own or ()):
         x = features[0]
         each = zip(grad_own, ctx.own_rows, strict=True)
         own = [x.new_zeros(x.shape[0], rows, *x.shape[2:]) if grad is None else grad for grad, rows in each]
-    of_features, of_weights, of_biases = _expert_gradients(
+    grad_features, grad_weights, grad_biases = _expert_gradients(
         features, weights, ctx.own_rows, grad_means, grad_projections, own, ctx.fused
     )
-    return of_features, of_weights.to(weights.dtype), of_biases.to(ctx.biases_dtype), None, None
+    return grad_features, grad_weights.to(weights.dtype), grad_biases.to(ctx.biases_dtype), None, None
 
 
-_project_experts.register_autograd(_differentiate_experts, setup_context=_remember_experts)
-_expert_gradients.register_autograd(refuse)
+_project_experts.register_autograd(_experts_backward, setup_context=_save_experts_for_backward)
+_expert_gradients.register_autograd(refuse_second_derivative)

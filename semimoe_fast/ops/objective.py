@@ -1,7 +1,7 @@
-"""Custom ops of the fused objective: terms and their coefficients forward, gradients of all logits backward.
+"""The fused objective as custom ops: terms and coefficients forward, gradients of all logits backward.
 
-Behind them are Triton kernels on a GPU, and the compiled module on the CPU. The latter computes in float32:
-half-precision logits are converted on the way to it, float64 ones left to the portable backend.
+Triton kernels compute it on a GPU, the compiled module on the CPU. The compiled module computes in float32, so
+half-precision logits are converted, and the portable backend handles float64 logits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from . import _native_objective, _triton, portable
 from ._layout import addressable
 
-IGNORE_INDEX = 255  # a target of no class
+IGNORE_INDEX = 255  # a target that belongs to no class
 
 
 def objective_terms(
@@ -29,7 +29,7 @@ def objective_terms(
 def joint_objective_terms(
     predictions: Sequence[Sequence[Tensor]], mask: Tensor, sdf: Tensor, boundary: Tensor
 ) -> Tensor:
-    """See `functional.joint_objective_terms`. Computed and returned in float32; in float64 if any logits are."""
+    """See `functional.joint_objective_terms`. The result is float64 if any logits are, else float32."""
     logits = [x for prediction in predictions for x in prediction]
     if _kernels(mask.device.type) is _native_objective:
         classes, dtype = [logits[0].shape[1], logits[2].shape[1]], _accumulation_dtype(logits)
@@ -41,7 +41,7 @@ def joint_objective_terms(
 
 
 def _bytes(target: Tensor, classes: int) -> Tensor:
-    """Class numbers in bytes; those that are none must not become one."""
+    """Class numbers as uint8 or bool. Numbers outside 0 .. classes-1 become IGNORE_INDEX."""
     if target.dtype in (torch.uint8, torch.bool):
         return target
     target = target.long()
@@ -49,7 +49,7 @@ def _bytes(target: Tensor, classes: int) -> Tensor:
 
 
 def _kernels(device_type: str) -> ModuleType:
-    """What computes: the compiled module on the CPU, unless Triton's interpreter is asked for."""
+    """The module that computes: on the CPU the compiled module, unless a test asks for Triton's interpreter."""
     if device_type == "cpu" and not _triton.interprets():
         return _native_objective
     from ..kernels import objective
@@ -58,8 +58,10 @@ def _kernels(device_type: str) -> ModuleType:
 
 
 def _forward(logits: Sequence[Tensor], mask: Tensor, sdf: Tensor, boundary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """S x (mask (B, K, H, W), sdf (B, 1, H, W), boundary (B, L, H, W)) in one list, targets (B, 1, H, W) -> terms (3,),
-    and what the backward pass needs of the sums: alpha and beta (B, S (K + L))."""
+    """Terms (3,), and the coefficients alpha and beta (B, S (K + L)) that the backward pass needs.
+
+    logits: S x (mask (B, K, H, W), sdf (B, 1, H, W), boundary (B, L, H, W)) as one flat list; targets (B, 1, H, W).
+    """
     predictions, targets = _sets(map(addressable, logits)), [addressable(x) for x in (mask, sdf, boundary)]
     return _kernels(mask.device.type).forward(predictions, targets, _accumulation_dtype(logits))
 
@@ -83,7 +85,7 @@ def _backward(
     alpha: Tensor,
     beta: Tensor,
 ) -> list[Tensor]:
-    """Gradients of the terms (3,) and what `_forward` took and gave -> gradients of the logits, in their order."""
+    """Gradients of the logits, from grad_output (3,), the arguments of `_forward` and its alpha and beta."""
     predictions, targets = _sets(map(addressable, logits)), [addressable(x) for x in (mask, sdf, boundary)]
     gradients = _kernels(mask.device.type).backward(grad_output, predictions, targets, alpha, beta)
     return [x for prediction in gradients for x in prediction]
@@ -105,10 +107,10 @@ _gradients.register_autograd(_refuse)
 
 
 class _Terms(torch.autograd.Function):
-    """Terms as a function of the logits.
+    """Terms as a differentiable function of the logits.
 
-    On a CPU, to pass lists through a custom op and its autograd takes half as long as to compute. Hence this class, and
-    hence the ops only where they are of use: for torch.compile, and for second derivatives, which they refuse.
+    On a CPU, passing lists through a custom op and its autograd adds half of the computing time. So this class calls
+    the plain functions, and the custom ops only under torch.compile and to refuse second derivatives.
     """
 
     @staticmethod

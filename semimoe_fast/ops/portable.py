@@ -1,4 +1,4 @@
-"""The operations in fast plain PyTorch, on any device: same results as `reference`, in few passes over memory."""
+"""The operations in fast plain PyTorch on any device, with the results of `reference`."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ __all__ = [
     "tanh_mse_loss",
 ]
 
-FAR = 2**16  # a column without the opposite class: longer than any diagonal whose square fits into int32
-ROW_CHUNK = 2**24  # candidates (row pixels x row pixels) that the row search holds in memory at once
+FAR = 2**16  # distance in a column without the opposite class; exceeds every diagonal whose square fits into int32
+ROW_CHUNK = 2**24  # pairs of pixels of a row that the row search holds in memory at once
 
 
 def squared_distance(mask: Tensor) -> Tensor:
-    """See `reference.squared_distance`. Exact, one column pass for both classes, without a host synchronization.
+    """See `reference.squared_distance`. One column pass serves both classes; no synchronization with the device.
 
-    Within a row only pixels of the same class can pass a distance on, and pixels of the opposite class are at 0:
-    d^2(x) = min over x' of (x - x')^2 + (g(x')^2 if x' has the class of x, else 0), g the distance within the column.
+    With g(x') the distance within the column to the opposite class,
+    d^2(x) = min over x' in the row of (x - x')^2 + (g(x')^2 if x' has the class of x, else 0).
     """
     foreground = mask != 0
     batch, height, width = foreground.shape
@@ -61,10 +61,9 @@ def squared_distance(mask: Tensor) -> Tensor:
 
 
 def _column_distance(foreground: Tensor) -> Tensor:
-    """Distance within the column to the nearest pixel of the opposite class, FAR where the column has none.
+    """Distance within the column to the nearest pixel of the opposite class, FAR if the column has none.
 
-    A run of equal pixels that starts at row s and is followed by one starting at row n has its opposite
-    neighbors at s - 1 and n.
+    For a run of equal pixels from row s to row n - 1, the nearest pixels of the opposite class are in rows s - 1 and n.
     """
     height = foreground.shape[1]
     y = torch.arange(height, device=foreground.device)[:, None]
@@ -95,16 +94,16 @@ def project_experts(
 def multi_gate(
     features: Sequence[Tensor], gate_weights: Tensor, head_weights: Sequence[Tensor], head_biases: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """See `reference.multi_gate`. Gate and head fold into one (O, C) matrix per image and expert:
+    """See `reference.multi_gate`. Gate weights and heads are multiplied to one (O, C) matrix per image and expert:
 
-    out = sum over e of (w[k(o), e] H[o]) X_e + c, with the rows o of all heads stacked. The mixed features are never
-    formed, and each expert's features are read once, in whatever memory layout they have.
+    out = sum over e of (w[k(o), e] H[o]) X_e + c, where o counts the rows of all heads and k(o) is the task of row o.
+    So the mixed features need no memory, and each expert's features are read once, in any memory layout.
     """
     batch, _, height, width = features[0].shape
     dtype = features[0].dtype
     folded = torch.cat([gate_weights[:, k, :, None, None] * weight for k, weight in enumerate(head_weights)], 2)
     out = torch.cat(list(head_biases)).to(dtype)[:, None].expand(batch, -1, height * width)
-    with torch.autocast(out.device.type, enabled=False):  # the dtype is that of the features
+    with torch.autocast(out.device.type, enabled=False):  # keep the dtype of the features
         for matrix, feature in zip(folded.to(dtype).unbind(1), features, strict=True):
             out = torch.baddbmm(out, matrix, feature.flatten(2))
     return out.unflatten(2, (height, width)).split([weight.shape[0] for weight in head_weights], 1)
@@ -119,13 +118,13 @@ def pseudo_labels(
 
 
 def squared_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """See `reference.squared_dice_loss`; at least float32 inside."""
+    """See `reference.squared_dice_loss`; computed in float32 or float64."""
     p, t = _softmax_and_one_hot(logits, target)
     return _dice_loss((p * t).sum((2, 3)), (p * p + t).sum((2, 3)), 1)
 
 
 def soft_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """See `reference.soft_dice_loss`; at least float32 inside."""
+    """See `reference.soft_dice_loss`; computed in float32 or float64."""
     p, t = _softmax_and_one_hot(logits, target)
     return _dice_loss((p * t).sum((2, 3)), (p + t).sum((2, 3)), 1e-8)
 
@@ -140,7 +139,7 @@ def _dice_loss(overlap: Tensor, mass: Tensor, smooth: float) -> Tensor:
 
 
 def tanh_mse_loss(raw: Tensor, sdf: Tensor) -> Tensor:
-    """See `reference.tanh_mse_loss`; at least float32 inside."""
+    """See `reference.tanh_mse_loss`; computed in float32 or float64."""
     tanh = _at_least_float32(raw).tanh()
     return (tanh - sdf.reshape(raw.shape)).square().mean().to(tanh.dtype)
 

@@ -1,9 +1,8 @@
-"""The operations as their formulas read: slow, obvious, and the oracle of every test.
+"""The operations exactly as their formulas say: slow, obvious, and the reference of every test.
 
-Nothing here is optimized and nothing of the package is imported. (`portable` borrows what has no faster form: the
-normalization of distances, which the golden archives hold to the published code.) Every
-floating-point function follows the dtype of its inputs, so that float64 inputs give a float64 oracle, and
-differentiates through autograd.
+This file optimizes nothing and imports nothing of the package. `portable` uses its `targets_from_distance` and
+`one_hot`; the golden archives check both. Floating-point functions compute in the dtype of their inputs, so float64
+inputs give a float64 reference, and autograd differentiates them.
 
 Symbols (arXiv 2509.13834): B images, E experts, T tasks, C feature channels, K classes, H x W pixels.
 """
@@ -15,13 +14,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-UNREACHABLE = 2**40  # more than any squared distance of an image that fits into memory; int64 sums of it are safe
+UNREACHABLE = 2**40  # exceeds every squared distance in an image; sums of it do not overflow int64
 
 
 def squared_distance(mask: Tensor) -> Tensor:
     """Squared Euclidean distance of every pixel to the nearest pixel of the opposite class.
 
-    mask (B, H, W), non-zero is foreground -> int32 (B, H, W); -1 where the image has no opposite class.
+    mask (B, H, W), non-zero is foreground -> int32 (B, H, W); -1 if the image has no opposite class.
     d(y, x) = min over (y', x') of the opposite class of (y - y')^2 + (x - x')^2, one axis after the other.
     """
     foreground = mask != 0
@@ -30,7 +29,7 @@ def squared_distance(mask: Tensor) -> Tensor:
 
 
 def _distance_to(sites: Tensor) -> Tensor:
-    """Squared distance of every pixel to the nearest site, int64; UNREACHABLE or more where there is none."""
+    """Squared distance of every pixel to the nearest site, int64; at least UNREACHABLE if there is no site."""
     cost = torch.where(sites, 0, UNREACHABLE)
     return _min_plus_parabola(_min_plus_parabola(cost, dim=1), dim=2)
 
@@ -54,7 +53,7 @@ def distance_targets(mask: Tensor, ring_radius: float = 2) -> tuple[Tensor, Tens
 
 
 def targets_from_distance(foreground: Tensor, squared: Tensor, ring_radius: float) -> tuple[Tensor, Tensor]:
-    """The targets, given the squared distances (int32, -1 where the image is constant)."""
+    """`distance_targets` from squared distances (int32, -1 in constant images)."""
     inside = torch.where(foreground, squared, 0)
     outside = torch.where(foreground, 0, squared)
     sdf = _over_image_maximum(inside) - _over_image_maximum(outside)
@@ -65,7 +64,7 @@ def targets_from_distance(foreground: Tensor, squared: Tensor, ring_radius: floa
 
 
 def _over_image_maximum(squared: Tensor) -> Tensor:
-    """Distances over the largest of their image; the clamp only keeps images without such pixels from dividing by 0."""
+    """Distances divided by their maximum over the image. The clamp avoids 0 / 0 if all distances are 0."""
     distance = squared.clamp(min=0).double().sqrt()
     return distance / distance.amax((1, 2), keepdim=True).clamp(min=1)
 
@@ -76,7 +75,7 @@ def project_experts(
     own_weights: Sequence[Tensor],
     own_biases: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Means of X_e over the pixels, projections H X_e with the rows of all heads, own predictions A_e X_e + b_e.
+    """Means of X_e over the pixels, projections H X_e (H stacks the rows of all heads), own predictions A_e X_e + b_e.
 
     E x (B, C, H, W), T x (O_k, C), E x (O_e, C), E x (O_e,) -> (B, E, C), (B, E, sum O_k, H, W), E x (B, O_e, H, W).
     """
@@ -91,13 +90,13 @@ def project_experts(
 
 
 def mix_projections(projections: Tensor, gate_weights: Tensor, head_biases: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """out_k = sum over e of w[k, e] Z_e + c_k, with Z_e the projections of expert e and the rows of task k.
+    """out_k = sum over e of w[k, e] Z_ke + c_k, where Z_ke are the projections of expert e by the head of task k.
 
     (B, E, sum O_k, H, W), (B, T, E), T x (O_k,) -> T x (B, O_k, H, W).
     """
     outputs = []
-    of_tasks = projections.split([len(bias) for bias in head_biases], 2)
-    for z, weights, bias in zip(of_tasks, gate_weights.unbind(1), head_biases, strict=True):
+    per_task = projections.split([len(bias) for bias in head_biases], 2)
+    for z, weights, bias in zip(per_task, gate_weights.unbind(1), head_biases, strict=True):
         mixed = torch.einsum("be,beohw->bohw", weights.to(z.dtype), z)
         outputs.append(mixed + bias.to(z.dtype)[:, None, None])
     return tuple(outputs)
@@ -131,7 +130,7 @@ def pseudo_labels(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """argmax, tanh and argmax of the gated mask, sdf and boundary outputs, without gradient.
 
-    Shapes in as multi_gate with T = 3 -> mask uint8 (B, H, W), sdf (B, 1, H, W), boundary uint8 (B, H, W).
+    Arguments as multi_gate with T = 3 -> mask uint8 (B, H, W), sdf (B, 1, H, W), boundary uint8 (B, H, W).
     """
     with torch.no_grad():
         mask, sdf, boundary = multi_gate(features, gate_weights, head_weights, head_biases)

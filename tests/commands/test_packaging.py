@@ -1,4 +1,4 @@
-"""The package as users install it: from the tree, editable, and as a wheel, used from the tree and from elsewhere."""
+"""Install the package as users do (from the tree, editable, as a wheel), and use it inside and outside the tree."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ NEEDS_NVCC = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was n
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree around the tests")
 
-# Prints where the package and its parts come from, after using the native module.
+# Uses the compiled module, then prints the files that the package and its parts are loaded from.
 REPORT = """
 import json, sys
 import semimoe_fast
 assert "torch" not in sys.modules, "importing the package imports torch"
+assert semimoe_fast.backend("reference") and "torch" in sys.modules
 import importlib.metadata, importlib.util
 import torch, _semimoe_fast, semimoe_fast.kernels, semimoe_fast.functional as F
 assert semimoe_fast.__version__ == importlib.metadata.version("semimoe_fast")
@@ -40,13 +41,13 @@ print(json.dumps({
 """
 
 
-# What these tests are run with must not reach the environments under test.
+# The variables of this process must not affect the environments under test.
 VARIABLES = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the sources, so that building leaves nothing in the real ones."""
+    """A copy of the sources, so that builds do not write into the real ones."""
     tree = tmp_path_factory.mktemp("tree")
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -58,7 +59,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Environment:
-    """A virtual environment that holds nothing, and finds the dependencies of this one."""
+    """An empty virtual environment that finds the dependencies installed in this one."""
 
     folder: Path
 
@@ -79,7 +80,7 @@ class Environment:
         )
 
     def run(self, *arguments: str, cwd: Path) -> str:
-        """Standard output of Python in a folder, which `-c` and `-m` put first on the path."""
+        """Run Python in a folder, which `-c` and `-m` put first on its path; its standard output."""
         done = run_patiently([self.python, *arguments], cwd=cwd, env=VARIABLES, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -101,7 +102,7 @@ def install(environment: Environment, *arguments: str | Path, **variables: str) 
 @pytest.mark.slow
 @pytest.mark.network
 def test_pip_install(tree: Path, environment: Environment, tmp_path: Path) -> None:
-    """As the README says, in build isolation, where there is no torch; then from the root and from elsewhere."""
+    """Install as the README says, in build isolation without torch; use it from the root of the tree and elsewhere."""
     install(environment, tree)
     root, elsewhere = environment.report(cwd=tree), environment.report(cwd=tmp_path)
     assert Path(root["package"]).is_relative_to(tree)
@@ -117,7 +118,7 @@ def test_pip_install(tree: Path, environment: Environment, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_editable_install(tree: Path, environment: Environment, tmp_path: Path) -> None:
-    """Built as on a machine without nvcc."""
+    """The build does not find nvcc."""
     install(environment, "--no-build-isolation", "--editable", tree, SEMIMOE_CUDA="AUTO", CUDACXX="/nowhere/nvcc")
     for folder in (tree, tmp_path):
         report = environment.report(cwd=folder)
@@ -128,7 +129,7 @@ def test_editable_install(tree: Path, environment: Environment, tmp_path: Path) 
 
 
 def test_wheel_alone(tree: Path, environment: Environment, tmp_path: Path) -> None:
-    """By way of the source distribution, so that this one is complete too."""
+    """The wheel is built from the source distribution, which shows that both are complete."""
     build = f"from setuptools.build_meta import build_sdist; print(build_sdist({str(tmp_path)!r}))"
     sdist = environment.run("-c", build, cwd=tree).splitlines()[-1]
     built = environment.pip(
@@ -177,7 +178,7 @@ def test_chosen_cuda_architectures(tree: Path, environment: Environment, tmp_pat
     ],
     ids=["CUDA without nvcc", "broken nvcc", "neither AUTO nor ON nor OFF", "unknown architecture"],
 )
-def test_builds_that_cannot_be_are_refused(
+def test_impossible_builds_are_refused(
     tree: Path, environment: Environment, variables: dict[str, str], line: str
 ) -> None:
     done = environment.pip("install", "--no-build-isolation", tree, **variables)

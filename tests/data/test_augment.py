@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from semimoe_fast.data.augment import Augmentation, apply, draw, normalize
 
-UNIT = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # mean and std that leave pixels / 255
+UNIT = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # mean and std that only scale pixels to [0, 1]
 COINS = list(product([False, True], repeat=3))  # flip rows, flip columns, transpose
 
 
@@ -21,7 +21,7 @@ def pixels(*shape, high=256):
     return torch.randint(high, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def still(batch, size):
+def identity(batch, size):
     """The augmentation that changes nothing."""
     return Augmentation(
         torch.zeros(batch, 2, dtype=torch.int64),
@@ -46,8 +46,8 @@ def symmetries(size):
 
 
 def test_three_coins_draw_the_published_symmetries():
-    """Published: no flip, rows, columns or both with 1/4 each; transpose with 1/2; rotation by k * 90 with 1/4 each."""
-    square = np.arange(4).reshape(2, 2)  # its eight images are all different
+    """Published: flip none, rows, columns or both 1/4 each; transpose 1/2; rotation by k * 90 degrees 1/4 each."""
+    square = np.arange(4).reshape(2, 2)  # its eight symmetric images differ
     published = Counter()
     for flip, transpose, rotation in product([(), (0,), (1,), (0, 1)], [False, True], range(4)):
         image = np.flip(square, flip)
@@ -73,7 +73,7 @@ def test_symmetries_of_images_and_masks_agree_with_numpy(size):
 
 
 @pytest.mark.parametrize(("size", "extent"), [(64, 56), (50, 44), (16, 1)])
-def test_crop_is_a_bilinear_resize_of_the_square_alone(size, extent):
+def test_crop_is_a_bilinear_resize_of_the_square(size, extent):
     last = size - extent
     corners = [(0, 0), (last, last), (last // 2, last), (0, last // 3)]
     images = pixels(len(corners), 3, size, size)
@@ -106,7 +106,7 @@ def test_crop_comes_before_the_symmetry():
     plain, _ = apply(image, None, crops(corner, 14), *UNIT)
     turned = Augmentation(torch.tensor(corner), torch.tensor([14]), torch.tensor([[True, False]]), torch.tensor([True]))
     result, _ = apply(image, None, turned, *UNIT)
-    torch.testing.assert_close(result, plain.flip(-2).mT, rtol=0, atol=0)  # the same weights, in another place
+    torch.testing.assert_close(result, plain.flip(-2).mT, rtol=0, atol=0)  # the same interpolation, moved pixels
 
 
 def test_drawn_parameters_follow_the_published_distribution():
@@ -121,7 +121,7 @@ def test_drawn_parameters_follow_the_published_distribution():
     assert (torch.corrcoef(coins.T) - torch.eye(4)).abs().max() < 5 / count**0.5
     share = torch.bincount(drawn.corner[cropped].flatten(), minlength=9) / (2 * cropped.sum())
     assert len(share) == 9  # corners 0 to 8, both included
-    # The same of a share of 1/9 among about `count` corners (two coordinates, half of the images).
+    # Five standard deviations of a share of 1/9 among about `count` corners (two coordinates, half of the images).
     assert (share - 1 / 9).abs().max() < 5 * (8 / 81 / count) ** 0.5
 
 
@@ -147,15 +147,15 @@ def test_result_is_normalized():
     images = pixels(2, 3, 16, 16)
     mean, std = (0.8, 0.5, 0.7), (0.1, 0.2, 0.4)
     expected = (images.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    augmented, masks = apply(images, None, still(2, 16), mean, std)
+    augmented, masks = apply(images, None, identity(2, 16), mean, std)
     assert masks is None
     for result in (augmented, normalize(images, mean, std)):
         assert result.dtype == torch.float32
         torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)  # a few roundings of float32
 
 
-def test_what_does_not_belong_together_is_refused():
-    images, masks, params = pixels(2, 3, 16, 16), pixels(2, 16, 16), still(2, 16)
+def test_images_masks_and_augmentation_that_do_not_match_are_refused():
+    images, masks, params = pixels(2, 3, 16, 16), pixels(2, 16, 16), identity(2, 16)
     with pytest.raises(ValueError, match="16 x 15"):
         apply(images[..., :15], None, params, *UNIT)
     with pytest.raises(ValueError, match=r"masks \(2, 15, 16\)"):
@@ -165,7 +165,7 @@ def test_what_does_not_belong_together_is_refused():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_gives_the_same_without_waiting():
+def test_cuda_gives_the_same_without_synchronization():
     images, masks, params = pixels(4, 3, 64, 64), pixels(4, 64, 64, high=2), draw(4, 64, torch.Generator())
     expected, expected_masks = apply(images, masks, params, *UNIT)
     images, masks = images.cuda(), masks.cuda()

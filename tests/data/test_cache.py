@@ -1,4 +1,4 @@
-"""Decoded images on the disk: found again while the files are the same, and never wrong, in the way or fatal."""
+"""Cache of decoded images: hits and misses, the file, damage and failures, and its use by runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIZE = 16
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A folder with one part of three pairs, of another size than they are read at."""
+    """A data folder with one part of three pairs, which differ in size from SIZE."""
     root = tmp_path / "data"
     for kind, shape in (("image", (20, 30, 3)), ("mask", (20, 30))):
         (root / "train" / kind).mkdir(parents=True)
@@ -39,7 +39,7 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def kept(tmp_path: Path) -> Cache:
+def cached(tmp_path: Path) -> Cache:
     return Cache(tmp_path / "runs" / "cache")
 
 
@@ -47,9 +47,9 @@ def save(pixels: np.ndarray, path: Path) -> None:
     Image.fromarray(pixels).save(path)
 
 
-def files(kept: Cache) -> list[Path]:
-    """Everything in the cache, hidden or not."""
-    return sorted(kept.folder.iterdir())
+def files(cached: Cache) -> list[Path]:
+    """All files in the cache, including hidden ones."""
+    return sorted(cached.folder.iterdir())
 
 
 def assert_same(dataset: Dataset, expected: Dataset) -> None:
@@ -61,31 +61,31 @@ def assert_same(dataset: Dataset, expected: Dataset) -> None:
     assert dataset.fingerprint == expected.fingerprint
 
 
-def decodes_nothing(patch: pytest.MonkeyPatch) -> None:
+def fail_if_decoding(patch: pytest.MonkeyPatch) -> None:
     for name in ("read_image", "read_mask"):
         patch.setattr(folders, name, lambda path: pytest.fail(f"{path} is decoded again"))
 
 
-# ----------------------------------------------------------------------------------------------------- found or not
+# -------------------------------------------------------------------------------------------------- hits and misses
 
 
 @pytest.mark.parametrize("with_masks", [True, False])
 @pytest.mark.parametrize("size", [SIZE, 33])
-def test_a_part_is_decoded_once(root: Path, kept: Cache, monkeypatch, capsys, size: int, with_masks: bool) -> None:
+def test_a_part_is_decoded_once(root: Path, cached: Cache, monkeypatch, capsys, size: int, with_masks: bool) -> None:
     expected = load_part(root, "train", size, with_masks)
-    assert_same(kept.load_part(root, "train", size, with_masks), expected)
-    decodes_nothing(monkeypatch)
-    assert_same(Cache(kept.folder).load_part(root, "train", size, with_masks), expected)
-    assert len(files(kept)) == 1
+    assert_same(cached.load_part(root, "train", size, with_masks), expected)
+    fail_if_decoding(monkeypatch)
+    assert_same(Cache(cached.folder).load_part(root, "train", size, with_masks), expected)
+    assert len(files(cached)) == 1
     assert capsys.readouterr().err == ""
 
 
-def test_a_moved_folder_is_found(root: Path, kept: Cache, tmp_path: Path, monkeypatch) -> None:
-    expected = kept.load_part(root, "train", SIZE, True)
+def test_a_moved_folder_is_found(root: Path, cached: Cache, tmp_path: Path, monkeypatch) -> None:
+    expected = cached.load_part(root, "train", SIZE, True)
     moved = shutil.copytree(root, tmp_path / "elsewhere")
     (moved / "train").rename(moved / "part")
-    decodes_nothing(monkeypatch)
-    assert_same(kept.load_part(moved, "part", SIZE, True), expected)
+    fail_if_decoding(monkeypatch)
+    assert_same(cached.load_part(moved, "part", SIZE, True), expected)
 
 
 def change_one(path: Path) -> None:
@@ -110,7 +110,7 @@ def remove(root: Path) -> None:
 
 
 def exchange(root: Path) -> None:
-    """The same images and the same masks, in other pairs."""
+    """Swap two masks, so that the same images and masks form other pairs."""
     folder = root / "train" / "mask"
     (folder / "1.png").rename(folder / "other.png")
     (folder / "2.png").rename(folder / "1.png")
@@ -128,18 +128,18 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changed_files_are_decoded_anew(root: Path, kept: Cache, change: str) -> None:
-    before = kept.load_part(root, "train", SIZE, True)
+def test_changed_files_are_decoded_again(root: Path, cached: Cache, change: str) -> None:
+    before = cached.load_part(root, "train", SIZE, True)
     CHANGES[change](root)
-    after = kept.load_part(root, "train", SIZE, True)
+    after = cached.load_part(root, "train", SIZE, True)
     assert_same(after, load_part(root, "train", SIZE, True))
-    assert len(files(kept)) == 2
+    assert len(files(cached)) == 2
     assert after.fingerprint != before.fingerprint
 
 
 @pytest.mark.parametrize("change", ["size", "masks", "format", "Pillow", "torch"])
-def test_whatever_decides_on_the_values_is_in_the_key(root: Path, kept: Cache, monkeypatch, change: str) -> None:
-    kept.load_part(root, "train", SIZE, True)
+def test_key_covers_everything_that_determines_the_values(root: Path, cached: Cache, monkeypatch, change: str) -> None:
+    cached.load_part(root, "train", SIZE, True)
     if change == "format":
         monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
     elif change == "Pillow":
@@ -147,16 +147,16 @@ def test_whatever_decides_on_the_values_is_in_the_key(root: Path, kept: Cache, m
     elif change == "torch":
         monkeypatch.setattr(cache.torch, "__version__", "0")
     arguments = 2 * SIZE if change == "size" else SIZE, change != "masks"
-    assert_same(kept.load_part(root, "train", *arguments), load_part(root, "train", *arguments))
-    assert len(files(kept)) == 2
+    assert_same(cached.load_part(root, "train", *arguments), load_part(root, "train", *arguments))
+    assert len(files(cached)) == 2
 
 
 # -------------------------------------------------------------------------------------------------------- the file
 
 
-def test_file_is_safetensors(root: Path, kept: Cache) -> None:
-    expected = kept.load_part(root, "train", SIZE, True)
-    (path,) = files(kept)
+def test_file_is_safetensors(root: Path, cached: Cache) -> None:
+    expected = cached.load_part(root, "train", SIZE, True)
+    (path,) = files(cached)
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
         metadata = file.metadata()
@@ -167,9 +167,9 @@ def test_file_is_safetensors(root: Path, kept: Cache) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_tensors_are_mapped_and_the_file_is_safe_from_them(root: Path, kept: Cache) -> None:
-    dataset = kept.load_part(root, "train", SIZE, True)
-    (path,) = files(kept)
+def test_tensors_are_mapped_and_the_file_is_safe_from_them(root: Path, cached: Cache) -> None:
+    dataset = cached.load_part(root, "train", SIZE, True)
+    (path,) = files(cached)
     before = path.read_bytes()
     (line,) = (
         line
@@ -186,21 +186,21 @@ def test_tensors_are_mapped_and_the_file_is_safe_from_them(root: Path, kept: Cac
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux how much memory there is")
-def test_file_larger_than_memory_is_mapped(root: Path, kept: Cache) -> None:
-    """Its header is there, and a hole for its pixels: what is mapped, not what is read of it."""
+def test_file_larger_than_memory_is_mapped(root: Path, cached: Cache) -> None:
+    """The file has a header and, instead of pixels, a hole. Only mapping is tested, not reading."""
     if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2":
-        pytest.skip("this Linux is set to map no more than it has memory for")
+        pytest.skip("this Linux does not map more than its memory")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     (pair,) = folders.list_pairs(root, "train", False)[:1]
     side = 4096
     entry = cache.Entry([pair] * (2 * memory // (3 * side**2)), side, "0" * 64)
-    kept.folder.mkdir(parents=True)
-    path = kept.folder / "large"
+    cached.folder.mkdir(parents=True)
+    path = cached.folder / "large"
     path.write_bytes(entry.header())
     try:
         os.truncate(path, len(entry.header()) + 3 * side**2 * len(entry.pairs))
     except OSError as error:
-        pytest.skip(f"no file as large as that here: {error}")
+        pytest.skip(f"the file system does not take such a large file: {error}")
     assert entry.map(path).images[-1, -1, -1, -1] == 0
 
 
@@ -209,14 +209,14 @@ def cut(path: Path) -> None:
 
 
 def flip(position: int):
-    """One bit: of the header, of an image, of a mask."""
+    """A function that flips one bit of the byte at a position of a file."""
 
-    def spoil(path: Path) -> None:
+    def flip_bit(path: Path) -> None:
         content = bytearray(path.read_bytes())
         content[position] ^= 1
         path.write_bytes(content)
 
-    return spoil
+    return flip_bit
 
 
 DAMAGE = {
@@ -232,121 +232,121 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_file_is_replaced(root: Path, kept: Cache, capsys, monkeypatch, damage: str) -> None:
+def test_damaged_file_is_replaced(root: Path, cached: Cache, capsys, monkeypatch, damage: str) -> None:
     expected = load_part(root, "train", SIZE, True)
-    kept.load_part(root, "train", SIZE, True)
-    (path,) = files(kept)
+    cached.load_part(root, "train", SIZE, True)
+    (path,) = files(cached)
     whole = path.read_bytes()
     DAMAGE[damage](path)
-    assert_same(kept.load_part(root, "train", SIZE, True), expected)
-    assert capsys.readouterr().err == f"warning: {path}: damaged; its images are decoded anew\n"
+    assert_same(cached.load_part(root, "train", SIZE, True), expected)
+    assert capsys.readouterr().err == f"warning: {path}: damaged; its images are decoded again\n"
     assert path.read_bytes() == whole
-    decodes_nothing(monkeypatch)
-    assert_same(kept.load_part(root, "train", SIZE, True), expected)
+    fail_if_decoding(monkeypatch)
+    assert_same(cached.load_part(root, "train", SIZE, True), expected)
     assert capsys.readouterr().err == ""
 
 
-def test_file_of_another_key_is_not_taken_for_it(root: Path, kept: Cache, capsys) -> None:
-    """Same names, same shapes: as if somebody had renamed it."""
-    kept.load_part(root, "train", SIZE, True)
-    (path,) = files(kept)
+def test_file_renamed_to_another_key_is_refused(root: Path, cached: Cache, capsys) -> None:
+    """Names and shapes are those of the other file."""
+    cached.load_part(root, "train", SIZE, True)
+    (path,) = files(cached)
     change_one(root / "train" / "image" / "2.png")
-    kept.load_part(root, "train", SIZE, True)
-    (other,) = set(files(kept)) - {path}
+    cached.load_part(root, "train", SIZE, True)
+    (other,) = set(files(cached)) - {path}
     path.replace(other)
-    assert_same(kept.load_part(root, "train", SIZE, True), load_part(root, "train", SIZE, True))
+    assert_same(cached.load_part(root, "train", SIZE, True), load_part(root, "train", SIZE, True))
     assert "damaged" in capsys.readouterr().err
 
 
-def test_names_that_are_not_utf8_are_kept(root: Path, kept: Cache, monkeypatch) -> None:
+def test_names_that_are_not_utf8_are_kept(root: Path, cached: Cache, monkeypatch) -> None:
     for kind in ("image", "mask"):
         (root / "train" / kind / "1.png").rename(root / "train" / kind / os.fsdecode(b"\xe9.png"))
     expected = load_part(root, "train", SIZE, True)
-    assert_same(kept.load_part(root, "train", SIZE, True), expected)
-    decodes_nothing(monkeypatch)
-    assert_same(kept.load_part(root, "train", SIZE, True), expected)
-    (path,) = files(kept)
+    assert_same(cached.load_part(root, "train", SIZE, True), expected)
+    fail_if_decoding(monkeypatch)
+    assert_same(cached.load_part(root, "train", SIZE, True), expected)
+    (path,) = files(cached)
     with safe_open(path, framework="pt") as file:
         assert json.loads(file.metadata()["names"]) == ["10", "2", "\udce9"]
 
 
-def test_pages_that_are_left_out_are_told_when_they_are_decoded(root: Path, kept: Cache, capsys) -> None:
+def test_warning_of_further_pages_appears_when_images_are_decoded(root: Path, cached: Cache, capsys) -> None:
     page = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
     (root / "train" / "image" / "1.png").unlink()
     page.save(root / "train" / "image" / "1.tif", save_all=True, append_images=[page])
-    kept.load_part(root, "train", SIZE, True)
+    cached.load_part(root, "train", SIZE, True)
     assert capsys.readouterr().err.count("1.tif has 2 pages") == 1
 
 
-# ------------------------------------------------------------------------------------------------ what may go wrong
+# --------------------------------------------------------------------------------------------------------- failures
 
 
-def test_unusable_folder_only_warns_once(root: Path, kept: Cache, capsys) -> None:
-    kept.folder.parent.mkdir()
-    kept.folder.touch()  # not a lack of rights, which root does not know
+def test_unusable_folder_only_warns_once(root: Path, cached: Cache, capsys) -> None:
+    cached.folder.parent.mkdir()
+    cached.folder.touch()  # a file in place of the folder; missing permissions would not stop root
     for size in (SIZE, 32):
-        assert_same(kept.load_part(root, "train", size, True), load_part(root, "train", size, True))
-    warning = f"warning: {kept.folder}: {os.strerror(errno.EEXIST)}; decoded images are not kept\n"
+        assert_same(cached.load_part(root, "train", size, True), load_part(root, "train", size, True))
+    warning = f"warning: {cached.folder}: {os.strerror(errno.EEXIST)}; decoded images are not kept\n"
     assert capsys.readouterr().err == warning
 
 
-def test_full_disk_leaves_nothing_behind(root: Path, kept: Cache, capsys, monkeypatch) -> None:
+def test_full_disk_leaves_no_file_behind(root: Path, cached: Cache, capsys, monkeypatch) -> None:
     def full(self, path: Path, title: str) -> None:
         path.write_bytes(self.header())
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     monkeypatch.setattr(cache.Entry, "write", full)
-    assert_same(kept.load_part(root, "train", SIZE, True), load_part(root, "train", SIZE, True))
-    assert files(kept) == []
+    assert_same(cached.load_part(root, "train", SIZE, True), load_part(root, "train", SIZE, True))
+    assert files(cached) == []
     assert capsys.readouterr().err.endswith(f"{os.strerror(errno.ENOSPC)}; decoded images are not kept\n")
 
 
-def test_bad_files_are_refused_as_without_a_cache(root: Path, kept: Cache) -> None:
+def test_bad_files_raise_the_same_errors_as_without_a_cache(root: Path, cached: Cache) -> None:
     image, mask = root / "train" / "image", root / "train" / "mask"
-    kept.load_part(root, "train", SIZE, True)
-    spoilt = [
+    cached.load_part(root, "train", SIZE, True)
+    damages = [
         lambda: (mask / "1.png").unlink(),
         lambda: save(np.zeros((9, 9), np.uint8), mask / "1.png"),
         lambda: (image / "2.png").write_bytes(b"nothing to see"),
-        lambda: ((image / "2.png").unlink(), (image / "2.png").mkdir()),  # not even to be opened
+        lambda: ((image / "2.png").unlink(), (image / "2.png").mkdir()),  # open() fails
         lambda: shutil.rmtree(image),
     ]
-    for spoil in spoilt:
-        spoil()
+    for damage in damages:
+        damage()
         with pytest.raises(UserError) as expected:
             load_part(root, "train", SIZE, True)
         with pytest.raises(UserError) as caught:
-            kept.load_part(root, "train", SIZE, True)
+            cached.load_part(root, "train", SIZE, True)
         assert str(caught.value) == str(expected.value)
-        assert len(files(kept)) == 1
+        assert len(files(cached)) == 1
 
 
-def test_other_processes_of_a_run_read_and_leave_writing_to_the_first(root: Path, kept: Cache, monkeypatch) -> None:
-    other = Cache(kept.folder, writes=False)
+def test_only_the_writing_process_of_a_run_writes(root: Path, cached: Cache, monkeypatch) -> None:
+    other = Cache(cached.folder, writes=False)
     assert_same(other.load_part(root, "train", SIZE, True), load_part(root, "train", SIZE, True))
-    assert not kept.folder.exists()
-    expected = kept.load_part(root, "train", SIZE, True)
-    decodes_nothing(monkeypatch)
+    assert not cached.folder.exists()
+    expected = cached.load_part(root, "train", SIZE, True)
+    fail_if_decoding(monkeypatch)
     assert_same(other.load_part(root, "train", SIZE, True), expected)
 
 
-def test_runs_that_start_together_do_not_meet(root: Path, kept: Cache, monkeypatch) -> None:
-    """Another run begins and ends writing the same part while the first is at it."""
+def test_two_runs_write_the_same_part_at_once(root: Path, cached: Cache, monkeypatch) -> None:
+    """A second run writes the part completely while the first run is still writing it."""
     write = cache.Entry.write
 
     def interrupted(self, path: Path, title: str) -> None:
         monkeypatch.setattr(cache.Entry, "write", write)
         path.write_bytes(b"unfinished")
-        Cache(kept.folder).load_part(root, "train", SIZE, True)
+        Cache(cached.folder).load_part(root, "train", SIZE, True)
         assert path.read_bytes() == b"unfinished"
         write(self, path, title)
 
     monkeypatch.setattr(cache.Entry, "write", interrupted)
-    assert_same(kept.load_part(root, "train", SIZE, True), load_part(root, "train", SIZE, True))
-    assert len(files(kept)) == 1
+    assert_same(cached.load_part(root, "train", SIZE, True), load_part(root, "train", SIZE, True))
+    assert len(files(cached)) == 1
 
 
-# --------------------------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------------------------------------------- runs
 
 
 OPTIONS = "--image-size 32 --width 2 --epochs 1 --warmup-epochs 0 --device cpu".split()
@@ -366,7 +366,7 @@ def test_cache_is_beside_the_run(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_second_run_and_resumed_run_decode_nothing(glands_folder: Path, tmp_path: Path, monkeypatch) -> None:
-    """And they are the run that no cache had a part in."""
+    """Their checkpoints equal those of a run without a cache."""
     pytest.importorskip("tyro")
     runs = [tmp_path / "runs" / name for name in ("plain", "first", "second")]
     with monkeypatch.context() as patch:
@@ -375,7 +375,7 @@ def test_second_run_and_resumed_run_decode_nothing(glands_folder: Path, tmp_path
     assert not (tmp_path / "runs" / "cache").exists()
     train.main(["--data", str(glands_folder), *OPTIONS, "--out", str(runs[1])])
     assert len(list((tmp_path / "runs" / "cache").iterdir())) == 3
-    decodes_nothing(monkeypatch)
+    fail_if_decoding(monkeypatch)
     train.main(["--data", str(glands_folder), *OPTIONS, "--out", str(runs[2])])
     train.main(["--resume", str(runs[0])])
     (expected_metadata, expected), *others = (checkpoint.read(run / run_folder.LAST) for run in runs)
@@ -384,14 +384,14 @@ def test_second_run_and_resumed_run_decode_nothing(glands_folder: Path, tmp_path
         assert all(torch.equal(tensors[key], expected[key]) for key in expected)
 
 
-def test_synthetic_run_keeps_nothing(finished: Path) -> None:
+def test_synthetic_run_writes_no_cache(finished: Path) -> None:
     assert not (finished.parent / "cache").exists()
 
 
-def test_load_data_without_a_cache_is_the_same(glands_folder: Path, kept: Cache) -> None:
+def test_load_data_gives_the_same_with_and_without_a_cache(glands_folder: Path, cached: Cache) -> None:
     pytest.importorskip("tyro")
     given = config.parse(["--data", str(glands_folder), *OPTIONS])
-    (plain, plain_val), (mapped, mapped_val) = sources.load_data(given), sources.load_data(given, kept)
+    (plain, plain_val), (mapped, mapped_val) = sources.load_data(given), sources.load_data(given, cached)
     assert plain.preprocessing == mapped.preprocessing
     for ours, theirs in ((mapped.labeled, plain.labeled), (mapped.unlabeled, plain.unlabeled)):
         assert_same(ours, theirs)

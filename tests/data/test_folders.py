@@ -1,4 +1,4 @@
-"""Image folders: what is read, how it is resized, and one clear line for everything that is wrong."""
+"""Image folders: reading, resizing, statistics, and one clear line for every bad folder or file."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from semimoe_fast.data.folders import (
 from semimoe_fast.errors import UserError
 
 RNG = np.random.default_rng(0)
-COLOURS = RNG.integers(0, 256, (20, 30, 3), np.uint8)
+COLORS = RNG.integers(0, 256, (20, 30, 3), np.uint8)
 IDS = RNG.integers(0, 3, (20, 30), np.uint8)
 
 
 @pytest.fixture
 def root(tmp_path):
-    """A folder with one part of three pairs, as a user would have it."""
+    """A data folder with one part of three pairs."""
     (tmp_path / "train" / "image").mkdir(parents=True)
     (tmp_path / "train" / "mask").mkdir()
     for name in ("1", "2", "10"):
-        save(COLOURS, tmp_path / "train" / "image" / f"{name}.tif")
+        save(COLORS, tmp_path / "train" / "image" / f"{name}.tif")
         save(IDS, tmp_path / "train" / "mask" / f"{name}.png")
     return tmp_path
 
@@ -47,7 +47,7 @@ def save(array, path):
 
 
 def deep_png(path, channels):
-    """A PNG of 16 bits per channel, which Pillow cannot write in color."""
+    """A color PNG with 16 bits per channel. OpenCV writes it, because Pillow cannot."""
     cv2 = pytest.importorskip("cv2")
     cv2.imwrite(str(path), RNG.integers(0, 2**16, (20, 30, channels), np.uint16))
 
@@ -66,7 +66,7 @@ def test_part_pairs_by_stem(root):
     assert part.images.shape == (3, 3, 16, 16)
     assert part.images.is_contiguous()
     assert part.masks.shape == (3, 16, 16)
-    assert torch.equal(part.images[0], resize_image(COLOURS, 16))
+    assert torch.equal(part.images[0], resize_image(COLORS, 16))
     assert torch.equal(part.masks[0], resize_mask((IDS > 0).astype(np.uint8), 16))
     assert not part.masks[2].any()
 
@@ -94,7 +94,7 @@ def empty(folder):
 BAD_PARTS = {
     "image missing": ("image/1.tif", Path.unlink, ["mask/1.png", "no image", "image/1.png", "remove the mask"]),
     "mask missing": ("mask/1.png", Path.unlink, ["image/1.tif", "no mask", "mask/1.png", "remove the image"]),
-    "two of a stem": ("image/1.png", holding(COLOURS), ["image/1.png", "1.tif", "same stem", "rename"]),
+    "two of a stem": ("image/1.png", holding(COLORS), ["image/1.png", "1.tif", "same stem", "rename"]),
     "two masks of a stem": ("mask/2.tif", holding(IDS), ["mask/2.png", "2.tif", "same stem", "rename"]),
     "sizes differ": (
         "mask/2.png",
@@ -112,11 +112,11 @@ BAD_PARTS = {
 
 @pytest.mark.parametrize("case", BAD_PARTS)
 def test_bad_part(root, case):
-    path, spoil, told = BAD_PARTS[case]
+    path, spoil, parts = BAD_PARTS[case]
     spoil(root / "train" / path)
     with pytest.raises(UserError) as caught:
         load_part(root, "train", 16, with_masks=True)
-    assert_one_line(caught, [str(root), *told])
+    assert_one_line(caught, [str(root), *parts])
 
 
 def test_unknown_part_names_the_others(root):
@@ -138,10 +138,11 @@ def test_list_of_a_missing_folder(tmp_path):
     assert_one_line(caught, [str(tmp_path / "nowhere"), "not a folder", "correct the path"])
 
 
-def assert_one_line(caught, told):
+def assert_one_line(caught, parts):
+    """The error message is one line that contains all parts."""
     message = str(caught.value)
     assert "\n" not in message
-    for part in told:
+    for part in parts:
         assert part in message
 
 
@@ -150,25 +151,25 @@ def assert_one_line(caught, told):
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "bmp"])
 def test_image_is_read_as_it_is(tmp_path, suffix):
-    np.testing.assert_array_equal(read_image(save(COLOURS, tmp_path / f"a.{suffix}")), COLOURS)
+    np.testing.assert_array_equal(read_image(save(COLORS, tmp_path / f"a.{suffix}")), COLORS)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
 def test_image_is_converted_to_rgb(tmp_path, mode):
-    image = Image.fromarray(COLOURS).convert(mode)
+    image = Image.fromarray(COLORS).convert(mode)
     image.save(tmp_path / "a.tif")
     np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), image.convert("RGB"))
 
 
 def test_alpha_is_dropped(tmp_path):
-    transparent = np.dstack([COLOURS, np.zeros_like(IDS)])
-    np.testing.assert_array_equal(read_image(save(transparent, tmp_path / "a.png")), COLOURS)
+    transparent = np.dstack([COLORS, np.zeros_like(IDS)])
+    np.testing.assert_array_equal(read_image(save(transparent, tmp_path / "a.png")), COLORS)
 
 
 def test_sixteen_bits_per_pixel_is_not_sixteen_per_channel(tmp_path):
-    """A BMP of 5-5-5 bits, which Pillow's decoder calls BGR;15, and of 5-6-5, which it calls BGR;16."""
+    """A BMP with 5-6-5 bits per channel, whose raw mode in Pillow is BGR;16."""
     header = b"BM" + (14 + 40 + 12 + 4).to_bytes(4, "little") + bytes(4) + (14 + 40 + 12).to_bytes(4, "little")
-    info = [40, 1, 1, 1 | 16 << 16, 3, 4, 0, 0, 0, 0]  # 1 x 1 pixel, 1 plane, 16 bits, the channels' bits follow
+    info = [40, 1, 1, 1 | 16 << 16, 3, 4, 0, 0, 0, 0]  # 1 x 1 pixel, 1 plane, 16 bits, then the bit masks of channels
     masks = [0xF800, 0x07E0, 0x001F]
     (tmp_path / "a.bmp").write_bytes(
         header + b"".join(value.to_bytes(4, "little") for value in info + masks) + b"\x00\xf8\x00\x00"
@@ -226,14 +227,14 @@ def test_palette_mask_is_its_indices(tmp_path):
 
 
 def test_colored_mask_is_refused(tmp_path):
-    path = save(COLOURS, tmp_path / "a.png")
+    path = save(COLORS, tmp_path / "a.png")
     with pytest.raises(UserError) as caught:
         read_mask(path)
     assert_one_line(caught, [str(path), "color image (mode RGB)", "one channel"])
 
 
 def test_deep_color_mask_is_refused(tmp_path):
-    """Pillow would cut its ids to their high bytes: equal channels, but most ids 0."""
+    """Pillow keeps only the high bytes of such ids, so the channels stay equal but most ids become 0."""
     cv2 = pytest.importorskip("cv2")
     cv2.imwrite(str(tmp_path / "a.png"), np.repeat(IDS[..., None], 3, 2).astype(np.uint16))
     with pytest.raises(UserError) as caught:
@@ -255,7 +256,7 @@ def test_jpeg_mask_is_refused(tmp_path):
     assert_one_line(caught, [str(path), "JPEG", "save it as a PNG"])
 
 
-ORIENTATIONS = {  # the EXIF tag, and what turns the stored pixels upright
+ORIENTATIONS = {  # EXIF tag -> function that turns the stored pixels upright
     1: lambda pixels: pixels,
     2: np.fliplr,
     3: lambda pixels: np.rot90(pixels, 2),
@@ -267,11 +268,11 @@ ORIENTATIONS = {  # the EXIF tag, and what turns the stored pixels upright
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_images_and_masks_are_turned_upright(tmp_path, suffix, orientation):
-    for stored, read in ((COLOURS, read_image), (IDS, read_mask)):
+    for stored, read in ((COLORS, read_image), (IDS, read_mask)):
         exif = Image.Exif()
         exif[0x112] = orientation
         Image.fromarray(stored).save(tmp_path / f"a.{suffix}", exif=exif)
-        expected = ORIENTATIONS[orientation](stored if stored is COLOURS else IDS > 0)
+        expected = ORIENTATIONS[orientation](stored if stored is COLORS else IDS > 0)
         np.testing.assert_array_equal(read(tmp_path / f"a.{suffix}"), expected)
 
 
@@ -284,21 +285,34 @@ def test_turned_jpeg_mask_is_still_refused(tmp_path):
 
 
 def test_image_with_damaged_exif_is_read_as_it_is(tmp_path, capsys):
-    Image.fromarray(COLOURS).save(tmp_path / "a.png", exif=b"Exif\0\0no TIFF header")
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), COLOURS)
+    Image.fromarray(COLORS).save(tmp_path / "a.png", exif=b"Exif\0\0no TIFF header")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), COLORS)
     assert capsys.readouterr().err.startswith(f"warning: {tmp_path / 'a.png'}: its EXIF data cannot be read")
 
 
 def test_first_of_several_pages_is_read_with_a_warning(tmp_path, capsys):
     path = tmp_path / "a.tif"
-    Image.fromarray(COLOURS).save(path, save_all=True, append_images=[Image.fromarray(COLOURS[::-1])] * 2)
-    np.testing.assert_array_equal(read_image(path), COLOURS)
-    warning = f"warning: {path} has 3 pages, of which the first alone is read: save the others as files of their own\n"
+    Image.fromarray(COLORS).save(path, save_all=True, append_images=[Image.fromarray(COLORS[::-1])] * 2)
+    np.testing.assert_array_equal(read_image(path), COLORS)
+    warning = f"warning: {path} has 3 pages, and only the first is used: save the others as separate files\n"
     assert capsys.readouterr().err == warning
 
 
-def test_names_that_are_not_utf8_have_a_fingerprint(root):
-    """They tell sets apart as other names do, whose fingerprints have stayed the same."""
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")  # Pillow's own about the damaged page
+def test_first_page_is_read_if_the_second_is_damaged(tmp_path, capsys):
+    path = tmp_path / "a.tif"
+    Image.fromarray(COLORS).save(path, save_all=True, append_images=[Image.fromarray(COLORS)])
+    content = path.read_bytes()
+    first = int.from_bytes(content[4:8], "little")  # the file offset of the directory of the first page
+    next_offset = first + 2 + 12 * int.from_bytes(content[first : first + 2], "little")
+    second = int.from_bytes(content[next_offset : next_offset + 4], "little")
+    path.write_bytes(content[: second + 10])
+    np.testing.assert_array_equal(read_image(path), COLORS)
+    assert capsys.readouterr().err.startswith(f"warning: {path}: pages after the first cannot be read (")
+
+
+def test_fingerprint_covers_names_that_are_not_utf8(root):
+    """The fingerprint of UTF-8 names is a fixed formula, and other names change it."""
     before = load_part(root, "train", 16, with_masks=False)
     content = hashlib.sha256(b"1\n10\n2" + before.images.numpy().tobytes()).hexdigest()
     assert before.fingerprint == content
@@ -312,8 +326,8 @@ def test_names_that_are_not_utf8_have_a_fingerprint(root):
 # ---------------------------------------------------------------------------------------------------------- resizing
 
 
-def test_image_of_the_size_is_not_resampled():
-    square = COLOURS[:, :20].copy()
+def test_image_of_the_target_size_is_not_resampled():
+    square = COLORS[:, :20].copy()
     np.testing.assert_array_equal(resize_image(square, 20).permute(1, 2, 0), square)
     np.testing.assert_array_equal(resize_mask(IDS[:, :20], 20), IDS[:, :20])
 
@@ -321,18 +335,18 @@ def test_image_of_the_size_is_not_resampled():
 @pytest.mark.parametrize("size", [16, 32, 256])
 def test_resizing_is_what_opencv_does(size):
     cv2 = pytest.importorskip("cv2")
-    image = cv2.resize(COLOURS, (size, size), interpolation=cv2.INTER_LINEAR)
+    image = cv2.resize(COLORS, (size, size), interpolation=cv2.INTER_LINEAR)
     # OpenCV rounds weights to 11 bits and truncates between its two passes: up to one gray level.
-    np.testing.assert_allclose(resize_image(COLOURS, size).permute(1, 2, 0).int(), image.astype(int), atol=1)
+    np.testing.assert_allclose(resize_image(COLORS, size).permute(1, 2, 0).int(), image.astype(int), atol=1)
     mask = cv2.resize(IDS, (size, size), interpolation=cv2.INTER_NEAREST)
     np.testing.assert_array_equal(resize_mask(IDS, size), mask)
 
 
 def test_resizing_is_bilinear_and_rounded():
-    pixels = torch.from_numpy(COLOURS).permute(2, 0, 1)[None].double()
+    pixels = torch.from_numpy(COLORS).permute(2, 0, 1)[None].double()
     expected = functional.interpolate(pixels, (17, 17), mode="bilinear", align_corners=False)[0]
     # Half a level of rounding, and float32 weights before it.
-    torch.testing.assert_close(resize_image(COLOURS, 17).double(), expected, rtol=0, atol=0.5 + 1e-3)
+    torch.testing.assert_close(resize_image(COLORS, 17).double(), expected, rtol=0, atol=0.5 + 1e-3)
 
 
 def test_resizing_reproduces_glas(glas_folder):
@@ -357,7 +371,7 @@ def test_statistics_are_those_of_the_pixels():
 
 
 def test_statistics_of_several_sets_are_those_of_all_their_images():
-    images = torch.from_numpy(RNG.integers(0, 200, (140, 3, 5, 4), np.uint8))  # more than are counted at once
+    images = torch.from_numpy(RNG.integers(0, 200, (140, 3, 5, 4), np.uint8))  # more than one chunk of 64
     assert channel_statistics(images[:9], images[9:]) == channel_statistics(images)
     pixels = images.numpy() / 255
     np.testing.assert_allclose(channel_statistics(images)[0], pixels.mean((0, 2, 3)), rtol=1e-12)  # as above
@@ -376,6 +390,6 @@ def test_no_pixels_have_no_statistics():
 def test_statistics_of_glas(glas_folder):
     part = load_part(glas_folder, "train_unsup_68", 256, with_masks=False)
     mean, std = channel_statistics(part.images)
-    # Published figures of the whole set; these are 68 of its images, made smaller.
+    # The published values are of the whole set; this part has 68 of its images, resized.
     np.testing.assert_allclose(mean, NORMALIZATION["glas"][0], atol=0.02)
     np.testing.assert_allclose(std, (0.168, 0.248, 0.132), atol=0.02)

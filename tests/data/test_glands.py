@@ -1,4 +1,4 @@
-"""Synthetic glands: reproducible, hard for a color threshold, and true to their masks."""
+"""Synthetic glands: reproducible, not separable by color, and consistent with their masks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_no_images():
     assert len(images) == len(masks) == 0
 
 
-def test_an_image_depends_on_its_seed_and_index_alone(sample):
+def test_image_depends_only_on_seed_and_index(sample):
     images, masks = glands(3, SIZE, 0)
     assert torch.equal(images, sample[0][:3])
     assert torch.equal(masks, sample[1][:3])
@@ -73,14 +73,14 @@ def test_pictures_have_whole_open_and_touching_glands(sample):
         labels, count = ndimage.label(mask)
         for rows, columns in ndimage.find_objects(labels):
             whole += rows.start > 0 and columns.start > 0 and rows.stop < SIZE and columns.stop < SIZE
-        for index in range(1, count + 1):  # glands that touch come apart when they are worn down
+        for index in range(1, count + 1):  # erosion separates glands that touch
             touching += ndimage.label(ndimage.binary_erosion(labels == index, iterations=2, border_value=1))[1] > 1
     assert whole > 40
     assert touching > 10
 
 
 def test_outlines_show_in_the_picture(sample):
-    """Just inside an outline stands the palisade of nuclei: darker in red than what is just outside."""
+    """The palisade of nuclei just inside an outline is darker in red than the stroma just outside."""
     images, masks = sample
     clear = []
     for image, mask in zip(images.numpy(), masks.numpy() > 0, strict=True):
@@ -90,8 +90,8 @@ def test_outlines_show_in_the_picture(sample):
     assert np.mean(clear) > 0.9
 
 
-def test_color_alone_does_not_tell_glands(sample):
-    """The best linear function of a pixel's color at its best threshold stays far below a small network's 0.95."""
+def test_color_alone_does_not_separate_glands(sample):
+    """The best linear function of color at its best threshold has a far lower Dice than a small network, 0.95."""
     images, masks = sample
     color = images.permute(0, 2, 3, 1).reshape(-1, 3).double()
     color = torch.cat([color, torch.ones(len(color), 1)], 1)
@@ -104,16 +104,16 @@ def test_color_alone_does_not_tell_glands(sample):
     assert max(dice) < 0.75
 
 
-def test_a_weak_stain_changes_the_colors_of_the_first_pictures_alone(sample):
+def test_weak_stain_changes_only_the_colors_of_the_first_pictures(sample):
     images, masks = glands(6, SIZE, 0, weakly_stained=4)
     assert torch.equal(masks, sample[1][:6])
     assert torch.equal(images[4:], sample[0][4:6])
-    # half the optical density; noise and the microscope add to either
+    # half the optical density, up to noise and blur
     weak, usual = (-(part[:4].double().clamp(1) / 255).log().mean((1, 2, 3)) for part in (images, sample[0]))
     assert torch.allclose(weak / usual, torch.full((4,), 0.5, dtype=torch.float64), atol=0.1), weak / usual
 
 
-def test_the_labeled_part_of_a_run_is_the_weakly_stained_one():
+def test_labeled_part_of_a_run_is_weakly_stained():
     labeled, unlabeled, val = synthetic_data(replace(SYNTHETIC, synthetic=(2, 3, 1), image_size=32))
     images, _ = glands(6, 32, 0, weakly_stained=2)
     assert torch.equal(torch.cat([labeled.images, unlabeled.images, val.images]), images)

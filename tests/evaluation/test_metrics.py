@@ -1,4 +1,4 @@
-"""Dice and Jaccard against the published sweep and against counting by hand."""
+"""Dice and Jaccard compared with the published sweep and with direct counting."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def test_golden_metrics(case: str, golden) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**16), images=st.integers(1, 3), side=st.integers(1, 9))
-def test_counts_by_hand(seed: int, images: int, side: int) -> None:
+def test_counts_equal_direct_counting(seed: int, images: int, side: int) -> None:
     random = torch.Generator().manual_seed(seed)
-    # hundredths hit the thresholds themselves, where "exceeds" is decided
+    # hundredths include the thresholds themselves, which are not foreground
     probability = torch.randint(0, 101, (images, side, side), generator=random) / 100
     mask = torch.randint(0, 2, (images, side, side), generator=random, dtype=torch.uint8) * 255
     counts = metrics.count(probability, mask)
@@ -44,7 +44,7 @@ def test_thresholds_are_the_published_sweep() -> None:
     assert metrics.THRESHOLDS[metrics.HALF] == 0.5
 
 
-def test_empty_prediction_of_an_empty_mask_is_perfect_and_of_a_full_one_worthless() -> None:
-    nothing = torch.zeros(1, 4, 4)
-    assert metrics.score(metrics.count(nothing, nothing).sum(0)).dice == 1
-    assert metrics.score(metrics.count(nothing, torch.ones(1, 4, 4)).sum(0)).dice == 0
+def test_empty_prediction_scores_one_on_an_empty_mask_and_zero_on_a_full_mask() -> None:
+    empty = torch.zeros(1, 4, 4)
+    assert metrics.score(metrics.count(empty, empty).sum(0)).dice == 1
+    assert metrics.score(metrics.count(empty, torch.ones(1, 4, 4)).sum(0)).dice == 0

@@ -1,4 +1,4 @@
-"""Distance targets: every backend against the golden masks, the reference and the rules; any mask a caller may have."""
+"""Distance targets: every backend against the golden archives, the reference and the rules; accepted masks; errors."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_backends_agree_on_targets(shape, density, seed) -> None:
     torch.testing.assert_close(F.squared_distance(masks), expected, rtol=0, atol=0)
     sdf, boundary = F.distance_targets(masks, 1.5)
     expected_sdf, expected_boundary = reference.distance_targets(masks, 1.5)
-    torch.testing.assert_close(sdf, expected_sdf, rtol=0, atol=1e-6)  # float32 root and quotient against float64
+    torch.testing.assert_close(sdf, expected_sdf, rtol=0, atol=1e-6)  # float32 root and quotient, float64 reference
     torch.testing.assert_close(boundary, expected_boundary, rtol=0, atol=0)
     for mask, squared, field, ring in zip(masks, expected, sdf, boundary, strict=True):
         check_target_rules(mask, squared, field, ring, 1.5)
@@ -113,8 +113,8 @@ def test_any_integer_mask(convert) -> None:
     torch.testing.assert_close(F.squared_distance(convert(MASK)[1]), expected[1], rtol=0, atol=0)
 
 
-class Exchange:
-    """An array of some other library, known by DLPack alone."""
+class DLPackArray:
+    """An array of another library, which offers nothing but DLPack."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array
@@ -128,7 +128,20 @@ class Exchange:
 
 def test_mask_through_dlpack() -> None:
     mask = MASK.astype(np.int32)
-    torch.testing.assert_close(F.squared_distance(Exchange(mask)), F.squared_distance(mask), rtol=0, atol=0)
+    torch.testing.assert_close(F.squared_distance(DLPackArray(mask)), F.squared_distance(mask), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("convert", [torch.from_numpy, lambda mask: mask], ids=["torch", "numpy"])
+def test_float_mask_of_zeros_and_ones(convert) -> None:
+    expected = F.squared_distance(MASK)
+    torch.testing.assert_close(F.squared_distance(convert(MASK.astype(np.float32))), expected, rtol=0, atol=0)
+
+
+def test_mask_with_a_channel_gives_results_with_a_channel() -> None:
+    mask = torch.from_numpy(MASK)
+    pairs = zip(F.distance_targets(mask[:, None]), F.distance_targets(mask), strict=True)
+    for result, expected in (*pairs, (F.squared_distance(mask[:, None]), F.squared_distance(mask))):
+        torch.testing.assert_close(result, expected[:, None], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("library", ["cupy", "numba.cuda"])
@@ -165,12 +178,12 @@ def test_cuda_graph_capture(shape: tuple[int, int, int]) -> None:
             assert torch.equal(replayed, eager)
 
 
-def test_fallback_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_fallback_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(ops._native, "why_unavailable", lambda device_type: "not built here")
-    ops._choose_and_say.cache_clear()
+    ops._choose_and_log.cache_clear()
     for _ in range(3):
         F.squared_distance(MASK)
-    ops._choose_and_say.cache_clear()
+    ops._choose_and_log.cache_clear()
     assert [r.getMessage() for r in caplog.records] == [
         "squared_distance on cpu falls back to the portable backend: not built here"
     ]
@@ -179,8 +192,14 @@ def test_fallback_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: F.squared_distance(torch.zeros(4, 4)), TypeError, "float32 is ambiguous: threshold it first"),
+        (
+            lambda: F.squared_distance(torch.full((4, 4), 0.5)),
+            TypeError,
+            "float32 is ambiguous unless it holds only real 0 and 1: threshold it first",
+        ),
         (lambda: F.squared_distance(np.full((4, 4), np.nan)), TypeError, "float64 is ambiguous"),
+        (lambda: F.squared_distance(torch.ones(4, 4).cfloat()), TypeError, "complex64 is ambiguous"),
+        (lambda: F.squared_distance(torch.zeros(1, 2, 4, 4).bool()), ValueError, "(B, 1, H, W), (B, H, W) or (H, W)"),
         (lambda: F.squared_distance([[0, 1]]), TypeError, "a mask is a tensor or an array, got list: use np.asarray"),
         (lambda: F.squared_distance(torch.zeros(4).bool()), ValueError, "(B, H, W) or (H, W)"),
         (lambda: F.squared_distance(torch.zeros(1).bool().expand(40000, 40000)), ValueError, "too large"),

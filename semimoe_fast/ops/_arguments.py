@@ -1,0 +1,209 @@
+"""Check the arguments of the public operations, and convert masks, targets and head weights to the form backends take.
+
+Every error is one line: TypeError for a wrong type or dtype, ValueError for a wrong shape or device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+INT32_MAX = 2**31 - 1
+MAX_SIDE = 46_340  # the largest integer whose square int32 holds
+
+
+def mask_batch(mask: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The mask as a contiguous (B, H, W) tensor, and a function that gives a result the shape of the mask.
+
+    The tensor is uint8 or bool on the CPU, and bool or any integer type on CUDA.
+    """
+    tensor = _mask_tensor(mask)
+    if tensor.ndim not in (2, 3) and not (tensor.ndim == 4 and tensor.shape[1] == 1):
+        raise ValueError(f"a mask is (B, 1, H, W), (B, H, W) or (H, W), got shape {tuple(tensor.shape)}")
+    height, width = tensor.shape[-2:]
+    if max(height, width) > MAX_SIDE or (height - 1) ** 2 + (width - 1) ** 2 > INT32_MAX:
+        raise ValueError(
+            f"a mask of {height} x {width} pixels is too large: int32 holds squared distances up to a side or "
+            f"diagonal of {MAX_SIDE:,} pixels; cut it into tiles"
+        )
+    if tensor.ndim == 4:
+        return tensor[:, 0].contiguous(), lambda result: result[:, None]
+    if tensor.ndim == 3:
+        return tensor.contiguous(), lambda result: result
+    return tensor[None].contiguous(), lambda result: result[0]
+
+
+def _mask_tensor(mask: Any) -> Tensor:
+    if isinstance(mask, Tensor):
+        if mask.is_floating_point() or mask.is_complex():
+            _require_binary(mask, real=not mask.is_complex())
+            return mask != 0
+        # CUDA kernels read every integer type
+        return mask if mask.is_cuda or mask.dtype in (torch.uint8, torch.bool) else mask != 0
+    if isinstance(mask, np.ndarray):
+        if mask.dtype.kind not in "biu":
+            _require_binary(mask, real=mask.dtype.kind == "f")
+        return torch.from_numpy(mask != 0)  # a new array, because torch takes no negative strides or read-only memory
+    if hasattr(mask, "__dlpack__"):
+        return _mask_tensor(torch.from_dlpack(mask))
+    if hasattr(mask, "__cuda_array_interface__"):  # Numba's device arrays do not support DLPack
+        return _mask_tensor(torch.as_tensor(mask, device="cuda"))
+    raise TypeError(f"a mask is a tensor or an array, got {type(mask).__name__}: use np.asarray(mask)")
+
+
+def _require_binary(mask: Tensor | np.ndarray, real: bool) -> None:
+    if not (real and is_binary(mask)):
+        raise TypeError(
+            f"a mask of dtype {mask.dtype} is ambiguous unless it holds only real 0 and 1: threshold it first, "
+            "for example mask > 0.5"
+        )
+
+
+def is_binary(values: Tensor | np.ndarray) -> bool:
+    """Whether all values are 0 or 1. On CUDA this synchronizes with the device."""
+    return bool(((values == 0) | (values == 1)).all())
+
+
+def check_tensors(*sequences: tuple[str, Any], **tensors: Any) -> None:
+    """Raise TypeError for arguments or items of sequences that are not tensors, ValueError if devices differ."""
+    every = [(name, x) for name, items in sequences for x in (items if isinstance(items, Iterable) else [items])]
+    every += tensors.items()
+    for name, x in every:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: a tensor is needed, got {type(x).__name__}; use torch.as_tensor")
+        first, expected = every[0][0], every[0][1].device
+        if x.device != expected:
+            raise ValueError(f"{name} is on {x.device}, {first} on {expected}: move them to one device with .to()")
+
+
+def _check_floating(name: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: floating-point numbers are needed, got dtype {x.dtype}; use .float()")
+
+
+def gate_matrices(
+    features: Sequence[Tensor], gate_weights: Tensor, head_weights: Sequence[Tensor], head_biases: Sequence[Tensor]
+) -> list[Tensor]:
+    """Check the arguments of `multi_gate`; the head weights as (O_k, C) matrices."""
+    check_tensors(
+        ("features", features),
+        ("head_weights", head_weights),
+        ("head_biases", head_biases),
+        gate_weights=gate_weights,
+    )
+    check_features(features)
+    _check_weights(gate_weights, (features[0].shape[0], len(head_weights), len(features)))
+    matrices = head_matrices("head_weights", head_weights, features)
+    check_biases("head_biases", head_biases, matrices)
+    return matrices
+
+
+def check_features(features: Sequence[Tensor]) -> None:
+    if isinstance(features, Tensor):
+        raise TypeError(f"features is a sequence of E tensors (B, C, H, W), got one tensor {tuple(features.shape)}")
+    if not features or features[0].ndim != 4 or any(x.shape != features[0].shape for x in features):
+        raise ValueError(f"features are E tensors of one shape (B, C, H, W), got {[tuple(x.shape) for x in features]}")
+    if any(x.dtype != features[0].dtype for x in features):
+        raise TypeError(f"features are E tensors of one dtype, got {[x.dtype for x in features]}")
+    _check_floating("features", features[0])
+
+
+def _check_weights(gate_weights: Tensor, expected: tuple[int, int, int]) -> None:
+    if gate_weights.shape != expected:
+        raise ValueError(f"gate_weights is (B, T, E) = {expected} here, got {tuple(gate_weights.shape)}")
+
+
+def head_matrices(name: str, weights: Sequence[Tensor], features: Sequence[Tensor]) -> list[Tensor]:
+    """1x1 convolution weights (O, C, 1, 1) or (O, C) as matrices (O, C), checked against the features."""
+    channels = features[0].shape[1]
+    matrices = [weight.flatten(1) for weight in weights]
+    if any(matrix.shape[1] != channels for matrix in matrices):
+        raise ValueError(f"{name} are (O, {channels}) for these features, got {[tuple(w.shape) for w in weights]}")
+    return matrices
+
+
+def check_biases(name: str, biases: Sequence[Tensor], matrices: Sequence[Tensor]) -> None:
+    if [tuple(bias.shape) for bias in biases] != [(len(matrix),) for matrix in matrices]:
+        rows = [len(matrix) for matrix in matrices]
+        raise ValueError(f"{name} match the rows {rows} of the weights, got {[tuple(bias.shape) for bias in biases]}")
+
+
+def check_projections(projections: Tensor, gate_weights: Tensor, head_biases: Sequence[Tensor]) -> None:
+    check_tensors(("head_biases", head_biases), projections=projections, gate_weights=gate_weights)
+    _check_floating("projections", projections)
+    rows = [len(bias) for bias in head_biases]
+    if projections.ndim != 5 or projections.shape[2] != sum(rows):
+        raise ValueError(f"projections are (B, E, {sum(rows)}, H, W) for these biases, got {tuple(projections.shape)}")
+    _check_weights(gate_weights, (projections.shape[0], len(rows), projections.shape[1]))
+
+
+def check_tasks(name: str, heads: Sequence[Tensor]) -> None:
+    rows = [len(head) for head in heads]
+    if len(rows) != 3 or rows[1] != 1:
+        raise ValueError(f"{name} takes the heads of mask (K), sdf (1) and boundary (2 rows), got rows {rows}")
+
+
+def objective_targets(
+    name: str,
+    mask_logits: Tensor,
+    raw_sdf: Tensor,
+    boundary_logits: Tensor,
+    mask: Tensor,
+    sdf: Tensor,
+    boundary: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Check the arguments of `objective_terms`; the targets with mask and boundary as integers (B, H, W)."""
+    check_tensors(
+        mask_logits=mask_logits,
+        raw_sdf=raw_sdf,
+        boundary_logits=boundary_logits,
+        mask=mask,
+        sdf=sdf,
+        boundary=boundary,
+    )
+    mask = class_target(f"{name}: mask", mask_logits, mask)
+    check_sdf(raw_sdf, sdf)
+    boundary = class_target(f"{name}: boundary", boundary_logits, boundary)
+    if not mask.shape == boundary.shape == (raw_sdf.shape[0], *raw_sdf.shape[2:]):
+        raise ValueError(
+            f"{name}: mask, sdf and boundary are of the same images, got {tuple(mask.shape)}, {tuple(sdf.shape)} and "
+            f"{tuple(boundary.shape)}"
+        )
+    return mask, sdf, boundary
+
+
+def class_target(name: str, logits: Tensor, target: Tensor) -> Tensor:
+    """Check logits (B, K, H, W) and their target (B, H, W) or (B, 1, H, W); the target as integers (B, H, W)."""
+    per_pixel = (logits.shape[0], *logits.shape[2:])
+    if logits.ndim != 4 or tuple(target.shape) not in (per_pixel, (logits.shape[0], 1, *logits.shape[2:])):
+        raise ValueError(
+            f"{name}: logits (B, K, H, W) and target (B, H, W) or (B, 1, H, W) disagree: {tuple(logits.shape)}, "
+            f"{tuple(target.shape)}"
+        )
+    if logits.shape[1] < 2:
+        raise ValueError(
+            f"{name}: logits of {logits.shape[1]} channel(s) have no gradient, softmax needs at least 2: give "
+            "background and foreground, for one channel x torch.cat([torch.zeros_like(x), x], 1)"
+        )
+    _check_floating(f"{name}: logits", logits)
+    if target.is_floating_point():
+        if not is_binary(target):
+            raise TypeError(
+                f"{name}: the target holds class numbers, got dtype {target.dtype} with values other than 0 and 1; "
+                "use target.long()"
+            )
+        target = target.to(torch.uint8)
+    return target.reshape(per_pixel)
+
+
+def check_sdf(raw: Tensor, sdf: Tensor) -> None:
+    _check_floating("the raw sdf", raw)
+    per_image = (raw.shape[0], *raw.shape[2:])
+    if raw.ndim != 4 or raw.shape[1] != 1 or tuple(sdf.shape) not in (tuple(raw.shape), per_image):
+        raise ValueError(
+            f"raw (B, 1, H, W) and sdf (B, 1, H, W) or (B, H, W) disagree: {tuple(raw.shape)}, {tuple(sdf.shape)}"
+        )
