@@ -138,7 +138,9 @@ def note_end(record: Record, status: int | None, log: str) -> None:
         record["status"] = "passed"
         return
     record["status"] = TIME_IS_UP if status is None else f"failed with exit status {status}"
-    record["log"] = read(FOLDER / f"{log}.log")[-4000:]
+    text = read(FOLDER / f"{log}.log")
+    crash = text.find("Fatal Python error")  # the stack of a crash may be long, and its reason stands first
+    record["log"] = text[crash:][:4000] if crash >= 0 else text[-4000:]
 
 
 # ------------------------------------------------------------------------------------------------------------- stages

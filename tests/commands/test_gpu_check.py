@@ -98,6 +98,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     return run
 
 
+@pytest.mark.slow
 def test_results_survive_failures_crashes_and_the_time_limit(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +144,7 @@ def test_results_survive_failures_crashes_and_the_time_limit(
     assert 0 < measured["stats"]["min"] <= measured["stats"]["median"]
 
 
+@pytest.mark.slow
 def test_crash_of_a_worker_leaves_the_other_tests(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -128,6 +128,7 @@ def test_editable_install(tree: Path, environment: Environment, tmp_path: Path) 
         assert report["built_with"]["cuda"] is None
 
 
+@pytest.mark.slow
 def test_wheel_alone(tree: Path, environment: Environment, tmp_path: Path) -> None:
     """The wheel is built from the source distribution, which shows that both are complete."""
     build = f"from setuptools.build_meta import build_sdist; print(build_sdist({str(tmp_path)!r}))"

@@ -21,7 +21,7 @@ def save(path: Path, value: int, channels: tuple[int, ...] = ()) -> None:
 
 @pytest.fixture
 def glas(tmp_path: Path) -> Path:
-    """Every image has a grey level of its own, and its mask the same number as instance id."""
+    """Every image has a gray level of its own, and its mask the same number as instance id."""
     folder = tmp_path / "archive" / "Warwick QU Dataset (Released 2016_07_08)"
     level = 0
     for prefix, count in (("train", 5), ("testA", 2), ("testB", 1)):

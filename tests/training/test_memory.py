@@ -58,7 +58,8 @@ def bytes_of_baseline(batch: int) -> int:
     return saved_bytes(lambda: trainer.step(baseline.Batch(images, (mask, *F.distance_targets(mask)), images)))
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_memory_is_linear_in_the_batch(precision: Precision) -> None:
     two, four, eight = (bytes_of_ours(batch, precision) for batch in (2, 4, 8))
     assert eight - four == pytest.approx(2 * (four - two), rel=0.02)

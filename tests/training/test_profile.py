@@ -71,6 +71,7 @@ def test_trace_shows_the_regions_of_the_recorded_steps(profiled: tuple[Path, str
     assert any("convolution" in event["name"] for event in events if event.get("cat") == "cpu_op")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("epochs", "text"), [(1, "nothing to show after 2 steps"), (2, "mean of 1 steps (the run")])
 def test_short_run_prints_fewer_steps(tiny_config: TrainConfig, tmp_path: Path, capsys, epochs: int, text: str) -> None:
     train.main(dataclasses.replace(tiny_config, epochs=epochs, profile=True, out=tmp_path / "run"))
@@ -79,6 +80,7 @@ def test_short_run_prints_fewer_steps(tiny_config: TrainConfig, tmp_path: Path, 
     assert (tmp_path / "run" / profile.TRACE_FILE).exists() == ("images/s" in output) == (epochs == 2)
 
 
+@pytest.mark.slow
 def test_profiling_error_does_not_end_the_run(tiny_config: TrainConfig, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(profile, "time_by_category", lambda *_: 1 / 0)
     train.main(dataclasses.replace(tiny_config, profile=True, out=tmp_path / "run"))

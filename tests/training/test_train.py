@@ -96,6 +96,7 @@ def test_command_line_gives_the_same_run(tiny: list[str], finished: Path, tmp_pa
     assert_same_run(tmp_path / "run", finished)
 
 
+@pytest.mark.slow
 def test_profiled_run_is_the_same_run(tiny_config: config.TrainConfig, finished: Path, tmp_path: Path, capsys) -> None:
     """The profile records three steps, with the end of an epoch between them."""
     start(tiny_config, tmp_path / "run", profile=True)
@@ -131,7 +132,7 @@ class StopAfter(interruption.Interruption):
         return self.left <= 0
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("steps", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5))])
 def test_interrupted_run_resumes_bitwise(
     tiny_config: config.TrainConfig, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
@@ -241,7 +242,9 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGKILL))]
+)
 def test_signals(tiny: list[str], tmp_path: Path, number: signal.Signals) -> None:
     """A separate process: SIGINT and SIGTERM save and print the remedy; SIGKILL leaves a valid checkpoint."""
     folder = tmp_path / "run"
