@@ -48,7 +48,7 @@ def ours(gating: MultiGating, own_heads: Sequence[nn.Conv2d]) -> Block:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("batch", [2, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_multi_gating(
+def test_multi_gate(
     benchmark, measure, device: torch.device, provider: str, dtype: torch.dtype, batch: int, direction: str, layout: str
 ) -> None:
     if device.type == "cpu" and (batch > 2 or dtype != torch.float32):
@@ -81,7 +81,7 @@ def test_multi_gating(
 
 
 @pytest.mark.parametrize("batch", [2, 8])
-def test_pseudo_labels(benchmark, measure, device: torch.device, provider: str, batch: int) -> None:
+def test_label_projections(benchmark, measure, device: torch.device, provider: str, batch: int) -> None:
     if device.type == "cpu" and batch > 2:
         pytest.skip("on the CPU, only the batch of its training step is measured")
     benchmark.group = f"pseudo-labels from projections, {batch} x 256 x 256, {device.type}"

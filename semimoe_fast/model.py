@@ -113,8 +113,8 @@ class MultiGating(nn.Module):
     """Mix the features of E experts, per image and per task, into T gated predictions.
 
     Features, E tensors (B, channels, H, W), or their `Projected` -> T tensors (B, O_k, H, W) and, last, gate_weights
-    (B, T, E), where O_k = head_channels[k]. The heads are applied together in one operation, so forward hooks on single
-    heads do not fire.
+    (B, T, E), where O_k = head_channels[k]. The heads are applied together in one operation, so hooks on single heads
+    do not fire, nor those of torch.nn.utils.prune; parametrizations (torch.nn.utils.parametrize) work.
     """
 
     def __init__(
@@ -195,7 +195,8 @@ class SemiMoE(nn.Module):
         """Run the experts. Returns means, projections and own predictions as `MultiGating.projections` does.
 
         One pass over the features computes all of them. Only if an expert or its head has hooks, the experts run as
-        modules, so that the hooks fire; their heads then read the features a second time.
+        modules, so that the hooks fire; their heads then read the features a second time. Register hooks before
+        torch.compile; a replayed CUDA graph runs none (--no-cuda-graph).
         """
         if any(_has_hooks(module) for expert in self.experts for module in (expert, expert.head)):
             features, own = zip(*(expert(images) for expert in self.experts), strict=True)
@@ -208,7 +209,11 @@ class SemiMoE(nn.Module):
 def _has_hooks(module: nn.Module) -> bool:
     """Whether calling the module runs forward or backward hooks."""
     return bool(
-        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or nn.modules.module._has_any_global_hook()
     )
 
 

@@ -37,11 +37,11 @@ class PrepareConfig:
     labeled: int = 17
     """Training images that keep their masks; the others become the unlabeled part."""
     seed: int = 0
-    """Which training images are labeled."""
+    """Seed of the choice of labeled images."""
 
 
 def prepare(config: PrepareConfig) -> dict[str, int]:
-    """Write the parts and split.json; the number of images of each part.
+    """Write the parts and split.json; return the number of images in each part.
 
     The labeled images are the first ones in the order of a digest of seed and file name, so that a seed means the same
     split on every machine. Raises UserError for a folder that is in use, no data set, or incomplete, and where there
@@ -102,7 +102,7 @@ def _crag(folder: Path) -> dict[str, Pairs]:
     return {TRAIN: pairs("train"), "val": pairs("valid")}
 
 
-# A file that tells the data set, and what reads its parts.
+# Name: glob pattern that identifies the data set, and the function that lists its parts.
 DATASETS: dict[str, tuple[str, Callable[[Path], dict[str, Pairs]]]] = {
     "GlaS": ("train_*_anno.bmp", _glas),
     "CRAG": ("train/Images", _crag),
@@ -110,7 +110,7 @@ DATASETS: dict[str, tuple[str, Callable[[Path], dict[str, Pairs]]]] = {
 
 
 def _paired(images: Sequence[Path], masks: dict[str, Path], expected: Path, mask_name: str) -> Pairs:
-    """Every image with its mask, by stem. Raises UserError where one of the two is missing, or there is none at all."""
+    """Pair images and masks by stem. Raises UserError if one has no partner, or if there are no files."""
     if not images and not masks:
         raise UserError(f"{expected}: there is no such file; unpack the data set again")
     stems = {image.stem for image in images}

@@ -1,4 +1,4 @@
-"""What the pages say is so: snippets run, links lead somewhere, tables hold the measured numbers."""
+"""The documentation is correct: snippets run, links lead somewhere, tables hold the measured numbers."""
 
 from __future__ import annotations
 

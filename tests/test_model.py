@@ -175,3 +175,13 @@ def test_upsampling_convolution_equals_upsampling_then_convolution(size: tuple[i
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_global_hooks_see_the_experts() -> None:
+    called = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(type(module)))
+    try:
+        SemiMoE(width=1).eval()(torch.randn(1, 3, 16, 16))
+    finally:
+        handle.remove()
+    assert called.count(ExpertUNet) == 3

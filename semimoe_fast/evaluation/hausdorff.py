@@ -13,11 +13,11 @@ ANCHORS = 16  # pixels of an object that bound the distance to it from above
 
 
 def squared_hausdorff(these: Objects, i: int, others: Objects, j: int) -> int:
-    """From the distance transforms of both objects, in the box that holds them."""
+    """Compute it with one distance transform of each object, in the box that holds both."""
     top, bottom, left, right = _common_box(these, i, others, j)
     crop = slice(top, bottom + 1), slice(left, right + 1)
     pair = np.stack([others.image[crop] == others.ids[j], these.image[crop] == these.ids[i]])
-    to_nearest = F.squared_distance(torch.from_numpy(pair)).numpy()  # outside an object, that to its nearest pixel
+    to_nearest = F.squared_distance(torch.from_numpy(pair)).numpy()  # of pixels outside an object: to its nearest
     return int(to_nearest[pair[::-1] > pair].max(initial=0))
 
 
@@ -40,7 +40,7 @@ def least_squared_hausdorff(these: Objects, i: int, others: Objects) -> int:
 
 
 def _farthest_from_box(objects: Objects, number: int, box: list[int]) -> int:
-    """The squared distance to a box from an object's farthest pixel, which is at an end of a run: it is convex."""
+    """The largest squared distance of a pixel to a box. That distance is convex, so only the ends of runs count."""
     rows, left, right = objects.runs_of(number)
     top, bottom, first, last = box
     across = np.maximum(np.maximum(first - left, right - last), 0)
@@ -49,7 +49,7 @@ def _farthest_from_box(objects: Objects, number: int, box: list[int]) -> int:
 
 
 def _distant(these: Objects, i: int, others: Objects, j: int, limit: int = UNLIMITED) -> int:
-    """The squared Hausdorff distance of objects far apart, or something between the limit and it.
+    """The squared Hausdorff distance if it is below the limit, else a lower bound of it that is at least the limit.
 
     A pixel's distance to the other object is at least that to its box. Only pixels that may be farther from the other
     object than such a bound are looked at, and few are.

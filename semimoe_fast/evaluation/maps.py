@@ -18,7 +18,7 @@ def array_pair(prediction: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]:
     if predicted.shape != true.shape:
         raise ValueError(f"prediction and truth are of the same images, got shapes {predicted.shape} and {true.shape}")
     if predicted.ndim not in (2, 3):
-        raise ValueError(f"prediction and truth are (B, H, W) or (H, W), got shape {predicted.shape}")
+        raise ValueError(f"prediction and truth are (B, H, W) or (H, W), got shape {predicted.shape}: use x[:, 0]")
     return (predicted, true) if predicted.ndim == 3 else (predicted[None], true[None])
 
 
@@ -33,7 +33,7 @@ def _array(name: str, x: Any) -> np.ndarray:
         return x.cpu().numpy()
     if hasattr(x, "__dlpack__"):
         return _array(name, torch.from_dlpack(x))
-    if hasattr(x, "__cuda_array_interface__"):  # Numba's device arrays do not speak DLPack
+    if hasattr(x, "__cuda_array_interface__"):  # Numba's device arrays do not support DLPack
         return _array(name, torch.as_tensor(x, device="cuda"))
     raise TypeError(f"{name} is a tensor or an array, got {type(x).__name__}: use np.asarray({name})")
 

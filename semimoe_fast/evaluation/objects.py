@@ -27,8 +27,8 @@ class ObjectScores(NamedTuple):
 def object_scores(prediction: Any, truth: Any) -> ObjectScores:
     """Object F1, Dice and Hausdorff distance of each image.
 
-    prediction, truth: (B, H, W) or (H, W), which counts as B = 1, of bool or any integer dtype, tensors or whatever
-    speaks DLPack -> ObjectScores of B images.
+    prediction, truth: (B, H, W) or (H, W), which counts as B = 1, of bool or any integer dtype, tensors or objects that
+    support DLPack -> ObjectScores of B images.
 
     Integers are ids of objects, 0 is background, and all pixels of one id are one object, also where they are apart.
     A mask has no ids, so its 8-connected components are the objects: bool, or an image whose foreground is all 1 or

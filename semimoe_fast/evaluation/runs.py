@@ -34,14 +34,10 @@ class Objects:
         order = order[np.argsort(number[order], kind="stable")]
         number, starts, stops = number[order], starts[order], stops[order]
         width = max(image.shape[1], 1)
-        self.first = np.searchsorted(
-            number, np.arange(len(ids) + 1)
-        )  # (N + 1,): runs first[k] ... first[k + 1] are of k
-        self.rows, self.left, self.right = (
-            starts // width,
-            starts % width,
-            (stops - 1) % width,
-        )  # of each run, inclusive
+        # (N + 1,): the runs first[k] to first[k + 1] belong to object k
+        self.first = np.searchsorted(number, np.arange(len(ids) + 1))
+        # of each run; the columns are inclusive
+        self.rows, self.left, self.right = starts // width, starts % width, (stops - 1) % width
         self.areas = np.bincount(number, stops - starts, len(ids)).astype(np.int64)  # (N,) pixels
         begin = self.first[:-1]
         sides = (

@@ -22,8 +22,8 @@ class SurfaceDistances(NamedTuple):
 def surface_distances(prediction: Any, truth: Any) -> SurfaceDistances:
     """How far the surfaces of two masks are apart, for each image.
 
-    prediction, truth: (B, H, W) or (H, W), which counts as B = 1, of bool or any integer dtype, tensors or whatever
-    speaks DLPack; every non-zero value is foreground -> SurfaceDistances of B images.
+    prediction, truth: (B, H, W) or (H, W), which counts as B = 1, of bool or any integer dtype, tensors or objects that
+    support DLPack; every non-zero value is foreground -> SurfaceDistances of B images.
 
     The surface of a mask is its pixels with a 4-neighbor in the background or outside of the image. From every pixel
     of either surface goes a distance to the nearest pixel of the other. hd95 is the 95th percentile of all of them
@@ -41,7 +41,7 @@ def _distances(prediction: np.ndarray, truth: np.ndarray) -> tuple[float, float]
     if not masks.any((1, 2)).all():
         return float("nan"), float("nan")
     surfaces = _surfaces(_crop(masks))
-    to_nearest = F.squared_distance(torch.from_numpy(surfaces)).flatten(1).numpy()  # outside a surface, that to it
+    to_nearest = F.squared_distance(torch.from_numpy(surfaces)).flatten(1).numpy()  # of pixels outside a surface: to it
     surfaces = surfaces.reshape(2, -1)
     from_prediction, from_truth = (
         np.sqrt(np.where(other[pixels], 0, squared[pixels]))

@@ -64,7 +64,9 @@ def _require_binary(mask: Tensor | np.ndarray, real: bool) -> None:
 
 
 def is_binary(values: Tensor | np.ndarray) -> bool:
-    """Whether all values are 0 or 1. On CUDA this synchronizes with the device."""
+    """Whether all values are 0 or 1. On CUDA this synchronizes with the device; TypeError while a graph is captured."""
+    if isinstance(values, Tensor) and values.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise TypeError("floating-point labels cannot be checked while a CUDA graph is captured: use .to(torch.uint8)")
     return bool(((values == 0) | (values == 1)).all())
 
 
@@ -190,8 +192,8 @@ def class_target(name: str, logits: Tensor, target: Tensor) -> Tensor:
             "background and foreground, for one channel x torch.cat([torch.zeros_like(x), x], 1)"
         )
     _check_floating(f"{name}: logits", logits)
-    if target.is_floating_point():
-        if not is_binary(target):
+    if target.is_floating_point() or target.is_complex():
+        if target.is_complex() or not is_binary(target):
             raise TypeError(
                 f"{name}: the target holds class numbers, got dtype {target.dtype} with values other than 0 and 1; "
                 "use target.long()"
@@ -202,6 +204,8 @@ def class_target(name: str, logits: Tensor, target: Tensor) -> Tensor:
 
 def check_sdf(raw: Tensor, sdf: Tensor) -> None:
     _check_floating("the raw sdf", raw)
+    if sdf.is_complex():
+        raise TypeError(f"the sdf is of dtype {sdf.dtype}: give real numbers")
     per_image = (raw.shape[0], *raw.shape[2:])
     if raw.ndim != 4 or raw.shape[1] != 1 or tuple(sdf.shape) not in (tuple(raw.shape), per_image):
         raise ValueError(

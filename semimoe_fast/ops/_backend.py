@@ -39,7 +39,7 @@ def backend(name: str) -> Iterator[None]:
 
 def forced_backend() -> str | None:
     """The backend that the caller asks for, or None."""
-    return _context_backend() or os.environ.get("SEMIMOE_BACKEND")
+    return _context_backend() or os.environ.get("SEMIMOE_BACKEND") or None
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace ContextVar.get

@@ -113,3 +113,10 @@ def test_only_tensors_on_one_device_are_taken(name: str) -> None:
 def test_integer_predictions_are_refused(name: str) -> None:
     with pytest.raises(TypeError, match=r"floating-point numbers are needed, got dtype torch.int64; use .float\(\)"):
         getattr(F, name)(*torch.utils._pytree.tree_map(Tensor.long, TENSORS[name]))
+
+
+def test_complex_targets_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"the target holds class numbers, got dtype torch\.complex64"):
+        F.squared_dice_loss(zeros(1, 2, 4, 4), zeros(1, 4, 4).cfloat())
+    with pytest.raises(TypeError, match=r"the sdf is of dtype torch\.complex64"):
+        F.tanh_mse_loss(zeros(1, 1, 4, 4), zeros(1, 4, 4).cfloat())

@@ -71,3 +71,8 @@ def test_fused_multi_gate_on_the_cpu_says_why_not(monkeypatch: pytest.MonkeyPatc
     with semimoe_fast.backend("fused"), pytest.raises(ops.BackendError, match=message):
         F.multi_gate(*ONE_HEAD)
     ops._choose_and_log.cache_clear()
+
+
+def test_empty_environment_variable_forces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEMIMOE_BACKEND", "")
+    assert F.squared_distance(torch.tensor([[1, 0, 0]])).tolist() == [[1, 1, 4]]
