@@ -264,7 +264,7 @@ def test_signals(tiny: list[str], tmp_path: Path, number: signal.Signals) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [0, 0.2])
+@pytest.mark.parametrize("delay", [0.2])
 def test_sigkill_and_resume_as_processes(tiny: list[str], tmp_path: Path, delay: float) -> None:
     """A process killed at an arbitrary time and resumed gives the same run as an uninterrupted one."""
     options = [*tiny, "--epochs", "12"]
