@@ -35,9 +35,9 @@ ON_CUDA = ("-k", "cuda or cupy or cucim or monai")
 OPERATIONS = ("benchmarks/test_distance.py", "benchmarks/test_objective.py", "benchmarks/test_gate.py", *ON_CUDA)
 OPERATIONS_FIRST = (
     r"glands\[(64-256|8-1024)-",
-    r"gating\[cuda-.*-bf16-8-both-channels-last",
+    r"multi_gate\[cuda-.*-bf16-8-both-channels-last",
     r"joint-8-both",
-    r"pseudo_labels",
+    r"label_projections",
     r"-both",
     r"glands",
 )
