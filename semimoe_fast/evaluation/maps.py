@@ -18,7 +18,9 @@ def array_pair(prediction: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]:
     if predicted.shape != true.shape:
         raise ValueError(f"prediction and truth are of the same images, got shapes {predicted.shape} and {true.shape}")
     if predicted.ndim not in (2, 3):
-        raise ValueError(f"prediction and truth are (B, H, W) or (H, W), got shape {predicted.shape}: use x[:, 0]")
+        raise ValueError(
+            f"prediction and truth are (B, H, W) or (H, W), got shape {predicted.shape}; of (B, 1, H, W) give x[:, 0]"
+        )
     return (predicted, true) if predicted.ndim == 3 else (predicted[None], true[None])
 
 

@@ -264,14 +264,13 @@ def test_signals(tiny: list[str], tmp_path: Path, number: signal.Signals) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [0.2])
-def test_sigkill_and_resume_as_processes(tiny: list[str], tmp_path: Path, delay: float) -> None:
+def test_sigkill_and_resume_as_processes(tiny: list[str], tmp_path: Path) -> None:
     """A process killed at an arbitrary time and resumed gives the same run as an uninterrupted one."""
     options = [*tiny, "--epochs", "12"]
     folder, uninterrupted = tmp_path / "run", tmp_path / "uninterrupted"
     process = subprocess.Popen([*TRAIN, *options, "--out", str(folder)], stdout=subprocess.DEVNULL)
     wait_for((folder / run_folder.LAST).exists)
-    time.sleep(delay)
+    time.sleep(0.2)
     process.kill()
     assert process.wait() == -signal.SIGKILL, "the run ended before the kill: use more epochs"
     subprocess.run([*TRAIN, "--resume", str(folder)], check=True, stdout=subprocess.DEVNULL)
