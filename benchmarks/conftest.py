@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -35,6 +35,15 @@ def copies_beyond_cache(input_bytes: int, device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return 1 + torch.cuda.get_device_properties(device).L2_cache_size // input_bytes
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Measure on one CPU thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=DEVICES)

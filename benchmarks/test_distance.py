@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -218,15 +218,10 @@ def clock() -> float:
     return time.perf_counter()
 
 
-pytestmark = pytest.mark.benchmark(timer=clock, min_time=2e-3)  # enough calls per round to make the wait negligible
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.benchmark(timer=clock, min_time=2e-3),  # enough calls per round to make the wait negligible
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @functools.cache

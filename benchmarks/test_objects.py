@@ -11,11 +11,10 @@ percentile of both directions' distances.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
-import torch
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
@@ -38,12 +37,7 @@ def pairs() -> list[Pair]:
     return list(zip(*maps, strict=True))
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ------------------------------------------------------------------------------------------------------ object scores

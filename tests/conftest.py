@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads this on import, which comes later
 
 from semimoe_fast import synthetic, train
-from semimoe_fast.training.config import SYNTHETIC, TrainConfig
+from semimoe_fast.training.config import SYNTHETIC, TrainConfig, flag
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(os.environ.get("SEMIMOE_SHARED", Path(__file__).parents[1] / ".." / "shared"))
@@ -74,31 +74,34 @@ def glas_folder() -> Path:
     return path
 
 
+# A run of six steps, as changes of the default configuration.
+TINY = {
+    "synthetic": (2, 4, 2),
+    "image_size": 32,
+    "width": 2,
+    "epochs": 3,
+    "labeled_batch": 2,
+    "unlabeled_batch": 2,
+    "warmup_epochs": 1,
+    "lr": 0.1,
+    "val_every": 1,
+    "device": "cpu",
+    "seed": 3,
+}
+
+
 @pytest.fixture(scope="session")
 def tiny() -> list[str]:
-    """Command-line options of a run of six steps; skips without tyro. Prefer `tiny_config`."""
+    """Command-line options of the run TINY; skips without tyro. Prefer `tiny_config`."""
     pytest.importorskip("tyro")
-    sizes = "--synthetic 2 4 2 --image-size 32 --width 2 --epochs 3 --labeled-batch 2 --unlabeled-batch 2"
-    return f"{sizes} --warmup-epochs 1 --lr 0.1 --val-every 1 --device cpu --seed 3".split()
+    values = {name: value if isinstance(value, tuple) else (value,) for name, value in TINY.items()}
+    return [word for name, words in values.items() for word in (flag(name), *map(str, words))]
 
 
 @pytest.fixture(scope="session")
 def tiny_config() -> TrainConfig:
-    """The configuration of the run of `tiny`."""
-    return dataclasses.replace(
-        SYNTHETIC,
-        synthetic=(2, 4, 2),
-        image_size=32,
-        width=2,
-        epochs=3,
-        labeled_batch=2,
-        unlabeled_batch=2,
-        warmup_epochs=1,
-        lr=0.1,
-        val_every=1,
-        device="cpu",
-        seed=3,
-    )
+    """The configuration of the run TINY."""
+    return dataclasses.replace(SYNTHETIC, **TINY)
 
 
 @pytest.fixture(scope="session")

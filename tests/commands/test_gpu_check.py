@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -385,3 +386,16 @@ def test_copies_of_the_inputs_exceed_the_l2_cache(monkeypatch: pytest.MonkeyPatc
     assert copies_beyond_cache(2**20, torch.device("cuda")) == 51
     assert copies_beyond_cache(2**30, torch.device("cuda")) == 1
     assert copies_beyond_cache(2**20, torch.device("cpu")) == 1
+
+
+@pytest.mark.parametrize(
+    ("patterns", "folder"), [(gpu_stages.TESTS_FIRST, "tests"), (gpu_stages.OPERATIONS_FIRST, "benchmarks")]
+)
+def test_patterns_of_what_runs_first_name_tests_that_exist(patterns: tuple[str, ...], folder: str) -> None:
+    """A renamed test must not lose its place. The parameters of a test on CUDA cannot be collected here."""
+    files = [path for path in (gpu_check.ROOT / folder).rglob("test_*.py") if path.name != Path(__file__).name]
+    sources = "\n".join(f"{path.as_posix()}\n{path.read_text()}" for path in files)
+    for pattern in patterns:
+        name, *parameters = pattern.split(r"\[")
+        name = rf"def test_\w*{name}\(" if parameters else name.removesuffix("-8-both").removeprefix("-")
+        assert re.search(name, sources), pattern
