@@ -7,17 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint
-from .checkpoint import Preprocessing
+from . import functional as F
+from .checkpoint import Preprocessing, write_atomically
 from .data.folders import list_images, read_image
 from .device import Precision, choose_device
 from .errors import UserError, run_command
 from .evaluation.overlay import outline
-from .inference.predictor import require_mask, segment
+from .inference.instances import instances_of, skimage
+from .inference.polygons import geojson
+from .inference.predictor import fields, predict, require_mask
 from .options import read_options
 
 
@@ -25,7 +28,8 @@ from .options import read_options
 class PredictConfig:
     """Write a mask for every image: a PNG of the size of the image, 255 on glands and 0 elsewhere.
 
-    Existing masks of the same name are replaced.
+    With --instances, glands that touch are separated at valleys of the predicted signed distance field, or of the
+    distance to the background if the checkpoint has no sdf expert. Existing files of the same names are replaced.
     """
 
     checkpoint: Path
@@ -34,8 +38,14 @@ class PredictConfig:
     """An image, or a folder of images."""
     out: Path
     """Folder for the masks NAME.png; it is created if missing."""
+    instances: bool = False
+    """Also separate glands: NAME_instances.png, a label image, and NAME.geojson, polygons for QuPath."""
+    seed_level: float = 0.3
+    """With --instances: share of a region's largest sdf above which a pixel is a seed; higher splits more."""
+    least_area: int = 0
+    """With --instances: fewest pixels of a gland; smaller ones are only in NAME.png."""
     overlay: bool = False
-    """Also write the image with the outlines drawn on it, NAME_overlay.png."""
+    """Also write the image with the outlines drawn on it, NAME_overlay.png; with --instances, of each gland."""
     threshold: float = 0.5
     """Foreground probability above which a pixel is gland."""
     device: str = "auto"
@@ -44,11 +54,11 @@ class PredictConfig:
     """auto: bf16 autocast on CUDA, fp32 on the CPU."""
 
 
-def plan(config: PredictConfig) -> dict[Path, list[Path]]:
-    """The files to write for each image: its mask and, with --overlay, its overlay.
+def plan(config: PredictConfig) -> dict[Path, dict[str, Path]]:
+    """The files to write for each image, by what they hold: mask, overlay, instances, polygons.
 
-    Raises UserError if there is no image, if --out is the folder of the images or a file, or if the overlay of one
-    image and the mask of another have the same name.
+    Raises UserError if there is no image, if --out is the folder of the images or a file, or if two images would be
+    written to the same file.
     """
     paths = list_images(config.input) if config.input.is_dir() else [config.input]
     if not paths[0].exists():
@@ -59,34 +69,77 @@ def plan(config: PredictConfig) -> dict[Path, list[Path]]:
         )
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"--out is {config.out}, which is a file: give a folder")
-    suffixes = ("", "_overlay") if config.overlay else ("",)
-    by_stem = {path.stem: path for path in paths}  # stems are unique
-    for path in paths if config.overlay else []:
-        if other := by_stem.get(f"{path.stem}_overlay"):
-            raise UserError(
-                f"{path} and {other} would both be written to {config.out / other.stem}.png: "
-                "rename one, or leave out --overlay"
-            )
-    return {path: [config.out / f"{path.stem}{suffix}.png" for suffix in suffixes] for path in paths}
+    endings = {"mask": ".png"}
+    if config.overlay:
+        endings["overlay"] = "_overlay.png"
+    if config.instances:
+        endings |= {"instances": "_instances.png", "polygons": ".geojson"}
+    outputs = {path: {kind: config.out / f"{path.stem}{ending}" for kind, ending in endings.items()} for path in paths}
+    written: dict[Path, tuple[Path, str]] = {}
+    for path, files in outputs.items():
+        for kind, file in files.items():
+            other, other_kind = written.setdefault(file, (path, kind))
+            if other != path:  # stems are unique, so one of the two files is a mask
+                option = other_kind if kind == "mask" else kind
+                raise UserError(
+                    f"{other} and {path} would both be written to {file}: rename one, or leave out --{option}"
+                )
+    return outputs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     config = read_options(PredictConfig, "semimoe_fast.predict", arguments)
     if not 0 <= config.threshold < 1:
         raise UserError(f"--threshold is {config.threshold}: give a number from 0 to below 1")
+    if not 0 <= config.seed_level < 1:
+        raise UserError(f"--seed-level is {config.seed_level}: give a number from 0 to below 1")
+    if config.least_area < 0:
+        raise UserError(f"--least-area is {config.least_area}: give 0 or more")
     outputs = plan(config)
+    if config.instances:
+        skimage()  # an error now, and not after the first image
     device = choose_device(config.device)
     model, metadata, _ = checkpoint.load(config.checkpoint, device)
     require_mask(config.checkpoint, model)
     preprocessing = Preprocessing.of(config.checkpoint, metadata)
     config.out.mkdir(parents=True, exist_ok=True)
-    for path, (mask_path, *overlay_path) in tqdm(outputs.items(), "predict"):
+    for path, files in tqdm(outputs.items(), "predict"):
         image = read_image(path)
-        mask = segment(model, image, preprocessing, device, config.threshold, config.precision)
-        Image.fromarray(mask.astype(np.uint8) * 255).save(mask_path)
-        for file in overlay_path:
-            Image.fromarray(outline(image, torch.from_numpy(mask))).save(file)
+        output = predict(model, image, preprocessing, device, config.precision)
+        probability, sdf = fields(output, image.shape[:2])
+        mask = (probability > config.threshold).numpy()
+        objects = mask
+        if config.instances:
+            objects = instances_of(mask, depth(mask) if sdf is None else sdf, config.seed_level, config.least_area)
+            write_labels(files["instances"], objects)
+            write_text(files["polygons"], geojson(objects, path.name))
+        if config.overlay:
+            write_png(files["overlay"], outline(image, objects))
+        write_png(files["mask"], mask.astype(np.uint8) * 255)
     print(f"masks written to {config.out}: {len(outputs)}")
+
+
+def depth(mask: np.ndarray) -> Tensor:
+    """Distance of each pixel of a mask (H, W) to the background, float32, in pixels; 0 in a mask without background."""
+    return F.squared_distance(mask).clamp(min=0).sqrt()
+
+
+def write_labels(path: Path, labels: np.ndarray) -> None:
+    """Write a label image (H, W) as a PNG of 16 bits, or as a TIFF of 32 bits if it has labels above 65,535."""
+    if labels.max() <= np.iinfo(np.uint16).max:
+        write_png(path, labels.astype(np.uint16))
+    else:
+        import tifffile  # scikit-image depends on it
+
+        write_atomically(path.with_suffix(".tif"), lambda part: tifffile.imwrite(part, labels.astype(np.uint32)))
+
+
+def write_png(path: Path, pixels: np.ndarray) -> None:
+    write_atomically(path, lambda part: Image.fromarray(pixels).save(part, "PNG"))
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda part: part.write_text(text))
 
 
 if __name__ == "__main__":

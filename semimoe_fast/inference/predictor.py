@@ -1,9 +1,10 @@
-"""Foreground probabilities of a trained model's predictors, and the mask of one image."""
+"""Foreground probabilities of a trained model's predictors, and the prediction of one image at its own size."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,25 +39,31 @@ def _not_background(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def segment(
-    model: SemiMoE,
-    image: np.ndarray,
-    preprocessing: Preprocessing,
-    device: torch.device,
-    threshold: float = 0.5,
-    precision: Precision = "auto",
-) -> np.ndarray:
-    """Mask of one image: uint8 (H, W, 3) -> bool (H, W).
-
-    The image is resized to the training size of the model, and the probability is resized back, both bilinearly.
-    """
+def predict(
+    model: SemiMoE, image: np.ndarray, preprocessing: Preprocessing, device: torch.device, precision: Precision = "auto"
+) -> Output:
+    """Output of the model for one image, uint8 (H, W, 3), at the training size of the model; B = 1."""
     pixels = resize_image(image, preprocessing.image_size)[None].to(device)
     with autocast(precision, device):
-        output = model(augment.normalize(pixels, preprocessing.mean, preprocessing.std))
-    probability = torch.nn.functional.interpolate(
-        gated_foreground(output)[:, None], image.shape[:2], mode="bilinear", align_corners=False
-    )
-    return (probability[0, 0] > threshold).cpu().numpy()
+        return model(augment.normalize(pixels, preprocessing.mean, preprocessing.std))
+
+
+class Fields(NamedTuple):
+    """Predictions for one image at its own size, float32 (H, W), on the CPU."""
+
+    probability: Tensor  # of the foreground
+    sdf: Tensor | None  # gated signed distance field in [-1, 1]; None for a model without sdf expert
+
+
+def fields(output: Output, size: tuple[int, int]) -> Fields:
+    """The gated fields of one image, resized bilinearly to its size (H, W)."""
+    sdf = None if output.sdf is None else output.sdf[:, 0].float().tanh()
+    return Fields(*(x if x is None else resize_field(x, size)[0].cpu() for x in (gated_foreground(output), sdf)))
+
+
+def resize_field(field: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize (B, h, w) bilinearly to the size (H, W) of an image -> (B, H, W)."""
+    return torch.nn.functional.interpolate(field[:, None], size, mode="bilinear", align_corners=False)[:, 0]
 
 
 def require_mask(path: Path, model: SemiMoE) -> None:
