@@ -42,8 +42,8 @@ class PredictConfig:
     """Also separate glands: NAME_instances.png, a label image, and NAME.geojson, polygons for QuPath."""
     seed_level: float = 0.3
     """With --instances: share of a region's largest sdf above which a pixel is a seed; higher splits more."""
-    least_area: int = 0
-    """With --instances: fewest pixels of a gland; smaller ones are only in NAME.png."""
+    least_area: int = 100
+    """With --instances: fewest pixels of a gland, at the size of the image; smaller ones are only in NAME.png."""
     overlay: bool = False
     """Also write the image with the outlines drawn on it, NAME_overlay.png; with --instances, of each gland."""
     threshold: float = 0.5

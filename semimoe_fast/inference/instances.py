@@ -13,7 +13,7 @@ from ..errors import UserError
 EIGHT = np.ones((3, 3), bool)  # pixels that touch at an edge or a corner are neighbors
 
 
-def instances_of(mask: Any, sdf: Any, seed_level: float = 0.3, least_area: int = 0) -> np.ndarray:
+def instances_of(mask: Any, sdf: Any, seed_level: float = 0.3, least_area: int = 100) -> np.ndarray:
     """Instances of one image: the 8-connected components of a mask, split where its signed distance field has a valley.
 
     mask: (H, W), non-zero is foreground. sdf: floating-point (H, W), positive inside the glands, in any unit.
