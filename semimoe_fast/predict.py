@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint
@@ -119,9 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"masks written to {config.out}: {len(outputs)}")
 
 
-def depth(mask: np.ndarray) -> Tensor:
-    """Distance of each pixel of a mask (H, W) to the background, float32, in pixels; 0 in a mask without background."""
-    return F.squared_distance(mask).clamp(min=0).sqrt()
+def depth(mask: np.ndarray) -> np.ndarray:
+    """Distance of the foreground of a mask (H, W) to the background, float32, in pixels; 0 where there is none."""
+    return F.squared_distance(mask).clamp(min=0).sqrt().numpy() * mask
 
 
 def write_labels(path: Path, labels: np.ndarray) -> None:

@@ -23,8 +23,8 @@ def instances_of(mask: Any, sdf: Any, seed_level: float = 0.3, least_area: int =
     sdf in the component; a watershed on -sdf grows them over the component. A component with m <= 0 has no seed and is
     one instance. Then instances of fewer than `least_area` pixels become background.
 
-    seed_level: from 0 to below 1. Raises ValueError for other levels, for other shapes and for NaN inside the mask,
-    and UserError if scikit-image is not installed.
+    seed_level: from 0 to below 1. Raises ValueError for other levels, for other shapes and for NaN or inf inside
+    the mask, and UserError if scikit-image is not installed.
     """
     segmentation = skimage().segmentation
     mask, sdf = np.asarray(mask) != 0, np.asarray(sdf)
@@ -32,14 +32,14 @@ def instances_of(mask: Any, sdf: Any, seed_level: float = 0.3, least_area: int =
         raise ValueError(f"mask and sdf are (H, W) of one image, got shapes {mask.shape} and {sdf.shape}")
     if not 0 <= seed_level < 1:
         raise ValueError(f"seed_level is {seed_level}: give a number from 0 to below 1")
-    if np.isnan(sdf[mask]).any():
-        raise ValueError("sdf has NaN inside the mask: give numbers")
+    if not np.isfinite(sdf[mask]).all():
+        raise ValueError("sdf has NaN or inf inside the mask: give finite numbers")
 
     components, count = ndimage.label(mask, EIGHT)
-    largest = np.full(count + 1, -np.inf)
-    np.maximum.at(largest, components.ravel(), sdf.ravel())
+    largest = np.zeros(count + 1)  # positive sdf of each component, 0 where there is none
+    np.maximum.at(largest, components[mask], sdf[mask])
     seeds, seed_count = ndimage.label(mask & (sdf > seed_level * largest[components]), EIGHT)
-    seedless = mask & (largest[components] <= 0)
+    seedless = mask & (largest[components] == 0)
     seeds[seedless] = seed_count + components[seedless]
     return _renumber(segmentation.watershed(-sdf, seeds, connectivity=2, mask=mask), least_area)
 

@@ -1,0 +1,159 @@
+"""`python -m semimoe_fast.predict --instances`: its files agree with each other, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from semimoe_fast import checkpoint, predict
+from semimoe_fast.data.folders import read_image, read_mask
+from semimoe_fast.errors import UserError
+from semimoe_fast.evaluation.overlay import outline
+from semimoe_fast.inference import instances_of, polygons_of
+from semimoe_fast.model import SemiMoE
+
+pytest.importorskip("tyro", reason="commands read their options with tyro")
+pytest.importorskip("skimage", reason="instances need scikit-image")
+
+
+def save_model(path: Path, tasks: tuple[str, ...] = ("mask", "sdf", "boundary")) -> Path:
+    """A checkpoint with random weights, whose masks have many small objects."""
+    torch.manual_seed(1)
+    preprocessing = {"preprocessing": checkpoint.Preprocessing(32, (0.5,) * 3, (0.2,) * 3)._asdict()}
+    checkpoint.save(path, SemiMoE(width=2, expert_tasks=tasks), preprocessing)
+    return path
+
+
+def options(model: Path, images: Path, out: Path, *more: str) -> list[str]:
+    return ["--checkpoint", str(model), "--input", str(images), "--out", str(out), "--device", "cpu", *more]
+
+
+def test_instances_of_images(glands_folder: Path, tmp_path: Path) -> None:
+    """The mask is the same as without --instances; label image, polygons and overlay show the same objects."""
+    model, images = save_model(tmp_path / "model"), glands_folder / "val" / "image"
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    predict.main(options(model, images, plain))
+    predict.main(options(model, images, out, "--instances", "--least-area", "4", "--overlay"))
+    found = 0
+    for path in images.iterdir():
+        mask_file = out / f"{path.stem}.png"
+        assert mask_file.read_bytes() == (plain / mask_file.name).read_bytes()
+        stored = Image.open(out / f"{path.stem}_instances.png")
+        assert stored.mode == "I;16"
+        labels = np.array(stored)
+        assert labels.dtype == np.uint16
+        assert labels.shape == read_image(path).shape[:2]
+        assert read_mask(mask_file)[labels > 0].all()
+        areas = np.bincount(labels.ravel())[1:]
+        assert (areas >= 4).all()
+        features = json.loads((out / f"{path.stem}.geojson").read_text())["features"]
+        assert len(features) == len(areas)
+        coordinates = [f["geometry"]["coordinates"] for f in features]
+        expected = [[[ring.tolist() for ring in polygon] for polygon in x] for x in polygons_of(labels).values()]
+        assert coordinates == [x if len(x) > 1 else x[0] for x in expected]
+        assert (read_image(out / f"{path.stem}_overlay.png") == outline(read_image(path), labels)).all()
+        found += len(areas)
+    assert found > 2
+    assert len(list(out.iterdir())) == 4 * len(list(images.iterdir()))
+
+
+def test_instances_follow_the_predicted_field(glands_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """The sdf is tanh of the gated output at the size of the image, or the distance if there is no sdf expert."""
+    image = next((glands_folder / "val" / "image").iterdir())
+    given: list = []
+
+    def spy(mask: np.ndarray, sdf: torch.Tensor, *settings: float) -> np.ndarray:
+        given[:] = mask, np.asarray(sdf), *settings
+        return instances_of(mask, sdf, *settings)
+
+    monkeypatch.setattr(predict, "instances_of", spy)
+    size = (48, 32, 3)
+    Image.fromarray(np.array(Image.open(image).resize((size[1], size[0])))).save(tmp_path / "image.png")
+    arguments = (tmp_path / "image.png", tmp_path / "out", "--instances", "--seed-level", "0.2")
+
+    path = save_model(tmp_path / "model")
+    predict.main(options(path, *arguments))
+    model, metadata, _ = checkpoint.load(path)
+    preprocessing = checkpoint.Preprocessing.of(path, metadata)
+    output = predict.predict(model, read_image(tmp_path / "image.png"), preprocessing, torch.device("cpu"))
+    sdf = torch.nn.functional.interpolate(output.sdf.tanh(), size[:2], mode="bilinear")[0, 0]
+    assert np.array_equal(given[1], sdf.numpy())
+    assert given[2:] == [0.2, 100]
+
+    predict.main(options(save_model(tmp_path / "no_sdf", ("mask", "boundary")), *arguments))
+    mask, distance = given[:2]
+    assert 0 < mask.mean() < 1
+    assert np.array_equal(distance > 0, mask)
+    assert distance.max() > 1
+
+
+def test_touching_objects_are_outlined_apart() -> None:
+    labels = np.zeros((8, 9), int)
+    labels[1:7, 1:4], labels[1:7, 4:8] = 1, 2
+    drawn = outline(np.zeros((8, 9, 3), np.uint8), labels)[..., 1] > 0
+    inner = np.zeros((8, 9), bool)
+    inner[2:6, 2] = inner[2:6, 5:7] = True
+    assert np.array_equal(drawn, (labels > 0) & ~inner)
+
+
+def test_many_labels_are_written_with_32_bits(tmp_path: Path) -> None:
+    labels = np.arange(70_000, dtype=np.int32).reshape(200, 350)
+    for count, name, dtype in ((65_535, "a.b_instances.png", np.uint16), (65_536, "a.b_instances.tif", np.uint32)):
+        predict.write_labels(tmp_path / "a.b_instances.png", np.minimum(labels, count))
+        with Image.open(tmp_path / name) as image:
+            assert np.array_equal(np.array(image), np.minimum(labels, count).astype(dtype))
+
+
+def refused(arguments: list[str]) -> str:
+    with pytest.raises(UserError) as caught:
+        predict.main(arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_outputs_that_would_replace_each_other_are_refused(tmp_path: Path) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for name in ("a.png", "a_instances.tif"):
+        (images / name).touch()
+    arguments = options(Path("none"), images, out)
+    assert refused([*arguments, "--instances", "--overlay"]) == (
+        f"{images / 'a.png'} and {images / 'a_instances.tif'} would both be written to {out / 'a_instances.png'}: "
+        "rename one, or leave out --instances"
+    )
+    assert "none: no such checkpoint" in refused([*arguments, "--overlay"])
+    (images / "a.png").rename(images / "a_instances_overlay.png")
+    assert "a_instances_overlay.png: rename one, or leave out --overlay" in refused([*arguments, "--overlay"])
+
+
+def test_bad_values_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "image.png").touch()
+    arguments = options(Path("none"), tmp_path / "image.png", tmp_path / "out", "--instances")
+    for given, message in (
+        ("--seed-level 1", "--seed-level is 1.0: give a number from 0 to below 1"),
+        ("--seed-level nan", "--seed-level is nan: give a number from 0 to below 1"),
+        ("--least-area -1", "--least-area is -1: give 0 or more"),
+    ):
+        assert refused([*arguments, *given.split()]) == message
+
+
+def test_scikit_image_is_asked_for_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "image.png").touch()
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    arguments = options(Path("none"), tmp_path / "image.png", tmp_path / "out")
+    assert refused([*arguments, "--instances"]).endswith("is not installed: run `pip install scikit-image`")
+    assert "none: no such checkpoint" in refused(arguments)  # a mask does not need it
+
+
+def test_names_that_are_not_utf8(glands_folder: Path, tmp_path: Path) -> None:
+    image = tmp_path / os.fsdecode(b"l\xe9sion.png")
+    image.write_bytes(next((glands_folder / "val" / "image").iterdir()).read_bytes())
+    predict.main(options(save_model(tmp_path / "model"), image, tmp_path / "out", "--instances"))
+    assert len(list((tmp_path / "out").iterdir())) == 3
