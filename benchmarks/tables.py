@@ -121,7 +121,21 @@ def step() -> str:
     return markdown(["seconds a step", "ours", "published trainer", "U-Nets alone"], cells) + source(record)
 
 
-SUMMARIES: dict[str, Callable[[], str]] = {f.__name__: f for f in (accuracy, targets, operations, step)}
+def instances() -> str:
+    """Object scores of three ways to separate glands, on validation images."""
+    record = read("instances")
+    content = record["tables"]["val"]
+    names = {
+        "components, at least 100 pixels": "8-connected components",
+        "sdf, level 0.3, 100": "watershed on the sdf (`--instances`)",
+        "distance to the background, level 0.3, 100": "watershed on the distance to the background",
+    }
+    rows = {row[0]: row for row in content["rows"]}
+    cells = [[title, *(text(value, ".3f") for value in rows[name][1:])] for name, title in names.items()]
+    return markdown(content["columns"], cells) + source(record)
+
+
+SUMMARIES: dict[str, Callable[[], str]] = {f.__name__: f for f in (accuracy, targets, operations, step, instances)}
 
 
 # ------------------------------------------------------------------------------------------------------------- pages
