@@ -166,6 +166,27 @@ def read_mask(path: Path) -> np.ndarray:
     return (read_labels(path) != 0).astype(np.uint8)
 
 
+def read_labels(path: Path) -> np.ndarray:
+    """Read the stored values of a mask, of a palette image the indices: (H, W) of an integer dtype; bool if 1-bit.
+
+    The file may have any integer type, and RGB with three equal channels. Raises UserError for unreadable files, other
+    color images, floating-point values and JPEG.
+    """
+    image, deep = _decode(path)
+    remedy = "save it as a PNG of one channel with class or instance numbers, 0 for background"
+    if image.format == "JPEG":
+        raise UserError(f"{path} is a JPEG, and JPEG compression adds non-zero values around each gland: {remedy}")
+    if image.mode == "F":
+        raise UserError(f"{path} holds floating-point values: {remedy}")
+    values = np.array(image)
+    if values.ndim == 3:
+        values = values[..., : len(image.getbands()) - ("A" in image.getbands())]  # without alpha
+        if deep or (values != values[..., :1]).any():  # Pillow keeps only the high bytes of deep colors
+            raise UserError(f"{path} is a color image (mode {image.mode}): {remedy}")
+        values = values[..., 0]
+    return values
+
+
 def read_instances(path: Path) -> np.ndarray:
     """Read a mask as an instance map, int32 (H, W): 0 is background, every other value the id of an instance.
 
@@ -186,27 +207,6 @@ def read_instances(path: Path) -> np.ndarray:
 
         labels = ndimage.label(labels, np.ones((3, 3)))[0]
     return labels.astype(np.int32)
-
-
-def read_labels(path: Path) -> np.ndarray:
-    """Read the stored values of a mask, of a palette image the indices: (H, W) of an integer dtype; bool if 1-bit.
-
-    The file may have any integer type, and RGB with three equal channels. Raises UserError for unreadable files, other
-    color images, floating-point values and JPEG.
-    """
-    image, deep = _decode(path)
-    remedy = "save it as a PNG of one channel with class or instance numbers, 0 for background"
-    if image.format == "JPEG":
-        raise UserError(f"{path} is a JPEG, and JPEG compression adds non-zero values around each gland: {remedy}")
-    if image.mode == "F":
-        raise UserError(f"{path} holds floating-point values: {remedy}")
-    values = np.array(image)
-    if values.ndim == 3:
-        values = values[..., : len(image.getbands()) - ("A" in image.getbands())]  # without alpha
-        if deep or (values != values[..., :1]).any():  # Pillow keeps only the high bytes of deep colors
-            raise UserError(f"{path} is a color image (mode {image.mode}): {remedy}")
-        values = values[..., 0]
-    return values
 
 
 def resize_image(image: np.ndarray, size: int) -> Tensor:
