@@ -55,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, metadata, _ = checkpoint.load(config.checkpoint, device)
     require_mask(config.checkpoint, model)
     preprocessing = Preprocessing.of(config.checkpoint, metadata)
-    dataset = load_part(config.data, config.part, preprocessing.image_size, with_masks=True)
+    dataset = load_part(
+        config.data, config.part, preprocessing.image_size, with_masks=True, instances=preprocessing.instances
+    )
     counts = count_set(model, dataset, preprocessing, device, config.precision, config.batch, progress=True)
 
     print(table(counts, dataset.names))

@@ -38,7 +38,7 @@ def count_set(
     batches = list(zip(dataset.images.split(batch), dataset.masks.split(batch), strict=True))
     for images, masks in tqdm(batches, "evaluate", disable=not progress):
         masks = masks.to(device)
-        _, ring = F.distance_targets(masks, preprocessing.ring_radius)
+        _, ring = F.distance_targets(masks, preprocessing.ring_radius, instances=preprocessing.instances)
         with autocast(precision, device):
             output = model(augment.normalize(images.to(device), preprocessing.mean, preprocessing.std))
         for name, probability in foreground(output, model.expert_tasks).items():
