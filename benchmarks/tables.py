@@ -121,9 +121,9 @@ def step() -> str:
     return markdown(["seconds a step", "ours", "published trainer", "U-Nets alone"], cells) + source(record)
 
 
-def instances() -> str:
+def separation() -> str:
     """Object scores of three ways to separate glands, on validation images."""
-    record = read("instances")
+    record = read("separation")
     content = record["tables"]["val"]
     names = {
         "components, at least 100 pixels": "8-connected components",
@@ -135,7 +135,7 @@ def instances() -> str:
     return markdown(content["columns"], cells) + source(record)
 
 
-SUMMARIES: dict[str, Callable[[], str]] = {f.__name__: f for f in (accuracy, targets, operations, step, instances)}
+SUMMARIES: dict[str, Callable[[], str]] = {f.__name__: f for f in (accuracy, targets, operations, step, separation)}
 
 
 # ------------------------------------------------------------------------------------------------------------- pages

@@ -1,7 +1,7 @@
 """Compare glands separated by the predicted signed distance field with 8-connected components of the predicted mask.
 
-    python benchmarks/instances.py --checkpoint RUN/last.safetensors --data GlaS256 --parts train_sup_17 val native \
-        --commit HASH --machine NAME --out benchmarks/results/instances.json
+    python benchmarks/separation.py --checkpoint RUN/last.safetensors --data GlaS256 --parts train_sup_17 val native \
+        --commit HASH --machine NAME --out benchmarks/results/separation.json
 
 For each part: means over its images of the object scores against the 8-connected components of the true masks, at the
 size of the images (distances in pixels), and sums over its images of what is right, too much, missed, merged and split.
@@ -131,7 +131,7 @@ def main() -> None:
         "command": [
             "python -m semimoe_fast.train --data GlaS256 --width 16 --image-size 128 --epochs 60 --warmup-epochs 6 "
             "--threads 1 --out RUN",
-            "python benchmarks/instances.py --checkpoint RUN/last.safetensors --data GlaS256 "
+            "python benchmarks/separation.py --checkpoint RUN/last.safetensors --data GlaS256 "
             f"--parts {' '.join(arguments.parts)}",
         ],
         "tables": tables,
