@@ -1,6 +1,6 @@
 """Compare glands separated by the predicted signed distance field with 8-connected components of the predicted mask.
 
-    python benchmarks/separation.py --checkpoint RUN/last.safetensors --data GlaS256 --parts train_sup_17 val native \
+    python benchmarks/separation.py --checkpoint RUN/last.safetensors --data GlaS256 --parts train_sup_17 val native \\
         --commit HASH --machine NAME --out benchmarks/results/separation.json
 
 For each part: means over its images of the object scores against the 8-connected components of the true masks, at the
