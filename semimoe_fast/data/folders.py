@@ -162,6 +162,22 @@ def read_mask(path: Path) -> np.ndarray:
     The file may have any integer type, and RGB with three equal channels. Raises UserError for unreadable files, other
     color images, floating-point values and JPEG.
     """
+    return (_read_values(path) != 0).astype(np.uint8)
+
+
+def read_labels(path: Path) -> np.ndarray:
+    """Read the stored values of a mask or an instance map, int32 (H, W), at the size of the file.
+
+    Raises UserError for the files that `read_mask` refuses, and for negative values.
+    """
+    values = _read_values(path).astype(np.int32)
+    if (least := values.min(initial=0)) < 0:
+        raise UserError(f"{path} has the id {least}: save it with ids from 1 to 2147483647, 0 for background")
+    return values
+
+
+def _read_values(path: Path) -> np.ndarray:
+    """The stored values of a mask (H, W), in the dtype that Pillow gives."""
     image, deep = _decode(path)
     remedy = "save it as a PNG of one channel with class or instance numbers, 0 for background"
     if image.format == "JPEG":
@@ -174,7 +190,7 @@ def read_mask(path: Path) -> np.ndarray:
         if deep or (values != values[..., :1]).any():  # Pillow keeps only the high bytes of deep colors
             raise UserError(f"{path} is a color image (mode {image.mode}): {remedy}")
         values = values[..., 0]
-    return (values != 0).astype(np.uint8)
+    return values
 
 
 def resize_image(image: np.ndarray, size: int) -> Tensor:
