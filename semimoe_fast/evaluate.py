@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -78,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         evaluation = evaluate_files(list_pairs(config.data, config.part, with_masks=True), config.predictions)
 
-    print("\n\n".join(map(as_text, tables(evaluation))), *notes(evaluation), sep="\n")
+    print("\n\n".join(map(as_text, tables(evaluation))), "", sep="\n")
+    print("\n".join(textwrap.fill(note, 100, subsequent_indent="  ") for note in notes(evaluation)))
     for option, path in outputs.items():
         text = text_of(option, config, evaluation, curves)
         write_atomically(path, lambda part, text=text: part.write_text(text, encoding="utf-8"))

@@ -157,27 +157,16 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Read a mask as uint8 (H, W), 1 where the stored value (of a palette image the index) is not 0.
+    """Read a mask as uint8 (H, W), 1 where the value that `read_labels` reads is not 0. Raises UserError as it does."""
+    return (read_labels(path) != 0).astype(np.uint8)
+
+
+def read_labels(path: Path) -> np.ndarray:
+    """Read the stored values of a mask, of a palette image the indices: (H, W) of an integer dtype; bool if 1-bit.
 
     The file may have any integer type, and RGB with three equal channels. Raises UserError for unreadable files, other
     color images, floating-point values and JPEG.
     """
-    return (_read_values(path) != 0).astype(np.uint8)
-
-
-def read_labels(path: Path) -> np.ndarray:
-    """Read the stored values of a mask or an instance map, int32 (H, W), at the size of the file.
-
-    Raises UserError for the files that `read_mask` refuses, and for negative values.
-    """
-    values = _read_values(path).astype(np.int32)
-    if (least := values.min(initial=0)) < 0:
-        raise UserError(f"{path} has the id {least}: save it with ids from 1 to 2147483647, 0 for background")
-    return values
-
-
-def _read_values(path: Path) -> np.ndarray:
-    """The stored values of a mask (H, W), in the dtype that Pillow gives."""
     image, deep = _decode(path)
     remedy = "save it as a PNG of one channel with class or instance numbers, 0 for background"
     if image.format == "JPEG":

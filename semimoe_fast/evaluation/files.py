@@ -17,7 +17,7 @@ from ..checkpoint import Preprocessing
 from ..data.folders import Pair, list_images, read_image, read_labels, resize_mask
 from ..device import Precision
 from ..errors import UserError
-from ..inference.predictor import GATED, foreground, predict, resize_probability
+from ..inference.predictor import GATED, foreground, predict, resize_field
 from ..model import SemiMoE
 from . import metrics
 from .images import ImageScores, score_images
@@ -38,7 +38,7 @@ class Variant(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of N images. All maps are in memory, about 3 bytes a pixel."""
+    """Scores of N images. All maps are in memory."""
 
     pairs: list[Pair]
     predictions: list[np.ndarray]  # (H, W) of bool or an integer dtype; of the first variant
@@ -76,7 +76,7 @@ def evaluate_model(
                 _, mask = F.distance_targets(mask[None], preprocessing.ring_radius)
             else:
                 mask = torch.from_numpy(truth != 0)[None]
-                probability = resize_probability(probability, truth.shape)
+                probability = resize_field(probability, truth.shape)
             exceeded = metrics.levels(probability)
             counts.setdefault(name, []).append(metrics.count_levels(exceeded, mask.to(device)).cpu())
             if name == GATED:
@@ -97,8 +97,8 @@ def evaluate_files(pairs: Sequence[Pair], folder: Path) -> Evaluation:
 
     Raises UserError for missing and surplus files, for files that cannot be read or differ in size from their image.
     """
-    predictions, truths = [], []
-    for pair, path in zip(tqdm(pairs, "evaluate"), _paired(pairs, folder), strict=True):
+    predictions, truths, paths = [], [], _paired(pairs, folder)
+    for pair, path in zip(tqdm(pairs, "evaluate"), paths, strict=True):
         truth, prediction = read_map(pair.mask), read_map(path)
         image = read_image(pair.image)
         _require_size(pair.mask, truth, pair.image, image)
@@ -110,15 +110,14 @@ def evaluate_files(pairs: Sequence[Pair], folder: Path) -> Evaluation:
 
 
 def read_map(path: Path) -> np.ndarray:
-    """The objects of a file: an instance map (H, W) if its foreground has several values, otherwise a bool mask.
+    """The values of a mask or an instance map, (H, W) of bool or an integer dtype.
 
-    Raises UserError as `read_labels` does.
+    Raises UserError as `read_labels` does, and for negative ids.
     """
     labels = read_labels(path)
-    foreground, largest = labels != 0, labels.max(initial=0)
-    if (foreground & (labels != largest)).any():
-        return labels.astype(np.min_scalar_type(largest))
-    return foreground
+    if (least := labels.min(initial=0)) < 0:
+        raise UserError(f"{path} has the id {least}: number the instances from 1, 0 for background")
+    return labels
 
 
 def _paired(pairs: Sequence[Pair], folder: Path) -> list[Path]:
@@ -141,5 +140,5 @@ def _require_size(path: Path, labels: np.ndarray, image_path: Path, image: np.nd
     (height, width), (rows, columns) = image.shape[:2], labels.shape
     if (height, width) != (rows, columns):
         raise UserError(
-            f"{image_path} is {width} x {height} pixels but {path} is {columns} x {rows}: save it at the size of its image"
+            f"{image_path} is {width} x {height} pixels but {path} is {columns} x {rows}: give it the size of its image"
         )

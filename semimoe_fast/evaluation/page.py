@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from html import escape
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ..data.folders import read_image
@@ -93,17 +92,8 @@ def _with_outlines(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray)
     row, column = (np.arange(new) * old // new for new, old in zip(size[::-1], (height, width), strict=True))
     image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
     for labels, color, thickness in ((truth, TRUTH, TRUTH_WIDTH), (prediction, PREDICTION, PREDICTION_WIDTH)):
-        image = outline(image, torch.from_numpy(_apart(labels[row[:, None], column])), color, thickness)
+        image = outline(image, labels[row[:, None], column], color, thickness)
     return image
-
-
-def _apart(labels: np.ndarray) -> np.ndarray:
-    """The foreground of a map (H, W), with a seam of one pixel between objects that touch; bool."""
-    foreground = labels != 0
-    mask = foreground.copy()
-    mask[1:] &= (labels[1:] == labels[:-1]) | ~foreground[:-1]
-    mask[:, 1:] &= (labels[:, 1:] == labels[:, :-1]) | ~foreground[:, :-1]
-    return mask
 
 
 def _table(table: Table) -> str:

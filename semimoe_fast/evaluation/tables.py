@@ -23,6 +23,7 @@ LABELS = {
     "hd95": "hd95",
     "assd": "assd",
 }
+COUNTS = "object_true_positives", "object_false_positives", "object_false_negatives"
 DISTANCES = {"object_hausdorff", "hd95", "assd"}
 INTERVAL = "95 % interval"
 LONGEST_NAME = 34  # characters of an image's name; then the widest table has 120
@@ -44,17 +45,20 @@ def tables(evaluation: Evaluation) -> list[Table]:
 def notes(evaluation: Evaluation) -> list[str]:
     """What a reader of the tables has to know, one sentence each."""
     lines = [
-        f"{INTERVAL}: percentile bootstrap over the images. pooled: all pixels, or all objects, of the set counted "
-        "together. Distances are in pixels of the images."
+        f"{INTERVAL}: percentile bootstrap over the images.",
+        "pooled: all pixels, or all objects, of the set counted together.",
     ]
     if evaluation.counts:
         lines.append(
-            "swept: at the threshold with the best pooled Jaccard on these same images, so the scores are optimistic."
+            "swept: at the threshold with the best pooled Jaccard on these same images, so the scores are optimistic. "
+            "Those of each image are in the files of --csv and --json."
         )
+    if any(predictor.startswith("boundary") for predictor in evaluation.counts):
+        lines.append("boundary expert: its ring against the true ring, both at the training size.")
     for variant in evaluation.variants:
         if left_out := variant.summary.images - variant.summary.means["hd95"].images:
             lines.append(
-                f"Distances {_heading(variant)}: {left_out} of {variant.summary.images} images are left out of the "
+                f"distances of {_heading(variant)}: {left_out} of {variant.summary.images} images are left out of the "
                 "means, because their prediction or their truth is empty."
             )
     return lines
@@ -85,9 +89,6 @@ def rows(evaluation: Evaluation) -> list[dict[str, Any]]:
                 row = _row(name, predictor, half, False)
                 found.append(row | {"dice": dice.item(), "jaccard": jaccard.item()})
     return found
-
-
-COUNTS = "object_true_positives", "object_false_positives", "object_false_negatives"
 
 
 def _row(image: str, predictor: str, threshold: float | None, swept: bool) -> dict[str, Any]:
@@ -130,20 +131,20 @@ def _of_images(evaluation: Evaluation) -> Table:
     first = evaluation.variants[0]
     columns = [[_number(name, value) for value in getattr(first.scores, name).tolist()] for name in SCORES]
     names = map(_short, evaluation.names)
-    title = f"images, {_heading(first)}"
+    title = f"each image, {_heading(first)} (distances in pixels)"
     return Table(title, ["image", *LABELS.values()], [list(row) for row in zip(names, *columns, strict=True)])
 
 
 def _of_set(evaluation: Evaluation) -> Table:
     summaries = [variant.summary for variant in evaluation.variants]
-    found = [(label, name, [s.means[name] for s in summaries]) for name, label in LABELS.items()]
+    found = [(f"mean {label}", name, [s.means[name] for s in summaries]) for name, label in LABELS.items()]
     found += [(f"pooled {LABELS[name]}", name, [s.pooled[name] for s in summaries]) for name in summaries[0].pooled]
     header = [cell for variant in evaluation.variants for cell in (_heading(variant), INTERVAL)]
     lines = [
         [label, *(cell for estimate in estimates for cell in _estimate(name, estimate))]
         for label, name, estimates in found
     ]
-    return Table(f"means over {summaries[0].images} images, and pooled scores", ["score", *header], lines)
+    return Table(f"all {summaries[0].images} images (distances in pixels)", ["score", *header], lines)
 
 
 def _of_experts(evaluation: Evaluation) -> Table:

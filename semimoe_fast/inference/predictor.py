@@ -50,7 +50,7 @@ def segment(
     The image is resized to the training size of the model, and the probability is resized back, both bilinearly.
     """
     output = predict(model, image, preprocessing, device, precision)
-    probability = resize_probability(gated_foreground(output), image.shape[:2])
+    probability = resize_field(gated_foreground(output), image.shape[:2])
     return (probability[0] > threshold).cpu().numpy()
 
 
@@ -64,9 +64,9 @@ def predict(
         return model(augment.normalize(pixels, preprocessing.mean, preprocessing.std))
 
 
-def resize_probability(probability: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize probabilities (B, h, w) bilinearly to the size (H, W) of an image -> (B, H, W)."""
-    return torch.nn.functional.interpolate(probability[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+def resize_field(field: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize (B, h, w) bilinearly to the size (H, W) of an image -> (B, H, W)."""
+    return torch.nn.functional.interpolate(field[:, None], size, mode="bilinear", align_corners=False)[:, 0]
 
 
 def require_mask(path: Path, model: SemiMoE) -> None:
