@@ -21,20 +21,21 @@ PICTURE_SIDE = 720  # pixels of the longer side of a picture
 TRUTH, PREDICTION = (255, 255, 0), (0, 255, 255)  # yellow and cyan: distinct on stained tissue and to the color-blind
 TRUTH_WIDTH, PREDICTION_WIDTH = 4, 2  # pixels; where both outlines meet, the truth shows on either side
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
-table { border-collapse: collapse; margin: 1.5rem 0; font-variant-numeric: tabular-nums }
-caption { text-align: left; font-weight: 600; padding-bottom: .3rem }
-th, td { text-align: right; padding: .15rem .7rem; border-bottom: 1px solid #ddd }
-th:first-child { text-align: left; font-weight: 400; overflow-wrap: anywhere }
-thead th, thead th:first-child { font-weight: 600; border-bottom: 2px solid #888 }
-.scroll { overflow-x: auto }
-figure { margin: 1.5rem 0 }
-img { max-width: 100%; height: auto }
-.truth, .prediction { padding: 0 .4rem; color: #000 }
-.truth { background: rgb(255 255 0) }
-.prediction { background: rgb(0 255 255) }
-"""  # noqa: E501
+STYLE = f"""
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff }}
+body {{ max-width: 75rem; margin: 2rem auto; padding: 0 1rem }}
+table {{ border-collapse: collapse; margin: 1.5rem 0; font-variant-numeric: tabular-nums }}
+caption {{ text-align: left; font-weight: 600; padding-bottom: .3rem }}
+th, td {{ text-align: right; padding: .15rem .7rem; border-bottom: 1px solid #ddd }}
+th:first-child {{ text-align: left; font-weight: 400; overflow-wrap: anywhere }}
+thead th, thead th:first-child {{ font-weight: 600; border-bottom: 2px solid #888 }}
+.scroll {{ overflow-x: auto }}
+figure {{ margin: 1.5rem 0 }}
+img {{ max-width: 100%; height: auto }}
+.truth, .prediction {{ padding: 0 .4rem; color: #000 }}
+.truth {{ background: rgb{TRUTH} }}
+.prediction {{ background: rgb{PREDICTION} }}
+"""
 
 
 def page(evaluation: Evaluation, title: str, curves: bytes | None = None) -> str:

@@ -45,7 +45,7 @@ def tables(evaluation: Evaluation) -> list[Table]:
 def notes(evaluation: Evaluation) -> list[str]:
     """What a reader of the tables has to know, one sentence each."""
     lines = [
-        f"{INTERVAL}: percentile bootstrap over the images.",
+        f"{INTERVAL}: percentile bootstrap over the images; it needs at least two of them.",
         "pooled: all pixels, or all objects, of the set counted together.",
     ]
     if evaluation.counts:
@@ -76,24 +76,23 @@ def as_text(table: Table) -> str:
 def rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     """One row for each image and predictor; None where a score is undefined, or is not computed for an expert."""
     found = []
+    half = metrics.THRESHOLDS[metrics.HALF]
     for i, name in enumerate(evaluation.names):
         for variant in evaluation.variants:
-            row = _row(name, variant.predictor, variant.threshold, variant.swept)
-            row |= {score: _defined(getattr(variant.scores, score)[i].item()) for score in SCORES}
-            counts = variant.scores.object_counts[i].tolist()
-            found.append(row | dict(zip(COUNTS, counts, strict=True)))
+            scores = {score: _defined(getattr(variant.scores, score)[i].item()) for score in SCORES}
+            scores |= zip(COUNTS, variant.scores.object_counts[i].tolist(), strict=True)
+            found.append(_row(name, variant.predictor, variant.threshold, variant.swept, scores))
         for predictor, counts in evaluation.counts.items():
             if predictor != GATED:
-                half = metrics.THRESHOLDS[metrics.HALF]
                 dice, jaccard = metrics.dice_and_jaccard(counts[i, metrics.HALF])
-                row = _row(name, predictor, half, False)
-                found.append(row | {"dice": dice.item(), "jaccard": jaccard.item()})
+                scores = {"dice": dice.item(), "jaccard": jaccard.item()}
+                found.append(_row(name, predictor, half, False, scores))
     return found
 
 
-def _row(image: str, predictor: str, threshold: float | None, swept: bool) -> dict[str, Any]:
+def _row(image: str, predictor: str, threshold: float | None, swept: bool, scores: dict[str, Any]) -> dict[str, Any]:
     first = {"image": image, "predictor": predictor, "threshold": threshold, "swept": swept}
-    return first | dict.fromkeys([*SCORES, *COUNTS])
+    return first | dict.fromkeys([*SCORES, *COUNTS]) | scores
 
 
 def as_csv(evaluation: Evaluation) -> str:
