@@ -78,14 +78,14 @@ def _pictures(evaluation: Evaluation) -> Iterator[str]:
     )
     for i in worst:
         name = printable(evaluation.names[i])
-        image = _with_outlines(read_image(evaluation.pairs[i].image), evaluation.truths[i], evaluation.predictions[i])
+        image = with_outlines(read_image(evaluation.pairs[i].image), evaluation.truths[i], evaluation.predictions[i])
         file = io.BytesIO()
         Image.fromarray(image).save(file, "JPEG", quality=85)
         picture = _picture(file.getvalue(), "jpeg", f"{name} with the outlines of truth and prediction")
         yield f"<figure>{picture}<figcaption>{_text(name)}: pixel Dice {dice[i]:.4f}</figcaption></figure>"
 
 
-def _with_outlines(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+def with_outlines(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     """The image (H, W, 3), resized to PICTURE_SIDE, with the outlines of both maps (H, W)."""
     height, width = image.shape[:2]
     scale = PICTURE_SIDE / max(height, width)
