@@ -61,10 +61,11 @@ def evaluate_model(
 ) -> Evaluation:
     """Score the gated mask at threshold 0.5 and at the swept threshold, and count the pixels of all predictors.
 
-    Predictions are made as `segment` makes them: probabilities are resized to the size of the image. Only the boundary
-    expert is compared at the training size, at which the width of its ring is defined.
+    Probabilities are resized to the size of the image, as the command predict does. Only the boundary expert is compared
+    at the training size, at which the width of its ring is defined. The model is in eval mode afterwards.
     Raises UserError for files that cannot be read and for masks that differ in size from their image.
     """
+    model.eval()
     truths, levels, counts = [], [], {}
     for pair in tqdm(pairs, "evaluate"):
         image, truth = read_image(pair.image), read_map(pair.mask)

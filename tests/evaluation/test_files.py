@@ -15,7 +15,7 @@ from semimoe_fast.errors import UserError
 from semimoe_fast.evaluation import metrics, score_images
 from semimoe_fast.evaluation.files import Evaluation, evaluate_files, evaluate_model
 from semimoe_fast.evaluation.scoring import count_set
-from semimoe_fast.inference.predictor import GATED, predict, resize_field, segment
+from semimoe_fast.inference.predictor import GATED, predict, resize_field
 from semimoe_fast.model import SemiMoE
 
 CPU = torch.device("cpu")
@@ -67,38 +67,39 @@ def scored(root: Path) -> Evaluation:
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 
+def gated(model: SemiMoE, path: Path) -> np.ndarray:
+    """The probability of the gated mask, float32 (H, W), at the size of the file."""
+    image = read_image(path)
+    output = predict(model, image, preprocessing(16), CPU)
+    return resize_field(output.mask.softmax(1)[:, 1], image.shape[:2])[0].numpy()
+
+
 def test_predictions_are_compared_at_the_size_of_the_files(model: SemiMoE, tmp_path: Path) -> None:
     pairs = list_pairs(write_part(tmp_path), "val", with_masks=True)
     found = evaluate_model(model, pairs, preprocessing(16), CPU)
     truths = [np.array(Image.open(pair.mask)) for pair in pairs]
-    images = [read_image(pair.image) for pair in pairs]
-    masks = [segment(model, image, preprocessing(16), CPU) for image in images]  # what predict writes
+    probabilities = [gated(model, pair.image) for pair in pairs]
     assert [mask.shape for mask in found.predictions] == list(SIZES)
-    assert all(map(np.array_equal, found.predictions, masks))
+    assert all(map(np.array_equal, found.predictions, [p > 0.5 for p in probabilities]))
     half, swept = found.variants
     assert (half.threshold, half.swept, swept.swept) == (0.5, False, True)
     for variant in found.variants:
-        masks = [segment(model, image, preprocessing(16), CPU, variant.threshold) for image in images]
-        expected = score_images(masks, truths)
+        expected = score_images([p > np.float32(variant.threshold) for p in probabilities], truths)
         assert all(map(torch.equal, variant.scores, expected))
 
 
 def test_swept_threshold_has_the_best_pooled_jaccard(model: SemiMoE, tmp_path: Path) -> None:
     pairs = list_pairs(write_part(tmp_path), "val", with_masks=True)
     found = evaluate_model(model, pairs, preprocessing(16), CPU)
-    probabilities = []
-    for pair, size in zip(pairs, SIZES, strict=True):
-        with torch.no_grad():
-            output = predict(model, read_image(pair.image), preprocessing(16), CPU)
-        probabilities.append(resize_field(output.mask.softmax(1)[:, 1], size)[0])
-    jaccard = [summed_jaccard([p > torch.tensor(t) for p in probabilities], found.truths) for t in metrics.THRESHOLDS]
+    probabilities = [gated(model, pair.image) for pair in pairs]
+    jaccard = [summed_jaccard([p > np.float32(t) for p in probabilities], found.truths) for t in metrics.THRESHOLDS]
     swept = found.variants[1]
     assert swept.threshold == metrics.THRESHOLDS[int(np.argmax(jaccard))] != 0.5
     assert swept.summary.pooled["jaccard"].value == max(jaccard)
 
 
-def summed_jaccard(masks: list[torch.Tensor], truths: list[np.ndarray]) -> float:
-    pairs = [(mask.numpy(), truth > 0) for mask, truth in zip(masks, truths, strict=True)]
+def summed_jaccard(masks: list[np.ndarray], truths: list[np.ndarray]) -> float:
+    pairs = [(mask, truth > 0) for mask, truth in zip(masks, truths, strict=True)]
     return sum((m & t).sum() for m, t in pairs) / sum((m | t).sum() for m, t in pairs)
 
 
