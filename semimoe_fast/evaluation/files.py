@@ -61,7 +61,7 @@ def evaluate_model(
 ) -> Evaluation:
     """Score the gated mask at threshold 0.5 and at the swept threshold, and count the pixels of all predictors.
 
-    Probabilities are resized to the size of the image, as the command predict does. Only the boundary expert is compared
+    Probabilities are resized to the size of the image, as predict does it. Only the boundary expert is compared
     at the training size, at which the width of its ring is defined. The model is in eval mode afterwards.
     Raises UserError for files that cannot be read and for masks that differ in size from their image.
     """
