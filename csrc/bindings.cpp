@@ -16,7 +16,7 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr int kAbi = 3;  // raise it with every change of a signature below, and in semimoe_fast/ops/_native.py
+constexpr int kAbi = 4;  // raise it with every change of a signature below, and in semimoe_fast/ops/_native.py
 
 template <class T>
 T* at(std::uintptr_t address) {
@@ -29,16 +29,18 @@ const semimoe::Kernels& kernels_named(const std::string& name) {
   throw std::invalid_argument("this processor or this build has no kernels for " + name);
 }
 
-void squared_distance(std::uintptr_t mask, std::int64_t batch, std::int64_t height, std::int64_t width,
-                      std::uintptr_t out, const std::string& instruction_set, int threads) {
-  semimoe::squared_distance(kernels_named(instruction_set), at<const std::uint8_t>(mask), batch, height, width,
+void squared_distance(std::uintptr_t labels, int element_size, bool instances, std::int64_t batch, std::int64_t height,
+                      std::int64_t width, std::uintptr_t out, const std::string& instruction_set, int threads) {
+  semimoe::squared_distance(kernels_named(instruction_set),
+                            {at<const void>(labels), element_size, instances, batch, height, width},
                             at<std::int32_t>(out), threads);
 }
 
-void distance_targets(std::uintptr_t mask, std::int64_t batch, std::int64_t height, std::int64_t width,
-                      std::int32_t squared_ring_radius, std::uintptr_t sdf, std::uintptr_t boundary,
+void distance_targets(std::uintptr_t labels, int element_size, bool instances, std::int64_t batch, std::int64_t height,
+                      std::int64_t width, std::int32_t squared_ring_radius, std::uintptr_t sdf, std::uintptr_t boundary,
                       const std::string& instruction_set, int threads) {
-  semimoe::distance_targets(kernels_named(instruction_set), at<const std::uint8_t>(mask), batch, height, width,
+  semimoe::distance_targets(kernels_named(instruction_set),
+                            {at<const void>(labels), element_size, instances, batch, height, width},
                             squared_ring_radius, at<float>(sdf), at<std::uint8_t>(boundary), threads);
 }
 
@@ -130,11 +132,12 @@ PYBIND11_MODULE(_semimoe_fast, module) {
   py::list instruction_sets;
   for (const semimoe::Kernels* kernels : semimoe::supported_kernels()) instruction_sets.append(kernels->name);
   module.attr("instruction_sets") = py::tuple(instruction_sets);
-  module.def("squared_distance", &squared_distance, py::arg("mask"), py::arg("batch"), py::arg("height"),
-             py::arg("width"), py::arg("out"), py::arg("instruction_set"), py::arg("threads"), without_gil);
-  module.def("distance_targets", &distance_targets, py::arg("mask"), py::arg("batch"), py::arg("height"),
-             py::arg("width"), py::arg("squared_ring_radius"), py::arg("sdf"), py::arg("boundary"),
-             py::arg("instruction_set"), py::arg("threads"), without_gil);
+  module.def("squared_distance", &squared_distance, py::arg("labels"), py::arg("element_size"), py::arg("instances"),
+             py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("out"), py::arg("instruction_set"),
+             py::arg("threads"), without_gil);
+  module.def("distance_targets", &distance_targets, py::arg("labels"), py::arg("element_size"), py::arg("instances"),
+             py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("squared_ring_radius"), py::arg("sdf"),
+             py::arg("boundary"), py::arg("instruction_set"), py::arg("threads"), without_gil);
   module.def("objective_terms", &objective_terms, py::arg("sizes"), py::arg("logits"), py::arg("targets"),
              py::arg("terms"), py::arg("alpha"), py::arg("beta"), py::arg("instruction_set"), py::arg("threads"),
              without_gil);

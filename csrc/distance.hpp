@@ -1,15 +1,20 @@
-// Exact Euclidean distance of every pixel to the nearest pixel of the opposite class, on the CPU.
+// Exact Euclidean distance of every pixel to the nearest pixel of another label, on the CPU. The labels of a mask are
+// foreground and background; those of an instance map are its instances and the background.
 //
-// One pass over the columns and one over the rows compute foreground and background together. Let gap(y, x) be the
-// distance to the nearest pixel of the opposite class in column x. Then
+// One pass over the columns and one over the rows compute all labels together. Let gap(y, x) be the distance to the
+// nearest pixel of another label in column x. Call the runs of equal labels in a row odd and even in turn. Then
 //
-//     d^2(y, x) = min over x' of (x - x')^2 + (gap(y, x')^2 if x' has the class of x, else 0).
+//     d^2(y, x) = min over x' of (x - x')^2 + (gap(y, x')^2 if x' is in a run of the same parity, else 0).
 //
-// kernels.cpp searches outwards for the minimum, in bytes and 16-bit words; that suffices for most masks. Rows with a
-// distance beyond the search's reach are computed by the linear algorithm of envelope.hpp. Scratch: 1 byte per pixel of
-// an image, and 2 more per pixel of such rows. The squared distances use the memory of the sdf until it is written.
+// The nearest pixels of the other parity end the run of x. Other runs of its parity are farther away than these, so
+// that it does no harm that their gaps are those of other labels.
+//
+// kernels.cpp searches outwards for the minimum, in bytes and 16-bit words; that suffices for most images. Rows with a
+// distance beyond the search's reach are computed by the linear algorithm of envelope.hpp. Scratch: 2 bytes per pixel
+// of an image, and 2 more per pixel of such rows. The squared distances use the memory of the sdf until it is written.
 #pragma once
 
+#include <atomic>
 #include <memory>
 
 #include "envelope.hpp"
@@ -24,26 +29,23 @@ namespace semimoe {
 constexpr std::int64_t kPixelsPerThread = 1 << 15;
 constexpr int kStripRows = 16;
 
-struct Image {
-  const std::uint8_t* mask;  // (height, width), any non-zero value is foreground
-  int height;
-  int width;
+// The labels of a batch of images, (batch, height, width), integers of element_size bytes. 0 is background. With
+// instances every other value is a label of its own, else all are one label.
+struct Labels {
+  const void* data;
+  int element_size;  // 1, 2, 4 or 8
+  bool instances;
+  std::int64_t batch;
+  std::int64_t height;
+  std::int64_t width;
 
-  std::int64_t pixels() const { return static_cast<std::int64_t>(height) * width; }
-  std::int64_t row(int y) const { return static_cast<std::int64_t>(y) * width; }
-};
-
-inline bool is_constant(const Image& image) {
-  constexpr std::int64_t kBlock = 4096;
-  const bool first = image.mask[0] != 0;
-  for (std::int64_t begin = 0; begin < image.pixels(); begin += kBlock) {
-    bool differs = false;
-    for (std::int64_t i = begin; i < std::min(begin + kBlock, image.pixels()); ++i)
-      differs |= (image.mask[i] != 0) != first;
-    if (differs) return false;
+  std::int64_t pixels() const { return height * width; }
+  const void* image(std::int64_t i) const { return static_cast<const char*>(data) + i * pixels() * element_size; }
+  bool starts_with_foreground(std::int64_t i) const {
+    const char* first = static_cast<const char*>(image(i));
+    return std::any_of(first, first + element_size, [](char byte) { return byte != 0; });
   }
-  return true;
-}
+};
 
 // Calls body(begin, end) for strips that cover [0, length).
 template <class Body>
@@ -54,17 +56,25 @@ void for_each_strip(int length, int strip, Workers& workers, const Body& body) {
   });
 }
 
-// Writes the squared distances of an image with both classes, and returns the largest ones.
+struct Image {
+  const std::uint8_t* marks;  // (height, width)
+  int height;
+  int width;
+
+  std::int64_t row(int y) const { return static_cast<std::int64_t>(y) * width; }
+};
+
+// Writes the squared distances of an image with several labels, and returns the largest ones.
 inline Deepest squared_distance(const Kernels& kernels, const Image& image, Workers& workers, std::int32_t* squared) {
   std::vector<Deepest> deepest(image.height);  // by row
   {
-    const std::unique_ptr<std::uint8_t[]> gaps(new std::uint8_t[image.pixels()]);
+    const std::unique_ptr<std::uint8_t[]> gaps(new std::uint8_t[image.row(image.height)]);
     for_each_strip(image.width, kStripColumns, workers, [&](int begin, int end) {
-      kernels.near_gaps(image.mask, image.height, image.width, begin, end, gaps.get());
+      kernels.near_gaps(image.marks, image.height, image.width, begin, end, gaps.get());
     });
     for_each_strip(image.height, kStripRows, workers, [&](int begin, int end) {
       const std::unique_ptr<std::uint16_t[]> scratch(new std::uint16_t[kernels.row_scratch(image.width)]);
-      kernels.search_rows(image.mask + image.row(begin), gaps.get() + image.row(begin), end - begin, image.width,
+      kernels.search_rows(image.marks + image.row(begin), gaps.get() + image.row(begin), end - begin, image.width,
                           scratch.get(), squared + image.row(begin), &deepest[begin]);
     });
   }
@@ -77,13 +87,13 @@ inline Deepest squared_distance(const Kernels& kernels, const Image& image, Work
     const int count = static_cast<int>(far_rows.size());
     const std::unique_ptr<Gap[]> gaps(new Gap[image.row(count)]);
     for_each_strip(image.width, kStripColumns, workers, [&](int begin, int end) {
-      kernels.far_gaps(image.mask, image.height, image.width, begin, end, far_rows.data(), count, gaps.get());
+      kernels.far_gaps(image.marks, image.height, image.width, begin, end, far_rows.data(), count, gaps.get());
     });
     for_each_strip(count, kStripRows, workers, [&](int begin, int end) {
       Envelope envelope(image.width);
       for (int i = begin; i < end; ++i) {
         const int y = far_rows[i];
-        deepest[y] = finish_row(image.mask + image.row(y), gaps.get() + image.row(i), image.width, far, envelope,
+        deepest[y] = finish_row(image.marks + image.row(y), gaps.get() + image.row(i), image.width, far, envelope,
                                 squared + image.row(y));
       }
     });
@@ -94,56 +104,64 @@ inline Deepest squared_distance(const Kernels& kernels, const Image& image, Work
   return overall;
 }
 
-// Calls body(image, first pixel, workers) for every image of a batch.
+// Calls body(image number, image, workers) for every image of a batch; the image is nullptr if it has only one label.
 template <class Body>
-void for_each_image(const std::uint8_t* masks, std::int64_t batch, std::int64_t height, std::int64_t width, int threads,
-                    const Body& body) {
-  const std::int64_t pixels = height * width;
-  if (batch * pixels == 0) return;
+void for_each_image(const Kernels& kernels, const Labels& labels, int threads, const Body& body) {
+  const std::int64_t pixels = labels.pixels();
+  if (labels.batch * pixels == 0) return;
   // Threads first get whole images, which need no barrier; if threads remain, several share an image.
   const auto useful = [](std::int64_t threads_wanted, std::int64_t work) {
     return static_cast<int>(
         std::clamp<std::int64_t>(work / kPixelsPerThread, 1, std::max<std::int64_t>(threads_wanted, 1)));
   };
-  const int across = useful(std::min<std::int64_t>(threads, batch), batch * pixels);
+  const int across = useful(std::min<std::int64_t>(threads, labels.batch), labels.batch * pixels);
   const int within = useful(threads / across, pixels);
-  Workers(across).each(batch, [&](std::int64_t i) {
+  const int height = static_cast<int>(labels.height), width = static_cast<int>(labels.width);
+  Workers(across).each(labels.batch, [&](std::int64_t i) {
     Workers workers(within);
-    body(Image{masks + i * pixels, static_cast<int>(height), static_cast<int>(width)}, i * pixels, workers);
+    const std::unique_ptr<std::uint8_t[]> marks(new std::uint8_t[pixels]);
+    std::atomic<bool> differs{false};
+    for_each_strip(height, kStripRows, workers, [&](int begin, int end) {
+      const int any = kernels.mark_rows(labels.image(i), labels.element_size, labels.instances, height, width, begin,
+                                        end, marks.get());
+      if (any & (kDiffersAbove | kDiffersLeft)) differs = true;
+    });
+    const Image image{marks.get(), height, width};
+    body(i, differs ? &image : nullptr, workers);
   });
 }
 
-// masks (batch, height, width) -> out int32, same shape.
-inline void squared_distance(const Kernels& kernels, const std::uint8_t* masks, std::int64_t batch, std::int64_t height,
-                             std::int64_t width, std::int32_t* out, int threads) {
-  check_size(batch, height, width);
-  prefer_large_pages(out, batch * height * width * 4);
-  for_each_image(masks, batch, height, width, threads, [&](const Image& image, std::int64_t first, Workers& workers) {
-    if (is_constant(image))
-      std::fill_n(out + first, image.pixels(), kNoDistance);
+// Writes squared distances, int32 (batch, height, width).
+inline void squared_distance(const Kernels& kernels, const Labels& labels, std::int32_t* out, int threads) {
+  check_size(labels.batch, labels.height, labels.width);
+  prefer_large_pages(out, labels.batch * labels.pixels() * 4);
+  for_each_image(kernels, labels, threads, [&](std::int64_t i, const Image* image, Workers& workers) {
+    std::int32_t* squared = out + i * labels.pixels();
+    if (image)
+      squared_distance(kernels, *image, workers, squared);
     else
-      squared_distance(kernels, image, workers, out + first);
+      std::fill_n(squared, labels.pixels(), kNoDistance);
   });
 }
 
-// masks (batch, height, width) -> sdf float32 and boundary uint8, same shape.
-inline void distance_targets(const Kernels& kernels, const std::uint8_t* masks, std::int64_t batch, std::int64_t height,
-                             std::int64_t width, std::int32_t squared_ring_radius, float* sdf, std::uint8_t* boundary,
-                             int threads) {
-  check_size(batch, height, width);
-  prefer_large_pages(sdf, batch * height * width * 4);
-  prefer_large_pages(boundary, batch * height * width);
-  for_each_image(masks, batch, height, width, threads, [&](const Image& image, std::int64_t first, Workers& workers) {
-    if (is_constant(image)) {
-      std::fill_n(sdf + first, image.pixels(), image.mask[0] ? 1.0f : -1.0f);
-      std::fill_n(boundary + first, image.pixels(), std::uint8_t{0});
+// Writes sdf, float32 (batch, height, width), and boundary, uint8 (batch, height, width).
+inline void distance_targets(const Kernels& kernels, const Labels& labels, std::int32_t squared_ring_radius, float* sdf,
+                             std::uint8_t* boundary, int threads) {
+  check_size(labels.batch, labels.height, labels.width);
+  prefer_large_pages(sdf, labels.batch * labels.pixels() * 4);
+  prefer_large_pages(boundary, labels.batch * labels.pixels());
+  for_each_image(kernels, labels, threads, [&](std::int64_t i, const Image* image, Workers& workers) {
+    const std::int64_t first = i * labels.pixels();
+    if (!image) {
+      std::fill_n(sdf + first, labels.pixels(), labels.starts_with_foreground(i) ? 1.0f : -1.0f);
+      std::fill_n(boundary + first, labels.pixels(), std::uint8_t{0});
       return;
     }
     std::int32_t* squared = reinterpret_cast<std::int32_t*>(sdf + first);
-    const Deepest deepest = squared_distance(kernels, image, workers, squared);
-    for_each_strip(image.height, kStripRows, workers, [&](int begin, int end) {
-      const std::int64_t start = image.row(begin);
-      kernels.write_targets(image.mask + start, (end - begin) * std::int64_t{image.width}, deepest, squared_ring_radius,
+    const Deepest deepest = squared_distance(kernels, *image, workers, squared);
+    for_each_strip(image->height, kStripRows, workers, [&](int begin, int end) {
+      const std::int64_t start = image->row(begin);
+      kernels.write_targets(image->marks + start, image->row(end) - start, deepest, squared_ring_radius,
                             squared + start, boundary + first + start);
     });
   });

@@ -1,7 +1,7 @@
 // Squared distances along a row in linear time, whatever the distances.
 //
-// A row consists of runs of equal class. A run ends next to pixels of the opposite class, so that the minimum for a
-// pixel is never beyond these. With [a, b) the pixel's run,
+// A row consists of runs of equal label. A run ends next to pixels of another label, so that the minimum for a pixel is
+// never beyond these. With [a, b) the pixel's run,
 //
 //     d^2(x) = min over x' in [a - 1, b] of (x - x')^2 + f(x'),   f = gap^2 in the run, 0 at its two neighbors.
 //
@@ -71,13 +71,13 @@ class Envelope {
 };
 
 // Recomputes the squared distances of every run that has one of at least `far`, and returns the row's largest ones. The
-// image has both classes, so that every pixel has a distance.
-inline Deepest finish_row(const std::uint8_t* mask, const Gap* gaps, int width, std::int32_t far, Envelope& envelope,
+// image has several labels, so that every pixel has a distance.
+inline Deepest finish_row(const std::uint8_t* marks, const Gap* gaps, int width, std::int32_t far, Envelope& envelope,
                           std::int32_t* squared) {
   Deepest deepest;
   for (int begin = 0, end; begin < width; begin = end) {
     end = begin + 1;
-    while (end < width && (mask[end] != 0) == (mask[begin] != 0)) ++end;
+    while (end < width && !(marks[end] & kDiffersLeft)) ++end;
     const auto largest = [&] { return *std::max_element(squared + begin, squared + end); };
     if (largest() >= far) {
       envelope.start(begin, end);
@@ -87,7 +87,7 @@ inline Deepest finish_row(const std::uint8_t* mask, const Gap* gaps, int width, 
       if (end < width) envelope.add(end, 0);
       envelope.evaluate(squared);
     }
-    deepest.include(largest(), mask[begin] != 0);
+    deepest.include(largest(), is_foreground(marks[begin]));
   }
   return deepest;
 }

@@ -24,45 +24,122 @@ static_assert(kSafeSteps % kSteps == 0 && kSafeSteps * kSafeSteps + kFar <= UINT
 
 inline int round_up(int width) { return (width + kLanes - 1) / kLanes * kLanes; }
 
-// ------------------------------------------------------------------------------------------------------------ columns
+// -------------------------------------------------------------------------------------------------------------- marks
 
-// The gap of a pixel from the gap of its neighbor: one more in the same class, else 1.
-template <class Gap, Gap kMost>
-inline Gap next_gap(Gap gap, std::uint8_t neighbor, std::uint8_t here) {
-  const Gap grown = static_cast<Gap>(gap + (gap != kMost));
-  return (neighbor != 0) == (here != 0) ? grown : Gap{1};
+// The marks of a pixel whose neighbors are above, to the left, below and to the right; outside the image, `here`
+// stands for them. Masks have two labels, foreground and background, so that these are the parities of their runs.
+template <bool instances, class Label>
+inline std::uint8_t mark(Label here, Label above, Label left, Label below, Label right) {
+  if (!instances)
+    return (here != 0) * (kForeground | kOdd) | ((here != 0) != (above != 0)) * kDiffersAbove |
+           ((here != 0) != (left != 0)) * kDiffersLeft;
+  const auto touches = [here](Label other) { return (here != other) & (other != 0); };
+  const bool touching = (here != 0) & (touches(above) | touches(left) | touches(below) | touches(right));
+  return (here != 0) * kForeground | (here != above) * kDiffersAbove | (here != left) * kDiffersLeft |
+         touching * kTouches;
 }
 
-void near_gaps(const std::uint8_t* mask, int height, int width, int begin, int end, std::uint8_t* gaps) {
+// Sets kOdd in every second run of a row, eight pixels at a time.
+void mark_odd_runs(std::uint8_t* marks, int width) {
+  constexpr std::uint64_t kOnes = 0x0101010101010101;  // one in every byte
+  std::uint64_t odd = 0;                               // kOnes or 0: whether the run of the pixel before is odd
+  int x = 0;
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+  for (; x + 8 <= width; x += 8) {
+    std::uint64_t word;
+    std::memcpy(&word, marks + x, 8);
+    // the product adds to each byte the bytes of the pixels before it, that is, it counts the ends of runs
+    const std::uint64_t odds = ((word / kDiffersLeft & kOnes) * kOnes ^ odd) & kOnes;
+    word |= odds * kOdd;
+    std::memcpy(marks + x, &word, 8);
+    odd = (odds >> 56) * kOnes;
+  }
+#endif
+  for (; x < width; ++x) {
+    odd ^= marks[x] / kDiffersLeft & 1;
+    marks[x] |= (odd & 1) * kOdd;
+  }
+}
+
+template <bool instances, class Label>
+std::uint8_t mark_rows(const Label* labels, int height, int width, int begin, int end, std::uint8_t* __restrict marks) {
+  std::uint8_t any = 0;
+  for (int y = begin, next; y < end; y = next) {
+    next = y == 0 || y == height - 1 ? y + 1 : end < height ? end : height - 1;  // rows with the same neighbors
+    const std::int64_t first = y * std::int64_t{width}, last = next * std::int64_t{width};
+    const Label *above = labels - (y > 0 ? width : 0), *below = labels + (y < height - 1 ? width : 0);
+    const auto at = [&](std::int64_t i, std::int64_t left, std::int64_t right) {
+      return mark<instances>(labels[i], above[i], labels[left], below[i], labels[right]);
+    };
+    // All rows at once, because vectors are long. The first and the last column have neighbors in other rows and
+    // therefore come again.
+    for (std::int64_t i = first + 1; i < last - 1; ++i) marks[i] = at(i, i - 1, i + 1);
+    for (std::int64_t i = first; i < last; i += width) {
+      const std::int64_t right = i + width - 1;
+      marks[i] = at(i, i, width > 1 ? i + 1 : i);
+      marks[right] = at(right, width > 1 ? right - 1 : right, right);
+      if (instances) mark_odd_runs(marks + i, width);
+    }
+    for (std::int64_t i = first; i < last; ++i) any |= marks[i];
+  }
+  return any;
+}
+
+template <class Label>
+std::uint8_t mark_rows(const void* labels, bool instances, int height, int width, int begin, int end,
+                       std::uint8_t* marks) {
+  const auto mark = instances ? mark_rows<true, Label> : mark_rows<false, Label>;
+  return mark(static_cast<const Label*>(labels), height, width, begin, end, marks);
+}
+
+std::uint8_t mark_rows(const void* labels, int element_size, bool instances, int height, int width, int begin, int end,
+                       std::uint8_t* marks) {
+  const auto mark = element_size == 1   ? mark_rows<std::uint8_t>
+                    : element_size == 2 ? mark_rows<std::uint16_t>
+                    : element_size == 4 ? mark_rows<std::uint32_t>
+                                        : mark_rows<std::uint64_t>;
+  return mark(labels, instances, height, width, begin, end, marks);
+}
+
+// ------------------------------------------------------------------------------------------------------------ columns
+
+// The gap of a pixel from the gap of its neighbor: 1 if their labels differ, else one more.
+template <class Gap, Gap kMost>
+inline Gap next_gap(Gap gap, bool differs) {
+  const Gap grown = static_cast<Gap>(gap + (gap != kMost));
+  return differs ? Gap{1} : grown;
+}
+
+void near_gaps(const std::uint8_t* marks, int height, int width, int begin, int end, std::uint8_t* gaps) {
   const std::int64_t stride = width;
   for (int x = begin; x < end; ++x) gaps[x] = kReach;
   for (int y = 1; y < height; ++y) {
-    const std::uint8_t *here = mask + y * stride, *above = here - stride;
+    const std::uint8_t* here = marks + y * stride;
     std::uint8_t *gap = gaps + y * stride, *gap_above = gap - stride;
-    for (int x = begin; x < end; ++x) gap[x] = next_gap<std::uint8_t, kReach>(gap_above[x], above[x], here[x]);
+    for (int x = begin; x < end; ++x) gap[x] = next_gap<std::uint8_t, kReach>(gap_above[x], here[x] & kDiffersAbove);
   }
   for (int y = height - 2; y >= 0; --y) {
-    const std::uint8_t *here = mask + y * stride, *below = here + stride;
+    const std::uint8_t* below = marks + (y + 1) * stride;
     std::uint8_t *gap = gaps + y * stride, *gap_below = gap + stride;
     for (int x = begin; x < end; ++x) {
-      const std::uint8_t up = next_gap<std::uint8_t, kReach>(gap_below[x], below[x], here[x]);
+      const std::uint8_t up = next_gap<std::uint8_t, kReach>(gap_below[x], below[x] & kDiffersAbove);
       gap[x] = up < gap[x] ? up : gap[x];
     }
   }
 }
 
-// The gaps of one row at a time, to the nearest pixel of the opposite class in one direction.
+// The gaps of one row at a time, to the nearest pixel of another label in one direction.
 class RowGaps {
  public:
-  RowGaps(const std::uint8_t* mask, int width, int begin, int end)
-      : mask_(mask + begin), width_(width), count_(end - begin) {
+  RowGaps(const std::uint8_t* marks, int width, int begin, int end)
+      : marks_(marks + begin), width_(width), count_(end - begin) {
     for (int x = 0; x < count_; ++x) gaps_[x] = kNoGap;
   }
 
   // Moves to an adjacent row.
   void step(int from, int to) {
-    const std::uint8_t *neighbor = mask_ + from * width_, *here = mask_ + to * width_;
-    for (int x = 0; x < count_; ++x) gaps_[x] = next_gap<Gap, kNoGap>(gaps_[x], neighbor[x], here[x]);
+    const std::uint8_t* lower = marks_ + (from > to ? from : to) * width_;
+    for (int x = 0; x < count_; ++x) gaps_[x] = next_gap<Gap, kNoGap>(gaps_[x], lower[x] & kDiffersAbove);
   }
 
   // gaps[x] = min(gaps[x], gap of this row at x).
@@ -71,18 +148,18 @@ class RowGaps {
   }
 
  private:
-  const std::uint8_t* mask_;
+  const std::uint8_t* marks_;
   std::int64_t width_;
   int count_;
   Gap gaps_[kStripColumns];
 };
 
-void far_gaps(const std::uint8_t* mask, int height, int width, int begin, int end, const int* rows, int count,
+void far_gaps(const std::uint8_t* marks, int height, int width, int begin, int end, const int* rows, int count,
               Gap* gaps) {
   const auto row = [&](int i) { return gaps + static_cast<std::int64_t>(i) * width; };
   for (int i = 0; i < count; ++i)
     for (int x = begin; x < end; ++x) row(i)[x] = kNoGap;
-  RowGaps down(mask, width, begin, end), up(mask, width, begin, end);
+  RowGaps down(marks, width, begin, end), up(marks, width, begin, end);
   for (int i = 0, y = 0; i < count; ++i) {
     for (; y < rows[i]; ++y) down.step(y, y + 1);
     down.lower(row(i) + begin);
@@ -132,8 +209,8 @@ inline Words search(const Word* heights, int first, int last, Words nearest) {
   return nearest;
 }
 
-// The heights of a row for one class: the squared gap at pixels of this class, 0 at pixels of the other class, kFar
-// outside the row.
+// The heights of a row for its odd or its even runs: the squared gap in these runs, 0 in the others, kFar outside the
+// row.
 class Heights {
  public:
   static std::int64_t words(int width) { return 2 * kMargin + 2 * round_up(width); }
@@ -144,7 +221,7 @@ class Heights {
     for (int x = 0; x < round_up(width); ++x) above_[x] = 0;
   }
 
-  Word& operator[](int x) { return heights_[x]; }
+  Word* row() { return heights_; }
 
   // Squared distances of the lanes at x. `wanted` is all ones in the row and 0 beyond its end, where the result is 0.
   Words nearest(int x, Words wanted) {
@@ -163,28 +240,40 @@ class Heights {
   Word* above_;  // squared distances of the row above
 };
 
-std::int64_t row_scratch(int width) { return 2 * Heights::words(width) + 2 * round_up(width); }
+// Writes the heights of a row, and all ones in the foreground.
+void prepare_row(const std::uint8_t* marks, const std::uint8_t* gaps, int width, Word* __restrict odd,
+                 Word* __restrict even, Word* __restrict foreground) {
+  for (int x = 0; x < width; ++x) {
+    const Word height = static_cast<Word>(gaps[x] * gaps[x]);
+    const Word is_odd = static_cast<Word>(-(marks[x] / kOdd & 1));
+    odd[x] = height & is_odd;
+    even[x] = height & static_cast<Word>(~is_odd);
+    foreground[x] = static_cast<Word>(-(marks[x] / kForeground));
+  }
+}
 
-void search_rows(const std::uint8_t* mask, const std::uint8_t* gaps, int rows, int width, Word* scratch,
+std::int64_t row_scratch(int width) { return 2 * Heights::words(width) + 3 * round_up(width); }
+
+void search_rows(const std::uint8_t* marks, const std::uint8_t* gaps, int rows, int width, Word* scratch,
                  std::int32_t* squared, Deepest* deepest) {
-  Heights inside(width, scratch), outside(width, scratch + Heights::words(width));
+  Heights odd(width, scratch), even(width, scratch + Heights::words(width));
   Word* nearest = scratch + 2 * Heights::words(width);
-  Word* wanted = nearest + round_up(width);
-  for (int x = 0; x < round_up(width); ++x) wanted[x] = x < width ? UINT16_MAX : 0;
+  Word *wanted = nearest + round_up(width), *foreground = wanted + round_up(width);
+  for (int x = 0; x < round_up(width); ++x) {
+    wanted[x] = x < width ? UINT16_MAX : 0;
+    foreground[x] = 0;
+  }
 
-  for (int y = 0; y < rows; ++y, mask += width, gaps += width, squared += width) {
-    for (int x = 0; x < width; ++x) {
-      const Word height = static_cast<Word>(gaps[x] * gaps[x]);
-      inside[x] = mask[x] ? height : Word{0};
-      outside[x] = mask[x] ? Word{0} : height;
-    }
+  for (int y = 0; y < rows; ++y, marks += width, gaps += width, squared += width) {
+    prepare_row(marks, gaps, width, odd.row(), even.row(), foreground);
     Words deepest_inside = broadcast(0), deepest_outside = broadcast(0);
     for (int x = 0; x < width; x += kLanes) {
-      const Words in = inside.nearest(x, load(wanted + x));
-      const Words out = outside.nearest(x, load(wanted + x));
-      deepest_inside = maximum(deepest_inside, in);
-      deepest_outside = maximum(deepest_outside, out);
-      store(nearest + x, maximum(in, out));  // one of them is 0
+      const Words in_row = load(wanted + x);
+      const Words found = maximum(odd.nearest(x, in_row), even.nearest(x, in_row));  // one of them is 0
+      const Words inside = minimum(found, load(foreground + x));
+      deepest_inside = maximum(deepest_inside, inside);
+      deepest_outside = maximum(deepest_outside, subtract(found, inside));
+      store(nearest + x, found);
     }
     for (int x = 0; x < width; ++x) squared[x] = nearest[x];
     deepest[y] = {largest(deepest_inside), largest(deepest_outside)};
@@ -206,19 +295,19 @@ inline float quotient(float a, float b, [[maybe_unused]] float reciprocal) {
 #endif
 }
 
-void write_targets(const std::uint8_t* mask, std::int64_t count, const Deepest& deepest,
+void write_targets(const std::uint8_t* marks, std::int64_t count, const Deepest& deepest,
                    std::int32_t squared_ring_radius, void* squared_to_sdf, std::uint8_t* boundary) {
   const float inside = square_root(deepest.inside), outside = square_root(deepest.outside);
   const float per_inside = 1 / inside, per_outside = 1 / outside;
   char* memory = static_cast<char*>(squared_to_sdf);
   for (std::int64_t i = 0; i < count; ++i) {
-    const bool foreground = mask[i] != 0;
+    const bool foreground = is_foreground(marks[i]);
     std::int32_t squared;
     std::memcpy(&squared, memory + 4 * i, 4);
     const float share =
         quotient(square_root(squared), foreground ? inside : outside, foreground ? per_inside : per_outside);
     const float sdf = signed_distance(squared, foreground, share);
-    boundary[i] = on_ring(squared, foreground, squared_ring_radius);
+    boundary[i] = on_ring(squared, foreground, squared_ring_radius) | (marks[i] & kTouches);
     std::memcpy(memory + 4 * i, &sdf, 4);
   }
 }
@@ -231,7 +320,7 @@ void write_targets(const std::uint8_t* mask, std::int64_t count, const Deepest& 
 extern const ObjectiveKernels objective_kernels;  // in objective_kernels.cpp
 extern const Kernels kernels;
 const Kernels kernels = {
-    SEMIMOE_NAME(SEMIMOE_SIMD), kReach, row_scratch, near_gaps, far_gaps, search_rows, write_targets,
+    SEMIMOE_NAME(SEMIMOE_SIMD), kReach, row_scratch, mark_rows, near_gaps, far_gaps, search_rows, write_targets,
     &objective_kernels,
 };
 

@@ -23,6 +23,7 @@ inline Words broadcast(Word word) { return _mm512_set1_epi16(static_cast<short>(
 inline Words minimum(Words a, Words b) { return _mm512_min_epu16(a, b); }
 inline Words maximum(Words a, Words b) { return _mm512_max_epu16(a, b); }
 inline Words add(Words a, Words b) { return _mm512_add_epi16(a, b); }
+inline Words subtract(Words a, Words b) { return _mm512_sub_epi16(a, b); }
 inline Words add_saturating(Words a, Words b) { return _mm512_adds_epu16(a, b); }
 inline bool any_above(Words a, Words b) { return _mm512_cmpgt_epu16_mask(a, b) != 0; }
 
@@ -34,6 +35,7 @@ inline Words broadcast_pair(std::uint32_t pair) { return _mm256_set1_epi32(stati
 inline Words minimum(Words a, Words b) { return _mm256_min_epu16(a, b); }
 inline Words maximum(Words a, Words b) { return _mm256_max_epu16(a, b); }
 inline Words add(Words a, Words b) { return _mm256_add_epi16(a, b); }
+inline Words subtract(Words a, Words b) { return _mm256_sub_epi16(a, b); }
 inline Words add_saturating(Words a, Words b) { return _mm256_adds_epu16(a, b); }
 inline bool any_above(Words a, Words b) {
   const Words excess = _mm256_subs_epu16(a, b);
@@ -48,6 +50,7 @@ inline Words broadcast_pair(std::uint32_t pair) { return _mm_set1_epi32(static_c
 inline Words minimum(Words a, Words b) { return _mm_sub_epi16(a, _mm_subs_epu16(a, b)); }
 inline Words maximum(Words a, Words b) { return _mm_add_epi16(b, _mm_subs_epu16(a, b)); }
 inline Words add(Words a, Words b) { return _mm_add_epi16(a, b); }
+inline Words subtract(Words a, Words b) { return _mm_sub_epi16(a, b); }
 inline Words add_saturating(Words a, Words b) { return _mm_adds_epu16(a, b); }
 inline bool any_above(Words a, Words b) {
   return _mm_movemask_epi8(_mm_cmpeq_epi16(_mm_subs_epu16(a, b), _mm_setzero_si128())) != 0xffff;
@@ -61,6 +64,7 @@ inline Words broadcast_pair(std::uint32_t pair) { return broadcast(static_cast<W
 inline Words minimum(Words a, Words b) { return a < b ? a : b; }
 inline Words maximum(Words a, Words b) { return a > b ? a : b; }
 inline Words add(Words a, Words b) { return a + b; }
+inline Words subtract(Words a, Words b) { return a - b; }
 inline Words add_saturating(Words a, Words b) { return a + minimum(b, ~a); }
 inline bool any_above(Words a, Words b) {
   std::uint64_t halves[2];

@@ -47,12 +47,13 @@ Channels = tuple[float, float, float]
 
 
 class Preprocessing(NamedTuple):
-    """Size and normalization of a model's images, and the radius of its boundary targets."""
+    """Size and normalization of a model's images, and how its boundary targets are made."""
 
     image_size: int  # side in pixels
     mean: Channels  # of pixels in [0, 1]
     std: Channels
     ring_radius: float = 2.0  # in pixels
+    instances: bool = False  # the masks are instance maps; older checkpoints do not store it
 
     @classmethod
     def of(cls, path: Path, metadata: Mapping[str, Any]) -> Preprocessing:
@@ -60,6 +61,8 @@ class Preprocessing(NamedTuple):
         values = metadata.get("preprocessing")
         if values is None:
             raise UserError(f"{path}: holds no image size and statistics; take a checkpoint of a training run")
+        if isinstance(values, dict):
+            values = {"instances": False} | values
         check_types(path, "preprocessing", values, get_type_hints(cls), REMEDY)
         size, std, ring_radius = values["image_size"], values["std"], values["ring_radius"]
         if not 1 <= size <= MOST_PIXELS:
@@ -68,7 +71,7 @@ class Preprocessing(NamedTuple):
             raise UserError(f"{path}: std of preprocessing is {shown(std)}, not positive; {REMEDY}")
         if ring_radius < 0:
             raise UserError(f"{path}: ring_radius of preprocessing is {shown(ring_radius)}, not 0 or more; {REMEDY}")
-        return cls(values["image_size"], tuple(values["mean"]), tuple(values["std"]), values["ring_radius"])
+        return cls(size, tuple(values["mean"]), tuple(std), ring_radius, values["instances"])
 
 
 def save(

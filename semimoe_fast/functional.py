@@ -5,7 +5,9 @@
 All operations take CPU or CUDA tensors in any memory layout. All tensors of one call must be on one device.
 
 Masks of `squared_distance` and `distance_targets` may also be NumPy arrays or objects with DLPack (CuPy, Numba, JAX).
-Their dtype is bool or any integer, and every non-zero value is foreground, so touching instances form one region.
+Their dtype is bool or any integer, and every non-zero value is foreground, so touching instances form one region. With
+instances=True the values are ids of instances: 0 is background, and every other value is an instance of its own, also
+a negative one.
 
 Targets of the losses hold class numbers from 0. Other numbers, such as 255, belong to no class. The losses accumulate
 in float32 or float64 for every dtype of the logits.
@@ -31,34 +33,39 @@ from . import ops
 from .ops import _arguments
 
 
-def squared_distance(mask: Any) -> Tensor:
+def squared_distance(mask: Any, instances: bool = False) -> Tensor:
     """Exact squared Euclidean distance of every pixel to the nearest pixel of the opposite class, in pixels squared.
 
     mask: (B, 1, H, W), (B, H, W) or (H, W), bool, integer or floating-point with 0 and 1 only; sides and diagonal up
     to 46,340 pixels -> int32 of the same shape; -1 in images without background or without foreground.
-    Raises TypeError for floating-point masks with other values, ValueError for other shapes.
+    instances: the mask holds ids of instances, bool or integers. The distance of a foreground pixel is that to the
+    nearest pixel of another instance or of the background; -1 if all pixels have one id. The time does not depend on
+    the number of instances.
+    Raises TypeError for floating-point masks with other values or with instances, ValueError for other shapes.
     """
-    masks, restore = _arguments.mask_batch(mask)
-    return restore(ops.implementation("squared_distance", masks.device)(masks))
+    labels, restore = _arguments.label_batch(mask, instances)
+    return restore(ops.implementation("squared_distance", labels.device)(labels, instances))
 
 
-def distance_targets(mask: Any, ring_radius: float = 2) -> tuple[Tensor, Tensor]:
+def distance_targets(mask: Any, ring_radius: float = 2, instances: bool = False) -> tuple[Tensor, Tensor]:
     """Training targets of the sdf expert and the boundary expert: signed distance field and boundary ring.
 
-    mask: as `squared_distance` takes it -> (sdf, boundary), shaped like mask.
-    sdf: float32 in [-1, 1]. In the foreground it is the distance to the background, divided by its maximum over the
-    image, but 0 on pixels with a background neighbor above, below, left or right. In the background it is minus the
-    distance to the foreground, divided by its maximum over the image. Images with only background are -1 everywhere,
-    images with only foreground +1.
-    boundary: uint8, 1 on background pixels at most `ring_radius` pixels from the foreground.
+    mask, instances: as `squared_distance` takes them -> (sdf, boundary), shaped like mask.
+    sdf: float32 in [-1, 1]. In the foreground it is the distance to the background (with instances, also to the nearest
+    other instance), divided by its maximum over the image, but 0 where that distance is 1. In the background it is
+    minus the distance to the foreground, divided by its maximum over the image. Images with only background are -1
+    everywhere, images with only foreground (with instances, of one instance) +1.
+    boundary: uint8, 1 on background pixels at most `ring_radius` pixels from the foreground. With instances also 1 on
+    foreground pixels with another instance above, below, left or right, so that touching instances come apart.
     Raises errors as `squared_distance`, and ValueError for a negative radius.
     """
     if not isinstance(ring_radius, Real):
         raise TypeError(f"ring_radius is {ring_radius!r}: give a number of pixels")
     if not ring_radius >= 0:
         raise ValueError(f"ring_radius is {ring_radius}: give a radius of at least 0 pixels")
-    masks, restore = _arguments.mask_batch(mask)
-    sdf, boundary = ops.implementation("distance_targets", masks.device)(masks, float(ring_radius))
+    labels, restore = _arguments.label_batch(mask, instances)
+    compute = ops.implementation("distance_targets", labels.device)
+    sdf, boundary = compute(labels, float(ring_radius), instances)
     return restore(sdf), restore(boundary)
 
 

@@ -29,6 +29,8 @@ class Folder:
     """Width and height of an image in pixels."""
     seed: int = 0
     """Seed of the random numbers that draw the pictures."""
+    instances: bool = False
+    """Write masks with the ids of the glands (16-bit PNG; 0: background), not 0 and 255."""
 
 
 def write(folder: Folder) -> None:
@@ -41,13 +43,14 @@ def write(folder: Folder) -> None:
     if min(folder.labeled, folder.unlabeled, folder.val, folder.seed) < 0 or folder.size < 16:
         raise UserError(f"counts and --seed must be at least 0 and --size at least 16, but got {folder}")
     counts = [folder.labeled, folder.unlabeled, folder.val]
-    images, masks = glands(sum(counts), folder.size, folder.seed, weakly_stained=folder.labeled)
+    images, masks = glands(sum(counts), folder.size, folder.seed, folder.labeled, folder.instances)
+    masks = masks.to(torch.uint16) if folder.instances else 255 * masks
     names = [f"train_sup_{folder.labeled}", f"train_unsup_{folder.unlabeled}", "val"]
     with_masks = [True, False, True]
     for name, part, part_masks, keep in zip(names, images.split(counts), masks.split(counts), with_masks, strict=True):
         _save(folder.out / name / "image", part.permute(0, 2, 3, 1))
         if keep:
-            _save(folder.out / name / "mask", 255 * part_masks)
+            _save(folder.out / name / "mask", part_masks)
 
 
 def _save(folder: Path, pictures: torch.Tensor) -> None:

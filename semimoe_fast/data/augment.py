@@ -40,12 +40,12 @@ def draw(batch: int, size: int, generator: torch.Generator) -> Augmentation:
 def apply(
     images: Tensor, masks: Tensor | None, augmentation: Augmentation, mean: Channels, std: Channels
 ) -> tuple[Tensor, Tensor | None]:
-    """Augment images, uint8 (B, 3, S, S), and masks, uint8 (B, S, S), on their device, and normalize the images.
+    """Augment images, uint8 (B, 3, S, S), and masks (B, S, S) of any dtype on their device; normalize the images.
 
     Images are resized as by OpenCV's INTER_LINEAR (bilinear, half-pixel centers, clamped to the crop, no antialiasing)
     and masks as by INTER_NEAREST (pixel i takes pixel floor(i * extent / S)). mean, std: of pixels in [0, 1], one per
-    channel. Returns float32 images and uint8 masks, or None without masks, in the same shapes. Does not synchronize
-    with the device. Raises ValueError if images are not square or do not match the masks or the augmentation.
+    channel. Returns float32 images and masks of the given dtype, or None without masks, in the same shapes. Does not
+    synchronize with the device. Raises ValueError if images are not square or do not match masks or augmentation.
     """
     batch, _, size, width = images.shape
     if size != width:

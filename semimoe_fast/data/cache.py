@@ -13,8 +13,9 @@ import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import PIL
 import torch
@@ -24,6 +25,8 @@ from ..errors import warn
 from .folders import Dataset, Pair, in_threads, list_pairs, read_pair, read_pairs
 
 FORMAT = 2  # increase it when the decoded values or the file format change
+NAMES = ("images", "masks")
+DTYPES = {torch.uint8: "U8", torch.int32: "I32"}  # as safetensors names them
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # older Pythons do not name this Linux flag
 
 
@@ -37,13 +40,15 @@ class Cache:
     folder: Path
     writes: bool = True  # False in processes that leave writing to another, and after writing has failed
 
-    def load_part(self, root: Path, part: str, size: int, with_masks: bool) -> Dataset:
+    def load_part(self, root: Path, part: str, size: int, with_masks: bool, instances: bool = False) -> Dataset:
         """Same values and errors as `folders.load_part`; the tensors are memory-mapped from the cache."""
         pairs = list_pairs(root, part, with_masks)
+        instances = instances and with_masks  # images without masks are the same with either kind of mask
         try:
-            entry = Entry(pairs, size, key_of(pairs, size, f"{part}, looking for it in the cache"))
+            key = key_of(pairs, size, f"{part}, looking for it in the cache", instances)
         except OSError:  # a file cannot be read: decoding raises the clear error
-            return read_pairs(pairs, size, part)
+            return read_pairs(pairs, size, part, instances)
+        entry = Entry(pairs, size, key, instances)
         path = self.folder / f"{entry.key}.safetensors"
         dataset = self._find(entry, path)
         if dataset is None and self.writes:
@@ -54,7 +59,7 @@ class Cache:
             except OSError as error:
                 self.writes = False
                 warn(f"{error.filename or path}: {error.strerror or error}; decoded images are not kept")
-        return read_pairs(pairs, size, part) if dataset is None else dataset
+        return read_pairs(pairs, size, part, instances) if dataset is None else dataset
 
     def _find(self, entry: Entry, path: Path) -> Dataset | None:
         """The cached part, or None, with a warning if its file exists but is unusable."""
@@ -69,6 +74,15 @@ class Cache:
         return dataset
 
 
+class Stored(NamedTuple):
+    """A tensor of a file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int  # bytes from the end of the header
+    end: int
+
+
 @dataclass(frozen=True)
 class Entry:
     """One part of a data folder as a safetensors file. Its layout follows from the files, the size and the key."""
@@ -76,6 +90,7 @@ class Entry:
     pairs: Sequence[Pair]
     size: int
     key: str
+    instances: bool = False
 
     def read(self, path: Path) -> Dataset | None:
         """Map the file; None if any bit differs from what `write` wrote. Raises OSError.
@@ -84,7 +99,7 @@ class Entry:
         and no other check detects pixels that the disk has damaged.
         """
         start = len(self.header())
-        if path.stat().st_size != start + sum(math.prod(shape) for shape in self.shapes.values()):
+        if path.stat().st_size != start + max(stored.end for stored in self.layout.values()):
             return None
         dataset = self.map(path)
         with path.open("rb") as file:
@@ -95,13 +110,11 @@ class Entry:
         start = len(self.header())
 
         def store(row: int) -> None:
-            image, mask = read_pair(self.pairs[row], self.size)
             with path.open("r+b") as file:
-                file.seek(start + row * image.numel())
-                file.write(image.numpy())
-                if mask is not None:
-                    file.seek(start + len(self.pairs) * image.numel() + row * mask.numel())
-                    file.write(mask.numpy())
+                for name, tensor in zip(NAMES, read_pair(self.pairs[row], self.size, self.instances), strict=True):
+                    if tensor is not None:
+                        file.seek(start + self.layout[name].begin + row * tensor.nbytes)
+                        file.write(tensor.numpy())
 
         path.write_bytes(self.header())
         in_threads(store, range(len(self.pairs)), title)
@@ -113,20 +126,27 @@ class Entry:
     def names(self) -> list[str]:
         return [pair.image.stem for pair in self.pairs]
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    @cached_property
+    def layout(self) -> dict[str, Stored]:
+        """The tensors by name, in the order of the file. Ids are first, because int32 must be aligned."""
         count, size = len(self.pairs), self.size
-        masks = {} if self.pairs[0].mask is None else {"masks": (count, size, size)}
-        return {"images": (count, 3, size, size)} | masks
+        images = {"images": (torch.uint8, (count, 3, size, size))}
+        masks = {"masks": (torch.int32 if self.instances else torch.uint8, (count, size, size))}
+        tensors = masks | images if self.instances else images | masks
+        if self.pairs[0].mask is None:
+            tensors = images
+        layout, end = {}, 0
+        for name, (dtype, shape) in tensors.items():
+            begin, end = end, end + math.prod(shape) * dtype.itemsize
+            layout[name] = Stored(dtype, shape, begin, end)
+        return layout
 
     def header(self, fingerprint: str = "0" * 64) -> bytes:
         """The bytes of the file before the pixels. Their number does not depend on the fingerprint."""
         metadata = {"key": self.key, "fingerprint": fingerprint, "names": json.dumps(self.names)}
         header: dict[str, Any] = {"__metadata__": metadata}
-        end = 0
-        for name, shape in self.shapes.items():
-            begin, end = end, end + math.prod(shape)
-            header[name] = {"dtype": "U8", "shape": shape, "data_offsets": [begin, end]}
+        for name, (dtype, shape, begin, end) in self.layout.items():
+            header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
@@ -141,19 +161,22 @@ class Entry:
             protection = mmap.PROT_READ | mmap.PROT_WRITE
             memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | NO_RESERVE, prot=protection)
         pixels = torch.frombuffer(memory, dtype=torch.uint8, offset=len(self.header()))
-        parts = pixels.split([math.prod(shape) for shape in self.shapes.values()])
-        images, *masks = (part.view(shape) for part, shape in zip(parts, self.shapes.values(), strict=True))
-        return Dataset(images, masks[0] if masks else None, self.names)
+        images, masks = (
+            pixels[stored.begin : stored.end].view(stored.dtype).view(stored.shape) if stored else None
+            for stored in map(self.layout.get, NAMES)
+        )
+        return Dataset(images, masks, self.names)
 
 
-def key_of(pairs: Sequence[Pair], size: int, title: str) -> str:
+def key_of(pairs: Sequence[Pair], size: int, title: str, instances: bool = False) -> str:
     """Digest of everything that determines the decoded values and names. Raises OSError for unreadable files."""
 
     def digests(pair: Pair) -> list[str | None]:
         return [pair.image.stem, *(None if path is None else _digest(path) for path in pair)]
 
     decoders = [PIL.__version__, torch.__version__]  # pixels of JPEG files and resized images may differ by version
-    return hashlib.sha256(json.dumps([FORMAT, *decoders, size, in_threads(digests, pairs, title)]).encode()).hexdigest()
+    content = [FORMAT, *decoders, size, in_threads(digests, pairs, title), *(["instances"] if instances else [])]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

@@ -1,7 +1,8 @@
 """Read image folders in the GlaS layout into uint8 tensors.
 
 ROOT/PART/image holds the images and ROOT/PART/mask their masks, paired by stem: image/1.tif with mask/1.png. Every
-non-zero mask value is gland. Bad folders and files raise UserError, which names the file and the remedy.
+non-zero mask value is gland; in an instance map it is the id of a gland. Bad folders and files raise UserError, which
+names the file and the remedy.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from tqdm import tqdm
 
 from ..errors import UserError, warn
 
+MOST_IDS = 2**16 - 1  # an image with more values, such as a depth map, is no instance map
+
 A, B = TypeVar("A"), TypeVar("B")
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, of pixels in [0, 1]
@@ -40,7 +43,7 @@ class Dataset:
     """N images of one size. The tensors may be mapped from a file larger than memory, so do not write to them."""
 
     images: Tensor  # uint8 (N, 3, S, S)
-    masks: Tensor | None  # uint8 0/1 (N, S, S)
+    masks: Tensor | None  # (N, S, S), uint8 0/1 or int32 ids of instances, 0 is background
     names: list[str]  # file names without suffix
 
     def __len__(self) -> int:
@@ -67,13 +70,14 @@ class Pair(NamedTuple):
     mask: Path | None
 
 
-def load_part(root: Path, part: str, size: int, with_masks: bool) -> Dataset:
+def load_part(root: Path, part: str, size: int, with_masks: bool, instances: bool = False) -> Dataset:
     """Read ROOT/PART and resize it to size x size pixels. with_masks False ignores the mask folder.
 
-    Raises UserError for missing or empty folders, images without a mask, masks without an image, masks that differ in
-    size from their image, and files that `read_image` or `read_mask` refuse.
+    instances: read masks as instance maps, by `read_instances` instead of `read_mask`. Raises UserError for missing or
+    empty folders, images without a mask, masks without an image, masks that differ in size from their image, and files
+    that the readers refuse.
     """
-    return read_pairs(list_pairs(root, part, with_masks), size, part)
+    return read_pairs(list_pairs(root, part, with_masks), size, part, instances)
 
 
 def list_pairs(root: Path, part: str, with_masks: bool) -> list[Pair]:
@@ -83,9 +87,9 @@ def list_pairs(root: Path, part: str, with_masks: bool) -> list[Pair]:
     return [Pair(*paths) for paths in zip(images, masks, strict=True)]
 
 
-def read_pairs(pairs: Sequence[Pair], size: int, title: str) -> Dataset:
+def read_pairs(pairs: Sequence[Pair], size: int, title: str, instances: bool = False) -> Dataset:
     """Decode and resize files in memory and show a progress bar. Raises UserError as `read_pair` does."""
-    images, masks = zip(*in_threads(lambda pair: read_pair(pair, size), pairs, title), strict=True)
+    images, masks = zip(*in_threads(lambda pair: read_pair(pair, size, instances), pairs, title), strict=True)
     return Dataset(
         images=torch.stack(images),
         masks=None if masks[0] is None else torch.stack(masks),
@@ -93,16 +97,17 @@ def read_pairs(pairs: Sequence[Pair], size: int, title: str) -> Dataset:
     )
 
 
-def read_pair(pair: Pair, size: int) -> tuple[Tensor, Tensor | None]:
-    """The resized image, uint8 (3, size, size), and its mask, uint8 0/1 (size, size), or None without a mask file.
+def read_pair(pair: Pair, size: int, instances: bool = False) -> tuple[Tensor, Tensor | None]:
+    """The resized image, uint8 (3, size, size), and its mask (size, size), or None without a mask file.
 
-    Raises UserError if their files differ in size, and for files that `read_image` or `read_mask` refuse.
+    The mask is uint8 0/1, or int32 ids with `instances`. Raises UserError if their files differ in size, and for files
+    that `read_image`, `read_mask` or `read_instances` refuse.
     """
     image = read_image(pair.image)
     if pair.mask is None:
         return resize_image(image, size), None
     height, width = image.shape[:2]
-    mask = read_mask(pair.mask)
+    mask = read_instances(pair.mask) if instances else read_mask(pair.mask)
     if mask.shape != (height, width):
         raise UserError(
             f"{pair.image} is {width} x {height} pixels but its mask {pair.mask} is {mask.shape[1]} x "
@@ -182,6 +187,28 @@ def read_labels(path: Path) -> np.ndarray:
     return values
 
 
+def read_instances(path: Path) -> np.ndarray:
+    """Read a mask as an instance map, int32 (H, W): 0 is background, every other value the id of an instance.
+
+    The ids are those of the file. A mask without ids, that is one whose foreground is all 1 or all 255, is split into
+    its 8-connected components. Raises UserError as `read_labels`, and for negative or more than 65,535 ids.
+    """
+    labels = read_labels(path)
+    ids = np.unique(labels[labels != 0])
+    if ids.min(initial=0) < 0:
+        raise UserError(f"{path} has the id {ids.min()}: number the instances from 1, 0 for background")
+    if len(ids) > MOST_IDS:
+        raise UserError(
+            f"{path} has {len(ids)} different values, more than the {MOST_IDS} ids of an instance map: number the "
+            "instances from 1, 0 for background"
+        )
+    if ids.tolist() in ([1], [255]):
+        from scipy import ndimage  # here, because importing it takes long
+
+        labels = ndimage.label(labels, np.ones((3, 3)))[0]
+    return labels.astype(np.int32)
+
+
 def resize_image(image: np.ndarray, size: int) -> Tensor:
     """Resize an image, uint8 (H, W, 3), to uint8 (3, size, size): bilinear, half-pixel centers, no antialiasing.
 
@@ -195,7 +222,10 @@ def resize_image(image: np.ndarray, size: int) -> Tensor:
 
 
 def resize_mask(mask: np.ndarray, size: int) -> Tensor:
-    """Resize a mask (H, W) to (size, size) as OpenCV's INTER_NEAREST does: row i is row floor(i * H / size)."""
+    """Resize a mask or instance map (H, W) to (size, size) as OpenCV's INTER_NEAREST does.
+
+    Row i is row floor(i * H / size), so the values stay as they are.
+    """
     row, column = (np.arange(size) * side // size for side in mask.shape)
     return torch.from_numpy(mask[row[:, None], column])
 

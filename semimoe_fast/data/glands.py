@@ -28,29 +28,33 @@ DENSITIES = np.array([[0.92, 1.38, 0.62], [0.24, 0.86, 0.28]])
 WEAK_STAIN = 0.5
 
 
-def glands(count: int, size: int, seed: int, weakly_stained: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def glands(
+    count: int, size: int, seed: int, weakly_stained: int = 0, instances: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw `count` square pictures of glands with their masks. The first `weakly_stained` of them have half the stain.
 
     Returns images, uint8 (count, 3, size, size), and masks, uint8 0/1 (count, size, size), 1 on glands including the
-    lumen. Image i depends only on seed, size, i and its stain. Raises ValueError for count < 0, size < 16 or seed < 0.
+    lumen; with `instances` int32 maps of the same glands: 0 is background, every gland has its own id. Where glands
+    touch, a pixel belongs to the gland in which it is deepest. Image i depends only on seed, size, i and its stain.
+    Raises ValueError for count < 0, size < 16 or seed < 0.
     """
     if count < 0 or size < 16 or seed < 0:
         raise ValueError(f"glands need count >= 0, size >= 16 and seed >= 0; got {count}, {size} and {seed}")
     images = torch.empty(count, 3, size, size, dtype=torch.uint8)
-    masks = torch.empty(count, size, size, dtype=torch.uint8)
+    masks = torch.empty(count, size, size, dtype=torch.int32 if instances else torch.uint8)
     for index in range(count):
         strength = WEAK_STAIN if index < weakly_stained else 1.0
-        image, mask = _slide(np.random.default_rng([seed, index]), size, strength)
+        image, ids = _slide(np.random.default_rng([seed, index]), size, strength)
         images[index] = torch.from_numpy(image)
-        masks[index] = torch.from_numpy(mask)
+        masks[index] = torch.from_numpy(ids if instances else ids > 0)
     return images, masks
 
 
 def _slide(rng: Generator, size: int, strength: float) -> tuple[np.ndarray, np.ndarray]:
-    """One image, uint8 (3, size, size), and its mask, uint8 (size, size)."""
+    """One image, uint8 (3, size, size), and its instance map, int32 (size, size)."""
     scene = _Scene.arrange(rng, size)
     stain = _stains(rng, scene, size)
-    return _photograph(rng, stain, strength), (scene.depth > 0).astype(np.uint8)
+    return _photograph(rng, stain, strength), scene.ids
 
 
 def _points(size: int) -> np.ndarray:
@@ -122,6 +126,7 @@ class _Scene:
     """Depths inside the outlines of each kind of structure, float32 (size, size), in units of the image side."""
 
     zoom: float  # magnification relative to the usual one
+    ids: np.ndarray  # the number of the gland at each pixel from 1, 0 outside, int32 (size, size)
     depth: np.ndarray  # glands
     void: np.ndarray  # vessels and the edge of the slide: pale, but not glands
     follicle: np.ndarray  # lymphoid follicles: dense nuclei, but not glands
@@ -152,7 +157,10 @@ class _Scene:
         vessels = canvas.place(hole, 12, rng.integers(0, 5), 0.02)
 
         points, ruffle = _points(size), np.float32(0.004 * zoom) * _texture(rng, size, 0.03 * zoom)
-        return cls(zoom, *(_union(outlines, points, ruffle) for outlines in (tissue, edge + vessels, follicles)))
+        (depth, ids), (void, _), (follicle, _) = (
+            _union(outlines, points, ruffle) for outlines in (tissue, edge + vessels, follicles)
+        )
+        return cls(zoom, ids, depth, void, follicle)
 
 
 def _slide_edge(rng: Generator) -> _Outline:
@@ -161,17 +169,20 @@ def _slide_edge(rng: Generator) -> _Outline:
     return _Outline(0.5 + 0.5j + rng.uniform(2.25, 2.45) * direction, (2.0, 2.0), 0.0, 0.02 * np.ones(4, np.complex64))
 
 
-def _union(outlines: list[_Outline], points: np.ndarray, ruffle: np.ndarray) -> np.ndarray:
-    """Depth inside the union of ruffled outlines.
+def _union(outlines: list[_Outline], points: np.ndarray, ruffle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Depth inside the union of ruffled outlines, and the number of the deepest outline from 1, 0 where it is not > 0.
 
     Where two outlines overlap, the depth falls to 0 on the line between them, so each gland keeps its rim of nuclei.
     """
     first = second = np.full(points.shape, -1, np.float32)
-    for outline in outlines:
+    deepest = np.zeros(points.shape, np.int32)
+    for number, outline in enumerate(outlines, 1):
         depth = outline.depth(points) + ruffle
+        deepest[depth > first] = number
         second = np.maximum(second, np.minimum(first, depth))
         first = np.maximum(first, depth)
-    return first - np.maximum(second, 0)
+    depth = first - np.maximum(second, 0)
+    return depth, np.where(depth > 0, deepest, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------ tissue

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .. import functional as F
 from ..checkpoint import Preprocessing
-from ..data.folders import Pair, list_images, read_image, read_labels, resize_mask
+from ..data.folders import Pair, list_images, read_image, read_instances, resize_mask
 from ..device import Precision
 from ..errors import UserError
 from ..inference.predictor import GATED, foreground, predict, resize_field
@@ -42,7 +42,7 @@ class Evaluation:
 
     pairs: list[Pair]
     predictions: list[np.ndarray]  # (H, W) of bool or an integer dtype; of the first variant
-    truths: list[np.ndarray]  # (H, W) of bool or an integer dtype
+    truths: list[np.ndarray]  # int32 instance maps (H, W)
     variants: list[Variant]
     counts: dict[str, Tensor] = field(default_factory=dict)  # of a model's predictors: pixel counts, int64 (N, 45, 3)
 
@@ -68,13 +68,13 @@ def evaluate_model(
     model.eval()
     truths, levels, counts = [], [], {}
     for pair in tqdm(pairs, "evaluate"):
-        image, truth = read_image(pair.image), read_map(pair.mask)
+        image, truth = read_image(pair.image), read_instances(pair.mask)
         _require_size(pair.mask, truth, pair.image, image)
         output = predict(model, image, preprocessing, device, precision)
         for name, probability in foreground(output, model.expert_tasks).items():
             if name.startswith("boundary"):
-                mask = resize_mask((truth != 0).astype(np.uint8), preprocessing.image_size)
-                _, mask = F.distance_targets(mask[None], preprocessing.ring_radius)
+                labels = resize_mask(truth, preprocessing.image_size)[None]
+                _, mask = F.distance_targets(labels, preprocessing.ring_radius, instances=preprocessing.instances)
             else:
                 mask = torch.from_numpy(truth != 0)[None]
                 probability = resize_field(probability, truth.shape)
@@ -100,7 +100,7 @@ def evaluate_files(pairs: Sequence[Pair], folder: Path) -> Evaluation:
     """
     predictions, truths, paths = [], [], _paired(pairs, folder)
     for pair, path in zip(tqdm(pairs, "evaluate"), paths, strict=True):
-        truth, prediction = read_map(pair.mask), read_map(path)
+        truth, prediction = read_instances(pair.mask), read_instances(path)
         image = read_image(pair.image)
         _require_size(pair.mask, truth, pair.image, image)
         _require_size(path, prediction, pair.image, image)
@@ -108,17 +108,6 @@ def evaluate_files(pairs: Sequence[Pair], folder: Path) -> Evaluation:
         predictions.append(prediction)
     scores = score_images(predictions, truths)
     return Evaluation(list(pairs), predictions, truths, [Variant(FILES, None, False, scores, summarize(scores))])
-
-
-def read_map(path: Path) -> np.ndarray:
-    """The values of a mask or an instance map, (H, W) of bool or an integer dtype.
-
-    Raises UserError as `read_labels` does, and for negative ids.
-    """
-    labels = read_labels(path)
-    if (least := labels.min(initial=0)) < 0:
-        raise UserError(f"{path} has the id {least}: number the instances from 1, 0 for background")
-    return labels
 
 
 def _paired(pairs: Sequence[Pair], folder: Path) -> list[Path]:

@@ -32,7 +32,7 @@ def count_set(
     counts: dict[str, list[Tensor]] = {}
     for images, masks in zip(dataset.images.split(batch), dataset.masks.split(batch), strict=True):
         masks = masks.to(device)
-        _, ring = F.distance_targets(masks, preprocessing.ring_radius)
+        _, ring = F.distance_targets(masks, preprocessing.ring_radius, instances=preprocessing.instances)
         with autocast(precision, device):
             output = model(augment.normalize(images.to(device), preprocessing.mean, preprocessing.std))
         for name, probability in foreground(output, model.expert_tasks).items():

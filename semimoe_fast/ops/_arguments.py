@@ -14,20 +14,22 @@ from torch import Tensor
 
 INT32_MAX = 2**31 - 1
 MAX_SIDE = 46_340  # the largest integer whose square int32 holds
+SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
-def mask_batch(mask: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The mask as a contiguous (B, H, W) tensor, and a function that gives a result the shape of the mask.
+def label_batch(labels: Any, instances: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """A mask or instance map as a contiguous (B, H, W) tensor, and a function that gives a result its shape.
 
-    The tensor is uint8 or bool on the CPU, and bool or any integer type on CUDA.
+    The tensor is bool or a signed integer type or uint8.
     """
-    tensor = _mask_tensor(mask)
+    tensor = _label_tensor(labels, instances)
+    name = "an instance map" if instances else "a mask"
     if tensor.ndim not in (2, 3) and not (tensor.ndim == 4 and tensor.shape[1] == 1):
-        raise ValueError(f"a mask is (B, 1, H, W), (B, H, W) or (H, W), got shape {tuple(tensor.shape)}")
+        raise ValueError(f"{name} is (B, 1, H, W), (B, H, W) or (H, W), got shape {tuple(tensor.shape)}")
     height, width = tensor.shape[-2:]
     if max(height, width) > MAX_SIDE or (height - 1) ** 2 + (width - 1) ** 2 > INT32_MAX:
         raise ValueError(
-            f"a mask of {height} x {width} pixels is too large: int32 holds squared distances up to a side or "
+            f"{name} of {height} x {width} pixels is too large: int32 holds squared distances up to a side or "
             f"diagonal of {MAX_SIDE:,} pixels; cut it into tiles"
         )
     if tensor.ndim == 4:
@@ -37,28 +39,34 @@ def mask_batch(mask: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     return tensor[None].contiguous(), lambda result: result[0]
 
 
-def _mask_tensor(mask: Any) -> Tensor:
-    if isinstance(mask, Tensor):
-        if mask.is_floating_point() or mask.is_complex():
-            _require_binary(mask, real=not mask.is_complex())
-            return mask != 0
-        # CUDA kernels read every integer type
-        return mask if mask.is_cuda or mask.dtype in (torch.uint8, torch.bool) else mask != 0
-    if isinstance(mask, np.ndarray):
-        if mask.dtype.kind not in "biu":
-            _require_binary(mask, real=mask.dtype.kind == "f")
-        return torch.from_numpy(mask != 0)  # a new array, because torch takes no negative strides or read-only memory
-    if hasattr(mask, "__dlpack__"):
-        return _mask_tensor(torch.from_dlpack(mask))
-    if hasattr(mask, "__cuda_array_interface__"):  # Numba's device arrays do not support DLPack
-        return _mask_tensor(torch.as_tensor(mask, device="cuda"))
-    raise TypeError(f"a mask is a tensor or an array, got {type(mask).__name__}: use np.asarray(mask)")
+def _label_tensor(labels: Any, instances: bool) -> Tensor:
+    if isinstance(labels, Tensor):
+        if labels.is_floating_point() or labels.is_complex():
+            _require_labels(labels, instances, real=not labels.is_complex())
+            return labels != 0
+        # equal bits stay equal, and PyTorch has more operators for signed integers
+        return labels.view(SIGNED.get(labels.dtype, labels.dtype))
+    if isinstance(labels, np.ndarray):
+        if labels.dtype.kind not in "biu":
+            _require_labels(labels, instances, real=labels.dtype.kind == "f")
+        # a new array, because torch takes no negative strides, other byte orders or read-only memory
+        native = labels.astype(labels.dtype.newbyteorder("="), order="C") if instances else labels != 0
+        return _label_tensor(torch.from_numpy(native), instances)
+    if hasattr(labels, "__dlpack__"):
+        return _label_tensor(torch.from_dlpack(labels), instances)
+    if hasattr(labels, "__cuda_array_interface__"):  # Numba's device arrays do not support DLPack
+        return _label_tensor(torch.as_tensor(labels, device="cuda"), instances)
+    raise TypeError(f"a mask is a tensor or an array, got {type(labels).__name__}: use np.asarray(mask)")
 
 
-def _require_binary(mask: Tensor | np.ndarray, real: bool) -> None:
-    if not (real and is_binary(mask)):
+def _require_labels(labels: Tensor | np.ndarray, instances: bool, real: bool) -> None:
+    if instances:
         raise TypeError(
-            f"a mask of dtype {mask.dtype} is ambiguous unless it holds only real 0 and 1: threshold it first, "
+            f"an instance map holds integers, got dtype {labels.dtype}: convert ids, for example by .long()"
+        )
+    if not (real and is_binary(labels)):
+        raise TypeError(
+            f"a mask of dtype {labels.dtype} is ambiguous unless it holds only real 0 and 1: threshold it first, "
             "for example mask > 0.5"
         )
 

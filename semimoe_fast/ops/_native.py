@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import UserError
 
-ABI = 3  # must equal the ABI of csrc/bindings.cpp
+ABI = 4  # must equal the ABI of csrc/bindings.cpp
 REMEDY = "run `pip install .` in the project's folder"
 INT32_MAX = 2**31 - 1
 SLAB_ROWS, TILE_COLUMNS = 32, 256  # must equal those of csrc/distance_cuda.hpp
@@ -85,37 +85,47 @@ def runs_on(archs: str, capability: tuple[int, int]) -> bool:
     return any(map(has_machine_code, built)) or (last.isdecimal() and capability >= version(last))
 
 
-def squared_distance(mask: Tensor, out: Tensor) -> None:
-    """Write the squared distance of every pixel to the nearest pixel of the opposite class, or -1 without such a pixel.
+def squared_distance(labels: Tensor, instances: bool, out: Tensor) -> None:
+    """Write the squared distance of every pixel to the nearest pixel of another label, or -1 without such a pixel.
 
-    mask: (B, H, W), non-zero is foreground, uint8 or bool on the CPU, bool or any integer on a GPU; out: int32
-    (B, H, W). Both are contiguous and on one device. On a GPU the kernels are queued on the current stream. Raises
-    ValueError if the image diagonal exceeds 46,340 pixels.
+    labels: (B, H, W), bool or any integer, 0 is background; with instances every other value is a label of its own,
+    else all are one; out: int32 (B, H, W). Both are contiguous and on one device. On a GPU the kernels are queued on
+    the current stream. Raises ValueError if the image diagonal exceeds 46,340 pixels.
     """
-    native = module_for(mask.device.type)
-    _check(mask, out=(out, torch.int32))
-    if mask.is_cuda:
-        _distance_cuda(native, mask, squared=out)
+    native = module_for(labels.device.type)
+    _check(labels, out=(out, torch.int32))
+    if labels.is_cuda:
+        _distance_cuda(native, labels, instances, squared=out)
     else:
         native.squared_distance(
-            mask.data_ptr(), *mask.shape, out.data_ptr(), instruction_set(), torch.get_num_threads()
+            labels.data_ptr(),
+            labels.element_size(),
+            instances,
+            *labels.shape,
+            out.data_ptr(),
+            instruction_set(),
+            torch.get_num_threads(),
         )
 
 
-def distance_targets(mask: Tensor, sdf: Tensor, boundary: Tensor, ring_radius: float) -> None:
+def distance_targets(labels: Tensor, instances: bool, sdf: Tensor, boundary: Tensor, ring_radius: float) -> None:
     """Write the normalized signed distance, and the background ring within `ring_radius` pixels of the foreground.
 
-    mask: as `squared_distance` takes it; sdf: float32 (B, H, W); boundary: uint8 (B, H, W). All are contiguous and on
+    With instances, the boundary also has the foreground pixels with another instance above, below, left or right.
+
+    labels: as `squared_distance` takes it; sdf: float32 (B, H, W); boundary: uint8 (B, H, W). All are contiguous and on
     one device. Stream and errors as `squared_distance`.
     """
-    native = module_for(mask.device.type)
-    _check(mask, sdf=(sdf, torch.float32), boundary=(boundary, torch.uint8))
-    if mask.is_cuda:
-        _distance_cuda(native, mask, squared=sdf, ring_radius=ring_radius, sdf=sdf, boundary=boundary)
+    native = module_for(labels.device.type)
+    _check(labels, sdf=(sdf, torch.float32), boundary=(boundary, torch.uint8))
+    if labels.is_cuda:
+        _distance_cuda(native, labels, instances, squared=sdf, ring_radius=ring_radius, sdf=sdf, boundary=boundary)
     else:
         native.distance_targets(
-            mask.data_ptr(),
-            *mask.shape,
+            labels.data_ptr(),
+            labels.element_size(),
+            instances,
+            *labels.shape,
             squared_radius(ring_radius),
             sdf.data_ptr(),
             boundary.data_ptr(),
@@ -126,18 +136,20 @@ def distance_targets(mask: Tensor, sdf: Tensor, boundary: Tensor, ring_radius: f
 
 def _distance_cuda(
     native: ModuleType,
-    mask: Tensor,
+    labels: Tensor,
+    instances: bool,
     squared: Tensor,
     ring_radius: float = 0,
     sdf: Tensor | None = None,
     boundary: Tensor | None = None,
 ) -> None:
-    scratch = [torch.empty(shape, dtype=dtype, device=mask.device) for shape, dtype in scratch_of(*mask.shape)]
-    with torch.cuda.device(mask.device):
+    scratch = [torch.empty(shape, dtype=dtype, device=labels.device) for shape, dtype in scratch_of(*labels.shape)]
+    with torch.cuda.device(labels.device):
         native.distance_cuda(
-            mask.data_ptr(),
-            mask.element_size(),
-            *mask.shape,
+            labels.data_ptr(),
+            labels.element_size(),
+            instances,
+            *labels.shape,
             *(tensor.data_ptr() for tensor in scratch),
             squared.data_ptr(),
             squared_radius(ring_radius),
@@ -190,16 +202,14 @@ def _why_no_gpu(archs: str) -> str | None:
     return None
 
 
-def _check(mask: Tensor, **outputs: tuple[Tensor, torch.dtype]) -> None:
-    integer = not (mask.is_floating_point() or mask.is_complex())
-    readable = integer if mask.is_cuda else mask.dtype in (torch.uint8, torch.bool)
-    if mask.ndim != 3 or not readable or not mask.is_contiguous():
-        kind = "any integer" if mask.is_cuda else "uint8 or bool"
-        raise ValueError(f"mask is contiguous {kind} (B, H, W), got {mask.dtype} {tuple(mask.shape)}")
+def _check(labels: Tensor, **outputs: tuple[Tensor, torch.dtype]) -> None:
+    integer = not (labels.is_floating_point() or labels.is_complex())
+    if labels.ndim != 3 or not integer or not labels.is_contiguous():
+        raise ValueError(f"labels are contiguous bool or integer (B, H, W), got {labels.dtype} {tuple(labels.shape)}")
     for name, (output, dtype) in outputs.items():
-        if output.shape != mask.shape or output.dtype != dtype or not output.is_contiguous():
+        if output.shape != labels.shape or output.dtype != dtype or not output.is_contiguous():
             raise ValueError(
-                f"{name} is contiguous {dtype} {tuple(mask.shape)}, got {output.dtype} {tuple(output.shape)}"
+                f"{name} is contiguous {dtype} {tuple(labels.shape)}, got {output.dtype} {tuple(output.shape)}"
             )
-        if output.device != mask.device:
-            raise ValueError(f"{name} is on {output.device}, mask on {mask.device}: put them on one device")
+        if output.device != labels.device:
+            raise ValueError(f"{name} is on {output.device}, the labels on {labels.device}: put them on one device")

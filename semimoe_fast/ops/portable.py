@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .gate import apply
 from .gate_portable import label_projections, labels, mix_projections
-from .reference import one_hot, targets_from_distance
+from .reference import one_hot, targets_from_distance, touching
 
 __all__ = [
     "adaptive_loss",
@@ -28,47 +28,39 @@ __all__ = [
     "tanh_mse_loss",
 ]
 
-FAR = 2**16  # distance in a column without the opposite class; exceeds every diagonal whose square fits into int32
+FAR = 2**16  # distance in a column or row of one label; exceeds every diagonal whose square fits into int32
 ROW_CHUNK = 2**24  # pairs of pixels of a row that the row search holds in memory at once
 
 
-def squared_distance(mask: Tensor) -> Tensor:
-    """See `reference.squared_distance`. One column pass serves both classes; no synchronization with the device.
+def squared_distance(labels: Tensor, instances: bool = False) -> Tensor:
+    """See `reference.squared_distance`. One pass serves all labels; no synchronization with the device.
 
-    With g(x') the distance within the column to the opposite class,
-    d^2(x) = min over x' in the row of (x - x')^2 + (g(x')^2 if x' has the class of x, else 0).
+    With g(x') the distance within column x' to another label and r(x) that within the row,
+    d^2(x) = min(r(x)^2, min over x' in the row of (x - x')^2 + g(x')^2).
+    Where x' has another label than x, g(x') says nothing about x, but then (x - x')^2 >= r(x)^2.
     """
-    foreground = mask != 0
-    batch, height, width = foreground.shape
-    if foreground.numel() == 0:
-        return torch.zeros_like(foreground, dtype=torch.int32)
-    column = _column_distance(foreground).to(torch.int64).square().reshape(-1, width)
-    rows = foreground.reshape(-1, width)
-    x = torch.arange(width, device=mask.device)
+    labels = labels if instances else labels != 0
+    batch, height, width = labels.shape
+    if labels.numel() == 0:
+        return torch.zeros_like(labels, dtype=torch.int32)
+    columns = _distance_in_columns(labels).square().reshape(-1, width)
+    rows = _distance_in_columns(labels.transpose(1, 2)).transpose(1, 2).square().reshape(-1, width)
+    x = torch.arange(width, device=labels.device)
     parabola = (x[:, None] - x).square()
-    chunk = max(1, ROW_CHUNK // (width * width))
-    best = torch.cat(
-        [
-            torch.where(
-                is_foreground,
-                (torch.where(is_foreground, cost, 0)[:, None] + parabola).amin(-1),
-                (torch.where(is_foreground, 0, cost)[:, None] + parabola).amin(-1),
-            )
-            for is_foreground, cost in zip(rows.split(chunk), column.split(chunk), strict=True)
-        ]
-    )
+    chunks = columns.split(max(1, ROW_CHUNK // (width * width)))
+    best = torch.minimum(torch.cat([(chunk[:, None] + parabola).amin(-1) for chunk in chunks]), rows)
     return torch.where(best < FAR * FAR, best, -1).to(torch.int32).reshape(batch, height, width)
 
 
-def _column_distance(foreground: Tensor) -> Tensor:
-    """Distance within the column to the nearest pixel of the opposite class, FAR if the column has none.
+def _distance_in_columns(labels: Tensor) -> Tensor:
+    """Distance within the column to the nearest pixel of another label, FAR if the column has one label; int64.
 
-    For a run of equal pixels from row s to row n - 1, the nearest pixels of the opposite class are in rows s - 1 and n.
+    For a run of equal pixels from row s to row n - 1, the nearest pixels of another label are in rows s - 1 and n.
     """
-    height = foreground.shape[1]
-    y = torch.arange(height, device=foreground.device)[:, None]
-    starts = torch.zeros_like(foreground)
-    starts[:, 1:] = foreground[:, 1:] != foreground[:, :-1]
+    height = labels.shape[1]
+    y = torch.arange(height, device=labels.device)[:, None]
+    starts = torch.zeros_like(labels, dtype=torch.bool)
+    starts[:, 1:] = labels[:, 1:] != labels[:, :-1]
     above = torch.where(starts, y - 1, -FAR).cummax(1).values
     following = torch.full_like(above, height + FAR)
     following[:, :-1] = torch.where(starts[:, 1:], y[1:], height + FAR)
@@ -76,9 +68,10 @@ def _column_distance(foreground: Tensor) -> Tensor:
     return torch.minimum(y - above, below - y).clamp(max=FAR)
 
 
-def distance_targets(mask: Tensor, ring_radius: float = 2) -> tuple[Tensor, Tensor]:
+def distance_targets(labels: Tensor, ring_radius: float = 2, instances: bool = False) -> tuple[Tensor, Tensor]:
     """See `reference.distance_targets`."""
-    return targets_from_distance(mask != 0, squared_distance(mask), ring_radius)
+    sdf, ring = targets_from_distance(labels != 0, squared_distance(labels, instances), ring_radius)
+    return sdf, ring | touching(labels) if instances else ring
 
 
 def project_experts(

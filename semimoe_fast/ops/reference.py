@@ -1,7 +1,7 @@
 """The operations exactly as their formulas say: slow, obvious, and the reference of every test.
 
-This file optimizes nothing and imports nothing of the package. `portable` uses its `targets_from_distance` and
-`one_hot`; the golden archives check both. Floating-point functions compute in the dtype of their inputs, so float64
+This file optimizes nothing and imports nothing of the package. `portable` uses its `targets_from_distance`, `touching`
+and `one_hot`; the golden archives check them. Floating-point functions compute in the dtype of their inputs, so float64
 inputs give a float64 reference, and autograd differentiates them.
 
 Symbols (arXiv 2509.13834): B images, E experts, T tasks, C feature channels, K classes, H x W pixels.
@@ -17,14 +17,17 @@ from torch import Tensor
 UNREACHABLE = 2**40  # exceeds every squared distance in an image; sums of it do not overflow int64
 
 
-def squared_distance(mask: Tensor) -> Tensor:
-    """Squared Euclidean distance of every pixel to the nearest pixel of the opposite class.
+def squared_distance(labels: Tensor, instances: bool = False) -> Tensor:
+    """Squared Euclidean distance of every pixel to the nearest pixel of another label.
 
-    mask (B, H, W), non-zero is foreground -> int32 (B, H, W); -1 if the image has no opposite class.
-    d(y, x) = min over (y', x') of the opposite class of (y - y')^2 + (x - x')^2, one axis after the other.
+    labels (B, H, W), 0 is background; with instances every other value is a label of its own, else all are one
+    -> int32 (B, H, W); -1 if the image has no other label.
+    d(y, x) = min over (y', x') of another label of (y - y')^2 + (x - x')^2, one axis after the other.
     """
-    foreground = mask != 0
-    distance = torch.where(foreground, _distance_to(~foreground), _distance_to(foreground))
+    labels = labels if instances else labels != 0
+    distance = torch.full(labels.shape, UNREACHABLE, device=labels.device)
+    for label in labels.to(torch.int64).unique() if instances else (False, True):
+        distance = torch.where(labels == label, _distance_to(labels != label), distance)
     return torch.where(distance < UNREACHABLE, distance, -1).to(torch.int32)
 
 
@@ -44,16 +47,17 @@ def _min_plus_parabola(cost: Tensor, dim: int) -> Tensor:
     return best.movedim(-1, dim)
 
 
-def distance_targets(mask: Tensor, ring_radius: float = 2) -> tuple[Tensor, Tensor]:
-    """Normalized signed distance field and boundary ring of a mask.
+def distance_targets(labels: Tensor, ring_radius: float = 2, instances: bool = False) -> tuple[Tensor, Tensor]:
+    """Normalized signed distance field and boundary of a mask or an instance map.
 
-    mask (B, H, W) -> sdf float32 (B, H, W) in [-1, 1], boundary uint8 (B, H, W) in {0, 1}.
+    labels (B, H, W) -> sdf float32 (B, H, W) in [-1, 1], boundary uint8 (B, H, W) in {0, 1}.
     """
-    return targets_from_distance(mask != 0, squared_distance(mask), ring_radius)
+    sdf, ring = targets_from_distance(labels != 0, squared_distance(labels, instances), ring_radius)
+    return sdf, ring | touching(labels) if instances else ring
 
 
 def targets_from_distance(foreground: Tensor, squared: Tensor, ring_radius: float) -> tuple[Tensor, Tensor]:
-    """`distance_targets` from squared distances (int32, -1 in constant images)."""
+    """Signed distance field and ring from squared distances (int32, -1 in constant images)."""
     inside = torch.where(foreground, squared, 0)
     outside = torch.where(foreground, 0, squared)
     sdf = _over_image_maximum(inside) - _over_image_maximum(outside)
@@ -61,6 +65,17 @@ def targets_from_distance(foreground: Tensor, squared: Tensor, ring_radius: floa
     constant = torch.where(foreground, 1.0, -1.0).to(sdf.dtype)
     boundary = (outside > 0) & (outside <= ring_radius * ring_radius)
     return torch.where(squared < 0, constant, sdf).float(), boundary.to(torch.uint8)
+
+
+def touching(labels: Tensor) -> Tensor:
+    """Foreground pixels with another instance above, below, left or right: uint8 (B, H, W) in {0, 1}."""
+    result = torch.zeros_like(labels, dtype=torch.bool)
+    for dim in (1, 2):
+        rows, marked = labels.transpose(1, dim), result.transpose(1, dim)
+        touch = (rows[:, 1:] != rows[:, :-1]) & (rows[:, 1:] != 0) & (rows[:, :-1] != 0)
+        marked[:, 1:] |= touch
+        marked[:, :-1] |= touch
+    return result.to(torch.uint8)
 
 
 def _over_image_maximum(squared: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class Images(NamedTuple):
     """B stored images with their masks and augmentation parameters."""
 
     images: Tensor  # uint8 (B, 3, S, S)
-    masks: Tensor | None  # uint8 (B, S, S)
+    masks: Tensor | None  # (B, S, S), uint8 0/1 or int32 ids
     augmentation: Augmentation
 
 
@@ -129,7 +129,7 @@ def data_device(
         return "device"
     parts = [data.labeled.images, data.labeled.masks, *([] if data.unlabeled is None else [data.unlabeled.images])]
     free, _ = torch.cuda.mem_get_info(device)
-    return "device" if sum(part.numel() for part in parts) <= free / 2 else "host"
+    return "device" if sum(part.nbytes for part in parts) <= free / 2 else "host"
 
 
 def prefetch(items: Iterator[T], count: int) -> Iterator[T]:

@@ -29,6 +29,7 @@ LARGEST = {  # other integers: 2**31 - 1
     "threads": 4096,
     "seed": 2**63 - 1,
 }
+ADDED = {"instances": False}  # options that older runs do not store: the value with which they ran
 MUTABLE = ("data", "device", "threads", "data_device", "cuda_graph", "profile")  # options that --resume may change
 
 
@@ -52,6 +53,8 @@ class DataOptions:
     """Mean and std: of the training images, or published."""
     ring_radius: float = 2.0
     """Width of the boundary target, in pixels."""
+    instances: bool = False
+    """Keep touching glands apart: masks hold an id per gland, 0 is background."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,6 +284,8 @@ def read_config(run: Path) -> TrainConfig:
         raise UserError(f"{run}: holds no run to resume ({CONFIG_FILE} is missing); give the folder of a run") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON ({first_sentence(error)}); {REMEDY}") from error
+    if isinstance(values, dict):
+        values = ADDED | values
     hints = {name: hint for name, hint in get_type_hints(TrainConfig).items() if name in SYNTHETIC.to_dict()}
     check_types(path, "the configuration", values, hints, REMEDY)
     if unknown := values.keys() - hints.keys():

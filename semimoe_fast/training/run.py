@@ -22,7 +22,7 @@ from ..inference.predictor import GATED
 from ..validation import check_types
 from . import records, report
 from .batches import TrainingData
-from .config import CONFIG_FILE, MUTABLE, NONE, TrainConfig
+from .config import ADDED, CONFIG_FILE, MUTABLE, NONE, TrainConfig
 from .distributed import World
 from .interruption import Interruption
 from .lock import FolderLock
@@ -70,7 +70,7 @@ class Run:
             return run  # killed before its first checkpoint: start over with the same seed
         metadata, tensors = checkpoint.read(path)
         expected = run.metadata()
-        if without_mutable(metadata.get("config")) != without_mutable(expected["config"]):
+        if lasting(metadata.get("config")) != lasting(expected["config"]):
             raise UserError(f"{path}: is of another configuration than {run.folder / CONFIG_FILE}; start a new run")
         if metadata.get("data") != expected["data"]:
             raise UserError(
@@ -197,9 +197,9 @@ class Run:
         return self.trainer.data.preprocessing
 
 
-def without_mutable(value: Any) -> Any:
-    """A stored configuration without the options that a resumed run may change."""
-    return {k: v for k, v in value.items() if k not in MUTABLE} if isinstance(value, dict) else value
+def lasting(value: Any) -> Any:
+    """The options of a stored configuration that a resumed run may not change."""
+    return {k: v for k, v in (ADDED | value).items() if k not in MUTABLE} if isinstance(value, dict) else value
 
 
 def summary_of(record: dict[str, Any]) -> str:

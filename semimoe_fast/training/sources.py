@@ -28,7 +28,7 @@ def load_data(config: TrainConfig, cache: Cache | None = None) -> tuple[Training
         mean, std = channel_statistics(*(part.images for part in (labeled, unlabeled) if part is not None))
     else:
         mean, std = NORMALIZATION[config.normalization]
-    preprocessing = Preprocessing(config.image_size, tuple(mean), tuple(std), config.ring_radius)
+    preprocessing = Preprocessing(config.image_size, tuple(mean), tuple(std), config.ring_radius, config.instances)
     return TrainingData(labeled, unlabeled, preprocessing), val
 
 
@@ -38,7 +38,7 @@ def _refuse_batch(kind: str, batch: int, images: int) -> NoReturn:
 
 def synthetic_data(config: TrainConfig) -> tuple[Dataset, Dataset | None, Dataset]:
     """Labeled, unlabeled and validation part of synthetic glands; unlabeled is None for the supervised baseline."""
-    images, masks = glands(sum(config.synthetic), config.image_size, config.seed, weakly_stained=config.synthetic[0])
+    images, masks = glands(sum(config.synthetic), config.image_size, config.seed, config.synthetic[0], config.instances)
     names = [f"synthetic_{i}" for i in range(len(images))]
     parts = []
     for part_images, part_masks in zip(images.split(config.synthetic), masks.split(config.synthetic), strict=True):
@@ -59,9 +59,9 @@ def folder_data(config: TrainConfig, cache: Cache | None = None) -> tuple[Datase
         name = config.unlabeled or only_part(config.data, "train_unsup_", "--unlabeled")
         unlabeled = load(config.data, name, config.image_size, with_masks=False)
     return (
-        load(config.data, labeled, config.image_size, with_masks=True),
+        load(config.data, labeled, config.image_size, with_masks=True, instances=config.instances),
         unlabeled,
-        load(config.data, config.val, config.image_size, with_masks=True),
+        load(config.data, config.val, config.image_size, with_masks=True, instances=config.instances),
     )
 
 

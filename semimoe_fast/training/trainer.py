@@ -184,11 +184,17 @@ class Trainer:
 
     def _losses(self, batch: Batch) -> StepLosses:
         images, masks = self._augmented(batch.labeled)
-        with record_function("targets"):
-            targets = (masks, *F.distance_targets(masks, self.config.ring_radius))
+        targets = self._targets(masks)
         unlabeled = None if batch.unlabeled is None else self._augmented(batch.unlabeled)[0]
         with autocast(self.config.precision, self.device):
             return self.objective(images, targets, unlabeled, self.weight)
+
+    def _targets(self, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mask, sdf and boundary of augmented masks (B, S, S), uint8 0/1, or int32 ids with --instances."""
+        instances = self.config.instances
+        with record_function("targets"):
+            sdf, boundary = F.distance_targets(masks, self.config.ring_radius, instances=instances)
+            return (masks != 0).byte() if instances else masks, sdf, boundary
 
     def _augmented(self, batch: Images) -> tuple[Tensor, Tensor | None]:
         with record_function("augmentation"):

@@ -31,8 +31,8 @@ def model() -> SemiMoE:
     return SemiMoE(width=2).eval()
 
 
-def preprocessing(size: int) -> Preprocessing:
-    return Preprocessing(size, (0.5,) * 3, (0.25,) * 3)
+def preprocessing(size: int, instances: bool = False) -> Preprocessing:
+    return Preprocessing(size, (0.5,) * 3, (0.25,) * 3, instances=instances)
 
 
 def write_part(root: Path, sizes=SIZES) -> Path:
@@ -112,10 +112,12 @@ def test_counts_equal_those_of_training_at_the_training_size(model: SemiMoE, tmp
     assert found.variants[0].scores.pixel_counts.tolist() == expected[GATED][:, metrics.HALF].tolist()
 
 
-def test_the_ring_is_compared_at_the_training_size(model: SemiMoE, tmp_path: Path) -> None:
-    root = write_part(tmp_path)
-    found = evaluate_model(model, list_pairs(root, "val", with_masks=True), preprocessing(16), CPU)
-    expected = count_set(model, load_part(root, "val", 16, with_masks=True), preprocessing(16), CPU, batch=1)
+@pytest.mark.parametrize("instances", [False, True])
+def test_the_ring_is_compared_at_the_training_size(model: SemiMoE, tmp_path: Path, instances: bool) -> None:
+    root, used = write_part(tmp_path), preprocessing(16, instances)
+    found = evaluate_model(model, list_pairs(root, "val", with_masks=True), used, CPU)
+    dataset = load_part(root, "val", 16, with_masks=True, instances=instances)
+    expected = count_set(model, dataset, used, CPU, batch=1)
     assert torch.equal(found.counts["boundary expert"], expected["boundary expert"])
     assert not torch.equal(found.counts["mask expert"], expected["mask expert"])
 

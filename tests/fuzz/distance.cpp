@@ -12,6 +12,7 @@
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <random>
 #include <utility>
@@ -25,7 +26,7 @@ namespace {
 // As in tests/ops/test_distance.py. The error of the expected values, in double, is negligible.
 const double kSdfTolerance = std::ldexp(5, -24);
 
-char current[200] = "before the first case";  // printed when a check fails
+char current[300] = "before the first case";  // printed when a check fails
 
 extern "C" void print_case(int) {
   std::fprintf(stderr, "\nfailed: %s\n", current);
@@ -108,25 +109,45 @@ struct Case {
   int height;
   int width;
   std::int32_t squared_ring_radius;
-  std::vector<std::uint8_t> masks;  // constructed with its size, so that its memory has no spare bytes at the end
+  int element_size;
+  bool instances;
+  std::vector<std::uint64_t> labels;
+
+  std::uint64_t label(std::int64_t i) const { return instances ? labels[i] : labels[i] != 0; }
+
+  // The labels in the type that the functions read. The memory has no spare bytes at the end.
+  std::vector<char> bytes() const {
+    std::vector<char> result(labels.size() * element_size);
+    for (std::size_t i = 0; i < labels.size(); ++i) std::memcpy(&result[i * element_size], &labels[i], element_size);
+    return result;
+  }
 
   std::int64_t pixels() const { return static_cast<std::int64_t>(height) * width; }
 };
 
+// Labels of `size` bytes, among them neighbors of equal low or equal high bytes.
+std::uint64_t draw_label(Random& random, int size, int most) {
+  const std::uint64_t id = between(random, 1, most);
+  return between(random, 0, 1) ? id << (8 * size - 8) : id;
+}
+
 Case draw_case(Random& random) {
   constexpr std::int32_t kRingRadii[] = {0, 1, 2, 4, 7, 100, 63503, 63504, INT32_MAX};
   const auto [height, width] = draw_shape(random);
-  Case drawn{between(random, 0, 3), height, width, kRingRadii[between(random, 0, 8)], {}};
-  drawn.masks = std::vector<std::uint8_t>(drawn.batch * drawn.pixels());
-  auto pixel = drawn.masks.begin();
+  Case drawn{between(random, 0, 3),      height, width, kRingRadii[between(random, 0, 8)], 1 << between(random, 0, 3),
+             between(random, 0, 1) == 1, {}};
   for (int image = 0; image < drawn.batch; ++image) {
-    const Picture picture = draw_picture(random, height, width);
+    const Picture picture = draw_picture(random, height, width), division = draw_picture(random, height, width);
     const bool inverted = between(random, 0, 1);
-    const auto [least, most] = std::array<std::pair<int, int>, 4>{
-        {{1, 1}, {255, 255}, {1, 255}, {127, 128}}}[between(random, 0, 3)];  // range of foreground values
+    const int most = 1 << between(random, 0, 7);
+    std::uint64_t one = draw_label(random, drawn.element_size, most),
+                  other = draw_label(random, drawn.element_size, most);
     for (int y = 0; y < height; ++y)
-      for (int x = 0; x < width; ++x)
-        *pixel++ = picture(y, x) != inverted ? static_cast<std::uint8_t>(between(random, least, most)) : 0;
+      for (int x = 0; x < width; ++x) {
+        if (between(random, 0, 200) == 0) std::swap(one, other), other = draw_label(random, drawn.element_size, most);
+        const bool foreground = picture(y, x) != inverted, first = division(y, x);
+        drawn.labels.push_back(!foreground ? 0 : first ? one : other);
+      }
   }
   return drawn;
 }
@@ -139,59 +160,68 @@ struct Targets {
   std::vector<int> boundary;
 };
 
-// Appends the squared distances of an image, from the exact gaps of every column. For a pixel it visits all columns of
-// the row that are near enough to matter.
-void append_squared(const std::uint8_t* mask, int height, int width, std::vector<std::int64_t>& squared) {
+// Appends the squared distances of an image. In every column of the row that is near enough to matter, it looks for the
+// nearest pixel of another label than the pixel's, from the ends of the runs of equal labels in the column.
+void append_squared(const Case& drawn, std::int64_t first, std::vector<std::int64_t>& squared) {
   constexpr std::int64_t kNowhere = 1 << 20;  // farther than any pixel of an image
-  const auto foreground = [&](std::int64_t y, std::int64_t x) { return mask[y * width + x] != 0; };
+  const std::int64_t height = drawn.height, width = drawn.width;
+  const auto label = [&](std::int64_t y, std::int64_t x) { return drawn.label(first + y * width + x); };
 
-  const std::vector<std::int64_t> zeros(static_cast<std::int64_t>(height) * width);
-  std::vector<std::int64_t> heights[2] = {zeros, zeros};  // by class: squared gaps, 0 at pixels of the other class
+  std::vector<std::int64_t> before(height * width), after(height * width);  // the run's neighbors, by pixel
   for (std::int64_t x = 0; x < width; ++x) {
-    std::vector<std::int64_t> gaps(height);
-    std::int64_t above[2] = {-kNowhere, -kNowhere},
-                 below[2] = {kNowhere, kNowhere};  // by class: the nearest row so far
-    for (std::int64_t y = 0; y < height; ++y) {
-      above[foreground(y, x)] = y;
-      gaps[y] = y - above[!foreground(y, x)];
-    }
-    for (std::int64_t y = height - 1; y >= 0; --y) {
-      below[foreground(y, x)] = y;
-      const std::int64_t gap = std::min(gaps[y], below[!foreground(y, x)] - y);
-      heights[foreground(y, x)][y * width + x] = gap * gap;
-    }
+    for (std::int64_t y = 0; y < height; ++y)
+      before[y * width + x] = y == 0 ? -kNowhere : label(y, x) == label(y - 1, x) ? before[(y - 1) * width + x] : y - 1;
+    for (std::int64_t y = height - 1; y >= 0; --y)
+      after[y * width + x] = y == height - 1                  ? kNowhere
+                             : label(y, x) == label(y + 1, x) ? after[(y + 1) * width + x]
+                                                              : y + 1;
   }
 
   for (std::int64_t y = 0; y < height; ++y)
     for (std::int64_t x = 0; x < width; ++x) {
-      const std::int64_t* row = &heights[foreground(y, x)][y * width];
-      std::int64_t nearest = row[x];
-      for (std::int64_t away = 1; away < width && away * away < nearest; ++away) {
-        if (x - away >= 0) nearest = std::min(nearest, away * away + row[x - away]);
-        if (x + away < width) nearest = std::min(nearest, away * away + row[x + away]);
-      }
+      const std::uint64_t own = label(y, x);
+      std::int64_t nearest = kNowhere * kNowhere;
+      const auto visit = [&](std::int64_t there) {
+        if (there < 0 || there >= width) return;
+        const std::int64_t i = y * width + there, away = (x - there) * (x - there);
+        const std::int64_t gap = label(y, there) != own ? 0 : std::min(y - before[i], after[i] - y);
+        nearest = std::min(nearest, away + gap * gap);
+      };
+      for (std::int64_t away = 0; away < width && away * away < nearest; ++away) visit(x - away), visit(x + away);
       squared.push_back(nearest <= INT32_MAX ? nearest : -1);
     }
+}
+
+// Whether a pixel is foreground and a pixel above, below, left or right of it belongs to another instance.
+bool touches(const Case& drawn, std::int64_t first, std::int64_t i) {
+  const std::int64_t y = (i - first) / drawn.width, x = (i - first) % drawn.width;
+  const std::uint64_t own = drawn.label(i);
+  const auto other = [&](bool inside, std::int64_t there) {
+    return inside && drawn.label(there) != 0 && drawn.label(there) != own;
+  };
+  return own != 0 && (other(y > 0, i - drawn.width) || other(y < drawn.height - 1, i + drawn.width) ||
+                      other(x > 0, i - 1) || other(x < drawn.width - 1, i + 1));
 }
 
 Targets expected_targets(const Case& drawn) {
   Targets targets;
   for (int image = 0; image < drawn.batch; ++image) {
     const std::int64_t first = image * drawn.pixels();
-    append_squared(&drawn.masks[first], drawn.height, drawn.width, targets.squared);
+    append_squared(drawn, first, targets.squared);
     std::int64_t largest[2] = {-1, -1};  // by class: background, foreground
     for (std::int64_t i = first; i < first + drawn.pixels(); ++i) {
-      std::int64_t& most = largest[drawn.masks[i] != 0];
+      std::int64_t& most = largest[drawn.label(i) != 0];
       most = std::max(most, targets.squared[i]);
     }
     for (std::int64_t i = first; i < first + drawn.pixels(); ++i) {
-      const bool foreground = drawn.masks[i] != 0;
+      const bool foreground = drawn.label(i) != 0;
       const std::int64_t squared = targets.squared[i];
       const bool constant = squared == -1;
       const double share =
           constant ? 1 : std::sqrt(static_cast<double>(squared)) / std::sqrt(static_cast<double>(largest[foreground]));
       targets.sdf.push_back(!foreground ? -share : squared == 1 ? 0 : share);
-      targets.boundary.push_back(!foreground && !constant && squared <= drawn.squared_ring_radius);
+      targets.boundary.push_back(foreground ? touches(drawn, first, i)
+                                            : !constant && squared <= drawn.squared_ring_radius);
     }
   }
   return targets;
@@ -205,32 +235,34 @@ void compare(const char* what, const Case& drawn, const std::vector<Got>& got, c
   for (std::size_t i = 0; i < got.size(); ++i) {
     if (std::abs(static_cast<double>(got[i]) - static_cast<double>(expected[i])) <= tolerance) continue;
     const std::int64_t pixel = i % drawn.pixels();
-    std::fprintf(stderr, "%s is %.9g, not %.9g, at pixel (%d, %d) of mask %d\n", what, static_cast<double>(got[i]),
+    std::fprintf(stderr, "%s is %.9g, not %.9g, at pixel (%d, %d) of image %d\n", what, static_cast<double>(got[i]),
                  static_cast<double>(expected[i]), static_cast<int>(pixel / drawn.width),
                  static_cast<int>(pixel % drawn.width), static_cast<int>(i / drawn.pixels()));
     std::abort();
   }
 }
 
-// Checks the case of a seed and returns its number of masks.
+// Checks the case of a seed and returns its number of images.
 int check(std::uint64_t seed) {
   Random random(seed);
   const Case drawn = draw_case(random);
   const Targets expected = expected_targets(drawn);
+  const std::vector<char> bytes = drawn.bytes();
+  const semimoe::Labels labels{bytes.data(), drawn.element_size, drawn.instances,
+                               drawn.batch,  drawn.height,       drawn.width};
   for (const semimoe::Kernels* kernels : semimoe::supported_kernels()) {
     const int threads = between(random, 1, 3);
-    std::snprintf(current, sizeof current, "seed %llu, %d x %d x %d, %s, threads %d, squared ring radius %d",
-                  static_cast<unsigned long long>(seed), drawn.batch, drawn.height, drawn.width, kernels->name, threads,
-                  drawn.squared_ring_radius);
-    const std::size_t count = drawn.masks.size();
+    std::snprintf(current, sizeof current,
+                  "seed %llu, %d x %d x %d, %d bytes, instances %d, %s, threads %d, squared ring radius %d",
+                  static_cast<unsigned long long>(seed), drawn.batch, drawn.height, drawn.width, drawn.element_size,
+                  drawn.instances, kernels->name, threads, drawn.squared_ring_radius);
+    const std::size_t count = drawn.labels.size();
     std::vector<std::int32_t> squared(count, 77);  // no correct result, so that an unwritten pixel fails
     std::vector<float> sdf(count, 77);
     std::vector<std::uint8_t> boundary(count, 77);
-    semimoe::squared_distance(*kernels, drawn.masks.data(), drawn.batch, drawn.height, drawn.width, squared.data(),
-                              threads);
+    semimoe::squared_distance(*kernels, labels, squared.data(), threads);
     compare("the squared distance", drawn, squared, expected.squared, 0);
-    semimoe::distance_targets(*kernels, drawn.masks.data(), drawn.batch, drawn.height, drawn.width,
-                              drawn.squared_ring_radius, sdf.data(), boundary.data(), threads);
+    semimoe::distance_targets(*kernels, labels, drawn.squared_ring_radius, sdf.data(), boundary.data(), threads);
     compare("the signed distance", drawn, sdf, expected.sdf, kSdfTolerance);
     compare("the boundary", drawn, boundary, expected.boundary, 0);
   }
@@ -247,11 +279,11 @@ int main(int argc, char** argv) {
   const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(std::atof(argv[1]));
   std::uint64_t seed = std::strtoull(argv[2], nullptr, 10);
   std::signal(SIGABRT, print_case);
-  std::int64_t masks = 0;
+  std::int64_t images = 0;
   do {
-    masks += check(seed++);
+    images += check(seed++);
   } while (std::chrono::steady_clock::now() < end);
-  std::printf("%lld masks checked, with", static_cast<long long>(masks));
+  std::printf("%lld images checked, with", static_cast<long long>(images));
   for (const semimoe::Kernels* kernels : semimoe::supported_kernels()) std::printf(" %s", kernels->name);
   std::printf("\n");
 }

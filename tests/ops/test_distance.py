@@ -43,8 +43,8 @@ def on_device(device: str, instruction_set: str | None = None) -> Engine:
         squared = torch.empty(masks.shape, dtype=torch.int32, device=device)
         sdf = torch.empty(masks.shape, dtype=torch.float32, device=device)
         boundary = torch.empty(masks.shape, dtype=torch.uint8, device=device)
-        _native.squared_distance(masks, squared)
-        _native.distance_targets(masks, sdf, boundary, ring_radius)
+        _native.squared_distance(masks, False, squared)
+        _native.distance_targets(masks, False, sdf, boundary, ring_radius)
         return squared.cpu().numpy(), sdf.cpu().numpy(), boundary.cpu().numpy()
 
     return run

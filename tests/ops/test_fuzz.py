@@ -55,7 +55,7 @@ def test_random_cases_under_sanitizers(program: str, build: Path, tmp_path: Path
     run(tool("cmake"), "--build", build)
     output = run(build / program, "5", "0")
     print(output)  # how many cases were checked in 5 s
-    checked = re.match(r"(\d+) (masks|images) checked", output)
+    checked = re.match(r"(\d+) images checked", output)
     assert checked is not None
     assert int(checked[1]) > 0  # the number depends on the machine
 

@@ -25,7 +25,7 @@ def striped_masks(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(0, 1, 46_341), (0, 46_341, 1), (0, 40_000, 40_000)])
 def test_too_large_masks_are_refused(shape: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match=f"{shape[1]} x {shape[2]} pixels is too large"):
-        _native.squared_distance(torch.empty(shape, dtype=torch.uint8), torch.empty(shape, dtype=torch.int32))
+        _native.squared_distance(torch.empty(shape, dtype=torch.uint8), False, torch.empty(shape, dtype=torch.int32))
 
 
 def test_native_calls_release_the_gil() -> None:
@@ -35,7 +35,7 @@ def test_native_calls_release_the_gil() -> None:
     """
     mask = striped_masks(1, 4096, 4096)
     out = torch.empty(mask.shape, dtype=torch.int32)
-    _native.squared_distance(mask, out)  # loads the module, which may also release the GIL
+    _native.squared_distance(mask, False, out)  # loads the module, which may also release the GIL
 
     def seen_during_a_call() -> str:
         state = "before"
@@ -45,7 +45,7 @@ def test_native_calls_release_the_gil() -> None:
             nonlocal state
             state = "inside"
             entered.set()
-            _native.squared_distance(mask, out)
+            _native.squared_distance(mask, False, out)
             state = "after"
 
         worker = threading.Thread(target=work)
@@ -66,8 +66,8 @@ def test_native_calls_release_the_gil() -> None:
 def test_bool_and_uint8_masks_agree() -> None:
     mask = striped_masks(2, 33, 65)
     outs = torch.empty((2, *mask.shape), dtype=torch.int32)
-    _native.squared_distance(mask * 255, outs[0])
-    _native.squared_distance(mask.bool(), outs[1])
+    _native.squared_distance(mask * 255, False, outs[0])
+    _native.squared_distance(mask.bool(), False, outs[1])
     assert torch.equal(outs[0], outs[1])
 
 
@@ -75,18 +75,18 @@ def test_bool_and_uint8_masks_agree() -> None:
     ("mask", "out"),
     [
         (torch.zeros(4, 5, dtype=torch.uint8), torch.zeros(4, 5, dtype=torch.int32)),
-        (torch.zeros(1, 4, 5, dtype=torch.int32), torch.zeros(1, 4, 5, dtype=torch.int32)),
+        (torch.zeros(1, 4, 5), torch.zeros(1, 4, 5, dtype=torch.int32)),
         (torch.zeros(1, 5, 4, dtype=torch.uint8).mT, torch.zeros(1, 4, 5, dtype=torch.int32)),
         (torch.zeros(1, 4, 5, dtype=torch.uint8), torch.zeros(1, 4, 5, dtype=torch.int64)),
         (torch.zeros(1, 4, 5, dtype=torch.uint8), torch.zeros(1, 4, 4, dtype=torch.int32)),
         (torch.zeros(1, 4, 5, dtype=torch.uint8), torch.zeros(1, 5, 4, dtype=torch.int32).mT),
         (torch.zeros(1, 4, 5, dtype=torch.uint8), torch.zeros(1, 4, 5, dtype=torch.int32, device="meta")),
     ],
-    ids=["2-D mask", "int mask", "strided mask", "long out", "small out", "strided out", "out on another device"],
+    ids=["2-D mask", "float mask", "strided mask", "long out", "small out", "strided out", "out on another device"],
 )
 def test_unsupported_tensors_are_refused(mask: torch.Tensor, out: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"(mask|out) is"):
-        _native.squared_distance(mask, out)
+    with pytest.raises(ValueError, match=r"(labels are|out is) "):
+        _native.squared_distance(mask, False, out)
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_missing_module_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install ." in _native.why_missing()
     mask = torch.zeros(1, 2, 2, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="pip install"):
-        _native.squared_distance(mask, mask.int())
+        _native.squared_distance(mask, False, mask.int())
 
 
 @pytest.mark.usefixtures("reloaded")
