@@ -37,7 +37,6 @@ def _not_background(logits: Tensor) -> Tensor:
     return logits.float().softmax(1)[:, 1:].sum(1)
 
 
-@torch.no_grad()
 def segment(
     model: SemiMoE,
     image: np.ndarray,
@@ -50,13 +49,24 @@ def segment(
 
     The image is resized to the training size of the model, and the probability is resized back, both bilinearly.
     """
+    output = predict(model, image, preprocessing, device, precision)
+    probability = resize_field(gated_foreground(output), image.shape[:2])
+    return (probability[0] > threshold).cpu().numpy()
+
+
+@torch.no_grad()
+def predict(
+    model: SemiMoE, image: np.ndarray, preprocessing: Preprocessing, device: torch.device, precision: Precision = "auto"
+) -> Output:
+    """Output of the model for one image, uint8 (H, W, 3), at the training size of the model; B = 1."""
     pixels = resize_image(image, preprocessing.image_size)[None].to(device)
     with autocast(precision, device):
-        output = model(augment.normalize(pixels, preprocessing.mean, preprocessing.std))
-    probability = torch.nn.functional.interpolate(
-        gated_foreground(output)[:, None], image.shape[:2], mode="bilinear", align_corners=False
-    )
-    return (probability[0, 0] > threshold).cpu().numpy()
+        return model(augment.normalize(pixels, preprocessing.mean, preprocessing.std))
+
+
+def resize_field(field: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize (B, h, w) bilinearly to the size (H, W) of an image -> (B, H, W)."""
+    return torch.nn.functional.interpolate(field[:, None], size, mode="bilinear", align_corners=False)[:, 0]
 
 
 def require_mask(path: Path, model: SemiMoE) -> None:
