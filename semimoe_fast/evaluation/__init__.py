@@ -1,6 +1,18 @@
-"""Metrics over pixels, objects and surfaces, and overlays."""
+"""Metrics over pixels, objects and surfaces, their summary over a set of images, and overlays."""
 
+from .images import ImageScores, score_images
 from .objects import ObjectScores, object_scores
+from .summary import Estimate, Summary, summarize
 from .surfaces import SurfaceDistances, surface_distances
 
-__all__ = ["ObjectScores", "SurfaceDistances", "object_scores", "surface_distances"]
+__all__ = [
+    "Estimate",
+    "ImageScores",
+    "ObjectScores",
+    "Summary",
+    "SurfaceDistances",
+    "object_scores",
+    "score_images",
+    "summarize",
+    "surface_distances",
+]

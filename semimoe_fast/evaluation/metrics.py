@@ -30,8 +30,18 @@ def count(probability: Tensor, mask: Tensor) -> Tensor:
     probability: (B, H, W) in [0, 1]; mask: (B, H, W), non-zero is foreground -> int64 (B, 45, 3). The prediction is
     foreground if the probability is greater than the threshold.
     """
+    return count_levels(levels(probability), mask)
+
+
+def levels(probability: Tensor) -> Tensor:
+    """The number of thresholds below each probability, int64: the prediction at THRESHOLDS[k] is levels > k."""
     thresholds = torch.tensor(THRESHOLDS, dtype=probability.dtype, device=probability.device)
-    exceeded = torch.searchsorted(thresholds, probability.flatten(1).contiguous())  # number of thresholds exceeded
+    return torch.searchsorted(thresholds, probability.contiguous())
+
+
+def count_levels(levels: Tensor, mask: Tensor) -> Tensor:
+    """As `count`, from `levels` (B, H, W)."""
+    exceeded = levels.flatten(1)
     foreground = (mask != 0).flatten(1)
     bins = len(THRESHOLDS) + 1
     histogram = torch.zeros(len(mask), 2 * bins, dtype=torch.int64, device=mask.device)
@@ -43,10 +53,7 @@ def count(probability: Tensor, mask: Tensor) -> Tensor:
 
 def score(counts: Tensor) -> Scores:
     """Scores of counts (45, 3), usually summed over the images of a set. They are 1 if both masks are empty."""
-    true_positive, predicted, actual = counts.double().unbind(1)
-    union = predicted + actual - true_positive
-    jaccard = torch.where(union > 0, true_positive / union, 1.0)
-    dice = torch.where(union > 0, 2 * true_positive / (predicted + actual), 1.0)
+    dice, jaccard = dice_and_jaccard(counts)
     best = int(jaccard.argmax())
     return Scores(
         dice=dice[HALF].item(),
@@ -55,3 +62,11 @@ def score(counts: Tensor) -> Scores:
         swept_jaccard=jaccard[best].item(),
         swept_threshold=THRESHOLDS[best],
     )
+
+
+def dice_and_jaccard(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Dice and Jaccard, float64 (...), of counts (..., 3) as `count` gives them. They are 1 if both masks are empty."""
+    true_positive, predicted, actual = counts.double().unbind(-1)
+    union = predicted + actual - true_positive
+    jaccard = torch.where(union > 0, true_positive / union, 1.0)
+    return torch.where(union > 0, 2 * true_positive / (predicted + actual), 1.0), jaccard

@@ -8,14 +8,17 @@ import numpy as np
 from scipy import ndimage
 
 
-def outline(image: np.ndarray, labels: Any, color: tuple[int, int, int] = (0, 255, 0)) -> np.ndarray:
-    """A copy of an image, uint8 (H, W, 3), with the inner border of each object drawn one pixel wide.
+def outline(
+    image: np.ndarray, labels: Any, color: tuple[int, int, int] = (0, 255, 0), thickness: int = 1
+) -> np.ndarray:
+    """A copy of an image, uint8 (H, W, 3), with the inner border of each object drawn `thickness` pixels wide.
 
-    labels: mask or label image (H, W), 0 is background. A pixel of an object is in its border if one of its eight
-    neighbors has another label, so objects that touch are outlined apart.
+    labels: mask or instance map (H, W), an array or a tensor on the CPU, 0 is background. The border of an object is
+    its pixels that have one of another label within `thickness` rows and columns, so objects that touch are outlined
+    apart.
     """
-    labels = np.asarray(labels)
-    border = ndimage.maximum_filter(labels, 3) != ndimage.minimum_filter(labels, 3)
+    labels, side = np.asarray(labels), 2 * thickness + 1
+    border = ndimage.maximum_filter(labels, side) != ndimage.minimum_filter(labels, side)
     painted = image.copy()
     painted[border & (labels != 0)] = color
     return painted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from matplotlib.figure import Figure
@@ -22,7 +22,7 @@ Records = Sequence[dict[str, Any]]
 TITLES = ("image", "truth", "prediction", "signed distance (red: inside)", "boundary")
 
 
-def draw_curves(records: Records, tasks: Sequence[str], path: Path) -> None:
+def draw_curves(records: Records, tasks: Sequence[str], path: Path | IO[bytes]) -> None:
     """Plot losses, terms, learned loss weights exp(-s), mean gate weights and validation scores over the epochs.
 
     At least one record must have validation scores.

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from semimoe_fast import checkpoint, evaluate, predict, train
 from semimoe_fast.data.folders import read_image, read_mask
 from semimoe_fast.errors import UserError, run_command
-from semimoe_fast.model import SemiMoE
 from semimoe_fast.training import config, run_folder
 from semimoe_fast.training.lock import FolderLock
 
@@ -47,19 +46,6 @@ def test_resume_takes_moved_but_not_changed_data(folder_run: Path, glands_folder
     image.rename(image.with_name("renamed.png"))
     with pytest.raises(UserError, match="the images are not those of the checkpoint"):
         train.main(["--resume", str(folder_run), "--data", str(moved)])
-
-
-def test_evaluate(folder_run: Path, glands_folder: Path, tmp_path: Path, capsys) -> None:
-    arguments = ["--checkpoint", str(folder_run / run_folder.LAST), "--data", str(glands_folder), "--device", "cpu"]
-    evaluate.main([*arguments, "--json", str(tmp_path / "scores.json")])
-    scores = json.loads((tmp_path / "scores.json").read_text())
-    record = json.loads((folder_run / run_folder.METRICS_FILE).read_text().splitlines()[-1])
-    assert scores["all"] == record["val"]  # the trainer's own validation of the same weights
-    assert len(scores["images"]) == 2
-    printed = capsys.readouterr().out
-    assert "{" not in printed  # the table only
-    for predictor in scores["all"]:
-        assert all(f"{predictor}, {image}" in printed for image in (*scores["images"], "all"))
 
 
 def test_predict_writes_masks_of_the_input_size(folder_run: Path, glands_folder: Path, tmp_path: Path) -> None:
@@ -121,7 +107,6 @@ def test_output_paths_are_checked_first(glands_folder: Path, finished: Path, tmp
             ["--checkpoint", "none", "--input", str(glands_folder / "val" / "image"), "--out", str(file)],
             "a file",
         ),
-        (evaluate, ["--checkpoint", "none", "--data", "none", "--json", str(tmp_path)], "a folder: give a file"),
     ):
         assert message in refused(command.main, arguments)
 
@@ -133,37 +118,23 @@ def test_file_names_that_are_not_utf8(glands_folder: Path, tmp_path: Path, capsy
     for path in [*data.glob("*/image/0000.png"), *data.glob("*/mask/0000.png")]:
         path.rename(path.with_name(os.fsdecode(b"l\xe9sion.png")))
     run = ["--checkpoint", str(home / "run" / run_folder.BEST), "--device", "cpu"]
+    scores = ["--json", str(home / "scores.json"), "--csv"]
     for command, arguments in (
         (train, ["--data", str(data), *SMALL, "--out", str(home / "run")]),
         (train, ["--resume", str(home / "run")]),
-        (evaluate, [*run, "--data", str(data), "--json", str(home / "scores.json")]),
+        (evaluate, [*run, "--data", str(data), *scores, str(home / "scores.csv"), "--report", str(home / "page.html")]),
         (predict, [*run, "--input", str(data / "val" / "image"), "--out", str(home / "masks"), "--overlay"]),
     ):
         run_command(lambda command=command, arguments=arguments: command.main(arguments))
-    assert "gated, l\\udce9sion" in capsys.readouterr().out
-    assert "l\udce9sion" in json.loads((home / "scores.json").read_text())["images"]
+    assert "\nl\\udce9sion " in capsys.readouterr().out
+    assert "l\udce9sion" in {row["image"] for row in json.loads((home / "scores.json").read_text())["images"]}
+    assert "\nl\\udce9sion," in (home / "scores.csv").read_text()
+    assert "l\\udce9sion: pixel Dice" in (home / "page.html").read_text()
     assert (home / "masks" / "l\udce9sion_overlay.png").is_file()
     with pytest.raises(SystemExit):
         run_command(lambda: train.main(["--data", str(home), *SMALL]))
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path}/r\\udce9sultats: 0 parts are named")
-
-
-def test_checkpoint_for_gray_images_is_refused(glands_folder: Path, tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "gray", SemiMoE(in_channels=1, width=2))
-    arguments = ["--checkpoint", str(tmp_path / "gray"), "--data", str(glands_folder), "--device", "cpu"]
-    assert "gray: takes images of 1 channels, not RGB" in refused(evaluate.main, arguments)
-
-
-def test_checkpoints_with_other_experts(glands_folder: Path, tmp_path: Path) -> None:
-    preprocessing = {"preprocessing": checkpoint.Preprocessing(32, (0.5,) * 3, (0.2,) * 3)._asdict()}
-    for tasks, path in ((("mask", "mask", "sdf"), tmp_path / "three"), (("sdf", "boundary"), tmp_path / "none")):
-        checkpoint.save(path, SemiMoE(width=2, expert_tasks=tasks), preprocessing)
-    arguments = ["--data", str(glands_folder), "--device", "cpu"]
-    evaluate.main(["--checkpoint", str(tmp_path / "three"), *arguments, "--json", str(tmp_path / "scores.json")])
-    names = set(json.loads((tmp_path / "scores.json").read_text())["all"])
-    assert names == {"gated", "mask expert 1", "mask expert 2", "sdf expert"}
-    assert "no mask" in refused(evaluate.main, ["--checkpoint", str(tmp_path / "none"), *arguments])
 
 
 # bad input

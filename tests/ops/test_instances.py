@@ -88,10 +88,10 @@ def test_touching_instances(device: str, height: int, width: int, count: int) ->
 
 
 def test_distances_beyond_the_reach_of_the_search(device: str) -> None:
-    """Another algorithm computes long distances. The upper half is one instance, a dot of a second is in the lower."""
-    labels = np.zeros((1, 500, 300), np.int32)
-    labels[0, :300] = 1
-    labels[0, 499, 20] = 2
+    """Another algorithm computes long distances. Two instances touch along a column, and a third is a dot far below."""
+    labels = np.zeros((1, 560, 620), np.int32)
+    labels[0, :290, :310], labels[0, :290, 310:] = 1, 2
+    labels[0, 559, 20] = 3
     tensor = torch.from_numpy(labels).to(device)
     results = F.squared_distance(tensor, instances=True), *F.distance_targets(tensor, instances=True)
     check(labels[0], *(x[0].cpu() for x in results))

@@ -15,7 +15,7 @@ from torch import Tensor
 from semimoe_fast import checkpoint, evaluate, synthetic, train
 from semimoe_fast import functional as F
 from semimoe_fast.checkpoint import Preprocessing
-from semimoe_fast.data.folders import Dataset
+from semimoe_fast.data.folders import Dataset, load_part
 from semimoe_fast.errors import UserError
 from semimoe_fast.evaluation.scoring import count_set
 from semimoe_fast.objective import StepLosses
@@ -74,6 +74,14 @@ def test_touching_glands_have_other_distances_and_the_same_mask(tiny_config: Tra
     assert not mask_term
     assert other_terms == [True, True]
     assert torch.equal(losses.unsupervised_terms, binary_losses.unsupervised_terms)
+
+
+def test_components_of_a_mask_have_the_targets_of_the_mask(glands_folder: Path) -> None:
+    """At the size of the files, where components do not touch."""
+    masks, ids = (load_part(glands_folder, "val", 40, True, instances).masks for instances in (False, True))
+    assert ids.max() > 1
+    for ours, theirs in zip(F.distance_targets(ids, instances=True), F.distance_targets(masks), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_validation_scores_pixels_and_the_ring_of_instances(tiny_config: TrainConfig) -> None:
