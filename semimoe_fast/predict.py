@@ -38,13 +38,13 @@ class PredictConfig:
     out: Path
     """Folder for the masks NAME.png; it is created if missing."""
     instances: bool = False
-    """Also separate glands: NAME_instances.png, a label image, and NAME.geojson, polygons for QuPath."""
+    """Also separate glands: a label image instances/NAME.png and polygons for QuPath instances/NAME.geojson."""
     seed_level: float = 0.3
     """With --instances: share of a region's largest sdf above which a pixel is a seed; higher splits more."""
     least_area: int = 100
     """With --instances: fewest pixels of a gland, at the size of the image; smaller ones are only in NAME.png."""
     overlay: bool = False
-    """Also write the image with the outlines drawn on it, NAME_overlay.png; with --instances, of each gland."""
+    """Also write the image with the outlines drawn on it, overlay/NAME.png; with --instances, of each gland."""
     threshold: float = 0.5
     """Foreground probability above which a pixel is gland."""
     device: str = "auto"
@@ -56,34 +56,27 @@ class PredictConfig:
 def plan(config: PredictConfig) -> dict[Path, dict[str, Path]]:
     """The files to write for each image, by what they hold: mask, overlay, instances, polygons.
 
-    Raises UserError if there is no image, if --out is the folder of the images or a file, or if two images would be
-    written to the same file.
+    Raises UserError if there is no image, or if an output folder is a file or the folder of the images.
     """
     paths = list_images(config.input) if config.input.is_dir() else [config.input]
     if not paths[0].exists():
         raise UserError(f"{config.input}: no such file or folder; give an image or a folder of images")
-    if paths[0].parent.resolve() == config.out.resolve():
-        raise UserError(
-            f"--out is the folder of the images, {config.out}: masks would replace them, give another folder"
-        )
-    if config.out.exists() and not config.out.is_dir():
-        raise UserError(f"--out is {config.out}, which is a file: give a folder")
-    endings = {"mask": ".png"}
+    places = {"mask": (config.out, ".png")}
     if config.overlay:
-        endings["overlay"] = "_overlay.png"
+        places["overlay"] = config.out / "overlay", ".png"
     if config.instances:
-        endings |= {"instances": "_instances.png", "polygons": ".geojson"}
-    outputs = {path: {kind: config.out / f"{path.stem}{ending}" for kind, ending in endings.items()} for path in paths}
-    written: dict[Path, tuple[Path, str]] = {}
-    for path, files in outputs.items():
-        for kind, file in files.items():
-            other, other_kind = written.setdefault(file, (path, kind))
-            if other != path:  # stems are unique, so one of the two files is a mask
-                option = other_kind if kind == "mask" else kind
-                raise UserError(
-                    f"{other} and {path} would both be written to {file}: rename one, or leave out --{option}"
-                )
-    return outputs
+        places["instances"], places["polygons"] = (
+            (config.out / "instances", ".png"),
+            (config.out / "instances", ".geojson"),
+        )
+    for folder, _ in places.values():
+        if paths[0].parent.resolve() == folder.resolve():
+            raise UserError(f"{folder} is the folder of the images: masks would replace them, give another --out")
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file, not a folder: remove it, or give another --out")
+    return {
+        path: {kind: folder / f"{path.stem}{ending}" for kind, (folder, ending) in places.items()} for path in paths
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -101,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, metadata, _ = checkpoint.load(config.checkpoint, device)
     require_mask(config.checkpoint, model)
     preprocessing = Preprocessing.of(config.checkpoint, metadata)
-    config.out.mkdir(parents=True, exist_ok=True)
+    for file in next(iter(outputs.values())).values():
+        file.parent.mkdir(parents=True, exist_ok=True)
     for path, files in tqdm(outputs.items(), "predict"):
         image = read_image(path)
         output = predict(model, image, preprocessing, device, config.precision)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from semimoe_fast import checkpoint, predict
+from semimoe_fast import checkpoint, evaluate, predict
 from semimoe_fast.data.folders import read_image, read_mask
 from semimoe_fast.errors import UserError
 from semimoe_fast.evaluation.overlay import outline
@@ -45,7 +45,7 @@ def test_instances_of_images(glands_folder: Path, tmp_path: Path) -> None:
     for path in images.iterdir():
         mask_file = out / f"{path.stem}.png"
         assert mask_file.read_bytes() == (plain / mask_file.name).read_bytes()
-        stored = Image.open(out / f"{path.stem}_instances.png")
+        stored = Image.open(out / "instances" / f"{path.stem}.png")
         assert stored.mode == "I;16"
         labels = np.array(stored)
         assert labels.dtype == np.uint16
@@ -53,15 +53,20 @@ def test_instances_of_images(glands_folder: Path, tmp_path: Path) -> None:
         assert read_mask(mask_file)[labels > 0].all()
         areas = np.bincount(labels.ravel())[1:]
         assert (areas >= 4).all()
-        features = json.loads((out / f"{path.stem}.geojson").read_text())["features"]
+        features = json.loads((out / "instances" / f"{path.stem}.geojson").read_text())["features"]
         assert len(features) == len(areas)
         coordinates = [f["geometry"]["coordinates"] for f in features]
         expected = [[[ring.tolist() for ring in polygon] for polygon in x] for x in polygons_of(labels).values()]
         assert coordinates == [x if len(x) > 1 else x[0] for x in expected]
-        assert (read_image(out / f"{path.stem}_overlay.png") == outline(read_image(path), labels)).all()
+        assert (read_image(out / "overlay" / f"{path.stem}.png") == outline(read_image(path), labels)).all()
         found += len(areas)
     assert found > 2
-    assert len(list(out.iterdir())) == 4 * len(list(images.iterdir()))
+    names = {path.stem for path in images.iterdir()}
+    for folder, count in ((out, 1), (out / "overlay", 1), (out / "instances", 2)):
+        files = [path.stem for path in folder.iterdir() if path.is_file()]
+        assert sorted(files) == sorted([*names] * count)
+    for folder in (out, out / "instances"):  # evaluate takes them as they are
+        evaluate.main(["--data", str(glands_folder), "--predictions", str(folder)])
 
 
 def test_instances_follow_the_predicted_field(glands_folder: Path, tmp_path: Path, monkeypatch) -> None:
@@ -105,8 +110,8 @@ def test_touching_objects_are_outlined_apart() -> None:
 
 def test_many_labels_are_written_with_32_bits(tmp_path: Path) -> None:
     labels = np.arange(70_000, dtype=np.int32).reshape(200, 350)
-    for count, name, dtype in ((65_535, "a.b_instances.png", np.uint16), (65_536, "a.b_instances.tif", np.uint32)):
-        predict.write_labels(tmp_path / "a.b_instances.png", np.minimum(labels, count))
+    for count, name, dtype in ((65_535, "a.b.png", np.uint16), (65_536, "a.b.tif", np.uint32)):
+        predict.write_labels(tmp_path / "a.b.png", np.minimum(labels, count))
         with Image.open(tmp_path / name) as image:
             assert np.array_equal(np.array(image), np.minimum(labels, count).astype(dtype))
 
@@ -118,19 +123,19 @@ def refused(arguments: list[str]) -> str:
     return str(caught.value)
 
 
-def test_outputs_that_would_replace_each_other_are_refused(tmp_path: Path) -> None:
-    images, out = tmp_path / "images", tmp_path / "out"
+def test_outputs_that_would_replace_images_are_refused(tmp_path: Path) -> None:
+    images = tmp_path / "instances"
     images.mkdir()
-    for name in ("a.png", "a_instances.tif"):
-        (images / name).touch()
-    arguments = options(Path("none"), images, out)
-    assert refused([*arguments, "--instances", "--overlay"]) == (
-        f"{images / 'a.png'} and {images / 'a_instances.tif'} would both be written to {out / 'a_instances.png'}: "
-        "rename one, or leave out --instances"
+    (images / "a.png").touch()
+    arguments = options(Path("none"), images, tmp_path)
+    assert refused([*arguments, "--instances"]) == (
+        f"{images} is the folder of the images: masks would replace them, give another --out"
     )
     assert "none: no such checkpoint" in refused([*arguments, "--overlay"])
-    (images / "a.png").rename(images / "a_instances_overlay.png")
-    assert "a_instances_overlay.png: rename one, or leave out --overlay" in refused([*arguments, "--overlay"])
+    (tmp_path / "overlay").touch()
+    assert refused([*arguments, "--overlay"]) == (
+        f"{tmp_path / 'overlay'} is a file, not a folder: remove it, or give another --out"
+    )
 
 
 def test_bad_values_are_refused(tmp_path: Path) -> None:
@@ -156,4 +161,4 @@ def test_names_that_are_not_utf8(glands_folder: Path, tmp_path: Path) -> None:
     image = tmp_path / os.fsdecode(b"l\xe9sion.png")
     image.write_bytes(next((glands_folder / "val" / "image").iterdir()).read_bytes())
     predict.main(options(save_model(tmp_path / "model"), image, tmp_path / "out", "--instances"))
-    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert len(list((tmp_path / "out" / "instances").iterdir())) == 2
