@@ -244,3 +244,13 @@ def adaptive_loss(
             f"{tuple(log_vars.shape)} and {len(coefficients)}"
         )
     return ops.implementation("adaptive_loss", terms.device)(terms, log_vars, coefficients, regularizer)
+
+
+def batch_norm_relu(x, weight, bias, running_mean, running_var, momentum=0.1, eps=1e-5, groups=1, training=True):
+    import torch
+
+    parts = [
+        torch.nn.functional.batch_norm(p, running_mean, running_var, weight, bias, training, momentum, eps)
+        for p in x.chunk(groups)
+    ]
+    return (parts[0] if groups == 1 else torch.cat(parts)).relu()
