@@ -128,19 +128,16 @@ def _summed_weights(weights: Tensor) -> Tensor:
 
 
 class Gate(nn.Module):
-    """Weights of the experts for one task: feature means (B, D) -> (B, E), with D = experts x channels."""
+    """The layers of the gate of one task. `MultiGating.gate_weights` applies those of all tasks together.
 
-    def __init__(self, features: int, num_experts: int, dropout: float = 0.1) -> None:
+    features: D = experts x channels.
+    """
+
+    def __init__(self, features: int, num_experts: int) -> None:
         super().__init__()
         self.linear1 = nn.Linear(features, features // 2)
         self.attention = nn.Linear(features // 2, features // 2)
-        self.dropout = nn.Dropout(dropout)
         self.linear2 = nn.Linear(features // 2, num_experts)
-
-    def forward(self, means: Tensor) -> Tensor:
-        hidden = self.linear1(means).relu()
-        attended = hidden * self.attention(hidden).softmax(1)
-        return self.linear2(self.dropout(attended)).softmax(1)
 
 
 class MultiGating(nn.Module):
@@ -148,14 +145,16 @@ class MultiGating(nn.Module):
 
     Features, E tensors (B, channels, H, W), or their `Projected` -> T tensors (B, O_k, H, W) and, last, gate_weights
     (B, T, E), where O_k = head_channels[k]. The heads are applied together in one operation, so hooks on single heads
-    do not fire, nor those of torch.nn.utils.prune; parametrizations (torch.nn.utils.parametrize) work.
+    do not fire, nor those of torch.nn.utils.prune; parametrizations (torch.nn.utils.parametrize) work. The same goes for
+    the layers of the gates.
     """
 
     def __init__(
         self, channels: int = 64, num_experts: int = 3, head_channels: Sequence[int] = (2, 1, 2), dropout: float = 0.1
     ) -> None:
         super().__init__()
-        self.gates = nn.ModuleList(Gate(num_experts * channels, num_experts, dropout) for _ in head_channels)
+        self.gates = nn.ModuleList(Gate(num_experts * channels, num_experts) for _ in head_channels)
+        self.dropout = nn.Dropout(dropout)
         self.heads = nn.ModuleList(nn.Conv2d(channels, out, 1) for out in head_channels)
         initialize(self)
 
@@ -187,9 +186,18 @@ class MultiGating(nn.Module):
 
     def gate_weights(self, means: Tensor) -> Tensor:
         """(B, E, channels) -> (B, T, E), softmax over the experts, in the parameters' dtype even under autocast."""
+
+        def linear(name: str, x: Tensor) -> Tensor:
+            """The layer `name` of all gates: (T, B, I) -> (T, B, O)."""
+            layers = [getattr(gate, name) for gate in self.gates]
+            weights, biases = (torch.stack([getattr(layer, part) for layer in layers]) for part in ("weight", "bias"))
+            return torch.baddbmm(biases[:, None], x, weights.mT)
+
         with torch.autocast(means.device.type, enabled=False):
             inputs = means.flatten(1).to(self.heads[0].weight.dtype)
-            return torch.stack([gate(inputs) for gate in self.gates], 1)
+            hidden = linear("linear1", inputs.expand(len(self.gates), -1, -1)).relu()
+            attended = hidden * linear("attention", hidden).softmax(2)
+            return linear("linear2", self.dropout(attended)).softmax(2).transpose(0, 1)
 
 
 class SemiMoE(nn.Module):

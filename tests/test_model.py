@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from semimoe_fast import functional as F
-from semimoe_fast.model import AdaptiveMultiObjectiveLoss, ExpertUNet, Gate, MultiGating, SemiMoE, UpsamplingConv2d
+from semimoe_fast.model import AdaptiveMultiObjectiveLoss, ExpertUNet, MultiGating, SemiMoE, UpsamplingConv2d
 from semimoe_fast.objective import objective
 
 
@@ -92,13 +92,24 @@ def test_channels_last_changes_the_layout_only() -> None:
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)  # float32, other order of summation
 
 
-def test_gate_follows_its_formula() -> None:
-    gate = Gate(6, 3, dropout=0.0)
-    means = torch.randn(2, 6)
-    hidden = torch.relu(means @ gate.linear1.weight.T + gate.linear1.bias)
-    attention = torch.softmax(hidden @ gate.attention.weight.T + gate.attention.bias, 1)
-    expected = torch.softmax((hidden * attention) @ gate.linear2.weight.T + gate.linear2.bias, 1)
-    torch.testing.assert_close(gate(means), expected)
+def test_gates_follow_their_formula() -> None:
+    gating = MultiGating(2, 3, dropout=0.0)
+    for parameter in gating.gates.parameters():
+        torch.nn.init.normal_(parameter)
+    means = torch.randn(4, 3, 2)
+    x = means.flatten(1)
+    for gate, weights in zip(gating.gates, gating.gate_weights(means).unbind(1), strict=True):
+        hidden = torch.relu(x @ gate.linear1.weight.T + gate.linear1.bias)
+        attention = torch.softmax(hidden @ gate.attention.weight.T + gate.attention.bias, 1)
+        expected = torch.softmax((hidden * attention) @ gate.linear2.weight.T + gate.linear2.bias, 1)
+        torch.testing.assert_close(weights, expected)
+
+
+def test_dropout_is_active_in_training_only() -> None:
+    gating, means = MultiGating(8, 3, dropout=0.5), torch.randn(2, 3, 8)
+    assert not torch.equal(gating.gate_weights(means), gating.gate_weights(means))
+    gating.eval()
+    assert torch.equal(gating.gate_weights(means), gating.gate_weights(means))
 
 
 def test_pseudo_labels_come_from_the_gated_predictions() -> None:
@@ -126,8 +137,7 @@ def test_training_objective_compiles_without_graph_breaks() -> None:
     """A whole step with gradients: experts, gates, pseudo-labels and losses."""
     torch.manual_seed(0)
     model, adaptive = SemiMoE(width=1), AdaptiveMultiObjectiveLoss()
-    for gate in model.gating.gates:
-        gate.dropout.p = 0.0
+    model.gating.dropout.p = 0.0
     labeled, unlabeled = torch.randn(2, 2, 3, 32, 32)
     mask = torch.randint(0, 2, (2, 32, 32), dtype=torch.uint8)
 

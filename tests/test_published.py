@@ -102,8 +102,7 @@ def check_golden_gradient(parameter: Tensor, key: str, expected: dict[str, np.nd
 def test_pseudo_labels_of_the_golden_step(published: Parts, golden) -> None:
     expected = golden("network64")
     model = import_published(published).train()
-    for gate in model.gating.gates:
-        gate.dropout.p = 0.0
+    model.gating.dropout.p = 0.0
     with torch.no_grad():
         means, projections, _ = model.run_experts(torch.from_numpy(expected["image_unlabelled"]).double())
     mask, sdf, boundary = model.gating.pseudo_labels(means, projections)
@@ -242,8 +241,7 @@ def as_published(model: SemiMoE, parts: Parts) -> SemiMoE:
 
 
 def golden_step(model: SemiMoE, adaptive: AdaptiveMultiObjectiveLoss, inputs: dict[str, np.ndarray]) -> StepLosses:
-    for gate in model.gating.gates:
-        gate.dropout.p = 0.0  # the golden run has dropout off
+    model.gating.dropout.p = 0.0  # the golden run has dropout off
     dtype = adaptive.log_vars.dtype
     labeled, unlabeled, sdf = (
         torch.from_numpy(inputs[k]).to(dtype) for k in ("image_labelled", "image_unlabelled", "sdf")

@@ -47,8 +47,7 @@ class Trainer:
         self.model = SemiMoE(width=config.width).to(device, memory_format=torch.channels_last)
         if config.sync_bn:
             self.model = self.world.synchronize_batch_norm(self.model, device)
-        for gate in self.model.gating.gates:
-            gate.dropout.p = config.dropout
+        self.model.gating.dropout.p = config.dropout
         self.ema = None if config.ema is None else EMA(self.model, config.ema)
         compile_experts(self.model.experts, config.compile)
         self.adaptive = AdaptiveMultiObjectiveLoss(config.coefficients, config.regularizer, config.initial_log_var).to(
