@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..errors import UserError
 
-ABI = 3  # must equal the ABI of csrc/bindings.cpp
+ABI = 4  # must equal the ABI of csrc/bindings.cpp
 REMEDY = "run `pip install .` in the project's folder"
 INT32_MAX = 2**31 - 1
-SLAB_ROWS, TILE_COLUMNS = 32, 256  # must equal those of csrc/distance_cuda.hpp
+SLAB_ROWS, TILE_COLUMNS, PLANES = 32, 256, 5  # must equal those of csrc/distance_cuda.hpp and csrc/general_path.cuh
 
 
 def module() -> ModuleType | None:
@@ -95,7 +95,7 @@ def squared_distance(mask: Tensor, out: Tensor) -> None:
     native = module_for(mask.device.type)
     _check(mask, out=(out, torch.int32))
     if mask.is_cuda:
-        _distance_cuda(native, mask, squared=out)
+        _distance_cuda(native, mask, instances=False, squared=out)
     else:
         native.squared_distance(
             mask.data_ptr(), *mask.shape, out.data_ptr(), instruction_set(), torch.get_num_threads()
@@ -111,7 +111,7 @@ def distance_targets(mask: Tensor, sdf: Tensor, boundary: Tensor, ring_radius: f
     native = module_for(mask.device.type)
     _check(mask, sdf=(sdf, torch.float32), boundary=(boundary, torch.uint8))
     if mask.is_cuda:
-        _distance_cuda(native, mask, squared=sdf, ring_radius=ring_radius, sdf=sdf, boundary=boundary)
+        _distance_cuda(native, mask, instances=False, squared=sdf, ring_radius=ring_radius, sdf=sdf, boundary=boundary)
     else:
         native.distance_targets(
             mask.data_ptr(),
@@ -127,6 +127,7 @@ def distance_targets(mask: Tensor, sdf: Tensor, boundary: Tensor, ring_radius: f
 def _distance_cuda(
     native: ModuleType,
     mask: Tensor,
+    instances: bool,
     squared: Tensor,
     ring_radius: float = 0,
     sdf: Tensor | None = None,
@@ -137,6 +138,7 @@ def _distance_cuda(
         native.distance_cuda(
             mask.data_ptr(),
             mask.element_size(),
+            instances,
             *mask.shape,
             *(tensor.data_ptr() for tensor in scratch),
             squared.data_ptr(),
@@ -148,13 +150,13 @@ def _distance_cuda(
 
 
 def scratch_of(batch: int, height: int, width: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of the scratch buffers bits, gaps, far and state in csrc/distance_cuda.hpp."""
+    """Shapes and dtypes of the scratch buffers words, gaps, far and state in csrc/distance_cuda.hpp."""
     slabs, tiles = -(-height // SLAB_ROWS), -(-width // TILE_COLUMNS)
     return [
-        ((batch, slabs, width), torch.int32),
+        ((PLANES, batch, slabs, width), torch.int32),
         ((batch, height, width), torch.int16),
-        ((batch, slabs, tiles), torch.uint8),
-        ((batch, 4), torch.int32),
+        ((batch, slabs, tiles), torch.int32),
+        ((batch, 3), torch.int32),
     ]
 
 

@@ -56,10 +56,11 @@ class Problem(ctypes.Structure):
     _fields_ = (
         ("mask", ctypes.c_void_p),
         ("element_size", ctypes.c_int),
+        ("instances", ctypes.c_bool),
         ("batch", ctypes.c_int64),
         ("height", ctypes.c_int),
         ("width", ctypes.c_int),
-        ("bits", ctypes.c_void_p),
+        ("words", ctypes.c_void_p),
         ("gaps", ctypes.c_void_p),
         ("far", ctypes.c_void_p),
         ("state", ctypes.c_void_p),
@@ -91,21 +92,24 @@ def cuda_on_cpu(compute_capability_major: int) -> Engine:
     def filled(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.full(shape, 77, dtype=dtype)  # no correct result, so that an unwritten pixel fails
 
-    def run_once(mask: np.ndarray, ring_radius: float, seed: int) -> tuple[np.ndarray, ...]:
+    def run_once(mask: np.ndarray, ring_radius: float, instances: bool, seed: int) -> tuple[np.ndarray, ...]:
         squared, sdf = filled(mask.shape, torch.int32), filled(mask.shape, torch.float32)
         boundary = filled(mask.shape, torch.uint8)
         for target in (squared, sdf):
             scratch = [filled(*scratch) for scratch in _native.scratch_of(*mask.shape)]
             ring = (sdf.data_ptr(), boundary.data_ptr()) if target is sdf else (None, None)
             problem = Problem(
-                *(mask.ctypes.data, mask.itemsize, *mask.shape, *(tensor.data_ptr() for tensor in scratch)),
+                *(mask.ctypes.data, mask.itemsize, instances, *mask.shape),
+                *(tensor.data_ptr() for tensor in scratch),
                 *(target.data_ptr(), _native.squared_radius(ring_radius), *ring),
             )
             assert cuda_library().run(ctypes.byref(problem), compute_capability_major, seed) is None
         return squared.numpy(), sdf.numpy(), boundary.numpy()
 
-    def run(mask: np.ndarray, ring_radius: float = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        one, other = (run_once(np.ascontiguousarray(mask), ring_radius, seed) for seed in (0, 1))
+    def run(
+        mask: np.ndarray, ring_radius: float = 2, instances: bool = False
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        one, other = (run_once(np.ascontiguousarray(mask), ring_radius, instances, seed) for seed in (0, 1))
         for a, b in zip(one, other, strict=True):
             np.testing.assert_array_equal(a, b)
         return one
