@@ -148,7 +148,8 @@ __device__ inline void cluster_targets(const Problem& problem, ClusterMemory& me
   } else {
     Deepest overall;
     for (int slab = 0; slab < slabs; ++slab) overall.include(memory.deepest[slab]);
-    const Scale scale(overall);
+    constexpr int kLongest = kMostSlabs * kSlabRows - 1, kWidest = kTileColumns - 1;
+    const Scale<kLongest * kLongest + kWidest * kWidest> scale(overall);
     const Quad foreground = *reinterpret_cast<const Quad*>(&memory.inside[share.column]);
     const auto touches = [&] { return *reinterpret_cast<const Quad*>(&memory.touches[share.column]); };
     if (far)

@@ -140,7 +140,7 @@ __device__ inline void write_squared(const Problem& problem, const Place& place,
 
 // The same for the targets of an image that is not constant. foreground: the words of the thread's columns; touches():
 // those of the pixels that touch another instance.
-template <class Touches, class SquaredAt>
+template <class Scale, class Touches, class SquaredAt>
 __device__ inline void write_targets(const Problem& problem, const Place& place, const Scale& scale, Quad foreground,
                                      const Touches& touches, const SquaredAt& squared_at) {
   const Share share;

@@ -216,7 +216,7 @@ __device__ inline void write_targets(const Problem& problem) {
     return load(problem.squared + place.first_pixel + row * width + share.column, width - x, wide);
   };
   write_targets(
-      problem, place, Scale(state.deepest), words.quad(kInside, x, width),
+      problem, place, Scale<INT32_MAX>(state.deepest), words.quad(kInside, x, width),
       [&] { return words.quad(kTouches, x, width); }, squared_at);
 }
 

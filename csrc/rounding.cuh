@@ -7,11 +7,21 @@
 
 namespace semimoe {
 
-// The root of a positive number: the hardware's estimate of 1 / sqrt(x), corrected by one step of Newton's method with
-// an exact remainder.
-__device__ inline float root(float x) {
-  const float estimate = reciprocal_root(x), result = __fmul_rn(x, estimate);
+// The root of an integer x in [1, kRootsEnd) from an estimate of 1 / sqrt(x): one step of Newton's method with an exact
+// remainder. It is correctly rounded for every estimate that the hardware may return.
+constexpr std::int32_t kRootsEnd = 1 << 21;
+
+__device__ inline float root(float x, float estimate) {
+  const float result = __fmul_rn(x, estimate);
   return __fmaf_rn(__fmaf_rn(-result, result, x), __fmul_rn(0.5f, estimate), result);
+}
+
+// The root of a squared distance of at most kMost.
+template <std::int32_t kMost>
+__device__ inline float root(std::int32_t squared) {
+  if constexpr (kMost >= kRootsEnd) return square_root(squared);
+  const float x = static_cast<float>(squared);
+  return root(x, reciprocal_root(x));
 }
 
 // a / b, given the correctly rounded 1 / b. The first correction finds one of the two floats next to the quotient, the
@@ -24,17 +34,19 @@ __device__ inline float ratio(float a, float b, float reciprocal) {
 }
 
 // The largest distances of an image, which divide its distances: negative outside, as the signed distances there.
+// kMost: no squared distance is larger.
+template <std::int32_t kMost>
 class Scale {
  public:
   __device__ explicit Scale(const Deepest& deepest)
-      : inside_(root(static_cast<float>(deepest.inside))),
-        outside_(-root(static_cast<float>(deepest.outside))),
+      : inside_(root<kMost>(deepest.inside)),
+        outside_(-root<kMost>(deepest.outside)),
         per_inside_(__frcp_rn(inside_)),
         per_outside_(__frcp_rn(outside_)) {}
 
   // The signed distance of a pixel, 0 on the inner boundary.
   __device__ float sdf(std::int32_t squared, bool foreground) const {
-    const float distance = root(static_cast<float>(squared));
+    const float distance = root<kMost>(squared);
     const float share = ratio(distance, foreground ? inside_ : outside_, foreground ? per_inside_ : per_outside_);
     return foreground && squared == 1 ? 0.0f : share;
   }
