@@ -24,6 +24,8 @@ __device__ inline float root(std::int32_t squared) {
   return root(x, reciprocal_root(x));
 }
 
+__device__ inline float reciprocal(float x) { return __frcp_rn(x); }
+
 // a / b, given the correctly rounded 1 / b. The first correction finds one of the two floats next to the quotient, the
 // second one rounds it correctly (P. Markstein, "Computation of elementary functions on the IBM RISC System/6000
 // processor", 1990).
@@ -41,8 +43,8 @@ class Scale {
   __device__ explicit Scale(const Deepest& deepest)
       : inside_(root<kMost>(deepest.inside)),
         outside_(-root<kMost>(deepest.outside)),
-        per_inside_(__frcp_rn(inside_)),
-        per_outside_(__frcp_rn(outside_)) {}
+        per_inside_(reciprocal(inside_)),
+        per_outside_(reciprocal(outside_)) {}
 
   // The signed distance of a pixel, 0 on the inner boundary.
   __device__ float sdf(std::int32_t squared, bool foreground) const {
