@@ -8,9 +8,11 @@ by 32 lanes; the count includes the lanes that a branch has switched off.
 from __future__ import annotations
 
 import argparse
+import math
 import struct
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +20,21 @@ import torch
 
 from semimoe_fast import functional as F
 from semimoe_fast.data.glands import glands
+from semimoe_fast.ops import _native
 
 from .launches import TOOLS
 from .sass import LANES, Machine, Program
 
 ROOT = Path(__file__).parents[1]
-KERNEL = "distance_cluster_kernel"
-SLAB_ROWS, THREADS = 32, 256
-SHARED_MEMORY = 60 << 10
-PARAMETERS = 0x210  # address of the kernel's parameters among the constants
+SOURCE = ROOT / "csrc" / "distance.cu"
+CLUSTER_KERNEL = "distance_cluster_kernel"
+SLAB_ROWS, TILE_COLUMNS, THREADS, WARPS = 32, 256, 256, 8
+SHARED_MEMORY = 48 << 10
+SDF_TOLERANCE = 2.0**-22  # the machine rounds some sums and estimates otherwise than the hardware
+PARAMETERS = 0x210  # address of a kernel's parameters among the constants
 
 
-def disassembly(source: Path) -> str:
+def disassembly(source: Path = SOURCE) -> str:
     """The machine code of distance.cu for sm_90."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         command = ["nvcc", "-std=c++17", "-arch=sm_90", "-cubin", source, "-o", file.name]
@@ -38,49 +43,63 @@ def disassembly(source: Path) -> str:
         return subprocess.run(tool, check=True, capture_output=True, text=True).stdout
 
 
-def run(
-    program: Program, labels: np.ndarray, *, instances: bool = False, squared_ring_radius: int = 4
-) -> tuple[Machine, np.ndarray, np.ndarray]:
-    """Execute the kernel on labels (B, H, W). Returns the machine, sdf float32 and boundary uint8 (B, H, W)."""
+@dataclass(frozen=True)
+class Result:
+    sdf: np.ndarray  # float32 (B, H, W)
+    boundary: np.ndarray  # uint8 (B, H, W)
+    instructions: int  # that warps issued
+
+    @property
+    def per_pixel(self) -> float:
+        return self.instructions * LANES / self.sdf.size
+
+
+def run(code: str, labels: np.ndarray, *, instances: bool = False, cluster: bool = True) -> Result:
+    """Execute the cluster path or the general path for labels (B, H, W) and a ring radius of 2."""
     batch, height, width = labels.shape
-    sizes = [labels.nbytes, 4 * labels.size, labels.size]
-    starts = np.cumsum([0, *(-(-size // 256) * 256 for size in sizes)])
-    memory = np.zeros(starts[-1], np.uint8)
+    slabs, tiles = -(-height // SLAB_ROWS), -(-width // TILE_COLUMNS)
+    scratch = [math.prod(shape) * dtype.itemsize for shape, dtype in _native.scratch_of(*labels.shape)]
+    sizes = [labels.nbytes, 4 * labels.size, labels.size, *scratch]
+    starts = [int(start) for start in np.cumsum([0, *(-(-size // 256) * 256 for size in sizes)])]
+    memory = np.full(starts[-1], 0xA5, np.uint8)
     memory[: labels.nbytes] = np.ascontiguousarray(labels).view(np.uint8).ravel()
-    mask, sdf, boundary = (Machine.base + int(start) for start in starts[:3])
-    scratch = (0,) * 4
+    memory[starts[6] : starts[7]] = 0  # the state, which the launcher clears
+    mask, sdf, boundary, *buffers = (Machine.base + start for start in starts[:-1])
     problem = struct.pack(
         "<Qi?3xqiiQQQQQi4xQQ",
-        *(mask, labels.itemsize, instances, batch, height, width, *scratch, sdf, squared_ring_radius, sdf, boundary),
+        *(mask, labels.itemsize, instances, batch, height, width),
+        *(*buffers, sdf, 4, sdf, boundary),
     )
-    machine = Machine(program, bytes(PARAMETERS) + problem, memory)
-    machine.run(batch, -(-height // SLAB_ROWS), THREADS, SHARED_MEMORY)
-    return (
-        machine,
+    general = {
+        "distance_read_kernel": batch * slabs * tiles,
+        "distance_carry_kernel": -(-batch * width // THREADS),
+        "distance_search_tiles_kernel": batch * slabs * tiles,
+        "distance_search_far_kernel": batch * -(-height // WARPS),
+        "distance_write_targets_kernel": batch * slabs * tiles,
+    }
+    instructions = 0
+    for kernel, blocks in ({CLUSTER_KERNEL: batch * slabs} if cluster else general).items():
+        machine = Machine(Program(code, kernel), bytes(PARAMETERS) + problem, memory)
+        machine.run(blocks, slabs if cluster else 1, THREADS, SHARED_MEMORY)
+        instructions += machine.counts.total()
+    return Result(
         memory[starts[1] :][: sizes[1]].view(np.float32).reshape(labels.shape),
         memory[starts[2] :][: sizes[2]].reshape(labels.shape),
+        instructions,
     )
-
-
-def check(labels: np.ndarray, sdf: np.ndarray, boundary: np.ndarray) -> None:
-    """Compare with the CPU kernels. The machine's rounding differs from the hardware's."""
-    expected_sdf, expected_boundary = F.distance_targets(torch.from_numpy(labels))
-    np.testing.assert_allclose(sdf, expected_sdf.numpy(), rtol=0, atol=2.0**-22)
-    np.testing.assert_array_equal(boundary, expected_boundary.numpy())
-
-
-def per_pixel(machine: Machine, pixels: int) -> float:
-    return sum(machine.counts.values()) * LANES / pixels
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--source", type=Path, default=ROOT / "csrc" / "distance.cu", help="the file to compile")
-    program = Program(disassembly(parser.parse_args().source), KERNEL)
+    parser.add_argument("--source", type=Path, default=SOURCE, help="the distance.cu to compile")
+    code = disassembly(parser.parse_args().source)
     labels = glands(1, 256, seed=0)[1].numpy()
-    machine, sdf, boundary = run(program, labels)
-    check(labels, sdf, boundary)
-    print(f"{per_pixel(machine, labels.size):.1f} lane-instructions a pixel")
+    result = run(code, labels)
+    for found, expected in zip(
+        (result.sdf, result.boundary), F.distance_targets(torch.from_numpy(labels)), strict=True
+    ):
+        np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=SDF_TOLERANCE)
+    print(f"{result.per_pixel:.1f} lane-instructions a pixel")
 
 
 if __name__ == "__main__":

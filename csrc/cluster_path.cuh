@@ -3,8 +3,6 @@
 
 #include "distance_kernels.cuh"
 
-#ifdef SEMIMOE_CLUSTERS
-
 namespace semimoe {
 
 // What a block needs once its search has found distances of at least kReach; it replaces the heights of the slab.
@@ -26,6 +24,8 @@ struct ClusterMemory {
   __device__ Exact& exact() { return reinterpret_cast<Exact&>(slab.heights); }
 };
 static_assert(sizeof(Exact) <= sizeof(Slab::heights));
+
+#ifdef SEMIMOE_CLUSTERS
 
 // The words of all slabs in this thread's column.
 struct Column {
@@ -159,6 +159,6 @@ __device__ inline void cluster_targets(const Problem& problem, ClusterMemory& me
   }
 }
 
-}  // namespace semimoe
-
 #endif
+
+}  // namespace semimoe

@@ -7,7 +7,12 @@
 namespace semimoe {
 namespace {
 
-constexpr int kBlocks = 4;  // blocks per multiprocessor, limited by registers and shared memory on the largest GPUs
+// Blocks per multiprocessor, limited by registers and shared memory on the largest GPUs.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kBlocks = 3;
+#else
+constexpr int kBlocks = 4;
+#endif
 
 __global__ void __launch_bounds__(kThreads) distance_read_kernel(const Problem problem) {
   read(problem, shared_memory<std::uint32_t[kTileColumns]>());

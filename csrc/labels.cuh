@@ -50,11 +50,14 @@ struct Labels {
     return image[static_cast<std::int64_t>(row) * width + column];
   }
 
-  // The foreground of the slab that begins at row `top`, in column x.
+  // The foreground of the slab that begins at row `top`, in column x of the image.
   __device__ std::uint32_t inside(int top, int x) const {
+    const Element* first = image + static_cast<std::int64_t>(top) * width + x;
+    const int last = height - 1 - top;
     std::uint32_t word = 0;
 #pragma unroll 8
-    for (int i = 0; i < kSlabRows; ++i) word |= std::uint32_t{at(top + i, x) != 0} << i;
+    for (int i = 0; i < kSlabRows; ++i)
+      word |= std::uint32_t{first[static_cast<unsigned>(min(i, last) * width)] != 0} << i;
     return word;
   }
 
@@ -98,7 +101,7 @@ __device__ inline Bits read_labels(const Problem& problem, const Place& place, s
   if (i < place.columns && !problem.instances) {
     const std::uint32_t above = labels.at(top - 1, x) != 0;
     bits.edges = bits.inside ^ (bits.inside << 1 | (top > 0 ? above : bits.inside & 1));
-    bits.across = bits.inside ^ (i > 0 ? inside[i - 1] : labels.inside(top, x - 1));
+    bits.across = bits.inside ^ (i > 0 ? inside[i - 1] : x > 0 ? labels.inside(top, x - 1) : bits.inside);
   }
   return bits;
 }

@@ -1,20 +1,44 @@
-"""The instructions of `sass.Machine`: `build` returns the function that executes one."""
+"""What the instructions do: `build` returns the function that executes one."""
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .sass import (
-    ALL, F32, LANES, S32, SHARED_START, SHARED_WINDOW, U32, U64, Barrier, Instruction, Machine, Warp, is_predicate,
-    pair, predicate, source, write,
+from .program import Instruction
+from .state import (
+    F32,
+    LANES,
+    S32,
+    SHARED_WINDOW,
+    U32,
+    U64,
+    Barrier,
+    Warp,
+    is_predicate,
+    pair,
+    predicate,
+    source,
+    write,
 )
+
+if TYPE_CHECKING:
+    from .machine import Machine
 
 CONTROL = {"BRA", "BSSY", "BSYNC", "EXIT", "BAR", "UCGABAR_WAIT"}
 IDLE = {"NOP", "WARPSYNC", "ENDCOLLECTIVE", "MEMBAR", "ERRBAR", "CGAERRBAR", "CCTL", "UCGABAR_ARV", "DEPBAR", "FENCE"}
-COMPARE = {"EQ": np.equal, "NE": np.not_equal, "LT": np.less, "LE": np.less_equal, "GT": np.greater, "GE": np.greater_equal}
+COMPARE = {
+    "EQ": np.equal,
+    "NE": np.not_equal,
+    "LT": np.less,
+    "LE": np.less_equal,
+    "GT": np.greater,
+    "GE": np.greater_equal,
+}
 JOIN = {"AND": np.logical_and, "OR": np.logical_or, "XOR": np.logical_xor}
 
 
@@ -41,9 +65,9 @@ def build(machine: Machine, instruction: Instruction) -> Callable:
         return lambda warp, position, active: None
     if opcode in CONTROL:
         return control(machine, opcode, modifiers, operands)
-    if opcode in ("LDG", "LD", "LDS", "LDC", "ULDC", "STG", "ST", "STS", "ATOM"):
+    if opcode in ("LDG", "LD", "LDS", "LDC", "ULDC", "STG", "ST", "STS", "ATOM", "REDG", "ATOMS"):
         return access(machine, opcode, modifiers, operands)
-    name = opcode[1:] if opcode[0] == "U" else opcode
+    name = opcode.strip("U") if opcode.startswith("VOTE") else opcode.removeprefix("U")
     if name in ("LOP3", "PLOP3", "IADD3", "ISETP", "FSETP", "VOTE", "SHFL", "LEA", "R2P", "FCHK"):
         return with_predicates(machine, name, modifiers, operands)
     return plain(machine, name, modifiers, operands)
@@ -57,8 +81,11 @@ def plain(machine: Machine, name: str, modifiers: tuple[str, ...], operands: lis
     target, *rest = operands
     floating = name in ("FMUL", "FADD", "FFMA", "FSEL", "MUFU")
     negated = [text for text in rest if is_predicate(text)]
-    values = [source(machine, text, floating=floating) for text in rest if not is_predicate(text) and text[:3] != "SR_"
-              and text != "PR"]
+    values = [
+        source(machine.constants, text, floating=floating)
+        for text in rest
+        if not is_predicate(text) and text[:3] != "SR_" and text != "PR"
+    ]
     test = predicate(negated[-1]) if negated else None
     unsigned = "U32" in modifiers
     view = (lambda words: words) if unsigned else signed
@@ -103,16 +130,19 @@ def plain(machine: Machine, name: str, modifiers: tuple[str, ...], operands: lis
         product = a.astype(U64) * b.astype(U64)
         if not unsigned:
             product = (signed(a).astype(np.int64) * signed(b).astype(np.int64)).view(U64)
-        return product + pair(machine, rest[2])(warp)
+        return product + pair(machine.constants, rest[2])(warp)
 
     def highest(words: np.ndarray) -> np.ndarray:
         position = np.frexp(words.astype(np.float64))[1].astype(S32) - 1
         return np.where(words == 0, -1, 31 - position if "SH" in modifiers else position).astype(S32).view(U32)
 
     def reverse(words: np.ndarray) -> np.ndarray:
-        return np.packbits(np.unpackbits(words.view(np.uint8).reshape(-1, 4)[:, ::-1], axis=1)[:, ::-1], axis=1)[
-            :, ::-1
-        ].copy().view(U32).ravel()
+        return (
+            np.packbits(np.unpackbits(words.view(np.uint8).reshape(-1, 4)[:, ::-1], axis=1)[:, ::-1], axis=1)[:, ::-1]
+            .copy()
+            .view(U32)
+            .ravel()
+        )
 
     def integer(warp: Warp) -> np.ndarray:
         words = [value(warp) for value in values]
@@ -146,8 +176,6 @@ def plain(machine: Machine, name: str, modifiers: tuple[str, ...], operands: lis
                 return np.bitwise_count(words[0]).astype(U32)
             case "IABS":
                 return np.abs(signed(words[0])).view(U32)
-            case "REDUX" if modifiers == ("MAX", "S32"):
-                return np.full(LANES, signed(words[0]).max(), S32).view(U32)
             case "P2R":
                 byte = int(modifiers[0][1]) if modifiers else 0
                 bits = sum(warp.predicates[i].astype(U32) << U32(i) for i in range(7))
@@ -190,6 +218,13 @@ def plain(machine: Machine, name: str, modifiers: tuple[str, ...], operands: lis
         }
         return known[rest[0]]
 
+    def reduced(warp: Warp, position: int, active: np.ndarray) -> None:
+        words = values[0](warp)[active]
+        result = np.bitwise_or.reduce(words) if modifiers == ("OR",) else view(words).max()
+        write(warp, target, np.full(LANES, result).astype(U32), np.ones(LANES, bool))
+
+    if name == "REDUX" and modifiers[0] in ("OR", "MAX"):
+        return reduced
     if name in ("S2R", "S2UR"):
         read = special
     elif name in ("I2FP", "I2F", "F2I"):
@@ -215,13 +250,16 @@ def with_predicates(machine: Machine, name: str, modifiers: tuple[str, ...], ope
             break
     has_register = re.fullmatch(r"U?R(\d+|Z)", operands[0]) and name not in ("ISETP", "FSETP", "R2P", "FCHK")
     register = operands.pop(0) if has_register else "RZ"
-    while name in ("IADD3", "LEA", "VOTE") and operands and is_predicate(operands[0]) and (
-        name != "VOTE" or len(operands) > 1
+    while (
+        name in ("IADD3", "LEA", "VOTE")
+        and operands
+        and is_predicate(operands[0])
+        and (name != "VOTE" or len(operands) > 1)
     ):
         targets.append(operands.pop(0))
     tests = [predicate(text) for text in operands if is_predicate(text)]
     texts = [text for text in operands if not is_predicate(text) and text != "PR"]
-    values = [source(machine, text, floating=name in ("FSETP", "FCHK")) for text in texts]
+    values = [source(machine.constants, text, floating=name in ("FSETP", "FCHK")) for text in texts]
 
     def execute(warp: Warp, position: int, active: np.ndarray) -> None:
         words = [value(warp) for value in values]
@@ -311,12 +349,12 @@ def access(machine: Machine, opcode: str, modifiers: tuple[str, ...], operands: 
         if re.match(r"-?0x", term):
             constant += int(term, 0)
         elif term.startswith("UR"):
-            uniform = source(machine, term)
+            uniform = source(machine.constants, term)
         else:
             base = term
-    lower = source(machine, base.removesuffix(".64") if base else "RZ")
-    upper = pair(machine, base.removesuffix(".64")) if base and base.endswith(".64") else None
-    if upper is None and opcode not in ("LDS", "STS"):
+    lower = source(machine.constants, base.removesuffix(".64") if base else "RZ")
+    upper = pair(machine.constants, base.removesuffix(".64")) if base and base.endswith(".64") else None
+    if upper is None and opcode not in ("LDS", "STS", "ATOMS"):
         raise NotImplementedError(f"{opcode} {address}")
 
     def places(warp: Warp, active: np.ndarray):
@@ -333,16 +371,16 @@ def access(machine: Machine, opcode: str, modifiers: tuple[str, ...], operands: 
             else:
                 yield lane, machine.bytes_at(warp, value & 0xFFFFFFFF, value >> 32)
 
-    if opcode == "ATOM":
-        if "MAX" not in modifiers:
+    if opcode in ("ATOM", "ATOMS", "REDG"):
+        value, combine = source(machine.constants, operands[-1]), max if "MAX" in modifiers else operator.or_
+        if not {"MAX", "OR"} & set(modifiers):
             raise NotImplementedError(opcode + "." + ".".join(modifiers))
-        value = source(machine, operands[-1])
 
         def atomic(warp: Warp, position: int, active: np.ndarray) -> None:
             words = signed(value(warp))
             for lane, memory in places(warp, active):
                 here = memory[:4].view(S32)
-                here[0] = max(here[0], words[lane])
+                here[0] = combine(here[0], words[lane])
 
         return atomic
 
@@ -411,6 +449,3 @@ def control(machine: Machine, opcode: str, modifiers: tuple[str, ...], operands:
         return position + 1, active
 
     return {"BRA": branch, "BSSY": open_barrier, "BSYNC": close_barrier, "EXIT": end}.get(opcode, wait)
-
-
-assert ALL.all() and SHARED_START
