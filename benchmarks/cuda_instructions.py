@@ -1,8 +1,8 @@
-"""`python -m benchmarks.cuda_instructions`: instructions a pixel of the cluster kernel of csrc/distance.cu, without a GPU.
+"""`python -m benchmarks.cuda_instructions`: instructions a pixel of csrc/distance.cu's cluster path, without a GPU.
 
-nvcc compiles the kernel for sm_90, `sass.Machine` executes its machine code on a 256 x 256 mask of synthetic glands, and
-the results are compared with those of the CPU kernels. A lane-instruction is an instruction that a warp issues, divided
-by 32 lanes; the count includes the lanes that a branch has switched off.
+nvcc compiles the kernels for sm_90, `sass.Machine` executes the machine code on a 256 x 256 mask of synthetic glands,
+and the results are compared with those of the CPU kernels. Every instruction that a warp issues counts as 32
+lane-instructions, also where a branch has switched some of the lanes off.
 """
 
 from __future__ import annotations
