@@ -32,19 +32,21 @@ class Machine:
             for block in self.blocks:
                 block.warps = [Warp(block, first) for first in range(0, threads, LANES)]
             warps = [warp for block in self.blocks for warp in block.warps]
-            while warps := [warp for warp in warps if warp.groups]:
+            while warps:
                 for warp in warps:
                     if warp.waits_for is None:
                         self.advance(warp)
+                warps = [warp for warp in warps if warp.groups]
                 self.release(warps)
+                if warps and all(warp.waits_for for warp in warps):
+                    raise RuntimeError("threads wait at a barrier that other threads never reach")
 
     def release(self, warps: list[Warp]) -> None:
-        """Let warps continue for which a barrier is complete."""
-        running = [warp for warp in warps if warp.groups]
-        complete = bool(running) and all(warp.waits_for == "cluster" for warp in running)
+        """Let the warps continue for which a barrier is complete. warps: those that have not ended."""
+        of_cluster = all(warp.waits_for == "cluster" for warp in warps)
         for block in self.blocks:
-            here = [warp for warp in block.warps if warp.groups]
-            if complete or (here and all(warp.waits_for == "block" for warp in here)):
+            here = [warp for warp in warps if warp.block is block]
+            if of_cluster or all(warp.waits_for == "block" for warp in here):
                 block.votes = any(warp.vote for warp in here)
                 for warp in here:
                     warp.waits_for, warp.vote = None, False

@@ -18,6 +18,8 @@ Words = np.ndarray  # one per lane
 
 @dataclass
 class Barrier:
+    """A place where diverged lanes meet again."""
+
     members: np.ndarray
     arrived: np.ndarray
     target: int
@@ -25,30 +27,31 @@ class Barrier:
 
 @dataclass
 class Warp:
+    """Registers are words of all lanes; predicate 7 is always true."""
+
     block: Block
     first_thread: int
     registers: np.ndarray = field(default_factory=lambda: np.zeros((256, LANES), U32))
     uniform: np.ndarray = field(default_factory=lambda: np.zeros((64, LANES), U32))
     predicates: np.ndarray = field(default_factory=lambda: np.zeros((8, LANES), bool))
     uniform_predicates: np.ndarray = field(default_factory=lambda: np.zeros((8, LANES), bool))
-    groups: list[tuple[int, np.ndarray]] = field(
-        default_factory=lambda: [(0, np.ones(LANES, bool))]
-    )  # position, active lanes
+    # Position and active lanes of each group that can run.
+    groups: list[tuple[int, np.ndarray]] = field(default_factory=lambda: [(0, np.ones(LANES, bool))])
     barriers: dict[str, Barrier] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.predicates[7] = self.uniform_predicates[7] = True
-        self.vote = False
-        self.waits_for: str | None = None
+        self.vote = False  # for the barrier that the warp waits at
+        self.waits_for: str | None = None  # block or cluster
 
 
 @dataclass
 class Block:
     index: int
-    rank: int
+    rank: int  # in its cluster
     shared: np.ndarray
     warps: list[Warp] = field(default_factory=list)
-    votes: bool = False
+    votes: bool = False  # whether a warp voted for the condition of the last barrier
 
 
 Get = Callable[[Warp], Words]
