@@ -7,8 +7,8 @@
 // the columns between the minimizing ones of both ends, all lanes the same column. Over the whole row, these are width
 // + width / 32 columns, so that a pixel visits 33 on average.
 //
-// The depth, in steps of the warp, is at most width + width / 32 for the chunks and width / 32 * log2(width / 32) +
-// width / 16 for the bisection: in the 8 warps of a block, 8 rows take as long as the slowest one.
+// The depth in steps of the warp is at most width + width / 32 for the chunks and about width / 32 * log2(width / 32)
+// for the bisection. All rows of the batch are computed in parallel.
 #pragma once
 
 #include "lines.cuh"
@@ -27,7 +27,7 @@ struct RowScratch {
 
 constexpr std::uint32_t kNoCandidate = UINT32_MAX;
 
-// The squared distance of a pixel to the end of column i's gap.
+// The squared distance of pixel x to the pixel that is gaps[i] above or below pixel i.
 __device__ inline std::uint32_t candidate(const Gap* gaps, int i, int x) {
   const std::uint32_t gap = gaps[i], offset = static_cast<std::uint32_t>(x - i);
   return gap == kNoGap ? kNoCandidate : gap * gap + offset * offset;

@@ -2,8 +2,8 @@
 //
 // Instances differ by their labels, the pixels of a mask by whether their value is 0. A pixel's distance is the one to
 // the nearest pixel of another label, for background to the nearest foreground. So only the places where the label
-// changes matter, and one code serves both: an edge lies between a pixel and the one above if their labels differ, and
-// likewise across, to the left. There are no edges at the border of the image.
+// changes matter, and the same code serves both: a pixel has an edge if its label differs from that of the pixel above,
+// and an edge across if it differs from that of the pixel to the left. Pixels at the top and left border have none.
 #pragma once
 
 #include "cluster.cuh"
@@ -39,7 +39,7 @@ struct Place {
         first_pixel((image * problem.height + slab * kSlabRows) * problem.width + first_column) {}
 };
 
-// An image whose pixels repeat beyond its border, where nothing changes therefore.
+// An image. Its border pixels repeat beyond it, so that there are no edges.
 template <class Element>
 struct Labels {
   const Element* image;

@@ -1,6 +1,6 @@
-// Distances along a line, a row or a column, to the nearest edge: 32 pixels are a word, whose bit i says whether pixel
-// i differs from the one before it. So the distance of a pixel to the nearest pixel of another label is 1 if its own
-// bit or the next one is set.
+// Distances to the nearest pixel of another label along a line, which is a row or a column. Bit i of a word is an edge:
+// it says whether pixel i has another label than the pixel before it. The distance of pixel i to an edge at pixel j is
+// i - j + 1 for j <= i and j - i for j > i.
 #pragma once
 
 #include "labels.cuh"
@@ -37,8 +37,8 @@ struct Line {
   }
 };
 
-// Distance from the pixel that ends the word `words_between` words before the line to the edges of `word`, which
-// is not 0, plus 32 for each word between them; and the same for words after the line.
+// Line::before and Line::after if the nearest edges are in `word`, with `words_between` words without edges between it
+// and the line.
 __device__ inline int before_line(std::uint32_t word, int words_between) {
   return 32 * words_between + __clz(word) + 1;
 }
