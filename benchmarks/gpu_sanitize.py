@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from semimoe_fast import functional as F
+from semimoe_fast.ops import _native
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEIGHTS, WIDTHS = (1, 32, 33, 256), (1, 33, 256, 300)
@@ -37,6 +38,18 @@ def masks(height: int, width: int) -> Iterator[Tensor]:
     yield torch.ones(1, height, width, dtype=torch.uint8)
 
 
+def maps(height: int, width: int) -> Iterator[Tensor]:
+    """Instance maps (2, height, width) of all integer types: squares that touch, and one pixel in a large instance."""
+    random = torch.Generator().manual_seed(height + 1000 * width)
+    squares = torch.randint(0, 4, (2, height // 5 + 1, width // 5 + 1), generator=random)
+    labels = squares.repeat_interleave(5, 1).repeat_interleave(5, 2)[:, :height, :width]
+    for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
+        yield labels.to(dtype)
+    dot = torch.ones(2, height, width, dtype=torch.int32)
+    dot[:, height // 2, 0] = 2
+    yield dot
+
+
 def check_distances(mask: Tensor, results: Sequence[Tensor]) -> None:
     for result, expected in zip(results, F.distance_targets(mask), strict=True):
         torch.testing.assert_close(result.cpu(), expected, rtol=0, atol=0)
@@ -49,6 +62,30 @@ def native() -> None:
             check_distances(mask, F.distance_targets(mask.to(DEVICE)))
             on_device = F.squared_distance(mask.to(DEVICE, torch.int64))
             assert torch.equal(on_device.cpu(), F.squared_distance(mask))
+
+
+def instances() -> None:
+    shapes = [(height, width) for height in HEIGHTS for width in WIDTHS]
+    for height, width in [*shapes, LAUNCHES[1:]]:
+        for labels in maps(height, width):
+            masks = labels.contiguous().to("cuda")
+            squared = torch.empty(masks.shape, dtype=torch.int32, device="cuda")
+            sdf, boundary = torch.empty_like(squared, dtype=torch.float32), torch.empty_like(squared, dtype=torch.uint8)
+            native = _native.module_for("cuda")
+            _native._distance_cuda(native, masks, True, squared=squared)
+            _native._distance_cuda(native, masks, True, sdf, 2, sdf, boundary)
+            assert torch.equal(squared.cpu(), squared_to_other_labels(labels))
+            assert sdf.isfinite().all()
+            assert (boundary <= 1).all()
+
+
+def squared_to_other_labels(labels: Tensor) -> Tensor:
+    """Squared distance of every pixel to the nearest one of another label, from one mask per label."""
+    result = torch.empty(labels.shape, dtype=torch.int32)
+    for label in labels.unique():
+        here = labels == label
+        result[here] = F.squared_distance(here)[here]
+    return result
 
 
 def capture(shape: tuple[int, int, int], other: tuple[int, int, int]) -> None:
@@ -101,6 +138,7 @@ def objective() -> None:
 
 CASES: dict[str, Callable[[], None]] = {
     "native": native,
+    "instances": instances,
     "capture cluster": lambda: capture(CLUSTER, LAUNCHES),
     "capture launches": lambda: capture(LAUNCHES, CLUSTER),
     "gating": gating,

@@ -44,7 +44,14 @@ OPERATIONS_FIRST = (
 STEPS = ("benchmarks/test_step.py", *ON_CUDA)
 RATIOS = "from benchmarks.step_ratios import Options, main; main(Options(only_cuda=True, ablation=False))"
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
-SANITIZED = ("native", "capture cluster", "capture launches", "gating", "objective")  # cases of gpu_sanitize.py
+SANITIZED = (
+    "native",
+    "instances",
+    "capture cluster",
+    "capture launches",
+    "gating",
+    "objective",
+)  # cases of gpu_sanitize.py
 RUNS = ("graph", "eager", "profile", "compiled")  # runs of gpu_train.py
 
 UNFINISHED, TIME_IS_UP = "interrupted", "the time was up"

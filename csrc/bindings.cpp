@@ -95,13 +95,13 @@ void objective_gradients(const std::array<std::int64_t, 4>& sizes, const std::ve
 
 #ifdef SEMIMOE_CUDA_VERSION
 // If sdf is 0, the squared distances are the result; else the targets are, and `squared` may be the address of sdf.
-void distance_cuda(std::uintptr_t mask, int element_size, std::int64_t batch, std::int64_t height, std::int64_t width,
-                   std::uintptr_t bits, std::uintptr_t gaps, std::uintptr_t far, std::uintptr_t state,
-                   std::uintptr_t squared, std::int32_t squared_ring_radius, std::uintptr_t sdf,
+void distance_cuda(std::uintptr_t mask, int element_size, bool instances, std::int64_t batch, std::int64_t height,
+                   std::int64_t width, std::uintptr_t words, std::uintptr_t gaps, std::uintptr_t far,
+                   std::uintptr_t state, std::uintptr_t squared, std::int32_t squared_ring_radius, std::uintptr_t sdf,
                    std::uintptr_t boundary, std::uintptr_t stream) {
   semimoe::check_size(batch, height, width);
-  semimoe::launch({at<void>(mask), element_size, batch, static_cast<int>(height), static_cast<int>(width),
-                   at<std::uint32_t>(bits), at<semimoe::Gap>(gaps), at<std::uint8_t>(far), at<std::int32_t>(state),
+  semimoe::launch({at<void>(mask), element_size, instances, batch, static_cast<int>(height), static_cast<int>(width),
+                   at<std::uint32_t>(words), at<semimoe::Gap>(gaps), at<std::uint32_t>(far), at<std::int32_t>(state),
                    at<std::int32_t>(squared), squared_ring_radius, at<float>(sdf), at<std::uint8_t>(boundary)},
                   at<void>(stream));
 }
@@ -145,9 +145,9 @@ PYBIND11_MODULE(_semimoe_fast, module) {
              py::arg("alpha"), py::arg("beta"), py::arg("grad_output"), py::arg("gradients"),
              py::arg("instruction_set"), py::arg("threads"), without_gil);
 #ifdef SEMIMOE_CUDA_VERSION
-  module.def("distance_cuda", &distance_cuda, py::arg("mask"), py::arg("element_size"), py::arg("batch"),
-             py::arg("height"), py::arg("width"), py::arg("bits"), py::arg("gaps"), py::arg("far"), py::arg("state"),
-             py::arg("squared"), py::arg("squared_ring_radius"), py::arg("sdf"), py::arg("boundary"), py::arg("stream"),
-             without_gil);
+  module.def("distance_cuda", &distance_cuda, py::arg("mask"), py::arg("element_size"), py::arg("instances"),
+             py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("words"), py::arg("gaps"), py::arg("far"),
+             py::arg("state"), py::arg("squared"), py::arg("squared_ring_radius"), py::arg("sdf"), py::arg("boundary"),
+             py::arg("stream"), without_gil);
 #endif
 }

@@ -1,20 +1,32 @@
 #include <map>
 #include <mutex>
 
-#include "distance_kernels.cuh"
+#include "cluster_path.cuh"
+#include "general_path.cuh"
 
 namespace semimoe {
 namespace {
 
-constexpr int kBlocks = 4;  // blocks per multiprocessor, limited by registers and shared memory on the largest GPUs
+// Blocks per multiprocessor, limited by registers and shared memory on the largest GPUs.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kBlocks = 3;
+#else
+constexpr int kBlocks = 4;
+#endif
 
-__global__ void __launch_bounds__(kThreads) distance_pack_kernel(const Problem problem) { pack(problem); }
-
-__global__ void __launch_bounds__(kThreads, kBlocks) distance_search_tiles_kernel(const Problem problem) {
-  search_tiles(problem, shared_memory<Slab>());
+__global__ void __launch_bounds__(kThreads) distance_read_kernel(const Problem problem) {
+  read(problem, shared_memory<std::uint32_t[kTileColumns]>());
 }
 
-__global__ void __launch_bounds__(kThreads) distance_search_far_kernel(const Problem problem) { search_far(problem); }
+__global__ void __launch_bounds__(kThreads) distance_carry_kernel(const Problem problem) { carry(problem); }
+
+__global__ void __launch_bounds__(kThreads, kBlocks) distance_search_tiles_kernel(const Problem problem) {
+  search_tiles(problem, shared_memory<TileMemory>());
+}
+
+__global__ void __launch_bounds__(kThreads) distance_search_far_kernel(const Problem problem) {
+  search_far(problem, shared_memory<std::uint16_t[]>());
+}
 
 __global__ void __launch_bounds__(kThreads) distance_write_targets_kernel(const Problem problem) {
   write_targets(problem);
@@ -76,8 +88,8 @@ class RelaxedCapture {
 bool prepare() {
   const RelaxedCapture relaxed;
   cudaFuncAttributes attributes{};
-  for (const auto kernel : {distance_pack_kernel, distance_search_tiles_kernel, distance_search_far_kernel,
-                            distance_write_targets_kernel, distance_cluster_kernel})
+  for (const auto kernel : {distance_read_kernel, distance_carry_kernel, distance_search_tiles_kernel,
+                            distance_search_far_kernel, distance_write_targets_kernel, distance_cluster_kernel})
     check(cudaFuncGetAttributes(&attributes, kernel));  // the last one: distance_cluster_kernel
   int device = 0, major = 0, clusters = 0;
   check(cudaGetDevice(&device));
@@ -113,10 +125,13 @@ void launch(const Problem& problem, void* stream_address) {
            stream);
     return;
   }
+  const auto blocks_of = [](std::int64_t threads) { return (threads + kThreads - 1) / kThreads; };
   check(cudaMemsetAsync(problem.state, 0, problem.batch * sizeof(State), stream));
-  launch(distance_pack_kernel, problem, {(slabs * problem.width + kThreads - 1) / kThreads}, stream);
-  launch(distance_search_tiles_kernel, problem, {tiles, 0, sizeof(Slab)}, stream);
-  launch(distance_search_far_kernel, problem, {tiles}, stream);
+  launch(distance_read_kernel, problem, {tiles, 0, kTileColumns * sizeof(std::uint32_t)}, stream);
+  launch(distance_carry_kernel, problem, {blocks_of(problem.batch * problem.width)}, stream);
+  launch(distance_search_tiles_kernel, problem, {tiles, 0, sizeof(TileMemory)}, stream);
+  launch(distance_search_far_kernel, problem, {problem.batch * far_blocks(problem), 0, far_memory(problem.width)},
+         stream);
   if (problem.sdf) launch(distance_write_targets_kernel, problem, {tiles}, stream);
 }
 

@@ -9,17 +9,18 @@ constexpr int kSlabRows = 32;      // rows of a slab, one bit of a word each
 constexpr int kMostSlabs = 8;      // slabs of a cluster; 8 blocks is the largest portable size
 constexpr int kTileColumns = 256;  // columns whose distances a block computes
 
-// A batch of masks on the device, its results and scratch memory. The caller allocates all of them.
+// A batch of masks or instance maps on the device, its results and scratch memory. The caller allocates all of them.
 struct Problem {
-  const void* mask;  // (batch, height, width), integers of element_size bytes; any non-zero value is foreground
+  const void* mask;  // (batch, height, width), integers of element_size bytes; 0 is background
   int element_size;  // 1, 2, 4 or 8
+  bool instances;    // whether pixels with different values other than 0 are different instances
   std::int64_t batch;
   int height;
   int width;
-  std::uint32_t* bits;    // (batch, slabs, width): scratch, bit i is the class of row i of the slab
-  Gap* gaps;              // (batch, height, width): scratch, vertical distances to the opposite class
-  std::uint8_t* far;      // (batch, slabs, tiles): scratch, 1 if the tile has a distance beyond the search's reach
-  std::int32_t* state;    // (batch, 4): scratch, see State
+  std::uint32_t* words;   // (5, batch, slabs, width): scratch, see Plane
+  Gap* gaps;              // (batch, height, width): scratch, vertical distances in the rows that search_far computes
+  std::uint32_t* far;     // (batch, slabs, tiles): scratch, bit i: row i of the tile has a distance beyond the reach
+  std::int32_t* state;    // (batch, 3): scratch, see State
   std::int32_t* squared;  // (batch, height, width)
   std::int32_t squared_ring_radius;
   float* sdf;              // (batch, height, width), or null to compute only squared; may share memory with squared

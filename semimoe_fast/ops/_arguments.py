@@ -22,6 +22,8 @@ def label_batch(labels: Any, instances: bool) -> tuple[Tensor, Callable[[Tensor]
 
     The tensor is bool or a signed integer type or uint8.
     """
+    if not isinstance(instances, bool):
+        raise TypeError(f"instances is {instances!r}: give True or False")
     tensor = _label_tensor(labels, instances)
     name = "an instance map" if instances else "a mask"
     if tensor.ndim not in (2, 3) and not (tensor.ndim == 4 and tensor.shape[1] == 1):

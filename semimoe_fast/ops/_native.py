@@ -19,7 +19,7 @@ from ..errors import UserError
 ABI = 4  # must equal the ABI of csrc/bindings.cpp
 REMEDY = "run `pip install .` in the project's folder"
 INT32_MAX = 2**31 - 1
-SLAB_ROWS, TILE_COLUMNS = 32, 256  # must equal those of csrc/distance_cuda.hpp
+SLAB_ROWS, TILE_COLUMNS, PLANES = 32, 256, 5  # must equal those of csrc/distance_cuda.hpp and csrc/general_path.cuh
 
 
 def module() -> ModuleType | None:
@@ -160,13 +160,13 @@ def _distance_cuda(
 
 
 def scratch_of(batch: int, height: int, width: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of the scratch buffers bits, gaps, far and state in csrc/distance_cuda.hpp."""
+    """Shapes and dtypes of the scratch buffers words, gaps, far and state in csrc/distance_cuda.hpp."""
     slabs, tiles = -(-height // SLAB_ROWS), -(-width // TILE_COLUMNS)
     return [
-        ((batch, slabs, width), torch.int32),
+        ((PLANES, batch, slabs, width), torch.int32),
         ((batch, height, width), torch.int16),
-        ((batch, slabs, tiles), torch.uint8),
-        ((batch, 4), torch.int32),
+        ((batch, slabs, tiles), torch.int32),
+        ((batch, 3), torch.int32),
     ]
 
 

@@ -81,6 +81,8 @@ def touching(labels: Tensor) -> Tensor:
 def _over_image_maximum(squared: Tensor) -> Tensor:
     """Distances divided by their maximum over the image. The clamp avoids 0 / 0 if all distances are 0."""
     distance = squared.clamp(min=0).double().sqrt()
+    if distance.numel() == 0:  # amax refuses empty images
+        return distance
     return distance / distance.amax((1, 2), keepdim=True).clamp(min=1)
 
 

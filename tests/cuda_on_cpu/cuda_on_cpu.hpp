@@ -9,6 +9,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <map>
@@ -45,6 +46,7 @@ inline int compute_capability_major = 9;
 inline bool kernels_load = true;
 inline cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;  // there is one host thread
 inline unsigned seed = 0;
+inline std::uint64_t iterations = 0;           // trips of inner loops since it was last set to 0
 inline std::map<void*, std::size_t> opted_in;  // kernel -> its limit of dynamic shared memory
 
 constexpr std::size_t kStack = 64 << 10;
@@ -58,7 +60,7 @@ struct Barrier {
 
 struct Warp {
   Barrier barrier;
-  int values[kWarp];
+  std::uint64_t values[kWarp];
 };
 
 struct Block {
@@ -206,14 +208,20 @@ inline std::uint32_t __ballot_sync(std::uint32_t, int condition) {
 }
 inline int __any_sync(std::uint32_t, int condition) { return __ballot_sync(UINT32_MAX, condition) != 0; }
 
-inline int __shfl_xor_sync(std::uint32_t, int value, int distance) {
+template <class Value>
+Value __shfl_xor_sync(std::uint32_t, Value value, int distance) {
   emulated::Warp& warp = emulated::current->warp();
   const unsigned lane = threadIdx.x % emulated::kWarp;
-  warp.values[lane] = value;
+  warp.values[lane] = static_cast<std::uint64_t>(value);
   meet(warp.barrier);
-  const int other = warp.values[lane ^ distance];
+  const auto other = static_cast<Value>(warp.values[lane ^ distance]);
   meet(warp.barrier);
   return other;
+}
+inline unsigned __reduce_max_sync(std::uint32_t, unsigned value) {
+  for (int distance = 1; distance < emulated::kWarp; distance *= 2)
+    value = std::max(value, __shfl_xor_sync(UINT32_MAX, value, distance));
+  return value;
 }
 
 inline int __clz(std::uint32_t word) { return word ? __builtin_clz(word) : 32; }
@@ -223,6 +231,16 @@ inline int atomicMax(int* address, int value) {
   *address = std::max(before, value);
   return before;
 }
+
+inline std::uint32_t atomicOr(std::uint32_t* address, std::uint32_t value) {
+  const std::uint32_t before = *address;
+  *address = before | value;
+  return before;
+}
+
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __frcp_rn(float a) { return 1 / a; }
 
 // Applies an operation to both 16-bit halves of 32-bit words.
 template <class Operation>
@@ -251,6 +269,11 @@ template <class Memory>
 Memory& shared_memory() {
   return *reinterpret_cast<Memory*>(emulated::current->block->memory.data());
 }
+
+// Every other seed estimates too low, by nearly as much as the hardware may.
+inline float reciprocal_root(float x) { return (1 - emulated::seed % 2 * 0x1p-23f) / std::sqrt(x); }
+
+inline void count_iteration() { ++emulated::iterations; }
 
 inline void cluster_sync() { meet(emulated::cluster->barrier); }
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from emulated_cuda import cuda_on_cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from patience import run_patiently
 from scipy.ndimage import distance_transform_edt
 
 from semimoe_fast.ops import _native, reference
@@ -46,69 +42,6 @@ def on_device(device: str, instruction_set: str | None = None) -> Engine:
         _native.squared_distance(masks, False, squared)
         _native.distance_targets(masks, False, sdf, boundary, ring_radius)
         return squared.cpu().numpy(), sdf.cpu().numpy(), boundary.cpu().numpy()
-
-    return run
-
-
-class Problem(ctypes.Structure):
-    """semimoe::Problem of csrc/distance_cuda.hpp."""
-
-    _fields_ = (
-        ("mask", ctypes.c_void_p),
-        ("element_size", ctypes.c_int),
-        ("batch", ctypes.c_int64),
-        ("height", ctypes.c_int),
-        ("width", ctypes.c_int),
-        ("bits", ctypes.c_void_p),
-        ("gaps", ctypes.c_void_p),
-        ("far", ctypes.c_void_p),
-        ("state", ctypes.c_void_p),
-        ("squared", ctypes.c_void_p),
-        ("squared_ring_radius", ctypes.c_int32),
-        ("sdf", ctypes.c_void_p),
-        ("boundary", ctypes.c_void_p),
-    )
-
-
-@functools.cache
-def cuda_library() -> ctypes.CDLL:
-    """csrc/distance.cu, compiled for the CPU."""
-    folder = Path(tempfile.mkdtemp(prefix="semimoe_fast-"))
-    sources = Path(__file__).parents[1] / "cuda_on_cpu"
-    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered"]
-    flags += ["-fsanitize=undefined", "-fno-sanitize-recover", "-static-libubsan"]
-    flags += ["-fno-strict-aliasing", "-shared", "-fPIC", f"-I{sources}"]
-    run_patiently(["g++", *flags, sources / "distance.cpp", "-o", folder / "distance.so"], check=True)
-    library = ctypes.CDLL(str(folder / "distance.so"))
-    library.run.restype = ctypes.c_char_p
-    shutil.rmtree(folder)
-    return library
-
-
-def cuda_on_cpu(compute_capability_major: int) -> Engine:
-    """An emulated GPU, with clusters from capability 9 on. Two orders of its threads must give equal results."""
-
-    def filled(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.full(shape, 77, dtype=dtype)  # no correct result, so that an unwritten pixel fails
-
-    def run_once(mask: np.ndarray, ring_radius: float, seed: int) -> tuple[np.ndarray, ...]:
-        squared, sdf = filled(mask.shape, torch.int32), filled(mask.shape, torch.float32)
-        boundary = filled(mask.shape, torch.uint8)
-        for target in (squared, sdf):
-            scratch = [filled(*scratch) for scratch in _native.scratch_of(*mask.shape)]
-            ring = (sdf.data_ptr(), boundary.data_ptr()) if target is sdf else (None, None)
-            problem = Problem(
-                *(mask.ctypes.data, mask.itemsize, *mask.shape, *(tensor.data_ptr() for tensor in scratch)),
-                *(target.data_ptr(), _native.squared_radius(ring_radius), *ring),
-            )
-            assert cuda_library().run(ctypes.byref(problem), compute_capability_major, seed) is None
-        return squared.numpy(), sdf.numpy(), boundary.numpy()
-
-    def run(mask: np.ndarray, ring_radius: float = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        one, other = (run_once(np.ascontiguousarray(mask), ring_radius, seed) for seed in (0, 1))
-        for a, b in zip(one, other, strict=True):
-            np.testing.assert_array_equal(a, b)
-        return one
 
     return run
 
@@ -214,11 +147,6 @@ def test_gpu_reads_every_integer_type(engine: Engine, dtype: type) -> None:
     check(engine, mask)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found")
-def test_failure_restores_the_stream_capture_mode() -> None:
-    assert cuda_library().capture_mode_after_failure() == 0
-
-
 @pytest.mark.parametrize(("value", "sdf_value"), [(0, -1), (1, 1), (255, 1)])
 def test_constant_masks(engine: Engine, value: int, sdf_value: int) -> None:
     squared, sdf, boundary = engine(np.full((2, 5, 7), value, np.uint8), 2)
@@ -252,7 +180,7 @@ def test_empty(shape: tuple[int, int, int]) -> None:
 def test_distances_near_the_reach_of_the_search(
     engine: Engine, shape: tuple[int, int], dots: int, inverted: bool
 ) -> None:
-    """The search reaches 252 pixels on the CPU and 180 on a GPU; another algorithm computes longer distances."""
+    """The search reaches 252 pixels on the CPU and 176 on a GPU; another algorithm computes longer distances."""
     check(engine, dotted(shape, dots, inverted))
 
 
@@ -276,7 +204,7 @@ def dotted(shape: tuple[int, int], dots: int, inverted: bool) -> np.ndarray:
 
 
 @only(*QUICK)
-@pytest.mark.parametrize("radius", [179, 180, 181, 251, 252, 253])
+@pytest.mark.parametrize("radius", [175, 176, 177, 251, 252, 253])
 def test_discs_near_the_reach_of_the_search(engine: Engine, radius: int) -> None:
     """The largest distance of the image, which scales all others, is below, at or above the reach."""
     check(engine, disc(radius, 520, 530))
@@ -285,7 +213,7 @@ def test_discs_near_the_reach_of_the_search(engine: Engine, radius: int) -> None
 @only("cuda on the cpu, sm_80")
 def test_discs_near_the_reach_on_an_emulated_gpu(engine: Engine) -> None:
     """Half discs, which have the same largest distance as whole ones."""
-    check(engine, np.concatenate([disc(radius, 190, 380)[:, :, 185:] for radius in (180, 181)]))
+    check(engine, np.concatenate([disc(radius, 190, 380)[:, :, 185:] for radius in (176, 177)]))
 
 
 def disc(radius: int, height: int, width: int) -> np.ndarray:

@@ -87,6 +87,7 @@ def test_touching_instances(device: str, height: int, width: int, count: int) ->
         check(image, *result, radius=1.5)
 
 
+@pytest.mark.parametrize("device", ["plain", "avx2", "avx512", "cuda"], indirect=True)
 def test_distances_beyond_the_reach_of_the_search(device: str) -> None:
     """Another algorithm computes long distances. Two instances touch along a column, and a third is a dot far below."""
     labels = np.zeros((1, 560, 620), np.int32)
@@ -192,8 +193,22 @@ def test_floating_point_ids_are_refused(labels: Tensor | np.ndarray) -> None:
         F.distance_targets(labels, instances=True)
 
 
-def test_threads_do_not_change_the_result() -> None:
-    labels = torch.from_numpy(np.stack([territories(300, 400, 40, seed) for seed in range(2)]))
+@pytest.mark.parametrize("shape", [(0, 4, 5), (2, 0, 5), (2, 4, 0)])
+def test_empty_maps(device: str, shape: tuple[int, int, int]) -> None:
+    labels = torch.zeros(shape, dtype=torch.int32, device=device)
+    results = F.squared_distance(labels, instances=True), *F.distance_targets(labels, instances=True)
+    assert all(result.shape == shape for result in results)
+
+
+def test_instances_is_a_bool() -> None:
+    with pytest.raises(TypeError, match="instances is 'no': give True or False"):
+        F.distance_targets(np.ones((4, 4), int), instances="no")
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_threads_do_not_change_the_result(batch: int) -> None:
+    """Threads share one image, or take an image each."""
+    labels = torch.from_numpy(np.stack([territories(300, 400, 40, seed) for seed in range(batch)]))
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import sys
 import threading
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -158,3 +160,15 @@ def test_cuda_kernels_compile_without_spills(architecture: int, tmp_path: Path) 
     kernels = len(re.findall("^__global__", (SOURCES / "distance.cu").read_text(), re.MULTILINE))
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled.stderr)
     assert spills == [("0", "0", "0")] * kernels, compiled.stderr
+
+
+def test_python_calls_the_cuda_function_with_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: an empty batch launches nothing."""
+    native = _native.module()
+    if native.built_with["cuda"] is None:
+        pytest.skip("the compiled module was built without CUDA")
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
+    labels = torch.zeros(0, 4, 5, dtype=torch.int32)
+    for targets in ({}, {"sdf": labels.float(), "boundary": labels.to(torch.uint8)}):
+        _native._distance_cuda(native, labels, True, squared=labels, **targets)
