@@ -145,8 +145,8 @@ class MultiGating(nn.Module):
 
     Features, E tensors (B, channels, H, W), or their `Projected` -> T tensors (B, O_k, H, W) and, last, gate_weights
     (B, T, E), where O_k = head_channels[k]. The heads are applied together in one operation, so hooks on single heads
-    do not fire, nor those of torch.nn.utils.prune; parametrizations (torch.nn.utils.parametrize) work. The same goes for
-    the layers of the gates.
+    do not fire, nor those of torch.nn.utils.prune; parametrizations (torch.nn.utils.parametrize) work. The same
+    goes for the layers of the gates.
     """
 
     def __init__(

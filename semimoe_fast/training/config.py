@@ -284,12 +284,17 @@ def read_config(run: Path) -> TrainConfig:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON ({first_sentence(error)}); {REMEDY}") from error
     if isinstance(values, dict):
-        values = ADDED | {name: value for name, value in values.items() if REMOVED.get(name, ...) != value}
+        values = of_this_version(values)
     hints = {name: hint for name, hint in get_type_hints(TrainConfig).items() if name in SYNTHETIC.to_dict()}
     check_types(path, "the configuration", values, hints, REMEDY)
     if unknown := values.keys() - hints.keys():
         raise UserError(f"{path}: has {min(unknown)!r}, which is no option of this version; {REMEDY}")
     return TrainConfig.from_dict(values)
+
+
+def of_this_version(values: dict[str, Any]) -> dict[str, Any]:
+    """The stored options of an older run as this version stores them."""
+    return ADDED | {name: value for name, value in values.items() if REMOVED.get(name, ...) != value}
 
 
 def _refuse_changes(stored: TrainConfig, config: TrainConfig) -> None:
