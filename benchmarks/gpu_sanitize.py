@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from semimoe_fast import functional as F
-from semimoe_fast.ops import _native
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEIGHTS, WIDTHS = (1, 32, 33, 256), (1, 33, 256, 300)
