@@ -79,7 +79,7 @@ def run(code: str, labels: np.ndarray, *, instances: bool = False, cluster: bool
     }
     instructions = 0
     for kernel, blocks in ({CLUSTER_KERNEL: batch * slabs} if cluster else general).items():
-        machine = Machine(Program(code, kernel), bytes(PARAMETERS) + problem, memory)
+        machine = Machine(Program(code, kernel), bytes(PARAMETERS) + problem, memory, zip(starts, sizes, strict=False))
         machine.run(blocks, slabs if cluster else 1, THREADS, SHARED_MEMORY)
         instructions += machine.counts.total()
     return Result(

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from semimoe_fast import functional as F
-from semimoe_fast.ops import _native
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEIGHTS, WIDTHS = (1, 32, 33, 256), (1, 33, 256, 300)
@@ -50,8 +49,8 @@ def maps(height: int, width: int) -> Iterator[Tensor]:
     yield dot
 
 
-def check_distances(mask: Tensor, results: Sequence[Tensor]) -> None:
-    for result, expected in zip(results, F.distance_targets(mask), strict=True):
+def check_distances(labels: Tensor, results: Sequence[Tensor], instances: bool = False) -> None:
+    for result, expected in zip(results, F.distance_targets(labels, instances=instances), strict=True):
         torch.testing.assert_close(result.cpu(), expected, rtol=0, atol=0)
 
 
@@ -68,24 +67,9 @@ def instances() -> None:
     shapes = [(height, width) for height in HEIGHTS for width in WIDTHS]
     for height, width in [*shapes, LAUNCHES[1:]]:
         for labels in maps(height, width):
-            masks = labels.contiguous().to("cuda")
-            squared = torch.empty(masks.shape, dtype=torch.int32, device="cuda")
-            sdf, boundary = torch.empty_like(squared, dtype=torch.float32), torch.empty_like(squared, dtype=torch.uint8)
-            native = _native.module_for("cuda")
-            _native._distance_cuda(native, masks, True, squared=squared)
-            _native._distance_cuda(native, masks, True, sdf, 2, sdf, boundary)
-            assert torch.equal(squared.cpu(), squared_to_other_labels(labels))
-            assert sdf.isfinite().all()
-            assert (boundary <= 1).all()
-
-
-def squared_to_other_labels(labels: Tensor) -> Tensor:
-    """Squared distance of every pixel to the nearest one of another label, from one mask per label."""
-    result = torch.empty(labels.shape, dtype=torch.int32)
-    for label in labels.unique():
-        here = labels == label
-        result[here] = F.squared_distance(here)[here]
-    return result
+            check_distances(labels, F.distance_targets(labels.to(DEVICE), instances=True), instances=True)
+            on_device = F.squared_distance(labels.to(DEVICE), instances=True)
+            assert torch.equal(on_device.cpu(), F.squared_distance(labels, instances=True))
 
 
 def capture(shape: tuple[int, int, int], other: tuple[int, int, int]) -> None:

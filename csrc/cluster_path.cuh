@@ -1,7 +1,7 @@
-// The cluster path of distance_kernels.cuh.
+// The cluster path, see targets.cuh.
 #pragma once
 
-#include "distance_kernels.cuh"
+#include "targets.cuh"
 
 namespace semimoe {
 

@@ -17,10 +17,10 @@ struct Problem {
   std::int64_t batch;
   int height;
   int width;
-  std::uint32_t* words;   // (5, batch, slabs, width): scratch, see Plane
+  std::uint32_t* words;   // (5, batch, slabs, width): scratch, see general_path.cuh
   Gap* gaps;              // (batch, height, width): scratch, vertical distances in the rows that search_far computes
   std::uint32_t* far;     // (batch, slabs, tiles): scratch, bit i: row i of the tile has a distance beyond the reach
-  std::int32_t* state;    // (batch, 3): scratch, see State
+  std::int32_t* state;    // (batch, 3): scratch, see general_path.cuh
   std::int32_t* squared;  // (batch, height, width)
   std::int32_t squared_ring_radius;
   float* sdf;              // (batch, height, width), or null to compute only squared; may share memory with squared

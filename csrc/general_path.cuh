@@ -1,7 +1,7 @@
-// The general path of distance_kernels.cuh.
+// The general path, see targets.cuh.
 #pragma once
 
-#include "distance_kernels.cuh"
+#include "targets.cuh"
 
 namespace semimoe {
 

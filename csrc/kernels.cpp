@@ -295,6 +295,17 @@ inline float quotient(float a, float b, [[maybe_unused]] float reciprocal) {
 #endif
 }
 
+// share: the distance divided by the image's largest of the same sign. Negative outside, 0 on the inner boundary.
+inline float signed_distance(std::int32_t squared, bool foreground, float share) {
+  const float magnitude = squared == kNoDistance ? 1.0f : foreground && squared == 1 ? 0.0f : share;
+  return foreground ? magnitude : -magnitude;
+}
+
+// The ring is the mask's dilation by a disk, minus the mask.
+inline std::uint8_t on_ring(std::int32_t squared, bool foreground, std::int32_t squared_ring_radius) {
+  return !foreground & (squared != kNoDistance) & (squared <= squared_ring_radius);
+}
+
 void write_targets(const std::uint8_t* marks, std::int64_t count, const Deepest& deepest,
                    std::int32_t squared_ring_radius, void* squared_to_sdf, std::uint8_t* boundary) {
   const float inside = square_root(deepest.inside), outside = square_root(deepest.outside);

@@ -48,34 +48,14 @@ inline void check_size(std::int64_t batch, std::int64_t height, std::int64_t wid
         std::to_string(kMaxSide) + " pixels; cut it into tiles");
 }
 
-// Correctly rounded float32 square root and quotient, also under nvcc's fast-math options, so that results are bitwise
-// equal on every CPU and GPU.
+// Correctly rounded float32 square root, also under nvcc's fast-math options, so that results are bitwise equal on
+// every CPU and GPU.
 SEMIMOE_HOST_DEVICE static inline float square_root(std::int32_t squared) {
 #ifdef __CUDA_ARCH__
   return __fsqrt_rn(static_cast<float>(squared));
 #else
   return sqrtf(static_cast<float>(squared));
 #endif
-}
-
-SEMIMOE_HOST_DEVICE static inline float quotient(float a, float b) {
-#ifdef __CUDA_ARCH__
-  return __fdiv_rn(a, b);
-#else
-  return a / b;
-#endif
-}
-
-// share: the distance divided by the image's largest of the same sign. Negative outside, 0 on the inner boundary.
-SEMIMOE_HOST_DEVICE static inline float signed_distance(std::int32_t squared, bool foreground, float share) {
-  const float magnitude = squared == kNoDistance ? 1.0f : foreground && squared == 1 ? 0.0f : share;
-  return foreground ? magnitude : -magnitude;
-}
-
-// The ring is the mask's dilation by a disk, minus the mask.
-SEMIMOE_HOST_DEVICE static inline std::uint8_t on_ring(std::int32_t squared, bool foreground,
-                                                       std::int32_t squared_ring_radius) {
-  return !foreground & (squared != kNoDistance) & (squared <= squared_ring_radius);
 }
 
 }  // namespace semimoe

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .arithmetic import plain, signed, with_predicates
 from .program import Instruction
-from .state import LANES, S32, U32, U64, Barrier, Warp, is_predicate, pair, predicate, source, write
+from .state import LANES, S32, SHARED_WINDOW, U32, U64, Barrier, Warp, is_predicate, pair, predicate, source, write
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -60,19 +60,18 @@ def access(machine: Machine, opcode: str, modifiers: tuple[str, ...], operands: 
     if upper is None and opcode not in ("LDS", "STS", "ATOMS"):
         raise NotImplementedError(f"{opcode} {address}")
 
-    def places(warp: Warp, active: np.ndarray):
+    def places(warp: Warp, active: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """The active lanes and the bytes that they access."""
         whole = (upper or lower)(warp).astype(U64) + U64(constant & 0xFFFFFFFFFFFFFFFF)
         if uniform is not None:
             whole = whole + uniform(warp)
         for lane in np.flatnonzero(active):
-            value = int(whole[lane])
+            low, high = int(whole[lane]) & 0xFFFFFFFF, int(whole[lane]) >> 32
             if upper is None:
-                value &= 0xFFFFFFFF
-                if value >> 24 != warp.block.rank:
+                high = SHARED_WINDOW
+                if low >> 24 != warp.block.rank:
                     raise IndexError(f"{opcode} reaches another block")
-                yield lane, machine.bytes_at(warp, value, None)
-            else:
-                yield lane, machine.bytes_at(warp, value & 0xFFFFFFFF, value >> 32)
+            yield lane, machine.bytes_at(low, high, bits // 8)
 
     if opcode in ("ATOM", "ATOMS", "REDG"):
         value, combine = source(machine.constants, operands[-1]), max if "MAX" in modifiers else operator.or_
@@ -82,7 +81,7 @@ def access(machine: Machine, opcode: str, modifiers: tuple[str, ...], operands: 
         def atomic(warp: Warp, position: int, active: np.ndarray) -> None:
             words = signed(value(warp))
             for lane, memory in places(warp, active):
-                here = memory[:4].view(S32)
+                here = memory.view(S32)
                 here[0] = combine(here[0], words[lane])
 
         return atomic
@@ -94,13 +93,12 @@ def access(machine: Machine, opcode: str, modifiers: tuple[str, ...], operands: 
     def load(warp: Warp, position: int, active: np.ndarray) -> None:
         kind = {8: np.uint8, 16: np.uint16}.get(bits, U32)
         for lane, memory in places(warp, active):
-            size = min(bits, 32) // 8
-            warp.registers[number : number + count, lane] = memory[: count * size].view(kind)
+            warp.registers[number : number + count, lane] = memory.view(kind)
 
     def store(warp: Warp, position: int, active: np.ndarray) -> None:
         for lane, memory in places(warp, active):
             words = np.zeros(count, U32) if register == "RZ" else warp.registers[number : number + count, lane]
-            memory[: bits // 8] = np.ascontiguousarray(words).view(np.uint8)[: bits // 8]
+            memory[:] = np.ascontiguousarray(words).view(np.uint8)[: bits // 8]
 
     return load if opcode.startswith("LD") else store
 

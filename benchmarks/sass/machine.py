@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -13,12 +13,20 @@ from .state import LANES, SHARED_START, SHARED_WINDOW, Block, Warp
 
 
 class Machine:
-    """Memory and state of the running cluster. Global memory begins at address `base`."""
+    """Memory and state of the running cluster.
+
+    Global memory begins at address `base`; a kernel may access the bytes of `buffers`, pairs of start and size.
+    """
 
     base = 0x1000
 
-    def __init__(self, program: Program, constants: bytes, memory: np.ndarray) -> None:
+    def __init__(
+        self, program: Program, constants: bytes, memory: np.ndarray, buffers: Iterable[tuple[int, int]]
+    ) -> None:
         self.program, self.memory = program, memory
+        self.accessible = np.zeros(len(memory), bool)
+        for start, size in buffers:
+            self.accessible[start : start + size] = True
         self.constants = np.frombuffer(constants.ljust(0x1000, b"\0"), np.uint8)
         self.counts: Counter[int] = Counter()  # issues by position
         self.code: list[Callable | None] = [None] * len(program.instructions)  # compiled when first executed
@@ -78,14 +86,17 @@ class Machine:
 
     # ------------------------------------------------------------------------------------------------------- memory
 
-    def bytes_at(self, warp: Warp, low: int, high: int | None) -> np.ndarray:
-        """Memory from an address on: shared if high is None (of the own block) or the window, else global."""
-        if high is None or high == SHARED_WINDOW:
-            return self.blocks[low >> 24].shared[low & 0xFFFFFF :]
-        address = high << 32 | low
-        if not 0 <= address - self.base < len(self.memory):
-            raise IndexError(f"address {address:#x} is outside the memory")
-        return self.memory[address - self.base :]
+    def bytes_at(self, low: int, high: int, size: int) -> np.ndarray:
+        """Shared memory of a block of the running cluster, or global memory."""
+        if high == SHARED_WINDOW:
+            start, memory = low & 0xFFFFFF, self.blocks[low >> 24].shared
+            allowed = SHARED_START <= start <= len(memory) - size
+        else:
+            start, memory = (high << 32 | low) - self.base, self.memory
+            allowed = 0 <= start <= len(memory) - size and self.accessible[start : start + size].all()
+        if not allowed or start % size:
+            raise IndexError(f"{size} bytes at {high << 32 | low:#x} are outside the buffers or misaligned")
+        return memory[start : start + size]
 
 
 def compiled(machine: Machine, instruction: Instruction) -> Callable:

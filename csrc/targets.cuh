@@ -1,11 +1,10 @@
-// The kernels of csrc/distance.cu, as functions that every thread of a grid runs. There are two paths:
+// Which pixels of a tile a thread searches, their largest distances, and the writing of the targets. csrc/distance.cu
+// has two paths, which share this, and both take time linear in the pixels for every mask:
 //
-// - Cluster path: cluster_targets, on sm_90 and later, for images up to 256 x 256. A cluster computes an image, a block
-//   a slab. The blocks exchange the edges along the columns and the largest distances. The squared distances stay in
-//   registers. The labels are read once, the targets are written once.
-// - General path, for all other images: read, carry, search_tiles, search_far, write_targets.
-//
-// Both take time linear in the pixels for every mask.
+// - cluster_path.cuh, on sm_90 and later, for images up to 256 x 256. A cluster computes an image, a block a slab. The
+//   blocks exchange the edges along the columns and the largest distances. The squared distances stay in registers. The
+//   labels are read once, the targets are written once.
+// - general_path.cuh, for all other images, in five kernels: read, carry, search_tiles, search_far, write_targets.
 #pragma once
 
 #include "far.cuh"
