@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from semimoe_fast import functional as F
 from semimoe_fast import ops
 from semimoe_fast.ops import _native
 
-from .conftest import DEVICES
+from .conftest import DEVICES, DIRECTIONS
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
 CPU_SETS = [f"ours, {name}" for name in ("plain", "avx2", "avx512")]
@@ -79,11 +79,13 @@ def test_batch_norm_relu(
     exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
     expected = torch_batch_norm_relu(*exact, *(t.double() for t in running))
     result = compute(x, weight, bias, *(t.clone() for t in running))
-    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)  # float32 sums, in another order
+    # On the CPU PyTorch adds the 262,144 values of a channel one after another in float32.
+    tolerance = 5e-3 if compute is torch_batch_norm_relu and device == "cpu" else 1e-5
+    torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance)
     oracles = torch.autograd.grad(expected, exact, grad_output.double())
     for gradient, oracle in zip(torch.autograd.grad(result, [x, weight, bias], grad_output), oracles, strict=True):
-        # rounding decides the sign of a few results near 0
-        assert (gradient.double() - oracle).norm() <= 1e-3 * oracle.norm()
+        # rounding decides the sign of a few of the numbers before ReLU, and so whether their gradient passes
+        assert (gradient.double() - oracle).norm() <= max(tolerance, 1e-3) * oracle.norm()
 
     def forward(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return (compute(inputs[0], weight, bias, *running),)
