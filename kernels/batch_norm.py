@@ -3,7 +3,7 @@
 The B images are G equal groups of consecutive images. With n values per group and channel, and sums over them,
 
     xhat = (x - mean) / sqrt(variance + eps)      z = weight xhat + bias      y = max(z, 0)
-    dz = dy if z > 0, else 0                      dbias = sum dz              dweight = sum dz xhat      (over all groups)
+    dz = dy if z > 0, else 0                      dbias = sum dz              dweight = sum dz xhat    (over all groups)
     dx = weight / sqrt(variance + eps) (dz - (sum dz + xhat sum dz xhat) / n)
 
 Forward reads x twice and writes y: `batch_norm_relu_sums_fwd_kernel` writes the mean and the sum of squared differences
@@ -11,9 +11,10 @@ from it (M2) of every chunk of pixels, `batch_norm_relu_merge_fwd_kernel` merges
 `batch_norm_relu_fwd_kernel` writes y. Backward reads x and dy twice and writes dx, in the same three steps; it
 recomputes xhat and z. Nothing is added atomically, so every run gives the same bits.
 
-No difference of large numbers: a chunk takes its sums of x - s and (x - s)^2, where s is the mean of its first tile. With
-T tiles of equal size, (mean - s)^2 <= (T - 1) variance, so M2 = sum (x - s)^2 - (sum (x - s))^2 / n loses at most a
-factor T <= 16 of precision, wherever the mean is. The merge has two passes, as means and counts of all chunks are few:
+Large means cost no precision: the sums of a chunk are of x - s and (x - s)^2, where s is the mean of its first tile.
+With T tiles of equal size, (mean - s)^2 <= (T - 1) variance, so M2 = sum (x - s)^2 - (sum (x - s))^2 / n loses at most
+a factor T <= 16 of precision. Means of chunks are relative to the first pixel of the group, which is less than sqrt(n)
+deviations from the mean. The merge reads them twice, because they are few:
 
     mean = sum n_i mean_i / n                     M2 = sum M2_i + n_i (mean_i - mean)^2              (Chan et al. 1979)
 
@@ -76,10 +77,14 @@ class Parameters(NamedTuple):
 
 @triton.jit
 def _place(program, tiling):
-    """Group, chunk of the group, and first channel of a program; programs of the same pixels follow each other."""
+    """Group, chunk of the group, and first channel of a program; programs of the same pixels follow each other.
+
+    Group and channel have 64 bits, like all that is multiplied by sizes of images; counts of tiles and chunks have 32.
+    """
     blocks = tl.cdiv(tiling.CHANNELS, tiling.TILE_CHANNELS)
     chunk = program // blocks
-    return chunk // tiling.chunks, chunk % tiling.chunks, program % blocks * tiling.TILE_CHANNELS
+    channel = (program % blocks * tiling.TILE_CHANNELS).to(tl.int64)
+    return (chunk // tiling.chunks).to(tl.int64), chunk % tiling.chunks, channel
 
 
 @triton.jit
@@ -93,7 +98,7 @@ def _tiles(chunk, tiling):
 def _pixels_before(tile, tiling):
     """Number of pixels of the group before a tile; the last tile of an image may be smaller than others."""
     per_image = tl.cdiv(tiling.pixels, tiling.TILE_PIXELS)
-    return tile // per_image * tiling.pixels + tile % per_image * tiling.TILE_PIXELS
+    return (tile // per_image).to(tl.int64) * tiling.pixels + tile % per_image * tiling.TILE_PIXELS
 
 
 @triton.jit
@@ -101,15 +106,14 @@ def _tile(group, tile, channel, tiling):
     """Offset of a tile, offsets (TILE_PIXELS, TILE_CHANNELS) of its elements from there, and which are inside."""
     per_image = tl.cdiv(tiling.pixels, tiling.TILE_PIXELS)
     image = group * tiling.images + tile // per_image
-    pixel = tile % per_image * tiling.TILE_PIXELS
+    pixel = (tile % per_image).to(tl.int64) * tiling.TILE_PIXELS
     p = tl.arange(0, tiling.TILE_PIXELS)[:, None]
     c = tl.arange(0, tiling.TILE_CHANNELS)[None, :]
     inside = (p < tiling.pixels - pixel) & (c < tiling.CHANNELS - channel)
     start = image * tiling.CHANNELS * tiling.pixels
     if tiling.CHANNELS_LAST:
         return start + pixel * tiling.CHANNELS + channel, p * tiling.CHANNELS + c, inside
-    else:
-        return start + channel * tiling.pixels + pixel, c * tiling.pixels + p, inside
+    return start + channel * tiling.pixels + pixel, c * tiling.pixels + p, inside
 
 
 @triton.jit
@@ -160,13 +164,24 @@ def _normalize(x, weight, bias, mean, inverse_deviation):
 
 
 @triton.jit
+def _load_reference(x, group, channel, tiling):
+    """(TILE_CHANNELS,) first pixel of a group."""
+    c = channel + tl.arange(0, tiling.TILE_CHANNELS)
+    offsets = group * tiling.images * tiling.CHANNELS * tiling.pixels + c * (
+        1 if tiling.CHANNELS_LAST else tiling.pixels
+    )
+    return tl.load(x + offsets, mask=c < tiling.CHANNELS, other=0).to(tl.float32)
+
+
+@triton.jit
 def batch_norm_relu_sums_fwd_kernel(
     x,  # (B, C, H, W)
-    means,  # (groups, chunks, C) float32 out
+    means,  # (groups, chunks, C) float32 out: minus reference
     squares,  # (groups, chunks, C) float32 out: M2
+    references,  # (groups, C) float32 out: the first pixel of the group
     tiling,
 ):
-    group, chunk, channel = _place(tl.program_id(0).to(tl.int64), tiling)
+    group, chunk, channel = _place(tl.program_id(0), tiling)
     first, end = _tiles(chunk, tiling)
     before = _pixels_before(first, tiling)
     value, inside = _load(x, group, first, channel, tiling)
@@ -182,8 +197,12 @@ def batch_norm_relu_sums_fwd_kernel(
     total = tl.sum(total, 0)
     mean = total / (_pixels_before(end, tiling) - before)  # minus shift
     square = tl.sum(square, 0) - total * mean
-    _store_chunk(means, shift + mean, group, chunk, channel, tiling)
+    reference = _load_reference(x, group, channel, tiling)
+    _store_chunk(means, shift - reference + mean, group, chunk, channel, tiling)
     _store_chunk(squares, tl.where(square < 0, 0, square), group, chunk, channel, tiling)
+    if chunk == 0:
+        c = channel + tl.arange(0, tiling.TILE_CHANNELS)
+        tl.store(references + group * tiling.CHANNELS + c, reference, mask=c < tiling.CHANNELS)
 
 
 @triton.jit
@@ -204,9 +223,9 @@ def _chunk_sizes(start, tiling, CHUNKS: tl.constexpr):
 
 @triton.jit
 def batch_norm_relu_merge_fwd_kernel(
-    means,  # (groups, chunks, C)
+    means,  # (groups, chunks, C): minus reference
     squares,  # (groups, chunks, C)
-    mean,  # (groups, C) out
+    mean,  # (groups, C) in: reference, out: mean
     inverse_deviation,  # (groups, C) out
     eps,
     tiling,
@@ -216,21 +235,20 @@ def batch_norm_relu_merge_fwd_kernel(
     blocks = tl.cdiv(tiling.CHANNELS, COLUMNS)
     group = (tl.program_id(0) // blocks).to(tl.int64)
     c = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
-    reference = tl.load(means + group * tiling.chunks * tiling.CHANNELS + c, mask=c < tiling.CHANNELS, other=0)
     pixels = (tl.cast(tiling.images, tl.int64) * tiling.pixels).to(tl.float32)
-    shifted = tl.zeros([CHUNKS, COLUMNS], tl.float32)
-    for start in range(0, tl.cast(tiling.chunks, tl.int64), CHUNKS):
-        size = _chunk_sizes(start, tiling, CHUNKS)
-        shifted += size * (_load_chunks(means, group, start, c, tiling, CHUNKS) - reference[None, :])
-    center = reference + tl.sum(shifted, 0) / pixels
+    total = tl.zeros([CHUNKS, COLUMNS], tl.float32)
+    for start in range(0, tiling.chunks, CHUNKS):
+        total += _chunk_sizes(start, tiling, CHUNKS) * _load_chunks(means, group, start, c, tiling, CHUNKS)
+    center = tl.sum(total, 0) / pixels
     square = tl.zeros([CHUNKS, COLUMNS], tl.float32)
-    for start in range(0, tl.cast(tiling.chunks, tl.int64), CHUNKS):
+    for start in range(0, tiling.chunks, CHUNKS):
         difference = _load_chunks(means, group, start, c, tiling, CHUNKS) - center[None, :]
         square += _load_chunks(squares, group, start, c, tiling, CHUNKS)
         square += _chunk_sizes(start, tiling, CHUNKS) * difference * difference
     variance = tl.sum(square, 0) / pixels
     out = group * tiling.CHANNELS + c
-    tl.store(mean + out, center, mask=c < tiling.CHANNELS)
+    reference = tl.load(mean + out, mask=c < tiling.CHANNELS, other=0)
+    tl.store(mean + out, reference + center, mask=c < tiling.CHANNELS)
     tl.store(inverse_deviation + out, 1 / tl.sqrt_rn(variance + eps), mask=c < tiling.CHANNELS)
 
 
@@ -241,8 +259,7 @@ def batch_norm_relu_fwd_kernel(
     parameters,
     tiling,
 ):
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
-    group, chunk, channel = _place(program.to(tl.int64), tiling)
+    group, chunk, channel = _place(tl.num_programs(0) - 1 - tl.program_id(0), tiling)
     weight, bias, mean, inverse_deviation = _load_parameters(parameters, group, channel, tiling)
     first, end = _tiles(chunk, tiling)
     for tile in range(first, end):
@@ -269,7 +286,7 @@ def batch_norm_relu_sums_bwd_kernel(
     products,  # (groups, chunks, C) float32 out: sum dz xhat
     tiling,
 ):
-    group, chunk, channel = _place(tl.program_id(0).to(tl.int64), tiling)
+    group, chunk, channel = _place(tl.program_id(0), tiling)
     weight, bias, mean, inverse_deviation = _load_parameters(parameters, group, channel, tiling)
     first, end = _tiles(chunk, tiling)
     total = tl.zeros([tiling.TILE_PIXELS, tiling.TILE_CHANNELS], tl.float32)
@@ -302,10 +319,10 @@ def batch_norm_relu_merge_bwd_kernel(
     pixels = (tl.cast(tiling.images, tl.int64) * tiling.pixels).to(tl.float32)
     all_sums = tl.zeros([COLUMNS], tl.float32)
     all_products = tl.zeros([COLUMNS], tl.float32)
-    for group in range(0, tl.cast(groups, tl.int64)):
+    for group in range(tl.cast(groups, tl.int64)):
         total = tl.zeros([CHUNKS, COLUMNS], tl.float32)
         product = tl.zeros([CHUNKS, COLUMNS], tl.float32)
-        for start in range(0, tl.cast(tiling.chunks, tl.int64), CHUNKS):
+        for start in range(0, tiling.chunks, CHUNKS):
             total += _load_chunks(sums, group, start, c, tiling, CHUNKS)
             product += _load_chunks(products, group, start, c, tiling, CHUNKS)
         group_sum, group_product = tl.sum(total, 0), tl.sum(product, 0)
@@ -327,8 +344,7 @@ def batch_norm_relu_bwd_kernel(
     mean_products,  # (groups, C)
     tiling,
 ):
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
-    group, chunk, channel = _place(program.to(tl.int64), tiling)
+    group, chunk, channel = _place(tl.num_programs(0) - 1 - tl.program_id(0), tiling)
     weight, bias, mean, inverse_deviation = _load_parameters(parameters, group, channel, tiling)
     mean_sum = _load_channels(mean_sums + group * tiling.CHANNELS, channel, tiling)
     mean_product = _load_channels(mean_products + group * tiling.CHANNELS, channel, tiling)
@@ -346,20 +362,20 @@ def batch_norm_relu_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = relu(batch_norm(x)) with the statistics of each group; y, mean and 1 / sqrt(variance + eps).
 
-    x: (B, C, H, W), float32, bfloat16 or float16, B a multiple of `groups`; weight, bias: (C,). y has the dtype of x and
-    its layout, NCHW or channels-last; of any other layout it is NCHW. The statistics are (groups, C) float32, with the
-    biased variance; NaN if a group has no pixels.
+    x: (B, C, H, W), float32, bfloat16 or float16, B a multiple of `groups`; weight, bias: (C,). y has the dtype of x
+    and its layout, NCHW or channels-last; of any other layout it is NCHW. The statistics are (groups, C) float32, with
+    the biased variance; NaN if there are no pixels.
     """
     x = _dense(x)
     y = torch.empty_like(x)
+    mean, inverse_deviation = (x.new_full((groups, x.shape[1]), torch.nan, dtype=torch.float32) for _ in range(2))
+    if not x.numel():
+        return y, mean, inverse_deviation
     tiling = _tiling(x, groups)
     means, squares = _partial_sums(x, groups, tiling)
-    mean, inverse_deviation = (means.new_empty(groups, x.shape[1]) for _ in range(2))
-    if not x.numel():
-        return y, mean.fill_(torch.nan), inverse_deviation.fill_(torch.nan)
     with torch.cuda.device_of(x):
         grid = _grid(groups, tiling)
-        batch_norm_relu_sums_fwd_kernel[grid](x, means, squares, tiling, num_warps=WARPS)
+        batch_norm_relu_sums_fwd_kernel[grid](x, means, squares, mean, tiling, num_warps=WARPS)
         batch_norm_relu_merge_fwd_kernel[(groups * triton.cdiv(x.shape[1], MERGE_CHANNELS),)](
             means, squares, mean, inverse_deviation, eps, tiling,
             CHUNKS=MERGE_CHUNKS, COLUMNS=MERGE_CHANNELS, num_warps=MERGE_WARPS,
@@ -376,8 +392,8 @@ def batch_norm_relu_eval(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, 
     """
     x = _dense(x)
     y = torch.empty_like(x)
-    tiling = _tiling(x, 1)
     if x.numel():
+        tiling = _tiling(x, 1)
         with torch.cuda.device_of(x):
             parameters = Parameters(weight, bias, mean, inverse_deviation)
             batch_norm_relu_fwd_kernel[_grid(1, tiling)](x, y, parameters, tiling, num_warps=WARPS)
@@ -400,24 +416,23 @@ def batch_norm_relu_bwd(
     x = _dense(x)
     grad_output = grad_output.contiguous(memory_format=_layout(x))
     grad_x = torch.empty_like(x)
+    if not x.numel():
+        return grad_x, *(x.new_zeros(x.shape[1], dtype=torch.float32) for _ in range(2))
     tiling = _tiling(x, groups)
     sums, products = _partial_sums(x, groups, tiling)
     mean_sums, mean_products = (sums.new_empty(groups, x.shape[1]) for _ in range(2))
-    grad_weight, grad_bias = (sums.new_zeros(x.shape[1]) for _ in range(2))
-    if x.numel():
-        with torch.cuda.device_of(x):
-            grid = _grid(groups, tiling)
-            parameters = Parameters(weight, bias, mean, inverse_deviation)
-            batch_norm_relu_sums_bwd_kernel[grid](
-                grad_output, x, parameters, sums, products, tiling, num_warps=WARPS
-            )  # fmt: skip
-            batch_norm_relu_merge_bwd_kernel[(triton.cdiv(x.shape[1], MERGE_CHANNELS),)](
-                sums, products, mean_sums, mean_products, grad_weight, grad_bias, groups, tiling,
-                CHUNKS=MERGE_CHUNKS, COLUMNS=MERGE_CHANNELS, num_warps=MERGE_WARPS,
-            )  # fmt: skip
-            batch_norm_relu_bwd_kernel[grid](
-                grad_output, x, grad_x, parameters, mean_sums, mean_products, tiling, num_warps=WARPS
-            )  # fmt: skip
+    grad_weight, grad_bias = (sums.new_empty(x.shape[1]) for _ in range(2))
+    parameters = Parameters(weight, bias, mean, inverse_deviation)
+    with torch.cuda.device_of(x):
+        grid = _grid(groups, tiling)
+        batch_norm_relu_sums_bwd_kernel[grid](grad_output, x, parameters, sums, products, tiling, num_warps=WARPS)
+        batch_norm_relu_merge_bwd_kernel[(triton.cdiv(x.shape[1], MERGE_CHANNELS),)](
+            sums, products, mean_sums, mean_products, grad_weight, grad_bias, groups, tiling,
+            CHUNKS=MERGE_CHUNKS, COLUMNS=MERGE_CHANNELS, num_warps=MERGE_WARPS,
+        )  # fmt: skip
+        batch_norm_relu_bwd_kernel[grid](
+            grad_output, x, grad_x, parameters, mean_sums, mean_products, tiling, num_warps=WARPS
+        )
     return grad_x, grad_weight, grad_bias
 
 
