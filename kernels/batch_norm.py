@@ -18,13 +18,10 @@ deviations from the mean. The merge reads them twice, because they are few:
 
     mean = sum n_i mean_i / n                     M2 = sum M2_i + n_i (mean_i - mean)^2              (Chan et al. 1979)
 
-A tile is 8 KiB of x, four loads of 16 bytes for each of 128 threads: in channels-last tensors 128 bytes of channels by
-a run of pixels of the group; in NCHW tensors a run of pixels of one image, by several channels if images are small.
-Accesses have 16 bytes if C (channels-last) or H W (NCHW) is a multiple of 8, 4 in float32, and 16 for H W. A
-program takes up to 16 tiles, so that at least `PROGRAMS` programs remain. The partial sums are 16 bytes per chunk and
-channel, written and read, which is 1 % of the traffic at (8, 64, 256, 256) in bfloat16 and at most 4 % with chunks of
-one tile of 64 pixels. The last kernel of each pass takes the chunks in reverse order, because those read last may still
-be in the L2 cache. One axis of the grid counts all programs, so the batch has no limit.
+Tiles and chunks: see _tiling.py. The partial sums of a chunk are 16 bytes per channel, written and read. In bfloat16
+that is 1 % of the traffic at (8, 64, 256, 256), 4 % with chunks of 64 pixels, and more only for NCHW images of fewer
+pixels. The last kernel of each pass takes the chunks in reverse order, because those read last may still be in the L2
+cache.
 
 Arithmetic is in float32. Formulas of the merge: Chan, Golub, LeVeque, Updating Formulae and a Pairwise Algorithm for
 Computing Sample Variances, 1979.
@@ -39,31 +36,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._tiling import (
+    chunk_sizes,
+    dense,
+    grid_of,
+    layout_of,
+    load_channels,
+    load_chunks,
+    load_reference,
+    load_tile,
+    partial_sums,
+    pixels_before,
+    place,
+    store_chunk,
+    store_tile,
+    tiles_of,
+    tiling_of,
+)
+
 WARPS = 4
-TILE_BYTES = 8192
-ROW_BYTES = 128  # of the channels of a pixel, in channels-last tensors
-PROGRAMS = 2048  # about two waves of the largest GPUs; with fewer tiles per program, the merge would take longer
-MOST_TILES = 16
 # A step of the merge kernels: 32 bytes of each of 512 chunks, 8 loads in flight per thread.
 MERGE_CHUNKS = 512
 MERGE_CHANNELS = 8
 MERGE_WARPS = 16
-
-
-class Tiling(NamedTuple):
-    """How programs divide a tensor (groups x images, C, pixels), dense, with channels or pixels last.
-
-    In channels-last tensors, all images of a group are one: their pixels follow each other.
-    """
-
-    images: int  # of a group
-    pixels: int  # of an image
-    chunks: int  # of a group
-    CHANNELS: tl.constexpr  # C
-    CHANNELS_LAST: tl.constexpr
-    TILE_PIXELS: tl.constexpr
-    TILE_CHANNELS: tl.constexpr
-    TILES: tl.constexpr  # of a chunk
 
 
 class Parameters(NamedTuple):
@@ -76,83 +71,14 @@ class Parameters(NamedTuple):
 
 
 @triton.jit
-def _place(program, tiling):
-    """Group, chunk of the group, and first channel of a program; programs of the same pixels follow each other.
-
-    Group and channel have 64 bits, like all that is multiplied by sizes of images; counts of tiles and chunks have 32.
-    """
-    blocks = tl.cdiv(tiling.CHANNELS, tiling.TILE_CHANNELS)
-    chunk = program // blocks
-    channel = (program % blocks * tiling.TILE_CHANNELS).to(tl.int64)
-    return (chunk // tiling.chunks).to(tl.int64), chunk % tiling.chunks, channel
-
-
-@triton.jit
-def _tiles(chunk, tiling):
-    """First tile of a chunk, and the one after its last."""
-    end = tiling.images * tl.cdiv(tiling.pixels, tiling.TILE_PIXELS)
-    return tl.minimum(chunk * tiling.TILES, end), tl.minimum((chunk + 1) * tiling.TILES, end)
-
-
-@triton.jit
-def _pixels_before(tile, tiling):
-    """Number of pixels of the group before a tile; the last tile of an image may be smaller than others."""
-    per_image = tl.cdiv(tiling.pixels, tiling.TILE_PIXELS)
-    return (tile // per_image).to(tl.int64) * tiling.pixels + tile % per_image * tiling.TILE_PIXELS
-
-
-@triton.jit
-def _tile(group, tile, channel, tiling):
-    """Offset of a tile, offsets (TILE_PIXELS, TILE_CHANNELS) of its elements from there, and which are inside."""
-    per_image = tl.cdiv(tiling.pixels, tiling.TILE_PIXELS)
-    image = group * tiling.images + tile // per_image
-    pixel = (tile % per_image).to(tl.int64) * tiling.TILE_PIXELS
-    p = tl.arange(0, tiling.TILE_PIXELS)[:, None]
-    c = tl.arange(0, tiling.TILE_CHANNELS)[None, :]
-    inside = (p < tiling.pixels - pixel) & (c < tiling.CHANNELS - channel)
-    start = image * tiling.CHANNELS * tiling.pixels
-    if tiling.CHANNELS_LAST:
-        return start + pixel * tiling.CHANNELS + channel, p * tiling.CHANNELS + c, inside
-    return start + channel * tiling.pixels + pixel, c * tiling.pixels + p, inside
-
-
-@triton.jit
-def _load(x, group, tile, channel, tiling):
-    """Values of a tile as float32, 0 outside, and which are inside."""
-    start, offsets, inside = _tile(group, tile, channel, tiling)
-    return tl.load(x + start + offsets, mask=inside, other=0).to(tl.float32), inside
-
-
-@triton.jit
-def _store(x, values, group, tile, channel, tiling):
-    start, offsets, inside = _tile(group, tile, channel, tiling)
-    tl.store(x + start + offsets, values, mask=inside)
-
-
-@triton.jit
-def _load_channels(parameter, channel, tiling):
-    """(1, TILE_CHANNELS) of a parameter (C,)."""
-    c = channel + tl.arange(0, tiling.TILE_CHANNELS)
-    return tl.load(parameter + c, mask=c < tiling.CHANNELS, other=0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _store_chunk(partial, sums, group, chunk, channel, tiling):
-    """Write sums (TILE_CHANNELS,) to partial (groups, chunks, C)."""
-    c = channel + tl.arange(0, tiling.TILE_CHANNELS)
-    row = (group * tiling.chunks + chunk) * tiling.CHANNELS
-    tl.store(partial + row + c, sums, mask=c < tiling.CHANNELS)
-
-
-@triton.jit
 def _load_parameters(parameters, group, channel, tiling):
     """Weight, bias, mean and inverse deviation, each (1, TILE_CHANNELS)."""
     row = group * tiling.CHANNELS
     return (
-        _load_channels(parameters.weight, channel, tiling),
-        _load_channels(parameters.bias, channel, tiling),
-        _load_channels(parameters.mean + row, channel, tiling),
-        _load_channels(parameters.inverse_deviation + row, channel, tiling),
+        load_channels(parameters.weight, channel, tiling),
+        load_channels(parameters.bias, channel, tiling),
+        load_channels(parameters.mean + row, channel, tiling),
+        load_channels(parameters.inverse_deviation + row, channel, tiling),
     )
 
 
@@ -164,16 +90,6 @@ def _normalize(x, weight, bias, mean, inverse_deviation):
 
 
 @triton.jit
-def _load_reference(x, group, channel, tiling):
-    """(TILE_CHANNELS,) first pixel of a group."""
-    c = channel + tl.arange(0, tiling.TILE_CHANNELS)
-    offsets = group * tiling.images * tiling.CHANNELS * tiling.pixels + c * (
-        1 if tiling.CHANNELS_LAST else tiling.pixels
-    )
-    return tl.load(x + offsets, mask=c < tiling.CHANNELS, other=0).to(tl.float32)
-
-
-@triton.jit
 def batch_norm_relu_sums_fwd_kernel(
     x,  # (B, C, H, W)
     means,  # (groups, chunks, C) float32 out: minus reference
@@ -181,44 +97,28 @@ def batch_norm_relu_sums_fwd_kernel(
     references,  # (groups, C) float32 out: the first pixel of the group
     tiling,
 ):
-    group, chunk, channel = _place(tl.program_id(0), tiling)
-    first, end = _tiles(chunk, tiling)
-    before = _pixels_before(first, tiling)
-    value, inside = _load(x, group, first, channel, tiling)
-    shift = tl.sum(value, 0) / (_pixels_before(first + 1, tiling) - before)
+    group, chunk, channel = place(tl.program_id(0), tiling)
+    first, end = tiles_of(chunk, tiling)
+    before = pixels_before(first, tiling)
+    value, inside = load_tile(x, group, first, channel, tiling)
+    shift = tl.sum(value, 0) / (pixels_before(first + 1, tiling) - before)
     difference = tl.where(inside, value - shift[None, :], 0)
     total = difference
     square = difference * difference
     for tile in range(first + 1, end):
-        value, inside = _load(x, group, tile, channel, tiling)
+        value, inside = load_tile(x, group, tile, channel, tiling)
         difference = tl.where(inside, value - shift[None, :], 0)
         total += difference
         square += difference * difference
     total = tl.sum(total, 0)
-    mean = total / (_pixels_before(end, tiling) - before)  # minus shift
+    mean = total / (pixels_before(end, tiling) - before)  # minus shift
     square = tl.sum(square, 0) - total * mean
-    reference = _load_reference(x, group, channel, tiling)
-    _store_chunk(means, shift - reference + mean, group, chunk, channel, tiling)
-    _store_chunk(squares, tl.where(square < 0, 0, square), group, chunk, channel, tiling)
+    reference = load_reference(x, group, channel, tiling)
+    store_chunk(means, shift - reference + mean, group, chunk, channel, tiling)
+    store_chunk(squares, tl.where(square < 0, 0, square), group, chunk, channel, tiling)
     if chunk == 0:
         c = channel + tl.arange(0, tiling.TILE_CHANNELS)
         tl.store(references + group * tiling.CHANNELS + c, reference, mask=c < tiling.CHANNELS)
-
-
-@triton.jit
-def _load_chunks(partial, group, start, c, tiling, CHUNKS: tl.constexpr):
-    """Rows start, start + 1, ... (CHUNKS, channels) of partial (groups, chunks, C), 0 outside."""
-    chunk = (start + tl.arange(0, CHUNKS))[:, None]
-    valid = (chunk < tiling.chunks) & (c < tiling.CHANNELS)[None, :]
-    row = (group * tiling.chunks + chunk) * tiling.CHANNELS
-    return tl.load(partial + row + c[None, :], mask=valid, other=0)
-
-
-@triton.jit
-def _chunk_sizes(start, tiling, CHUNKS: tl.constexpr):
-    """Pixels (CHUNKS, 1) of the chunks start, start + 1, ..., as float32, 0 outside."""
-    first, end = _tiles(start + tl.arange(0, CHUNKS), tiling)
-    return (_pixels_before(end, tiling) - _pixels_before(first, tiling)).to(tl.float32)[:, None]
 
 
 @triton.jit
@@ -238,13 +138,13 @@ def batch_norm_relu_merge_fwd_kernel(
     pixels = (tl.cast(tiling.images, tl.int64) * tiling.pixels).to(tl.float32)
     total = tl.zeros([CHUNKS, COLUMNS], tl.float32)
     for start in range(0, tiling.chunks, CHUNKS):
-        total += _chunk_sizes(start, tiling, CHUNKS) * _load_chunks(means, group, start, c, tiling, CHUNKS)
+        total += chunk_sizes(start, tiling, CHUNKS) * load_chunks(means, group, start, c, tiling, CHUNKS)
     center = tl.sum(total, 0) / pixels
     square = tl.zeros([CHUNKS, COLUMNS], tl.float32)
     for start in range(0, tiling.chunks, CHUNKS):
-        difference = _load_chunks(means, group, start, c, tiling, CHUNKS) - center[None, :]
-        square += _load_chunks(squares, group, start, c, tiling, CHUNKS)
-        square += _chunk_sizes(start, tiling, CHUNKS) * difference * difference
+        difference = load_chunks(means, group, start, c, tiling, CHUNKS) - center[None, :]
+        square += load_chunks(squares, group, start, c, tiling, CHUNKS)
+        square += chunk_sizes(start, tiling, CHUNKS) * difference * difference
     variance = tl.sum(square, 0) / pixels
     out = group * tiling.CHANNELS + c
     reference = tl.load(mean + out, mask=c < tiling.CHANNELS, other=0)
@@ -259,20 +159,20 @@ def batch_norm_relu_fwd_kernel(
     parameters,
     tiling,
 ):
-    group, chunk, channel = _place(tl.num_programs(0) - 1 - tl.program_id(0), tiling)
+    group, chunk, channel = place(tl.num_programs(0) - 1 - tl.program_id(0), tiling)
     weight, bias, mean, inverse_deviation = _load_parameters(parameters, group, channel, tiling)
-    first, end = _tiles(chunk, tiling)
+    first, end = tiles_of(chunk, tiling)
     for tile in range(first, end):
-        value, _ = _load(x, group, tile, channel, tiling)
+        value, _ = load_tile(x, group, tile, channel, tiling)
         _, z = _normalize(value, weight, bias, mean, inverse_deviation)
-        _store(y, tl.where(z < 0, 0, z), group, tile, channel, tiling)  # NaN stays NaN
+        store_tile(y, tl.where(z < 0, 0, z), group, tile, channel, tiling)  # NaN stays NaN
 
 
 @triton.jit
 def _load_gradient(grad_output, x, group, tile, channel, weight, bias, mean, inverse_deviation, tiling):
     """dz and xhat of a tile; dz is 0 outside."""
-    value, _ = _load(x, group, tile, channel, tiling)
-    grad, _ = _load(grad_output, group, tile, channel, tiling)
+    value, _ = load_tile(x, group, tile, channel, tiling)
+    grad, _ = load_tile(grad_output, group, tile, channel, tiling)
     xhat, z = _normalize(value, weight, bias, mean, inverse_deviation)
     return tl.where(z > 0, grad, 0), xhat
 
@@ -286,9 +186,9 @@ def batch_norm_relu_sums_bwd_kernel(
     products,  # (groups, chunks, C) float32 out: sum dz xhat
     tiling,
 ):
-    group, chunk, channel = _place(tl.program_id(0), tiling)
+    group, chunk, channel = place(tl.program_id(0), tiling)
     weight, bias, mean, inverse_deviation = _load_parameters(parameters, group, channel, tiling)
-    first, end = _tiles(chunk, tiling)
+    first, end = tiles_of(chunk, tiling)
     total = tl.zeros([tiling.TILE_PIXELS, tiling.TILE_CHANNELS], tl.float32)
     product = tl.zeros([tiling.TILE_PIXELS, tiling.TILE_CHANNELS], tl.float32)
     for tile in range(first, end):
@@ -297,8 +197,8 @@ def batch_norm_relu_sums_bwd_kernel(
         )  # fmt: skip
         total += dz
         product += dz * xhat
-    _store_chunk(sums, tl.sum(total, 0), group, chunk, channel, tiling)
-    _store_chunk(products, tl.sum(product, 0), group, chunk, channel, tiling)
+    store_chunk(sums, tl.sum(total, 0), group, chunk, channel, tiling)
+    store_chunk(products, tl.sum(product, 0), group, chunk, channel, tiling)
 
 
 @triton.jit
@@ -323,8 +223,8 @@ def batch_norm_relu_merge_bwd_kernel(
         total = tl.zeros([CHUNKS, COLUMNS], tl.float32)
         product = tl.zeros([CHUNKS, COLUMNS], tl.float32)
         for start in range(0, tiling.chunks, CHUNKS):
-            total += _load_chunks(sums, group, start, c, tiling, CHUNKS)
-            product += _load_chunks(products, group, start, c, tiling, CHUNKS)
+            total += load_chunks(sums, group, start, c, tiling, CHUNKS)
+            product += load_chunks(products, group, start, c, tiling, CHUNKS)
         group_sum, group_product = tl.sum(total, 0), tl.sum(product, 0)
         tl.store(mean_sums + group * tiling.CHANNELS + c, group_sum / pixels, mask=valid)
         tl.store(mean_products + group * tiling.CHANNELS + c, group_product / pixels, mask=valid)
@@ -344,17 +244,17 @@ def batch_norm_relu_bwd_kernel(
     mean_products,  # (groups, C)
     tiling,
 ):
-    group, chunk, channel = _place(tl.num_programs(0) - 1 - tl.program_id(0), tiling)
+    group, chunk, channel = place(tl.num_programs(0) - 1 - tl.program_id(0), tiling)
     weight, bias, mean, inverse_deviation = _load_parameters(parameters, group, channel, tiling)
-    mean_sum = _load_channels(mean_sums + group * tiling.CHANNELS, channel, tiling)
-    mean_product = _load_channels(mean_products + group * tiling.CHANNELS, channel, tiling)
-    first, end = _tiles(chunk, tiling)
+    mean_sum = load_channels(mean_sums + group * tiling.CHANNELS, channel, tiling)
+    mean_product = load_channels(mean_products + group * tiling.CHANNELS, channel, tiling)
+    first, end = tiles_of(chunk, tiling)
     for tile in range(first, end):
         dz, xhat = _load_gradient(
             grad_output, x, group, tile, channel, weight, bias, mean, inverse_deviation, tiling
         )  # fmt: skip
         dx = weight * inverse_deviation * (dz - mean_sum - xhat * mean_product)
-        _store(grad_x, dx, group, tile, channel, tiling)
+        store_tile(grad_x, dx, group, tile, channel, tiling)
 
 
 def batch_norm_relu_fwd(
@@ -366,15 +266,15 @@ def batch_norm_relu_fwd(
     and its layout, NCHW or channels-last; of any other layout it is NCHW. The statistics are (groups, C) float32, with
     the biased variance; NaN if there are no pixels.
     """
-    x = _dense(x)
+    x = dense(x)
     y = torch.empty_like(x)
     mean, inverse_deviation = (x.new_full((groups, x.shape[1]), torch.nan, dtype=torch.float32) for _ in range(2))
     if not x.numel():
         return y, mean, inverse_deviation
-    tiling = _tiling(x, groups)
-    means, squares = _partial_sums(x, groups, tiling)
+    tiling = tiling_of(x, groups)
+    means, squares = partial_sums(x, groups, tiling)
     with torch.cuda.device_of(x):
-        grid = _grid(groups, tiling)
+        grid = grid_of(groups, tiling)
         batch_norm_relu_sums_fwd_kernel[grid](x, means, squares, mean, tiling, num_warps=WARPS)
         batch_norm_relu_merge_fwd_kernel[(groups * triton.cdiv(x.shape[1], MERGE_CHANNELS),)](
             means, squares, mean, inverse_deviation, eps, tiling,
@@ -390,13 +290,13 @@ def batch_norm_relu_eval(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, 
 
     Dtypes and layouts as in `batch_norm_relu_fwd`.
     """
-    x = _dense(x)
+    x = dense(x)
     y = torch.empty_like(x)
     if x.numel():
-        tiling = _tiling(x, 1)
+        tiling = tiling_of(x, 1)
         with torch.cuda.device_of(x):
             parameters = Parameters(weight, bias, mean, inverse_deviation)
-            batch_norm_relu_fwd_kernel[_grid(1, tiling)](x, y, parameters, tiling, num_warps=WARPS)
+            batch_norm_relu_fwd_kernel[grid_of(1, tiling)](x, y, parameters, tiling, num_warps=WARPS)
     return y
 
 
@@ -413,18 +313,18 @@ def batch_norm_relu_bwd(
 
     grad_output: (B, C, H, W) in the dtype of x; other arguments: those of `batch_norm_relu_fwd` and its statistics.
     """
-    x = _dense(x)
-    grad_output = grad_output.contiguous(memory_format=_layout(x))
+    x = dense(x)
+    grad_output = grad_output.contiguous(memory_format=layout_of(x))
     grad_x = torch.empty_like(x)
     if not x.numel():
         return grad_x, *(x.new_zeros(x.shape[1], dtype=torch.float32) for _ in range(2))
-    tiling = _tiling(x, groups)
-    sums, products = _partial_sums(x, groups, tiling)
+    tiling = tiling_of(x, groups)
+    sums, products = partial_sums(x, groups, tiling)
     mean_sums, mean_products = (sums.new_empty(groups, x.shape[1]) for _ in range(2))
     grad_weight, grad_bias = (sums.new_empty(x.shape[1]) for _ in range(2))
     parameters = Parameters(weight, bias, mean, inverse_deviation)
     with torch.cuda.device_of(x):
-        grid = _grid(groups, tiling)
+        grid = grid_of(groups, tiling)
         batch_norm_relu_sums_bwd_kernel[grid](grad_output, x, parameters, sums, products, tiling, num_warps=WARPS)
         batch_norm_relu_merge_bwd_kernel[(triton.cdiv(x.shape[1], MERGE_CHANNELS),)](
             sums, products, mean_sums, mean_products, grad_weight, grad_bias, groups, tiling,
@@ -434,44 +334,3 @@ def batch_norm_relu_bwd(
             grad_output, x, grad_x, parameters, mean_sums, mean_products, tiling, num_warps=WARPS
         )
     return grad_x, grad_weight, grad_bias
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    """Channels-last if x is; tensors with one channel or one pixel per image are both, and count as channels-last."""
-    is_last = x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if is_last else torch.contiguous_format
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=_layout(x))
-
-
-def _tiling(x: Tensor, groups: int) -> Tiling:
-    """The tiling of a dense tensor (B, C, H, W)."""
-    batch, channels, height, width = x.shape
-    images, pixels = batch // groups, height * width
-    elements = TILE_BYTES // x.element_size()
-    padded = triton.next_power_of_2(channels)
-    channels_last = _layout(x) == torch.channels_last
-    if channels_last:
-        images, pixels = 1, images * pixels
-        tile_channels = min(padded, ROW_BYTES // x.element_size())
-        tile_pixels = elements // tile_channels
-    else:
-        tile_pixels = min(triton.next_power_of_2(pixels), elements)
-        tile_channels = min(padded, elements // tile_pixels)
-    tiles = images * triton.cdiv(pixels, tile_pixels)
-    programs = groups * tiles * triton.cdiv(channels, tile_channels)
-    per_chunk = min(triton.next_power_of_2(programs // PROGRAMS + 1) // 2 or 1, MOST_TILES)
-    constants = channels, channels_last, tile_pixels, tile_channels, per_chunk
-    return Tiling(images, pixels, triton.cdiv(tiles, per_chunk), *map(tl.constexpr, constants))
-
-
-def _grid(groups: int, tiling: Tiling) -> tuple[int]:
-    blocks = triton.cdiv(tiling.CHANNELS.value, tiling.TILE_CHANNELS.value)
-    return (groups * tiling.chunks * blocks,)
-
-
-def _partial_sums(x: Tensor, groups: int, tiling: Tiling) -> list[Tensor]:
-    """Two tensors (groups, chunks, C) float32."""
-    return [x.new_empty(groups, tiling.chunks, x.shape[1], dtype=torch.float32) for _ in range(2)]
