@@ -75,10 +75,10 @@ def _tile(group, tile, channel, tiling):
     p = tl.arange(0, tiling.TILE_PIXELS)[:, None]
     c = tl.arange(0, tiling.TILE_CHANNELS)[None, :]
     inside = (p < tiling.pixels - pixel) & (c < tiling.CHANNELS - channel)
-    start = image * tiling.CHANNELS * tiling.pixels
-    if tiling.CHANNELS_LAST:
-        return start + pixel * tiling.CHANNELS + channel, p * tiling.CHANNELS + c, inside
-    return start + channel * tiling.pixels + pixel, c * tiling.pixels + p, inside
+    pixel_stride = tiling.CHANNELS if tiling.CHANNELS_LAST else 1
+    channel_stride = 1 if tiling.CHANNELS_LAST else tiling.pixels
+    start = image * tiling.CHANNELS * tiling.pixels + pixel * pixel_stride + channel * channel_stride
+    return start, p * pixel_stride + c * channel_stride, inside
 
 
 @triton.jit
