@@ -19,8 +19,8 @@ deviations from the mean. The merge reads them twice, because they are few:
     mean = sum n_i mean_i / n                     M2 = sum M2_i + n_i (mean_i - mean)^2              (Chan et al. 1979)
 
 Tiles and chunks: see _tiling.py. The partial sums of a chunk are 16 bytes per channel, written and read. In bfloat16
-that is 1 % of the traffic at (8, 64, 256, 256), 4 % with chunks of 64 pixels, and more only for smaller images or groups.
-The last kernel of each pass takes the chunks in reverse order, because those read last may still be in the L2
+that is 1 % of the traffic at (8, 64, 256, 256), 4 % with chunks of 64 pixels, and more only for smaller images or
+groups. The last kernel of each pass takes the chunks in reverse order, because those read last may still be in the L2
 cache.
 
 Arithmetic is in float32. Formulas of the merge: Chan, Golub, LeVeque, Updating Formulae and a Pairwise Algorithm for
