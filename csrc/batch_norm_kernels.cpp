@@ -11,8 +11,12 @@ namespace {
 constexpr int kVectors = 4;  // of a row at a time: enough sums to hide the latency of an addition
 constexpr int kColumns = kVectors * kFloatLanes;
 constexpr int kBlockRows = 64;  // rows whose sums are float32; sums of blocks are double
+constexpr int kStepRows = 8;    // rows that a strip passes at a time: few, because the prefetcher follows few rows
+constexpr int kTile = 512;      // most columns whose sums are held in memory
 
-static_assert(kStrip % kColumns == 0);
+static_assert(kStrip % kColumns == 0 && kTile % kStrip == 0);
+
+inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
 // kVectors vectors of a row.
 struct Strip {
@@ -25,15 +29,39 @@ struct Strip {
     for (int i = 0; i < kVectors; ++i) strip.v[i] = load(address + i * kFloatLanes);
     return strip;
   }
+
+  template <class T>
+  void write_to(T* address) const {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) store(address + i * kFloatLanes, v[i]);
+  }
 };
 
-// Calls body(first row, end, column) for blocks of rows, and in each for its strips.
+// Calls body(first row, end, column) for all strips of kStepRows rows, then of the next kStepRows, up to `end`.
 template <class Body>
-inline void for_each_strip(std::int64_t rows, std::int64_t columns, const Body& body) {
-  for (std::int64_t first = 0; first < rows; first += kBlockRows) {
-    const std::int64_t end = first + kBlockRows < rows ? first + kBlockRows : rows;
-    for (std::int64_t j = 0; j < columns; j += kColumns) body(first, end, j);
-  }
+inline void for_each_strip(std::int64_t first, std::int64_t end, std::int64_t begin_column, std::int64_t end_column,
+                           const Body& body) {
+  for (; first < end; first += kStepRows)
+    for (std::int64_t j = begin_column; j < end_column; j += kColumns) body(first, least(first + kStepRows, end), j);
+}
+
+// Two float32 sums of each column of a tile: `add(row, column, sum, other)` adds the strip at (row, column) to both,
+// for all rows of a block; then `finish(first row, end, column, sum, other)` gets the sums of one column.
+template <class Add, class Finish>
+inline void sum_blocks(std::int64_t rows, std::int64_t columns, const Add& add, const Finish& finish) {
+  for (std::int64_t first = 0; first < rows; first += kBlockRows)
+    for (std::int64_t begin = 0; begin < columns; begin += kTile) {
+      const std::int64_t end = least(first + kBlockRows, rows), end_column = least(begin + kTile, columns);
+      float sums[kTile], others[kTile];
+      for (std::int64_t j = 0; j < end_column - begin; ++j) sums[j] = others[j] = 0;
+      for_each_strip(first, end, begin, end_column, [&](std::int64_t row, std::int64_t step_end, std::int64_t j) {
+        Strip sum = Strip::at(sums + j - begin), other = Strip::at(others + j - begin);
+        add(first, row, step_end, j, sum, other);
+        sum.write_to(sums + j - begin);
+        other.write_to(others + j - begin);
+      });
+      finish(first, end, begin, end_column, sums, others);
+    }
 }
 
 // The sums of a block are those of d = x - pivot, where the pivot is the block's first row. As the pivot is one of the
@@ -44,27 +72,33 @@ template <class T>
 void moments(const void* memory, std::int64_t rows, std::int64_t columns, double* mean, double* squares) {
   const T* x = static_cast<const T*>(memory);
   for (std::int64_t j = 0; j < columns; ++j) mean[j] = squares[j] = 0;
-  for_each_strip(rows, columns, [=](std::int64_t first, std::int64_t end, std::int64_t j) {
-    const Strip pivot = Strip::at(x + first * columns + j), origin = Strip::at(x + j);
-    Strip sum = {}, square = {};
-    for (std::int64_t row = first + 1; row < end; ++row) {
-      const Strip here = Strip::at(x + row * columns + j);
+  sum_blocks(
+      rows, columns,
+      [=](std::int64_t first, std::int64_t row, std::int64_t end, std::int64_t j, Strip& sum, Strip& square) {
+        const Strip pivot = Strip::at(x + first * columns + j);
+        for (; row < end; ++row) {
+          const Strip here = Strip::at(x + row * columns + j);
 #pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) {
-        const Floats d = here.v[i] - pivot.v[i];
-        sum.v[i] += d;
-        square.v[i] += d * d;
-      }
-    }
-    const double count = static_cast<double>(end - first);
-    for (int i = 0; i < kVectors; ++i)
-      for (int lane = 0; lane < kFloatLanes; ++lane) {
-        const std::int64_t k = j + i * kFloatLanes + lane;
-        const double moved = double{pivot.v[i][lane]} - origin.v[i][lane], s = sum.v[i][lane];
-        mean[k] += s + count * moved;
-        squares[k] += square.v[i][lane] + moved * (2 * s + count * moved);
-      }
-  });
+          for (int i = 0; i < kVectors; ++i) {
+            const Floats d = here.v[i] - pivot.v[i];
+            sum.v[i] += d;
+            square.v[i] += d * d;
+          }
+        }
+      },
+      [=](std::int64_t first, std::int64_t end, std::int64_t begin, std::int64_t end_column, const float* sums,
+          const float* block_squares) {
+        const double count = static_cast<double>(end - first);
+        for (std::int64_t j = begin; j < end_column; j += kFloatLanes) {
+          const Floats pivot = load(x + first * columns + j), origin = load(x + j);
+          for (int lane = 0; lane < kFloatLanes; ++lane) {
+            const std::int64_t k = j + lane;
+            const double moved = double{pivot[lane]} - origin[lane], sum = sums[k - begin];
+            mean[k] += sum + count * moved;
+            squares[k] += block_squares[k - begin] + moved * (2 * sum + count * moved);
+          }
+        }
+      });
   const double share = 1.0 / static_cast<double>(rows);
   for (std::int64_t j = 0; j < columns; j += kFloatLanes) {
     const Floats origin = load(x + j);
@@ -90,20 +124,21 @@ void normalize(const void* memory, std::int64_t rows, std::int64_t columns, cons
                void* result) {
   const T* x = static_cast<const T*>(memory);
   T* y = static_cast<T*>(result);
-  for_each_strip(rows, columns, [=](std::int64_t first, std::int64_t end, std::int64_t j) {
+  for_each_strip(0, rows, 0, columns, [=](std::int64_t row, std::int64_t end, std::int64_t j) {
     const StripNormalization n(normalization, j);
-    for (std::int64_t row = first; row < end; ++row) {
-      const Strip here = Strip::at(x + row * columns + j);
+    for (; row < end; ++row) {
+      Strip z = Strip::at(x + row * columns + j);
 #pragma GCC unroll 4
       for (int i = 0; i < kVectors; ++i) {
-        const Floats z = (here.v[i] - n.mean.v[i]) * n.scale.v[i] + n.bias.v[i];
-        store(y + row * columns + j + i * kFloatLanes, z <= 0.0f ? Floats{} : z);  // a NaN stays one
+        z.v[i] = (z.v[i] - n.mean.v[i]) * n.scale.v[i] + n.bias.v[i];
+        z.v[i] = z.v[i] <= 0.0f ? Floats{} : z.v[i];  // a NaN stays one
       }
+      z.write_to(y + row * columns + j);
     }
   });
 }
 
-// d = x - mean, and dz. Where z is NaN, the gradient passes, as in PyTorch.
+// dz, from d = x - mean. Where z is NaN, the gradient passes, as in PyTorch.
 inline Floats masked(Floats d, Floats scale, Floats bias, Floats dy) {
   return d * scale + bias <= 0.0f ? Floats{} : dy;
 }
@@ -113,24 +148,27 @@ void gradient_sums(const void* memory, const void* gradient, std::int64_t rows, 
                    const Normalization& normalization, double* sums, double* products) {
   const T *x = static_cast<const T*>(memory), *dy = static_cast<const T*>(gradient);
   for (std::int64_t j = 0; j < columns; ++j) sums[j] = products[j] = 0;
-  for_each_strip(rows, columns, [=](std::int64_t first, std::int64_t end, std::int64_t j) {
-    const StripNormalization n(normalization, j);
-    Strip sum = {}, product = {};
-    for (std::int64_t row = first; row < end; ++row) {
-      const Strip here = Strip::at(x + row * columns + j), grad = Strip::at(dy + row * columns + j);
+  sum_blocks(
+      rows, columns,
+      [=](std::int64_t, std::int64_t row, std::int64_t end, std::int64_t j, Strip& sum, Strip& product) {
+        const StripNormalization n(normalization, j);
+        for (; row < end; ++row) {
+          const Strip here = Strip::at(x + row * columns + j), grad = Strip::at(dy + row * columns + j);
 #pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) {
-        const Floats d = here.v[i] - n.mean.v[i], dz = masked(d, n.scale.v[i], n.bias.v[i], grad.v[i]);
-        sum.v[i] += dz;
-        product.v[i] += dz * d;
-      }
-    }
-    for (int i = 0; i < kVectors; ++i)
-      for (int lane = 0; lane < kFloatLanes; ++lane) {
-        sums[j + i * kFloatLanes + lane] += sum.v[i][lane];
-        products[j + i * kFloatLanes + lane] += product.v[i][lane];
-      }
-  });
+          for (int i = 0; i < kVectors; ++i) {
+            const Floats d = here.v[i] - n.mean.v[i], dz = masked(d, n.scale.v[i], n.bias.v[i], grad.v[i]);
+            sum.v[i] += dz;
+            product.v[i] += dz * d;
+          }
+        }
+      },
+      [=](std::int64_t, std::int64_t, std::int64_t begin, std::int64_t end_column, const float* block_sums,
+          const float* block_products) {
+        for (std::int64_t j = begin; j < end_column; ++j) {
+          sums[j] += block_sums[j - begin];
+          products[j] += block_products[j - begin];
+        }
+      });
 }
 
 template <class T>
@@ -138,16 +176,18 @@ void differentiate(const void* memory, const void* gradient, std::int64_t rows, 
                    const Normalization& normalization, const float* slope, const float* offset, void* result) {
   const T *x = static_cast<const T*>(memory), *dy = static_cast<const T*>(gradient);
   T* dx = static_cast<T*>(result);
-  for_each_strip(rows, columns, [=](std::int64_t first, std::int64_t end, std::int64_t j) {
+  for_each_strip(0, rows, 0, columns, [=](std::int64_t row, std::int64_t end, std::int64_t j) {
     const StripNormalization n(normalization, j);
     const Strip slopes = Strip::at(slope + j), offsets = Strip::at(offset + j);
-    for (std::int64_t row = first; row < end; ++row) {
-      const Strip here = Strip::at(x + row * columns + j), grad = Strip::at(dy + row * columns + j);
+    for (; row < end; ++row) {
+      const Strip here = Strip::at(x + row * columns + j);
+      Strip grad = Strip::at(dy + row * columns + j);
 #pragma GCC unroll 4
       for (int i = 0; i < kVectors; ++i) {
         const Floats d = here.v[i] - n.mean.v[i], dz = masked(d, n.scale.v[i], n.bias.v[i], grad.v[i]);
-        store(dx + row * columns + j + i * kFloatLanes, dz * n.scale.v[i] + (d * slopes.v[i] + offsets.v[i]));
+        grad.v[i] = dz * n.scale.v[i] + (d * slopes.v[i] + offsets.v[i]);
       }
+      grad.write_to(dx + row * columns + j);
     }
   });
 }

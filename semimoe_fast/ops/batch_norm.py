@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _native_batch_norm, _triton, batch_norm_portable
+from ._layout import dense
 
 
 def batch_norm_relu(
@@ -54,36 +55,29 @@ def _kernels(device_type: str) -> ModuleType:
     return batch_norm
 
 
-def _laid_out(x: Tensor) -> Tensor:
-    """x in place if it is contiguous or channels-last, else a copy that is."""
-    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
-        return x
-    return x.contiguous(memory_format=torch.channels_last if x.stride(1) == 1 else torch.contiguous_format)
-
-
 @torch.library.custom_op("semimoe_fast::batch_norm_relu", mutates_args=())
 def _normalize(x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """x (B, C, H, W), weight and bias float32 (C,) -> y as x, mean and 1 / sqrt(variance + eps) float32 (groups, C)."""
     compute = _kernels(x.device.type).batch_norm_relu_fwd
-    return compute(_laid_out(x), weight.contiguous(), bias.contiguous(), eps, groups)
+    return compute(dense(x), weight.contiguous(), bias.contiguous(), eps, groups)
 
 
 @_normalize.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     mean, inverse_deviation = (weight.new_empty(groups, x.shape[1]) for _ in range(2))
-    return torch.empty_like(_laid_out(x)), mean, inverse_deviation
+    return torch.empty_like(dense(x)), mean, inverse_deviation
 
 
 @torch.library.custom_op("semimoe_fast::batch_norm_relu_eval", mutates_args=())
 def _evaluate(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_deviation: Tensor) -> Tensor:
     """x (B, C, H, W), the others float32 (C,) -> y as x."""
     statistics = [tensor.contiguous() for tensor in (weight, bias, mean, inverse_deviation)]
-    return _kernels(x.device.type).batch_norm_relu_eval(_laid_out(x), *statistics)
+    return _kernels(x.device.type).batch_norm_relu_eval(dense(x), *statistics)
 
 
 @_evaluate.register_fake
 def _(x: Tensor, *_: Tensor) -> Tensor:
-    return torch.empty_like(_laid_out(x))
+    return torch.empty_like(dense(x))
 
 
 @torch.library.custom_op("semimoe_fast::batch_norm_relu_gradients", mutates_args=())
@@ -91,7 +85,7 @@ def _gradients(
     grad_output: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_deviation: Tensor, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad_output as y, arguments of `_normalize` and its statistics -> gradients of x, weight and bias."""
-    x = _laid_out(x)
+    x = dense(x)
     layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
     compute = _kernels(x.device.type).batch_norm_relu_bwd
     grad_output = grad_output.contiguous(memory_format=layout)
@@ -100,7 +94,7 @@ def _gradients(
 
 @_gradients.register_fake
 def _(grad_output: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(_laid_out(x)), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    return torch.empty_like(dense(x)), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._layout import dense
+
 
 def batch_norm_relu(
     x: Tensor,
@@ -18,9 +20,10 @@ def batch_norm_relu(
     training: bool = True,
     num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
-    """See `functional.batch_norm_relu`. PyTorch's batch normalization of each group, in one piece of memory."""
+    """See `functional.batch_norm_relu`. PyTorch's batch normalization of each group."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    weight, bias = weight.to(dtype), bias.to(dtype)
+    # PyTorch sums gradients of bfloat16 and float16 in these dtypes unless x is dense
+    x, weight, bias = dense(x), weight.to(dtype), bias.to(dtype)
     if not training:
         statistics = running_mean.to(dtype), running_var.to(dtype)
         return torch.nn.functional.batch_norm(x, *statistics, weight, bias, eps=eps).relu_()

@@ -240,7 +240,7 @@ def batch_norm_relu(
                 n = run[:, 0].numel()
                 if num_batches_tracked is not None:
                     num_batches_tracked += 1
-                share = 1 / num_batches_tracked if momentum is None else momentum
+                share = 1 / num_batches_tracked.to(running_mean.dtype) if momentum is None else momentum
                 running_mean.copy_((1 - share) * running_mean + share * mean)
                 running_var.copy_((1 - share) * running_var + share * variance * n / (n - 1))
     return torch.cat(outputs)
