@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("\n\n".join(map(as_text, tables(evaluation))), "", sep="\n")
     print("\n".join(textwrap.fill(note, 100, subsequent_indent="  ") for note in notes(evaluation)))
     for path in outputs.values():
-        print(f"written: {path}")
+        print(f"written: {one_line(str(path))}")
 
 
 def require_distinct(outputs: Mapping[str, Path], inputs: Iterable[Path]) -> None:

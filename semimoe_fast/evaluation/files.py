@@ -133,7 +133,7 @@ def _warn_of_gray_values(paths: Iterable[Path], maps: Sequence[np.ndarray]) -> N
     found = [path for path, labels in zip(paths, maps, strict=True) if _scattered(labels)]
     if found:
         number = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        warn(f"{found[0]}{number} looks like gray values or classes, not ids of objects: make it a mask of one value")
+        warn(f"{found[0]}{number} looks like gray values or classes, not ids of objects: threshold it first")
 
 
 def _scattered(labels: np.ndarray) -> bool:

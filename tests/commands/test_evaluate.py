@@ -122,8 +122,9 @@ def test_outputs_replace_no_input_and_no_other_output(
         assert refused([*of_run, "--json", str(path)]) == f"--json is {path}, which is an input too: give another file"
         assert path.read_bytes() == before
     masks = shutil.copytree(data / "val" / "mask", tmp_path / "masks")
-    (tmp_path / "link.png").symlink_to(masks / "0001.png")
-    arguments = ["--predictions", str(masks), "--data", str(data), "--report", str(tmp_path / "link.png")]
+    target = (masks / "0001.png").rename(tmp_path / "target.png")
+    (masks / "0001.png").symlink_to(target)
+    arguments = ["--predictions", str(masks), "--data", str(data), "--report", str(target)]
     assert "which is an input too" in refused(arguments)
 
 
