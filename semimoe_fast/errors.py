@@ -13,6 +13,8 @@ from tqdm import tqdm
 # Messages of the RuntimeErrors of the CUDA driver, cuBLAS and cuDNN, which torch.OutOfMemoryError does not cover.
 GPU_OUT_OF_MEMORY = r"CUDA error: out of memory|CU\w+_STATUS_ALLOC_FAILED"
 
+LINE_BREAK = r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"  # those of str.splitlines
+
 
 class UserError(Exception):
     """An input that cannot be used. The message is one line with the input, its value and the remedy."""
@@ -70,7 +72,7 @@ def warn(text: str) -> None:
 
 def one_line(text: str) -> str:
     """The text without line breaks and without characters that UTF-8 cannot encode; file names may contain both."""
-    return printable(text).replace("\n", "\\n")
+    return re.sub(LINE_BREAK, lambda found: found[0].encode("unicode_escape").decode(), printable(text))
 
 
 def printable(name: str) -> str:

@@ -7,34 +7,27 @@ import io
 import json
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from . import checkpoint
 from .checkpoint import Preprocessing, write_atomically
 from .data.folders import list_pairs
 from .device import Precision, choose_device
-from .errors import UserError, run_command
-from .evaluation.files import Evaluation, evaluate_files, evaluate_model
+from .errors import UserError, one_line, run_command, warn
+from .evaluation.files import Evaluation, evaluate_files, evaluate_model, match_predictions
 from .evaluation.page import page
 from .evaluation.tables import as_csv, as_json, as_text, notes, tables
 from .inference.predictor import require_mask
 from .options import read_options
+from .training.config import CONFIG_FILE, read_config
+from .training.run_folder import METRICS_FILE
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
-    """Score a checkpoint, or masks that any program wrote, on a labeled part of a data folder.
-
-    Print tables of scores over pixels, objects and surfaces: of each image, and of the set with 95 % intervals. Masks
-    are compared at the size of the images' files. A file with several values in its foreground is an instance map;
-    the objects of other masks are their 8-connected components.
-
-    A checkpoint is scored at threshold 0.5 and, as the published code reports it, at the swept threshold: the one with
-    the best Jaccard on these same images. Its experts' own masks get pixel scores (of the sdf expert, pixels with a
-    positive distance; of the boundary expert, its ring against the true ring).
-    """
+class InputOptions:
+    """What is scored, and against which masks."""
 
     data: Path
     """Folder with PART/image and PART/mask."""
@@ -44,16 +37,42 @@ class EvaluateConfig:
     """Folder of masks or instance maps, PNG or TIFF, one for each image and of its stem."""
     part: str = "val"
     """Part of the folder to score."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputOptions:
+    """Files beside the tables on the screen; existing files are replaced."""
+
     csv: Annotated[Path | None, "FILE", "none"] = None
     """Also write one row for each image and predictor to this CSV file."""
     json: Annotated[Path | None, "FILE", "none"] = None
     """Also write all scores to this JSON file."""
     report: Annotated[Path | None, "FILE", "none"] = None
     """Also write an HTML page: tables, the run's curves, and outlines on the 20 worst images."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputingOptions:
+    """Only with --checkpoint."""
+
     device: str = "auto"
-    """Device of the checkpoint's model: auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
     """auto: bf16 autocast on CUDA, fp32 on the CPU."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig(ComputingOptions, OutputOptions, InputOptions):  # fields and help start with the last base
+    """Score a checkpoint, or masks that any program wrote, on a labeled part of a data folder.
+
+    Print tables of scores over pixels, objects and surfaces: of each image, and of the set with 95 % intervals. Masks
+    are compared at the size of the images' files. A file with several values in its foreground is an instance map,
+    and each value is an object; a file with one value is a mask, and its objects are its 8-connected components.
+
+    A checkpoint is scored at threshold 0.5 and, as the published code reports it, at the swept threshold: the one with
+    the best Jaccard on these same images. Its experts' own masks get pixel scores (of the sdf expert, pixels with a
+    positive distance; of the boundary expert, its ring against the true ring).
+    """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -61,30 +80,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if (config.checkpoint is None) == (config.predictions is None):
         given = "neither" if config.checkpoint is None else "both"
         raise UserError(f"--checkpoint and --predictions: {given} given; give exactly one of them")
+    if config.predictions is not None:
+        for field in dataclasses.fields(ComputingOptions):
+            if (value := getattr(config, field.name)) != field.default:
+                raise UserError(f"--{field.name} is {value}, but --predictions needs no model: leave it out")
     outputs = {"--csv": config.csv, "--json": config.json, "--report": config.report}
     outputs = {option: path for option, path in outputs.items() if path is not None}
     for option, path in outputs.items():
         require_writable(option, path)
 
-    curves = None
-    if config.checkpoint is not None:
+    pairs = list_pairs(config.data, config.part, with_masks=True)
+    files = [path for pair in pairs for path in pair]
+    if config.predictions is not None:
+        require_distinct(outputs, [*files, *match_predictions(pairs, config.predictions)])
+        evaluation, curves = evaluate_files(pairs, config.predictions), None
+    else:
+        run = config.checkpoint.parent
+        require_distinct(outputs, [*files, config.checkpoint, run / CONFIG_FILE, run / METRICS_FILE])
         device = choose_device(config.device)
         model, metadata, _ = checkpoint.load(config.checkpoint, device)
         require_mask(config.checkpoint, model)
         preprocessing = Preprocessing.of(config.checkpoint, metadata)
-        pairs = list_pairs(config.data, config.part, with_masks=True)
-        evaluation = evaluate_model(model, pairs, preprocessing, device, config.precision)
-        if config.report is not None:
-            curves = curves_of(config.checkpoint.parent, model.tasks)
-    else:
-        evaluation = evaluate_files(list_pairs(config.data, config.part, with_masks=True), config.predictions)
+        curves = None if config.report is None else curves_of(config.checkpoint, metadata, model.tasks)
+        evaluation = evaluate_model(model, pairs, preprocessing, device, config.precision, config.checkpoint)
 
-    print("\n\n".join(map(as_text, tables(evaluation))), "", sep="\n")
-    print("\n".join(textwrap.fill(note, 100, subsequent_indent="  ") for note in notes(evaluation)))
     for option, path in outputs.items():
         text = text_of(option, config, evaluation, curves)
         write_atomically(path, lambda part, text=text: part.write_text(text, encoding="utf-8"))
-        print(f"written: {path}")
+    print("\n\n".join(map(as_text, tables(evaluation))), "", sep="\n")
+    print("\n".join(textwrap.fill(note, 100, subsequent_indent="  ") for note in notes(evaluation)))
+    for path in outputs.values():
+        print(f"written: {one_line(str(path))}")
+
+
+def require_distinct(outputs: Mapping[str, Path], inputs: Iterable[Path]) -> None:
+    """Raise UserError if an option's file would replace an input, or the file of another option."""
+    taken = {path.resolve(): "an input" for path in inputs}
+    for option, path in outputs.items():
+        if (use := taken.setdefault(path.resolve(), f"the file of {option}")) != f"the file of {option}":
+            raise UserError(f"{option} is {path}, which is {use} too: give another file")
 
 
 def require_writable(option: str, path: Path) -> None:
@@ -107,18 +141,31 @@ def text_of(option: str, config: EvaluateConfig, evaluation: Evaluation, curves:
     if option == "--report":
         return page(evaluation, f"{source} on {config.data / config.part}", curves)
     kind = "checkpoint" if config.checkpoint else "predictions"
-    about = {kind: str(source), "data": str(config.data), "part": config.part}
+    about = {kind: source, "data": config.data, "part": config.part}
+    about = {name: one_line(str(value)) for name, value in about.items()}
     return json.dumps(about | as_json(evaluation), indent=2, allow_nan=False) + "\n"
 
 
-def curves_of(run: Path, tasks: Sequence[str]) -> bytes | None:
-    """The curves of a run folder as a PNG file; None if the folder has no record of a validation."""
-    from .training import records, report  # here, because Matplotlib takes long to import
-    from .training.run_folder import METRICS_FILE
+def curves_of(path: Path, metadata: Mapping[str, Any], tasks: Sequence[str]) -> bytes | None:
+    """The curves of a checkpoint's run as a PNG file, from the record in the checkpoint's folder.
 
-    path = run / METRICS_FILE
-    kept = records.read(path) if path.is_file() else []
-    if not any("val" in record for record in kept):
+    None if the folder has no record of a validation; also, with a warning, if its record is that of another run.
+    """
+    from .training import records, report  # here, because Matplotlib takes long to import
+    from .training.run import lasting
+
+    record = path.parent / METRICS_FILE
+    if not record.is_file():
+        return None
+    try:
+        same = lasting(read_config(path.parent).to_dict()) == lasting(metadata.get("config"))
+    except UserError:
+        same = False
+    if not same:
+        warn(f"{record} is left out of the report: no {CONFIG_FILE} beside it says that {path} is of the same run")
+        return None
+    kept = records.read(record)
+    if not any("val" in row for row in kept):
         return None
     file = io.BytesIO()
     report.draw_curves(kept, tasks, file)

@@ -175,7 +175,7 @@ def key_of(pairs: Sequence[Pair], size: int, title: str, instances: bool = False
         return [pair.image.stem, *(None if path is None else _digest(path) for path in pair)]
 
     decoders = [PIL.__version__, torch.__version__]  # pixels of JPEG files and resized images may differ by version
-    content = [FORMAT, *decoders, size, in_threads(digests, pairs, title), *(["instances"] if instances else [])]
+    content = [FORMAT, *decoders, size, in_threads(digests, pairs, title), *(["instance maps"] if instances else [])]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -24,6 +24,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from ..errors import UserError, warn
+from .components import split_mask
 
 MOST_IDS = 2**16 - 1  # an image with more values, such as a depth map, is no instance map
 
@@ -83,7 +84,7 @@ def load_part(root: Path, part: str, size: int, with_masks: bool, instances: boo
 def list_pairs(root: Path, part: str, with_masks: bool) -> list[Pair]:
     """The files of ROOT/PART, sorted by path. Raises UserError for missing or empty folders and unpaired files."""
     images = list_images(_part_folder(root, part, "image"))
-    masks = _masks_of(images, _part_folder(root, part, "mask")) if with_masks else [None] * len(images)
+    masks = match(images, _part_folder(root, part, "mask"), "mask") if with_masks else [None] * len(images)
     return [Pair(*paths) for paths in zip(images, masks, strict=True)]
 
 
@@ -106,14 +107,18 @@ def read_pair(pair: Pair, size: int, instances: bool = False) -> tuple[Tensor, T
     image = read_image(pair.image)
     if pair.mask is None:
         return resize_image(image, size), None
-    height, width = image.shape[:2]
     mask = read_instances(pair.mask) if instances else read_mask(pair.mask)
-    if mask.shape != (height, width):
-        raise UserError(
-            f"{pair.image} is {width} x {height} pixels but its mask {pair.mask} is {mask.shape[1]} x "
-            f"{mask.shape[0]}: give the mask the size of its image"
-        )
+    require_size(pair.mask, mask, pair.image, image)
     return resize_image(image, size), resize_mask(mask, size)
+
+
+def require_size(path: Path, labels: np.ndarray, image_path: Path, image: np.ndarray) -> None:
+    """Raise UserError if labels (H, W) do not have the size of their image (H, W, 3)."""
+    (height, width), (rows, columns) = image.shape[:2], labels.shape
+    if (height, width) != (rows, columns):
+        raise UserError(
+            f"{image_path} is {width} x {height} pixels but {path} is {columns} x {rows}: give it the size of its image"
+        )
 
 
 def in_threads(call: Callable[[A], B], items: Sequence[A], title: str) -> list[B]:
@@ -125,10 +130,11 @@ def in_threads(call: Callable[[A], B], items: Sequence[A], title: str) -> list[B
         pool.shutdown(cancel_futures=True)
 
 
-def list_images(folder: Path) -> list[Path]:
+def list_images(folder: Path, kinds: str = "PNG, TIFF, BMP or JPEG") -> list[Path]:
     """The image files of a folder, sorted by path. Hidden files and other files, such as Thumbs.db, are skipped.
 
-    Raises UserError if the folder is missing, has no image, or has two images with the same stem.
+    kinds: the files that the message for an empty folder recommends. Raises UserError if the folder is missing, has no
+    image, or has two images with the same stem.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: create it or correct the path")
@@ -138,7 +144,7 @@ def list_images(folder: Path) -> list[Path]:
         path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith(".")
     )
     if not paths:
-        raise UserError(f"{folder} holds no image: put PNG, TIFF, BMP or JPEG files there or correct the path")
+        raise UserError(f"{folder} holds no image: put {kinds} files there or correct the path")
     by_stem: dict[str, Path] = {}
     for path in paths:
         other = by_stem.setdefault(path.stem, path)
@@ -190,23 +196,21 @@ def read_labels(path: Path) -> np.ndarray:
 def read_instances(path: Path) -> np.ndarray:
     """Read a mask as an instance map, int32 (H, W): 0 is background, every other value the id of an instance.
 
-    The ids are those of the file. A mask without ids, that is one whose foreground is all 1 or all 255, is split into
-    its 8-connected components. Raises UserError as `read_labels`, and for negative or more than 65,535 ids.
+    The ids are those of the file. A file whose foreground has one value alone is a mask, and is split into its
+    8-connected components. Raises UserError as `read_labels`, and for negative or more than 65,535 ids.
     """
     labels = read_labels(path)
     ids = np.unique(labels[labels != 0])
     if ids.min(initial=0) < 0:
-        raise UserError(f"{path} has the id {ids.min()}: number the instances from 1, 0 for background")
+        raise UserError(
+            f"{path} has the id {ids.min()}: number the instances from 1, and set background and ignored pixels to 0"
+        )
     if len(ids) > MOST_IDS:
         raise UserError(
-            f"{path} has {len(ids)} different values, more than the {MOST_IDS} ids of an instance map: number the "
-            "instances from 1, 0 for background"
+            f"{path} has {len(ids)} different values, more than the {MOST_IDS} ids of an instance map: "
+            "threshold it if it holds gray values or depths, or cut the image into tiles"
         )
-    if ids.tolist() in ([1], [255]):
-        from scipy import ndimage  # here, because importing it takes long
-
-        labels = ndimage.label(labels, np.ones((3, 3)))[0]
-    return labels.astype(np.int32)
+    return split_mask(labels, ids).astype(np.int32)
 
 
 def resize_image(image: np.ndarray, size: int) -> Tensor:
@@ -263,17 +267,19 @@ def _part_folder(root: Path, part: str, kind: str) -> Path:
     return folder
 
 
-def _masks_of(images: list[Path], folder: Path) -> list[Path]:
-    """The mask of each image, by stem."""
-    masks = {path.stem: path for path in list_images(folder)}
+def match(images: Sequence[Path], folder: Path, kind: str, otherwise: str = "remove the image") -> list[Path]:
+    """The file of each image, by stem, in a folder of masks or of another `kind`.
+
+    otherwise: what to do about a missing file, apart from adding it. Raises UserError for missing and surplus files.
+    """
+    files = {path.stem: path for path in list_images(folder, "PNG or TIFF")}
     for image in images:
-        if image.stem not in masks:
-            raise UserError(f"{image} has no mask: add {folder / image.stem}.png or remove the image")
-    unpaired = sorted(masks.keys() - {image.stem for image in images})
-    if unpaired:
-        stem = unpaired[0]
-        raise UserError(f"{masks[stem]} has no image: add {images[0].parent / stem}.png or remove the mask")
-    return [masks[image.stem] for image in images]
+        if image.stem not in files:
+            raise UserError(f"{image} has no {kind}: add {folder / image.stem}.png or {otherwise}")
+    if surplus := sorted(files.keys() - {image.stem for image in images}):
+        stem = surplus[0]
+        raise UserError(f"{files[stem]} has no image: add {images[0].parent / stem}.png or remove the {kind}")
+    return [files[image.stem] for image in images]
 
 
 def _decode(path: Path) -> tuple[Image.Image, bool]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -14,16 +14,18 @@ from tqdm import tqdm
 
 from .. import functional as F
 from ..checkpoint import Preprocessing
-from ..data.folders import Pair, list_images, read_image, read_instances, resize_mask
+from ..data.components import components
+from ..data.folders import Pair, match, read_image, read_instances, require_size, resize_mask
 from ..device import Precision
-from ..errors import UserError
-from ..inference.predictor import GATED, foreground, predict, resize_field
+from ..errors import UserError, one_line, warn
+from ..inference.predictor import GATED, foreground, is_boundary, predict, resize_field
 from ..model import SemiMoE
 from . import metrics
 from .images import ImageScores, score_images
 from .summary import Summary, summarize
 
 FILES = "predictions"  # name of the predictor whose masks are read from files
+MOST_PARTS = 3  # of an object; more are rare, even where an image cuts it or resizing tears it
 
 
 class Variant(NamedTuple):
@@ -48,7 +50,8 @@ class Evaluation:
 
     @property
     def names(self) -> list[str]:
-        return [pair.image.stem for pair in self.pairs]
+        """The stems of the images' files; what cannot be printed on a line is a backslash sequence."""
+        return [one_line(pair.image.stem) for pair in self.pairs]
 
 
 @torch.no_grad()
@@ -58,21 +61,28 @@ def evaluate_model(
     preprocessing: Preprocessing,
     device: torch.device,
     precision: Precision = "auto",
+    source: Path | str = "the model",
 ) -> Evaluation:
     """Score the gated mask at threshold 0.5 and at the swept threshold, and count the pixels of all predictors.
 
     Probabilities are resized to the size of the image, as predict does it. Only the boundary expert is compared
     at the training size, at which the width of its ring is defined. The model is in eval mode afterwards.
-    Raises UserError for files that cannot be read and for masks that differ in size from their image.
+    Raises UserError, which names the `source` of the model, for probabilities that are not finite; for files that
+    cannot be read, and for masks that differ in size from their image.
     """
     model.eval()
     truths, levels, counts = [], [], {}
     for pair in tqdm(pairs, "evaluate"):
         image, truth = read_image(pair.image), read_instances(pair.mask)
-        _require_size(pair.mask, truth, pair.image, image)
+        require_size(pair.mask, truth, pair.image, image)
         output = predict(model, image, preprocessing, device, precision)
         for name, probability in foreground(output, model.expert_tasks).items():
-            if name.startswith("boundary"):
+            if not probability.isfinite().all():
+                raise UserError(
+                    f"{source} gives {pair.image} probabilities that are not finite ({name}): take the checkpoint of "
+                    "an earlier epoch, or try --precision fp32"
+                )
+            if is_boundary(name):
                 labels = resize_mask(truth, preprocessing.image_size)[None]
                 _, mask = F.distance_targets(labels, preprocessing.ring_radius, instances=preprocessing.instances)
             else:
@@ -83,6 +93,7 @@ def evaluate_model(
             if name == GATED:
                 levels.append(exceeded[0].to(torch.uint8).cpu().numpy())
         truths.append(truth)
+    _warn_of_gray_values((pair.mask for pair in pairs), truths)
     counts = {name: torch.cat(parts) for name, parts in counts.items()}
     best = metrics.score(counts[GATED].sum(0)).swept_threshold
     variants = []
@@ -98,37 +109,35 @@ def evaluate_files(pairs: Sequence[Pair], folder: Path) -> Evaluation:
 
     Raises UserError for missing and surplus files, for files that cannot be read or differ in size from their image.
     """
-    predictions, truths, paths = [], [], _paired(pairs, folder)
+    predictions, truths, paths = [], [], match_predictions(pairs, folder)
     for pair, path in zip(tqdm(pairs, "evaluate"), paths, strict=True):
         truth, prediction = read_instances(pair.mask), read_instances(path)
         image = read_image(pair.image)
-        _require_size(pair.mask, truth, pair.image, image)
-        _require_size(path, prediction, pair.image, image)
+        require_size(pair.mask, truth, pair.image, image)
+        require_size(path, prediction, pair.image, image)
         truths.append(truth)
         predictions.append(prediction)
+    _warn_of_gray_values((pair.mask for pair in pairs), truths)
+    _warn_of_gray_values(paths, predictions)
     scores = score_images(predictions, truths)
     return Evaluation(list(pairs), predictions, truths, [Variant(FILES, None, False, scores, summarize(scores))])
 
 
-def _paired(pairs: Sequence[Pair], folder: Path) -> list[Path]:
-    """The file of each image in a folder of predictions."""
-    files = {path.stem: path for path in list_images(folder)}
-    stems = {pair.image.stem: pair.image for pair in pairs}
-    for stem, image in stems.items():
-        if stem not in files:
-            raise UserError(f"{image} has no prediction: add {folder / stem}.png, or choose another --part")
-    if surplus := sorted(files.keys() - stems.keys()):
-        number = f" (and {len(surplus) - 1} more)" if len(surplus) > 1 else ""
-        raise UserError(
-            f"{files[surplus[0]]}{number} is a prediction without an image in {pairs[0].image.parent}: remove it, or "
-            "choose another --part"
-        )
-    return [files[stem] for stem in stems]
+def match_predictions(pairs: Sequence[Pair], folder: Path) -> list[Path]:
+    """The file of each image in a folder of predictions. Raises UserError for missing and surplus files."""
+    return match([pair.image for pair in pairs], folder, "prediction", "choose another --part")
 
 
-def _require_size(path: Path, labels: np.ndarray, image_path: Path, image: np.ndarray) -> None:
-    (height, width), (rows, columns) = image.shape[:2], labels.shape
-    if (height, width) != (rows, columns):
-        raise UserError(
-            f"{image_path} is {width} x {height} pixels but {path} is {columns} x {rows}: give it the size of its image"
-        )
+def _warn_of_gray_values(paths: Iterable[Path], maps: Sequence[np.ndarray]) -> None:
+    """Warn of the first map whose values are scattered: they are gray values or classes rather than ids of objects."""
+    found = [path for path, labels in zip(paths, maps, strict=True) if _scattered(labels)]
+    if found:
+        number = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        warn(f"{found[0]}{number} looks like gray values or classes, not ids of objects: threshold it first")
+
+
+def _scattered(labels: np.ndarray) -> bool:
+    """Whether most ids have more than MOST_PARTS components each; of many ids, evenly chosen ones are looked at."""
+    ids = np.unique(labels[labels > 0])
+    chosen = ids[:: len(ids) // 10 + 1]
+    return len(chosen) > 0 and np.median([components(labels == i).max() for i in chosen]) > MOST_PARTS

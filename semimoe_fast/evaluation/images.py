@@ -37,8 +37,8 @@ def score_images(predictions: Iterable[Any], truths: Iterable[Any]) -> ImageScor
     predictions, truths: N instance maps or masks (H, W) of bool or any integer dtype, or arrays (N, H, W); what counts
     as an object is said at `object_scores`. Any iterable will do, for example one that reads files -> ImageScores.
 
-    Raises TypeError for floating-point maps, ValueError for other shapes, shapes that differ, negative ids, or if
-    there are more predictions than truths or the reverse.
+    Raises TypeError for floating-point maps, ValueError for other shapes, such as lists of batches, shapes that
+    differ, negative ids, or if there are more predictions than truths or the reverse.
     """
     rows = [_score(prediction, truth) for prediction, truth in zip(predictions, truths, strict=True)]
     if not rows:
@@ -50,6 +50,8 @@ def score_images(predictions: Iterable[Any], truths: Iterable[Any]) -> ImageScor
 def _score(prediction: Any, truth: Any) -> ImageScores:
     """The scores of one image."""
     predicted, true = array_pair(prediction, truth)
+    if len(predicted) != 1:
+        raise ValueError(f"each prediction is one image (H, W), got shape {predicted.shape}: join batches to (N, H, W)")
     objects, surfaces = object_scores(predicted, true), surface_distances(predicted, true)
     foreground, actual = predicted != 0, true != 0
     counts = torch.tensor([[(foreground & actual).sum(), foreground.sum(), actual.sum()]])

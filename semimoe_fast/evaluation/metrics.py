@@ -28,15 +28,18 @@ def count(probability: Tensor, mask: Tensor) -> Tensor:
     """Count true positives, predicted foreground pixels and true foreground pixels per image and threshold.
 
     probability: (B, H, W) in [0, 1]; mask: (B, H, W), non-zero is foreground -> int64 (B, 45, 3). The prediction is
-    foreground if the probability is greater than the threshold.
+    foreground if the probability is greater than the threshold, so never where it is NaN.
     """
     return count_levels(levels(probability), mask)
 
 
 def levels(probability: Tensor) -> Tensor:
-    """The number of thresholds below each probability, int64: the prediction at THRESHOLDS[k] is levels > k."""
+    """The number of thresholds below each probability, int64: the prediction at THRESHOLDS[k] is levels > k.
+
+    NaN is above no threshold.
+    """
     thresholds = torch.tensor(THRESHOLDS, dtype=probability.dtype, device=probability.device)
-    return torch.searchsorted(thresholds, probability.contiguous())
+    return torch.searchsorted(thresholds, probability.nan_to_num(nan=0.0).contiguous())
 
 
 def count_levels(levels: Tensor, mask: Tensor) -> Tensor:

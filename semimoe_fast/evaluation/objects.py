@@ -31,8 +31,8 @@ def object_scores(prediction: Any, truth: Any) -> ObjectScores:
     support DLPack -> ObjectScores of B images.
 
     Integers are ids of objects, 0 is background, and all pixels of one id are one object, also where they are apart.
-    A mask has no ids, so its 8-connected components are the objects: bool, or an image whose foreground is all 1 or
-    all 255.
+    An image whose foreground has one value alone, whichever it is, is a mask: its 8-connected components are the
+    objects.
 
     The best match of an object is the object of the other map that shares the most pixels with it, at a tie the one
     with the lowest id. A predicted object is a true positive if it covers more than half of its best match. Dice and

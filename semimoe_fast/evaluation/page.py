@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.folders import read_image
-from ..errors import printable
+from ..errors import one_line
 from .files import Evaluation
 from .overlay import outline
 from .tables import Table, notes, tables
@@ -77,7 +77,7 @@ def _pictures(evaluation: Evaluation) -> Iterator[str]:
         '<span class="truth">truth</span> <span class="prediction">prediction</span></p>'
     )
     for i in worst:
-        name = printable(evaluation.names[i])
+        name = evaluation.names[i]
         image = with_outlines(read_image(evaluation.pairs[i].image), evaluation.truths[i], evaluation.predictions[i])
         file = io.BytesIO()
         Image.fromarray(image).save(file, "JPEG", quality=85)
@@ -115,4 +115,4 @@ def _picture(content: bytes, kind: str, description: str) -> str:
 
 
 def _text(text: str) -> str:
-    return escape(printable(text))
+    return escape(one_line(text))

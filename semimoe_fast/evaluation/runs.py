@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..data.components import split_mask
+
 
 class Objects:
     """The N objects of a map, numbered from 0 in the order of their ids.
 
-    image: (H, W) of bool or any integer dtype. A mask, that is bool or all of whose foreground is 1 or all 255, is
-    split into 8-connected components; otherwise all pixels of one id are one object.
+    image: (H, W) of bool or any integer dtype. A mask, whose foreground has one value alone, is split into 8-connected
+    components; otherwise all pixels of one id are one object.
     Raises ValueError for negative ids; `name` is the map in the message.
     """
 
@@ -21,10 +23,8 @@ class Objects:
         if (least := values.min(initial=0)) < 0:
             raise ValueError(f"{name} has the id {least}: 0 is background, objects have positive ids")
         ids = np.unique(values[values > 0])
-        if image.dtype == bool or ids.tolist() in ([1], [255]):
-            from scipy import ndimage
-
-            image = ndimage.label(image, np.ones((3, 3)))[0]
+        if (split := split_mask(image, ids)) is not image:
+            image = split
             values, starts, stops = runs(image)
             ids = np.unique(values[values > 0])
 

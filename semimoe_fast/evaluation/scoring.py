@@ -10,7 +10,7 @@ from ..checkpoint import Preprocessing
 from ..data import augment
 from ..data.folders import Dataset
 from ..device import Precision, autocast
-from ..inference.predictor import foreground
+from ..inference.predictor import foreground, is_boundary
 from ..model import SemiMoE
 from . import metrics
 
@@ -36,7 +36,7 @@ def count_set(
         with autocast(precision, device):
             output = model(augment.normalize(images.to(device), preprocessing.mean, preprocessing.std))
         for name, probability in foreground(output, model.expert_tasks).items():
-            truth = ring if name.startswith("boundary") else masks
+            truth = ring if is_boundary(name) else masks
             counts.setdefault(name, []).append(metrics.count(probability, truth))
     return {name: torch.cat(parts).cpu() for name, parts in counts.items()}
 

@@ -22,7 +22,7 @@ class Estimate(NamedTuple):
     """A figure of a set of images."""
 
     value: float
-    low: float  # bounds of the 95 % interval; NaN if fewer than two images have a value
+    low: float  # bounds of the 95 % interval; NaN if fewer than two images have a value, or all sets are empty
     high: float
     images: int  # that have a value
 
@@ -41,8 +41,10 @@ def summarize(scores: ImageScores, resamples: int = 10_000, seed: int = 0) -> Su
     The interval is the percentile bootstrap: its bounds are the 2.5th and the 97.5th percentile of the figure over
     `resamples` sets of N images, drawn with replacement from the N. The seed fixes the draws.
 
-    Raises ValueError if there are no images.
+    Raises ValueError if there are no images, or fewer than one resample.
     """
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}: give at least 1")
     if not (images := len(scores.dice)):
         raise ValueError("there are no images to summarize: give the scores of at least one")
     means = {name: _mean(getattr(scores, name).numpy()) for name in SCORES}
@@ -52,7 +54,7 @@ def summarize(scores: ImageScores, resamples: int = 10_000, seed: int = 0) -> Su
     empty = np.array([np.nan] * len(means) + [1.0] * len(pooled))  # where a sum has no term: no mean, equal empty sets
     values = _quotient(numerators.sum(0), denominators.sum(0), empty)
     sums = [(draws @ numerators, draws @ denominators) for draws in _draws(images, resamples, seed)]
-    resampled = _quotient(*map(np.concatenate, zip(*sums, strict=True)), empty)
+    resampled = _quotient(*map(np.concatenate, zip(*sums, strict=True)), np.nan)
     counted = [int(column.sum()) for _, column in means.values()] + [images] * len(pooled)
     estimates = [
         Estimate(value, *_interval(column, count), count)
@@ -77,7 +79,7 @@ def _pooled(scores: ImageScores) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     }
 
 
-def _quotient(numerator: np.ndarray, denominator: np.ndarray, empty: np.ndarray) -> np.ndarray:
+def _quotient(numerator: np.ndarray, denominator: np.ndarray, empty: np.ndarray | float) -> np.ndarray:
     return np.where(denominator > 0, numerator / np.maximum(denominator, 1), empty)
 
 
@@ -92,8 +94,8 @@ def _draws(images: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def _interval(resampled: np.ndarray, count: int) -> tuple[float, float]:
-    """Bounds of the interval; resamples that drew no image with a value are left out."""
-    if count < 2:
+    """Bounds of the interval; resamples without a term, such as those of images without a value, are left out."""
+    if count < 2 or np.isnan(resampled).all():
         return np.nan, np.nan
     low, high = np.nanpercentile(resampled, PERCENTILES)
     return float(low), float(high)

@@ -7,11 +7,11 @@ import io
 import math
 from typing import Any, NamedTuple
 
-from ..errors import printable
-from ..inference.predictor import GATED
+from ..inference.predictor import GATED, is_boundary
 from . import metrics
 from .files import Evaluation, Variant
-from .images import SCORES
+from .images import SCORES, ImageScores
+from .scoring import score_set
 from .summary import Estimate, Summary
 
 LABELS = {
@@ -26,6 +26,7 @@ LABELS = {
 COUNTS = "object_true_positives", "object_false_positives", "object_false_negatives"
 DISTANCES = {"object_hausdorff", "hd95", "assd"}
 INTERVAL = "95 % interval"
+FEW = 20  # images; with fewer, intervals of 95 % cover clearly less (docs/evaluation.md has numbers)
 LONGEST_NAME = 34  # characters of an image's name; then the widest table has 120
 
 
@@ -48,12 +49,14 @@ def notes(evaluation: Evaluation) -> list[str]:
         f"{INTERVAL}: percentile bootstrap over the images; it needs at least two of them.",
         "pooled: all pixels, or all objects, of the set counted together.",
     ]
+    if len(evaluation.pairs) < FEW:
+        lines.insert(1, f"fewer than {FEW} images: the intervals are too narrow, and hold the true figure less often.")
     if evaluation.counts:
         lines.append(
-            "swept: at the threshold with the best pooled Jaccard on these same images, so the scores are optimistic. "
-            "Those of each image are in the files of --csv and --json."
+            "swept: at the threshold with the best pooled Jaccard on these same images, so the scores are optimistic; "
+            "their intervals hold the threshold fixed. Those of each image are in the files of --csv and --json."
         )
-    if any(predictor.startswith("boundary") for predictor in evaluation.counts):
+    if any(map(is_boundary, evaluation.counts)):
         lines.append("boundary expert: its ring against the true ring, both at the training size.")
     for variant in evaluation.variants:
         if left_out := variant.summary.images - variant.summary.means["hd95"].images:
@@ -101,25 +104,25 @@ def as_csv(evaluation: Evaluation) -> str:
     found = rows(evaluation)
     writer = csv.DictWriter(file, found[0], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(row | {"image": printable(row["image"]), "swept": int(row["swept"])} for row in found)
+    writer.writerows(row | {"swept": int(row["swept"])} for row in found)
     return file.getvalue()
 
 
 def as_json(evaluation: Evaluation) -> dict[str, Any]:
-    """JSON values: "sets", the figures of each variant; "predictors", pooled pixel scores; "images", the rows."""
-    sets = [
+    """JSON values: "variants", the figures of the set; "predictors", pooled pixel scores; "images", the rows."""
+    variants = [
         {"predictor": v.predictor, "threshold": v.threshold, "swept": v.swept, **_summary(v.summary)}
         for v in evaluation.variants
     ]
-    pooled = {name: metrics.score(counts.sum(0))._asdict() for name, counts in evaluation.counts.items()}
-    return {"sets": sets, "predictors": pooled, "images": rows(evaluation)}
+    pooled = {name: scores._asdict() for name, scores in score_set(evaluation.counts).items()}
+    return {"variants": variants, "predictors": pooled, "images": rows(evaluation)}
 
 
 def _summary(summary: Summary) -> dict[str, Any]:
     def values(estimates: dict[str, Estimate]) -> dict[str, Any]:
         return {name: {k: _defined(v) for k, v in e._asdict().items()} for name, e in estimates.items()}
 
-    return {"images": summary.images, "means": values(summary.means), "pooled": values(summary.pooled)}
+    return {"image_count": summary.images, "means": values(summary.means), "pooled": values(summary.pooled)}
 
 
 def _defined(value: float) -> float | None:
@@ -143,13 +146,21 @@ def _of_set(evaluation: Evaluation) -> Table:
         [label, *(cell for estimate in estimates for cell in _estimate(name, estimate))]
         for label, name, estimates in found
     ]
+    numbers = [_object_numbers(variant.scores) for variant in evaluation.variants]
+    for label, counted in zip(("predicted objects", "true objects"), zip(*numbers, strict=True), strict=True):
+        lines.append([label, *(cell for number in counted for cell in (str(number), "-"))])
     return Table(f"all {summaries[0].images} images (distances in pixels)", ["score", *header], lines)
+
+
+def _object_numbers(scores: ImageScores) -> tuple[int, int]:
+    """The numbers of predicted and of true objects of the set."""
+    found, false, missed = scores.object_counts.sum(0).tolist()
+    return found + false, found + missed
 
 
 def _of_experts(evaluation: Evaluation) -> Table:
     lines = []
-    for predictor, counts in evaluation.counts.items():
-        s = metrics.score(counts.sum(0))
+    for predictor, s in score_set(evaluation.counts).items():
         numbers = (s.dice, s.jaccard, s.swept_dice, s.swept_jaccard)
         lines.append([predictor, *(f"{x:.4f}" for x in numbers), f"{s.swept_threshold:.2f}"])
     header = ["predictor", "Dice at 0.50", "Jaccard at 0.50", "swept Dice", "swept Jaccard", "threshold"]
@@ -175,5 +186,4 @@ def _number(name: str, value: float) -> str:
 
 def _short(name: str) -> str:
     """The end of a long name, which tells tiles of one image apart."""
-    name = printable(name)
     return name if len(name) <= LONGEST_NAME else f"...{name[3 - LONGEST_NAME :]}"

@@ -34,6 +34,11 @@ def foreground(output: Output, expert_tasks: Sequence[str]) -> dict[str, Tensor]
     return probabilities
 
 
+def is_boundary(name: str) -> bool:
+    """Whether `foreground` gives the ring around the glands under a name, and not the glands."""
+    return name.startswith("boundary")
+
+
 def _not_background(logits: Tensor) -> Tensor:
     return logits.float().softmax(1)[:, 1:].sum(1)
 

@@ -112,7 +112,7 @@ def test_file_names_that_are_not_utf8(glands_folder: Path, tmp_path: Path, capsy
     ):
         run_command(lambda command=command, arguments=arguments: command.main(arguments))
     assert "\nl\\udce9sion " in capsys.readouterr().out
-    assert "l\udce9sion" in {row["image"] for row in json.loads((home / "scores.json").read_text())["images"]}
+    assert "l\\udce9sion" in {row["image"] for row in json.loads((home / "scores.json").read_text())["images"]}
     assert "\nl\\udce9sion," in (home / "scores.csv").read_text()
     assert "l\\udce9sion: pixel Dice" in (home / "page.html").read_text()
     assert (home / "masks" / "overlay" / "l\udce9sion.png").is_file()

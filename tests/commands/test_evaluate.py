@@ -14,6 +14,7 @@ from semimoe_fast import checkpoint, evaluate, predict
 from semimoe_fast.errors import UserError
 from semimoe_fast.model import SemiMoE
 from semimoe_fast.training import run_folder
+from semimoe_fast.training.config import CONFIG_FILE
 
 pytest.importorskip("tyro", reason="commands read their options with tyro")
 
@@ -40,11 +41,11 @@ def test_outputs(of_run: list[str], tmp_path: Path, capsys) -> None:
     assert "mean object Hausdorff" in printed
     scores = json.loads(files["json"].read_text())
     assert scores["checkpoint"] == of_run[1]
-    assert [(row["threshold"], row["swept"]) for row in scores["sets"]] == [
+    assert [(row["threshold"], row["swept"]) for row in scores["variants"]] == [
         (0.5, False),
         (scores["predictors"]["gated"]["swept_threshold"], True),
     ]
-    assert scores["sets"][0]["pooled"]["dice"]["value"] == scores["predictors"]["gated"]["dice"]
+    assert scores["variants"][0]["pooled"]["dice"]["value"] == scores["predictors"]["gated"]["dice"]
     rows = list(csv.DictReader(files["csv"].open()))
     assert len(rows) == len(scores["images"]) == 2 * (2 + 3)  # images * (gated twice, three experts)
     text = files["report"].read_text()
@@ -63,21 +64,87 @@ def test_files_of_predict_score_as_their_checkpoint(of_run: list[str], tmp_path:
     assert "swept" not in capsys.readouterr().out
     of_checkpoint, of_files = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("checkpoint", "files"))
     assert of_files["predictors"] == {}
-    assert len(of_files["sets"]) == 1
-    assert of_files["sets"][0]["means"] == of_checkpoint["sets"][0]["means"]
-    assert of_files["sets"][0]["pooled"] == of_checkpoint["sets"][0]["pooled"]
+    assert len(of_files["variants"]) == 1
+    assert of_files["variants"][0]["means"] == of_checkpoint["variants"][0]["means"]
+    assert of_files["variants"][0]["pooled"] == of_checkpoint["variants"][0]["pooled"]
     assert "data:image/png" not in (tmp_path / "report.html").read_text()  # no run, no curves
 
 
-def test_without_a_run_folder_there_are_no_curves(finished: Path, tmp_path: Path) -> None:
-    tasks = ("mask", "sdf", "boundary")
-    assert evaluate.curves_of(finished, tasks).startswith(b"\x89PNG")
-    assert evaluate.curves_of(tmp_path, tasks) is None
-    lines = (finished / run_folder.METRICS_FILE).read_text().splitlines()
-    record = json.loads(lines[0])
+def test_curves_are_those_of_the_checkpoints_run(finished: Path, tmp_path: Path, capsys) -> None:
+    def drawn(path: Path) -> bytes | None:
+        return evaluate.curves_of(path, checkpoint.read(path)[0], ("mask", "sdf", "boundary"))
+
+    assert drawn(finished / run_folder.BEST).startswith(b"\x89PNG")
+    alone = Path(shutil.copy(finished / run_folder.BEST, tmp_path))
+    assert drawn(alone) is None
+    assert "warning" not in capsys.readouterr().err
+
+    def refused_record() -> str:
+        assert drawn(alone) is None
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    shutil.copy(finished / run_folder.METRICS_FILE, tmp_path)
+    assert f"{tmp_path / run_folder.METRICS_FILE} is left out of the report" in refused_record()
+    config = json.loads((finished / CONFIG_FILE).read_text())
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config | {"lr": 0.07}))
+    assert f"that {alone} is of the same run" in refused_record()
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
+    assert drawn(alone).startswith(b"\x89PNG")
+
+    record = json.loads((finished / run_folder.METRICS_FILE).read_text().splitlines()[0])
     del record["val"]
     (tmp_path / run_folder.METRICS_FILE).write_text(json.dumps(record) + "\n")
-    assert evaluate.curves_of(tmp_path, tasks) is None
+    assert drawn(alone) is None
+
+
+def test_files_are_written_before_the_tables_are_printed(of_run: list[str], tmp_path: Path, monkeypatch) -> None:
+    def closed(*_, **__) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    with pytest.raises(BrokenPipeError):
+        evaluate.main([*of_run, "--csv", str(tmp_path / "scores.csv")])
+    assert len((tmp_path / "scores.csv").read_text().splitlines()) == 1 + 2 * (2 + 3)
+
+
+def test_outputs_replace_no_input_and_no_other_output(
+    of_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "evaluate_model", lambda *_: pytest.fail("scores first"))
+    monkeypatch.setattr(evaluate, "evaluate_files", lambda *_: pytest.fail("scores first"))
+    same = ["--csv", str(tmp_path / "scores"), "--json", f"{tmp_path}/../{tmp_path.name}/scores"]
+    assert refused([*of_run, *same]).endswith("/scores, which is the file of --csv too: give another file")
+    run, data = Path(of_run[1]).parent, Path(of_run[3])
+    inputs = [run / run_folder.BEST, run / run_folder.METRICS_FILE, run / CONFIG_FILE]
+    for path in (*inputs, data / "val/image/0000.png", data / "val/mask/0001.png"):
+        before = path.read_bytes()
+        assert refused([*of_run, "--json", str(path)]) == f"--json is {path}, which is an input too: give another file"
+        assert path.read_bytes() == before
+    masks = shutil.copytree(data / "val" / "mask", tmp_path / "masks")
+    target = (masks / "0001.png").rename(tmp_path / "target.png")
+    (masks / "0001.png").symlink_to(target)
+    arguments = ["--predictions", str(masks), "--data", str(data), "--report", str(target)]
+    assert "which is an input too" in refused(arguments)
+
+
+def test_options_of_the_model_need_a_checkpoint() -> None:
+    arguments = ["--predictions", "none", "--data", "none"]
+    assert refused([*arguments, "--device", "cpu"]) == "--device is cpu, but --predictions needs no model: leave it out"
+    assert "--precision is bf16, but" in refused([*arguments, "--precision", "bf16"])
+
+
+def test_options_reach_the_model(of_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reached(Exception):
+        pass
+
+    def scored(_, __, ___, device, precision, source):
+        raise Reached(device.type, precision, source)
+
+    monkeypatch.setattr(evaluate, "evaluate_model", scored)
+    with pytest.raises(Reached) as caught:
+        evaluate.main([*of_run, "--precision", "bf16"])
+    assert caught.value.args == ("cpu", "bf16", Path(of_run[1]))
 
 
 def test_exactly_one_source_is_given() -> None:

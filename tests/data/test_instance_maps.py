@@ -68,17 +68,17 @@ def test_ids_in_equal_channels(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_instances(path), IDS)
 
 
-@pytest.mark.parametrize("foreground", [1, 255, True])
+@pytest.mark.parametrize("foreground", [1, 7, 128, 255, 65535, True])
 def test_mask_without_ids_is_split_into_components(tmp_path: Path, foreground: int) -> None:
     mask = np.array([[1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]])
-    stored = mask > 0 if foreground is True else (mask * foreground).astype(np.uint8)
+    stored = mask > 0 if foreground is True else (mask * foreground).astype(np.uint8 if foreground < 256 else np.uint16)
     instances = read_instances(save(stored, tmp_path / "a.png"))
     assert instances.dtype == np.int32
     np.testing.assert_array_equal(instances, [[1, 0, 0, 2], [0, 1, 0, 2], [0, 0, 0, 0], [3, 3, 3, 3]])
 
 
 def test_one_id_is_one_instance_although_its_parts_are_apart(tmp_path: Path) -> None:
-    one = np.array([[7, 0, 7]], np.uint8)
+    one = np.array([[7, 0, 7, 8]], np.uint8)
     np.testing.assert_array_equal(read_instances(save(one, tmp_path / "a.png")), one)
 
 
@@ -87,11 +87,15 @@ def test_empty_mask_has_no_instances(tmp_path: Path) -> None:
 
 
 BAD = {
-    "negative": (IDS.astype(np.int32) - 3, "a.tif", "has the id -3: number the instances from 1"),
+    "negative": (
+        IDS.astype(np.int32) - 3,
+        "a.tif",
+        "has the id -3: number the instances from 1, and set background and ignored pixels to 0",
+    ),
     "too many": (
         np.arange(257 * 256, dtype=np.int32).reshape(257, 256),
         "a.tif",
-        "has 65791 different values, more than",
+        "has 65791 different values, more than the 65535 ids of an instance map: threshold it if it holds gray values",
     ),
     "float": (IDS.astype(np.float32), "a.tif", "holds floating-point values: save it as a PNG of one channel"),
     "color": (RNG.integers(0, 9, (20, 30, 3), np.uint8), "a.png", "is a color image (mode RGB): save it as a PNG"),

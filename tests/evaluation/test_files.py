@@ -36,11 +36,12 @@ def preprocessing(size: int, instances: bool = False) -> Preprocessing:
 
 
 def write_part(root: Path, sizes=SIZES) -> Path:
-    """ROOT/val with one random image and mask of each size."""
+    """ROOT/val with one random image and one map of objects, many of which touch, of each size."""
     random = np.random.default_rng(0)
     for name, (height, width) in enumerate(sizes):
         image = random.integers(0, 256, (height // 5 + 1, width // 5 + 1, 3), np.uint8)
-        mask = (random.random((height // 5 + 1, width // 5 + 1)) > 0.6).astype(np.uint8) * 255
+        mask = random.integers(0, 9, (height // 5 + 1, width // 5 + 1), np.uint8)
+        mask[mask > 5] = 0
         for kind, pixels in (("image", image), ("mask", mask)):
             path = root / "val" / kind / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +121,25 @@ def test_the_ring_is_compared_at_the_training_size(model: SemiMoE, tmp_path: Pat
     expected = count_set(model, dataset, used, CPU, batch=1)
     assert torch.equal(found.counts["boundary expert"], expected["boundary expert"])
     assert not torch.equal(found.counts["mask expert"], expected["mask expert"])
+    other = evaluate_model(model, found.pairs, preprocessing(16, not instances), CPU).counts
+    assert [name for name in other if not torch.equal(found.counts[name], other[name])] == ["boundary expert"]
+
+
+def test_precision_is_that_of_the_option(model: SemiMoE, tmp_path: Path) -> None:
+    pairs = list_pairs(write_part(tmp_path, sizes=((64, 64),)), "val", with_masks=True)
+    counts = {p: evaluate_model(model, pairs, preprocessing(64), CPU, p).counts for p in ("auto", "fp32", "bf16")}
+    assert all(torch.equal(counts["auto"][name], counts["fp32"][name]) for name in counts["auto"])
+    assert any(not torch.equal(counts["bf16"][name], counts["fp32"][name]) for name in counts["auto"])
+
+
+def test_probabilities_that_are_not_finite_are_refused(model: SemiMoE, tmp_path: Path) -> None:
+    pairs = list_pairs(write_part(tmp_path), "val", with_masks=True)
+    with torch.no_grad():
+        next(model.gating.parameters()).fill_(torch.nan)
+    with pytest.raises(
+        UserError, match=r"^c\.safetensors gives .*0\.png probabilities that are not finite .*--precision"
+    ):
+        evaluate_model(model, pairs, preprocessing(16), CPU, source="c.safetensors")
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -146,6 +166,19 @@ def test_masks_are_split_into_components(tmp_path: Path) -> None:
     assert against_mask.variants[0].threshold is None
 
 
+def test_gray_values_are_not_ids(tmp_path: Path, capsys) -> None:
+    random = np.random.default_rng(0)
+    gray = random.integers(0, 4, TOUCHING.shape, np.uint8) * 80
+    root = write_maps(tmp_path, gray, TOUCHING.astype(np.uint8), "png")
+    scored(root)
+    (line,) = (text for text in capsys.readouterr().err.splitlines() if "warning" in text)
+    assert line.split("warning: ")[1].startswith(f"{root}/predictions/a.png looks like gray values or classes, not ids")
+    parts = TOUCHING.copy()
+    parts[:, 5], parts[:, 15] = 0, 0  # two objects of two parts
+    scored(write_maps(tmp_path, parts.astype(np.uint8), TOUCHING.astype(np.uint8), "png"))
+    assert "warning" not in capsys.readouterr().err
+
+
 def remove(path: Path) -> None:
     path.unlink()
 
@@ -164,11 +197,15 @@ def save(pixels: np.ndarray):
     [
         ("predictions/a.tif", save(TOUCHING[:, :-1]), ["30 x 20", "predictions/a.tif is 29 x 20", "size of its image"]),
         ("val/mask/a.tif", save(TOUCHING[:-1]), ["30 x 20", "val/mask/a.tif is 30 x 19", "size of its image"]),
-        ("predictions/a.tif", lambda path: path.rename(path.with_name("b.tif")), ["val/image/a.png has no prediction"]),
-        ("predictions/a.tif", add, ["predictions/b.png (and 1 more) is a prediction without an image", "remove it"]),
-        ("predictions/a.tif", remove, ["predictions holds no image"]),
+        (
+            "predictions/a.tif",
+            lambda path: path.rename(path.with_name("b.tif")),
+            ["image/a.png has no prediction: add", "--part"],
+        ),
+        ("predictions/a.tif", add, ["predictions/b.png has no image: add", "or remove the prediction"]),
+        ("predictions/a.tif", remove, ["predictions holds no image: put PNG or TIFF files there"]),
         ("predictions/a.tif", save(TOUCHING.astype(np.float32)), ["predictions/a.tif holds floating-point values"]),
-        ("predictions/a.tif", save(TOUCHING - 2), ["predictions/a.tif has the id -2", "from 1, 0 for background"]),
+        ("predictions/a.tif", save(TOUCHING - 2), ["predictions/a.tif has the id -2", "from 1, and set background"]),
         ("val/mask/a.tif", save(-TOUCHING), ["val/mask/a.tif has the id -7"]),
     ],
 )

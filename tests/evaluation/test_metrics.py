@@ -38,6 +38,13 @@ def test_counts_equal_direct_counting(seed: int, images: int, side: int) -> None
             assert counts[image, index].tolist() == [int(n) for n in expected]
 
 
+def test_nan_is_foreground_at_no_threshold() -> None:
+    probability = torch.tensor([[[torch.nan, torch.inf, -torch.inf, 0.3]]])
+    assert metrics.levels(probability).tolist() == [[[0, 45, 0, 15]]]
+    counts = metrics.count(torch.full((1, 4, 4), torch.nan), torch.ones(1, 4, 4))
+    assert metrics.score(counts.sum(0)).swept_dice == 0
+
+
 def test_thresholds_are_the_published_sweep() -> None:
     assert metrics.THRESHOLDS[0] == 0
     assert metrics.THRESHOLDS[-1] == 0.88

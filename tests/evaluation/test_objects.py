@@ -33,7 +33,10 @@ def test_golden_scores(name: str, golden) -> None:
 
 
 def by_definition(prediction: np.ndarray, truth: np.ndarray) -> tuple[float, list[int], float, float]:
-    """The scores from sets of pixels and all distances between them."""
+    """The scores from sets of pixels and all distances between them. A map of one value is a mask."""
+    prediction, truth = (
+        ndimage.label(x, EIGHT)[0] if len(np.unique(x[x > 0])) == 1 else x for x in (prediction, truth)
+    )
     sides = [{k: np.argwhere(labels == k) for k in np.unique(labels[labels > 0])} for labels in (prediction, truth)]
     shared = {(i, j): int(((prediction == i) & (truth == j)).sum()) for i in sides[0] for j in sides[1]}
 
@@ -86,7 +89,6 @@ def test_scores_by_definition(seed: int, shape: tuple[int, int], ids: int, block
     tiles = np.kron(coarse, np.ones((block, block), np.int64))
     prediction, truth = tiles[: shape[0], : shape[1]], tiles[-shape[0] :, -shape[1] :]
     truth = np.where(random.random(shape) < 0.2 * random.random(), random.integers(0, 9, shape), truth)
-    truth[truth == 1] = 0  # an image of zeros and ones is a mask
     check(object_scores(prediction, truth), by_definition(prediction, truth))
 
 
@@ -119,10 +121,20 @@ def test_masks_are_split_into_8_connected_components() -> None:
 def test_one_id_in_two_places_is_one_object() -> None:
     labels = np.zeros((12, 12), np.int32)
     labels[1:3, 1:3] = labels[8:11, 8:11] = 7
+    labels[5, 5] = 8
     scores = object_scores(labels, labels)
-    assert scores.counts.tolist() == [[1, 0, 0]]
+    assert scores.counts.tolist() == [[2, 0, 0]]
     half = np.where(np.arange(12)[:, None] < 6, labels, 0)
     check(object_scores(half, labels), by_definition(half, labels))
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("u1", 128), ("u2", 65535), (">u2", 300), ("i8", 7), ("u8", 2**64 - 1)])
+def test_any_single_value_makes_a_mask(dtype: str, value: int) -> None:
+    mask = np.zeros((12, 12), dtype)
+    mask[1:3, 1:3] = mask[3:5, 3:5] = mask[8:11, 8:11] = value  # two of the squares share a corner
+    expected = object_scores(mask != 0, mask != 0)
+    assert expected.counts.tolist() == [[2, 0, 0]]
+    assert all(map(torch.equal, object_scores(mask, mask), expected))
 
 
 def test_empty_maps() -> None:

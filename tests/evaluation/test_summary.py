@@ -87,6 +87,22 @@ def test_empty_masks_score_one() -> None:
     found = summarize(score_images(empty, empty), 10)
     assert [estimate.value for estimate in found.pooled.values()] == [1, 1, 1]
     assert [found.means[name].value for name in SCORES[:4]] == [1, 1, 1, 1]
+    assert np.isnan([(estimate.low, estimate.high) for estimate in found.pooled.values()]).all()
+
+
+def test_resamples_of_empty_images_alone_are_left_out_of_pooled_intervals() -> None:
+    truth = np.zeros((4, 2, 10), np.int32)
+    truth[0] = [[1] * 10, [0] * 10]
+    prediction = np.where(np.arange(10) < 6, truth, 0)
+    found = summarize(score_images(prediction, truth), 200)
+    for name, value in (("dice", 0.75), ("jaccard", 0.6), ("object_f1", 1)):
+        estimate = found.pooled[name]
+        assert (estimate.low, estimate.value, estimate.high) == pytest.approx((value,) * 3)
+
+
+def test_at_least_one_resample() -> None:
+    with pytest.raises(ValueError, match="resamples is 0: give at least 1"):
+        summarize(random_scores(3), 0)
 
 
 def test_images_of_different_sizes_are_scored_one_by_one() -> None:
@@ -108,3 +124,11 @@ def test_each_prediction_needs_a_truth() -> None:
     mask = np.ones((3, 3), bool)
     with pytest.raises(ValueError, match="shorter"):
         score_images([mask, mask], [mask])
+
+
+def test_items_are_single_images() -> None:
+    """Lists of batches, as loaders give them, would get one Dice for a batch and one F1 for an image."""
+    random = np.random.default_rng(0)
+    predictions, truths = random.integers(0, 3, (2, 4, 9, 9))
+    with pytest.raises(ValueError, match=r"one image \(H, W\), got shape \(2, 9, 9\): join batches to \(N, H, W\)"):
+        score_images(np.split(predictions, 2), np.split(truths, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -22,6 +23,7 @@ from semimoe_fast.evaluation.tables import as_csv, as_json, as_text, notes, tabl
 
 LONG = f"case_{'x' * 40}_tile_7"
 HOSTILE = '<script>alert("1")<b>&, =a'
+HARD = Path("a\nb\u2028c\udcff.png")
 VOID = {"meta", "img"}
 
 
@@ -59,8 +61,39 @@ def test_tables_fit_a_terminal_and_show_undefined_scores(evaluation: Evaluation)
     assert re.search(r"^\.\.\.x+_tile_7 +(0\.0000 +){4}- +- +-$", of_images, re.MULTILINE)
     assert "swept at 0.60" in of_set
     assert re.search(r"^mean hd95 +\d\.\d\d +0\.00 to \d\.\d\d", of_set, re.MULTILINE)
+    assert re.search(r"^predicted objects +2 +- +2 +-$", of_set, re.MULTILINE)  # each mask joins both objects
+    assert re.search(r"^true objects +6 +- +6 +-$", of_set, re.MULTILINE)
     assert re.search(r"^boundary expert +0\.\d{4}", of_experts, re.MULTILINE)
     assert "distances of gated at 0.50: 1 of 3 images are left out of the means" in "\n".join(notes(evaluation))
+
+
+def test_notes_say_what_intervals_hold(evaluation: Evaluation) -> None:
+    text = "\n".join(notes(evaluation))
+    assert "fewer than 20 images: the intervals are too narrow" in text
+    assert "their intervals hold the threshold fixed" in text
+    many = dataclasses.replace(evaluation, pairs=evaluation.pairs * 7)
+    assert "fewer than" not in "\n".join(notes(many))
+
+
+def test_names_are_printable_and_the_same_in_all_outputs(evaluation: Evaluation) -> None:
+    """File names may have line breaks and bytes that are not UTF-8."""
+    found = dataclasses.replace(evaluation, pairs=[pair._replace(image=HARD) for pair in evaluation.pairs])
+    shown = r"a\nb\u2028c\udcff"
+    assert found.names == [shown] * 3
+    assert f"\n{shown} " in as_text(tables(found)[0])
+    as_csv(found).encode()
+    assert next(csv.DictReader(io.StringIO(as_csv(found))))["image"] == shown
+    assert as_json(found)["images"][0]["image"] == shown
+
+
+def test_page_can_be_encoded(evaluation: Evaluation) -> None:
+    path = evaluation.pairs[0].image
+    odd = path.rename(path.with_name(HARD.name))
+    found = dataclasses.replace(evaluation, pairs=[evaluation.pairs[0]._replace(image=odd), *evaluation.pairs[1:]])
+    reader = Reader(page.page(found, str(odd)).encode().decode())
+    shown = r"a\nb\u2028c\udcff"
+    assert any(text.startswith(f"{shown}: pixel Dice") for text in reader.texts)
+    assert any(text.endswith(f"{shown}.png") for text in reader.texts)
 
 
 def test_csv_has_a_row_for_each_image_and_predictor(evaluation: Evaluation) -> None:
@@ -82,10 +115,11 @@ def test_csv_has_a_row_for_each_image_and_predictor(evaluation: Evaluation) -> N
 def test_json_has_no_nan(evaluation: Evaluation) -> None:
     values = json.loads(json.dumps(as_json(evaluation), allow_nan=False))
     assert values["images"][4]["hd95"] is None
-    assert values["sets"][1]["threshold"] == 0.6
+    assert values["variants"][1]["threshold"] == 0.6
     estimate = evaluation.variants[1].summary.means["hd95"]
-    assert values["sets"][1]["means"]["hd95"] == estimate._asdict()
+    assert values["variants"][1]["means"]["hd95"] == estimate._asdict()
     assert estimate.images == 2
+    assert values["variants"][0]["image_count"] == 3
     assert values["predictors"]["gated"] == metrics.score(evaluation.counts["gated"].sum(0))._asdict()
 
 
