@@ -165,7 +165,7 @@ def curves_of(path: Path, metadata: Mapping[str, Any], tasks: Sequence[str]) -> 
         warn(f"{record} is left out of the report: no {CONFIG_FILE} beside it says that {path} is of the same run")
         return None
     kept = records.read(record)
-    if not any("val" in record for record in kept):
+    if not any("val" in row for row in kept):
         return None
     file = io.BytesIO()
     report.draw_curves(kept, tasks, file)
