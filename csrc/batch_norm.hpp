@@ -12,6 +12,10 @@
 
 namespace semimoe {
 
+// Results of this size leave the caches before they are read. Written past them, they need not be loaded first, and x
+// stays there for the second pass.
+constexpr std::int64_t kStreamBytes = 1 << 23;
+
 // ------------------------------------------------------------------------------------------------------------ forward
 
 // Number, mean, and sum of squared differences from the mean.
@@ -101,10 +105,11 @@ inline void normalize_all(const BatchNormKernels& kernels, const FeatureMaps& ma
     const Piece piece = maps.piece(maps.pieces - 1 - number);
     const PieceNormalization normalization(maps, piece, statistics, scale.data());
     if (piece.rows > 0)
-      kernels.normalize(maps.at(piece, x), piece.rows, maps.columns, normalization.columns(), maps.at(piece, y));
+      kernels.normalize(maps.at(piece, x), piece.rows, maps.columns, normalization.columns(), maps.at(piece, y),
+                        maps.bytes() >= kStreamBytes);
     if (piece.rest > 0) {
       PaddedRest rest(maps, piece, x);
-      kernels.normalize(rest.data(), 1, rest.columns(), normalization.columns(), rest.data());
+      kernels.normalize(rest.data(), 1, rest.columns(), normalization.columns(), rest.data(), false);
       rest.write_to(y);
     }
   });
@@ -210,11 +215,12 @@ inline void batch_norm_relu_backward(const BatchNormKernels* kernels, const Feat
     const PieceNormalization normalization(maps, piece, statistics, scale.data(), slope.data(), offset.data());
     if (piece.rows > 0)
       kernel.differentiate(maps.at(piece, x), maps.at(piece, dy), piece.rows, maps.columns, normalization.columns(),
-                           normalization.slope(), normalization.offset(), maps.at(piece, dx));
+                           normalization.slope(), normalization.offset(), maps.at(piece, dx),
+                           maps.bytes() >= kStreamBytes);
     if (piece.rest > 0) {
       PaddedRest last(maps, piece, x), last_dy(maps, piece, dy);
       kernel.differentiate(last.data(), last_dy.data(), 1, last.columns(), normalization.columns(),
-                           normalization.slope(), normalization.offset(), last.data());
+                           normalization.slope(), normalization.offset(), last.data(), false);
       last.write_to(dx);
     }
   });

@@ -18,9 +18,20 @@ static_assert(kStrip % kColumns == 0 && kTile % kStrip == 0);
 
 inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
+inline bool is_aligned(const void* address) { return reinterpret_cast<std::uintptr_t>(address) % kVectorBytes == 0; }
+
 // kVectors vectors of a row.
 struct Strip {
   Floats v[kVectors];
+
+  // Loads a strip, and asks for the one `ahead` elements after it; the processor alone does not read far enough ahead.
+  template <class T>
+  static Strip at(const T* address, std::int64_t ahead) {
+    constexpr int kLine = 64 / sizeof(T);
+#pragma GCC unroll 4
+    for (int i = 0; i < kColumns; i += kLine) __builtin_prefetch(address + ahead + i);
+    return at(address);
+  }
 
   template <class T>
   static Strip at(const T* address) {
@@ -31,9 +42,13 @@ struct Strip {
   }
 
   template <class T>
-  void write_to(T* address) const {
+  void write_to(T* address, bool streams = false) const {
 #pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) store(address + i * kFloatLanes, v[i]);
+    for (int i = 0; i < kVectors; ++i)
+      if (streams)
+        stream(address + i * kFloatLanes, v[i]);
+      else
+        store(address + i * kFloatLanes, v[i]);
   }
 };
 
@@ -77,7 +92,7 @@ void moments(const void* memory, std::int64_t rows, std::int64_t columns, double
       [=](std::int64_t first, std::int64_t row, std::int64_t end, std::int64_t j, Strip& sum, Strip& square) {
         const Strip pivot = Strip::at(x + first * columns + j);
         for (; row < end; ++row) {
-          const Strip here = Strip::at(x + row * columns + j);
+          const Strip here = Strip::at(x + row * columns + j, kStepRows * columns);
 #pragma GCC unroll 4
           for (int i = 0; i < kVectors; ++i) {
             const Floats d = here.v[i] - pivot.v[i];
@@ -121,21 +136,23 @@ struct StripNormalization {
 
 template <class T>
 void normalize(const void* memory, std::int64_t rows, std::int64_t columns, const Normalization& normalization,
-               void* result) {
+               void* result, bool stream) {
   const T* x = static_cast<const T*>(memory);
   T* y = static_cast<T*>(result);
+  const bool streams = stream && is_aligned(result);
   for_each_strip(0, rows, 0, columns, [=](std::int64_t row, std::int64_t end, std::int64_t j) {
     const StripNormalization n(normalization, j);
     for (; row < end; ++row) {
-      Strip z = Strip::at(x + row * columns + j);
+      Strip z = Strip::at(x + row * columns + j, kStepRows * columns);
 #pragma GCC unroll 4
       for (int i = 0; i < kVectors; ++i) {
         z.v[i] = (z.v[i] - n.mean.v[i]) * n.scale.v[i] + n.bias.v[i];
         z.v[i] = z.v[i] <= 0.0f ? Floats{} : z.v[i];  // a NaN stays one
       }
-      z.write_to(y + row * columns + j);
+      z.write_to(y + row * columns + j, streams);
     }
   });
+  if (streams) end_streams();
 }
 
 // dz, from d = x - mean. Where z is NaN, the gradient passes, as in PyTorch.
@@ -153,7 +170,8 @@ void gradient_sums(const void* memory, const void* gradient, std::int64_t rows, 
       [=](std::int64_t, std::int64_t row, std::int64_t end, std::int64_t j, Strip& sum, Strip& product) {
         const StripNormalization n(normalization, j);
         for (; row < end; ++row) {
-          const Strip here = Strip::at(x + row * columns + j), grad = Strip::at(dy + row * columns + j);
+          const Strip here = Strip::at(x + row * columns + j, kStepRows * columns),
+                      grad = Strip::at(dy + row * columns + j, kStepRows * columns);
 #pragma GCC unroll 4
           for (int i = 0; i < kVectors; ++i) {
             const Floats d = here.v[i] - n.mean.v[i], dz = masked(d, n.scale.v[i], n.bias.v[i], grad.v[i]);
@@ -173,23 +191,26 @@ void gradient_sums(const void* memory, const void* gradient, std::int64_t rows, 
 
 template <class T>
 void differentiate(const void* memory, const void* gradient, std::int64_t rows, std::int64_t columns,
-                   const Normalization& normalization, const float* slope, const float* offset, void* result) {
+                   const Normalization& normalization, const float* slope, const float* offset, void* result,
+                   bool stream) {
   const T *x = static_cast<const T*>(memory), *dy = static_cast<const T*>(gradient);
   T* dx = static_cast<T*>(result);
+  const bool streams = stream && is_aligned(result);
   for_each_strip(0, rows, 0, columns, [=](std::int64_t row, std::int64_t end, std::int64_t j) {
     const StripNormalization n(normalization, j);
     const Strip slopes = Strip::at(slope + j), offsets = Strip::at(offset + j);
     for (; row < end; ++row) {
-      const Strip here = Strip::at(x + row * columns + j);
-      Strip grad = Strip::at(dy + row * columns + j);
+      const Strip here = Strip::at(x + row * columns + j, kStepRows * columns);
+      Strip grad = Strip::at(dy + row * columns + j, kStepRows * columns);
 #pragma GCC unroll 4
       for (int i = 0; i < kVectors; ++i) {
         const Floats d = here.v[i] - n.mean.v[i], dz = masked(d, n.scale.v[i], n.bias.v[i], grad.v[i]);
         grad.v[i] = dz * n.scale.v[i] + (d * slopes.v[i] + offsets.v[i]);
       }
-      grad.write_to(dx + row * columns + j);
+      grad.write_to(dx + row * columns + j, streams);
     }
   });
+  if (streams) end_streams();
 }
 
 template <class T>

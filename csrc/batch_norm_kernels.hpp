@@ -16,14 +16,15 @@ struct Normalization {
   const float *mean, *scale, *bias;
 };
 
-// All matrices are (rows, columns), contiguous and not empty. Outputs may be in the place of inputs.
+// All matrices are (rows, columns), contiguous and not empty. Outputs may be in the place of inputs. `stream` writes
+// float32 past the caches, if the output is aligned.
 struct BatchNormKernels {
   // Mean of each column, and sum of squared differences from it.
   void (*moments)(const void* x, std::int64_t rows, std::int64_t columns, double* mean, double* squares);
 
   // y = max(z, 0)
-  void (*normalize)(const void* x, std::int64_t rows, std::int64_t columns, const Normalization& normalization,
-                    void* y);
+  void (*normalize)(const void* x, std::int64_t rows, std::int64_t columns, const Normalization& normalization, void* y,
+                    bool stream);
 
   // Sum of dz = (z > 0) dy of each column, and sum of dz (x - mean).
   void (*gradient_sums)(const void* x, const void* dy, std::int64_t rows, std::int64_t columns,
@@ -31,7 +32,8 @@ struct BatchNormKernels {
 
   // dx = scale dz + slope (x - mean) + offset, with one slope and one offset for each column.
   void (*differentiate)(const void* x, const void* dy, std::int64_t rows, std::int64_t columns,
-                        const Normalization& normalization, const float* slope, const float* offset, void* dx);
+                        const Normalization& normalization, const float* slope, const float* offset, void* dx,
+                        bool stream);
 };
 
 }  // namespace semimoe

@@ -55,5 +55,11 @@ inline void store(Float16* address, Floats x) {
   store_halves(address, half | ((Bits)x & kSign) >> 16);
 }
 
+// Half vectors are not worth streaming.
+template <class T>
+inline void stream(T* address, Floats x) {
+  store(address, x);
+}
+
 }  // namespace
 }  // namespace semimoe

@@ -157,7 +157,7 @@ SHAPES = [
     (2, 3, 1, 5),
     (2, 1030, 3, 3),  # more channels than a tile of sums
     (1, 1, 257, 300),  # more than a piece of memory, with a rest
-    (2, 48, 67, 43),
+    (2, 48, 151, 149),  # results that are written past the caches, aligned and not
 ]
 
 

@@ -4,10 +4,14 @@ interpreter.
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
 
+import semimoe_fast
+from semimoe_fast import functional as F
 from semimoe_fast.ops import _triton
 
 pytest.importorskip("triton")
@@ -217,3 +221,22 @@ def test_no_pixels(shape: tuple[int, ...]) -> None:
     assert grad_x.shape == x.shape
     assert all(grad.tolist() == [0, 0, 0] for grad in gradients)
     assert batch_norm.batch_norm_relu_eval(x, weight, bias, bias, bias).shape == x.shape
+
+
+def test_the_public_operation_uses_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training, its gradients and running statistics, and evaluation."""
+    monkeypatch.setenv("SEMIMOE_BACKEND", "fused")
+    kernels = importlib.import_module("semimoe_fast.ops.batch_norm")._kernels
+    assert kernels(DEVICE) is batch_norm
+    x, weight, bias = (t.requires_grad_() for t in (draw(4, 5, 6, 7, layout="channels-last"), draw(5), draw(5, seed=1)))
+    results = []
+    for backend in ("fused", "portable"):
+        running = torch.zeros(5, device=DEVICE), torch.ones(5, device=DEVICE)
+        with semimoe_fast.backend(backend):
+            y = F.batch_norm_relu(x, weight, bias, *running, groups=2)
+            with torch.no_grad():
+                evaluated = F.batch_norm_relu(x, weight, bias, *running, training=False)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, weight, bias]), *running, evaluated])
+    for result, expected in zip(*results, strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)  # float32 sums in another order
+        assert result.stride() == expected.stride()
