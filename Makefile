@@ -44,6 +44,7 @@ fuzz: $(VENV)/fuzz.done
 	$(VENV)/bin/cmake --build build/fuzz
 	build/fuzz/fuzz_distance $(FUZZ_SECONDS) $$(date +%s%N)
 	build/fuzz/fuzz_objective $(FUZZ_SECONDS) $$(date +%s%N)
+	build/fuzz/fuzz_batch_norm $(FUZZ_SECONDS) $$(date +%s%N)
 
 bench: $(VENV)/bench.done
 	$(RUN) -m pytest benchmarks --benchmark-only --benchmark-sort=name --benchmark-columns=min,median,iqr,rounds $(ARGS)

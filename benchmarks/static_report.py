@@ -17,7 +17,7 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
 
 import torch
-from semimoe_fast.kernels import adaptive, mix_projections, objective, project_experts
+from semimoe_fast.kernels import adaptive, batch_norm, mix_projections, objective, project_experts
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,6 +26,7 @@ from .launches import Launch, recorded
 BATCH, EXPERTS, CHANNELS, SIDE = 8, 3, 64, 256
 HEADS = OWN = (2, 1, 2)
 PIXELS = BATCH * SIDE * SIDE
+GROUPS = 2  # of the images of a batch normalization
 CAPABILITIES = (80, 90, 100)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
@@ -49,7 +50,7 @@ def operations(dtype: torch.dtype, layout: torch.memory_format) -> Iterator[tupl
     projections = empty(BATCH, EXPERTS, sum(HEADS), SIDE, SIDE)
     gates, biases = empty(BATCH, len(HEADS), EXPERTS, dtype=torch.float32), empty(sum(HEADS), dtype=torch.float32)
     gated = [image(rows) for rows in HEADS]
-    x, z, out, own_bytes = (size(tensors) for tensors in (features, [projections], gated, own))
+    feature_bytes, z, out, own_bytes = (size(tensors) for tensors in (features, [projections], gated, own))
 
     def forward() -> None:
         project_experts.forward(features, weights, own_biases, OWN)
@@ -59,10 +60,25 @@ def operations(dtype: torch.dtype, layout: torch.memory_format) -> Iterator[tupl
         mix_projections.backward(projections, gates, gated)
         project_experts.backward(features, weights, OWN, means, projections, own)
 
-    yield "multi-gate forward", x + 2 * z + out + own_bytes, forward
-    yield "multi-gate backward", 2 * x + z + 2 * out + own_bytes, backward
+    yield "multi-gate forward", feature_bytes + 2 * z + out + own_bytes, forward
+    yield "multi-gate backward", 2 * feature_bytes + z + 2 * out + own_bytes, backward
     labels = PIXELS * (2 + dtype.itemsize)
     yield "pseudo-labels", z + labels, lambda: mix_projections.labels(projections, gates, biases, HEADS[0])
+
+    x, bytes_x = features[0], size(features[:1])
+    channel, statistics = (empty(*shape, CHANNELS, dtype=torch.float32) for shape in ((), (GROUPS,)))
+    affine = channel, channel
+    yield (
+        "batch norm forward",
+        3 * bytes_x,
+        lambda: batch_norm.batch_norm_relu_fwd(x, *affine, 1e-5, GROUPS),
+    )
+    yield "batch norm evaluation", 2 * bytes_x, lambda: batch_norm.batch_norm_relu_eval(x, *affine, channel, channel)
+    yield (
+        "batch norm backward",
+        5 * bytes_x,
+        lambda: batch_norm.batch_norm_relu_bwd(x, x, *affine, statistics, statistics, GROUPS),
+    )
 
     byte, sdf = empty(BATCH, 1, SIDE, SIDE, dtype=torch.uint8), empty(BATCH, 1, SIDE, SIDE, dtype=torch.float32)
     targets, sums = [byte, sdf, byte], empty(BATCH, 8, dtype=torch.float32)
@@ -122,7 +138,7 @@ def report() -> dict[str, list[dict[str, Any]]]:
         for layout_name, layout in LAYOUTS.items():
             case = {"dtype": dtype_name, "layout": layout_name}
             for name, floor, operation in operations(dtype, layout):
-                if layout_name != "NCHW" and not name.startswith("multi-gate"):
+                if layout_name != "NCHW" and not name.startswith(("multi-gate", "batch norm")):
                     continue  # projections and logits are always NCHW
                 for capability in CAPABILITIES:
                     launches, moved = run(operation, capability)

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 
+#include "batch_norm.hpp"
 #include "distance.hpp"
 #ifdef SEMIMOE_CUDA_VERSION
 #include "distance_cuda.hpp"
@@ -16,7 +17,7 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr int kAbi = 4;  // raise it with every change of a signature below, and in semimoe_fast/ops/_native.py
+constexpr int kAbi = 5;  // raise it with every change of a signature below, and in semimoe_fast/ops/_native.py
 
 template <class T>
 T* at(std::uintptr_t address) {
@@ -93,6 +94,49 @@ void objective_gradients(const std::array<std::int64_t, 4>& sizes, const std::ve
                                predictions<float>(gradients));
 }
 
+// sizes: images, channels, pixels of an image, groups. element: 0 float32, 1 bfloat16, 2 float16.
+semimoe::FeatureMaps feature_maps(const std::array<std::int64_t, 4>& sizes, int element, bool channels_last) {
+  const auto [batch, channels, pixels, groups] = sizes;
+  if (element < 0 || element >= semimoe::kElements) throw std::invalid_argument("unknown element type");
+  if (std::min({batch, channels, pixels, groups}) < 1 || batch % groups != 0)
+    throw std::invalid_argument("batch normalization takes no empty feature maps and only equal groups");
+  return {static_cast<semimoe::Element>(element), channels_last, batch, channels, pixels, groups};
+}
+
+semimoe::Statistics statistics(const std::array<std::uintptr_t, 4>& addresses) {
+  const auto [weight, bias, mean, inverse_deviation] = addresses;
+  return {at<const float>(weight), at<const float>(bias), at<const float>(mean), at<const float>(inverse_deviation)};
+}
+
+// Addresses: weight, bias, mean, inverse deviation. The last two are outputs here.
+void batch_norm_relu_forward(const std::array<std::int64_t, 4>& sizes, int element, bool channels_last,
+                             std::uintptr_t x, const std::array<std::uintptr_t, 4>& addresses, double eps,
+                             std::uintptr_t y, const std::string& instruction_set, int threads) {
+  const auto [weight, bias, mean, inverse_deviation] = addresses;
+  semimoe::batch_norm_relu_forward(kernels_named(instruction_set).batch_norm,
+                                   feature_maps(sizes, element, channels_last), threads, at<const void>(x),
+                                   at<const float>(weight), at<const float>(bias), eps, at<float>(mean),
+                                   at<float>(inverse_deviation), at<void>(y));
+}
+
+void batch_norm_relu_eval(const std::array<std::int64_t, 4>& sizes, int element, bool channels_last, std::uintptr_t x,
+                          const std::array<std::uintptr_t, 4>& addresses, std::uintptr_t y,
+                          const std::string& instruction_set, int threads) {
+  semimoe::batch_norm_relu_eval(kernels_named(instruction_set).batch_norm, feature_maps(sizes, element, channels_last),
+                                threads, at<const void>(x), statistics(addresses), at<void>(y));
+}
+
+void batch_norm_relu_backward(const std::array<std::int64_t, 4>& sizes, int element, bool channels_last,
+                              std::uintptr_t x, std::uintptr_t grad_output,
+                              const std::array<std::uintptr_t, 4>& addresses, std::uintptr_t grad_x,
+                              std::uintptr_t grad_weight, std::uintptr_t grad_bias, const std::string& instruction_set,
+                              int threads) {
+  semimoe::batch_norm_relu_backward(kernels_named(instruction_set).batch_norm,
+                                    feature_maps(sizes, element, channels_last), threads, at<const void>(x),
+                                    at<const void>(grad_output), statistics(addresses), at<void>(grad_x),
+                                    at<float>(grad_weight), at<float>(grad_bias));
+}
+
 #ifdef SEMIMOE_CUDA_VERSION
 // If sdf is 0, the squared distances are the result; else the targets are, and `squared` may be the address of sdf.
 void distance_cuda(std::uintptr_t mask, int element_size, bool instances, std::int64_t batch, std::int64_t height,
@@ -144,6 +188,15 @@ PYBIND11_MODULE(_semimoe_fast, module) {
   module.def("objective_gradients", &objective_gradients, py::arg("sizes"), py::arg("logits"), py::arg("targets"),
              py::arg("alpha"), py::arg("beta"), py::arg("grad_output"), py::arg("gradients"),
              py::arg("instruction_set"), py::arg("threads"), without_gil);
+  module.def("batch_norm_relu_forward", &batch_norm_relu_forward, py::arg("sizes"), py::arg("element"),
+             py::arg("channels_last"), py::arg("x"), py::arg("addresses"), py::arg("eps"), py::arg("y"),
+             py::arg("instruction_set"), py::arg("threads"), without_gil);
+  module.def("batch_norm_relu_eval", &batch_norm_relu_eval, py::arg("sizes"), py::arg("element"),
+             py::arg("channels_last"), py::arg("x"), py::arg("addresses"), py::arg("y"), py::arg("instruction_set"),
+             py::arg("threads"), without_gil);
+  module.def("batch_norm_relu_backward", &batch_norm_relu_backward, py::arg("sizes"), py::arg("element"),
+             py::arg("channels_last"), py::arg("x"), py::arg("grad_output"), py::arg("addresses"), py::arg("grad_x"),
+             py::arg("grad_weight"), py::arg("grad_bias"), py::arg("instruction_set"), py::arg("threads"), without_gil);
 #ifdef SEMIMOE_CUDA_VERSION
   module.def("distance_cuda", &distance_cuda, py::arg("mask"), py::arg("element_size"), py::arg("instances"),
              py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("words"), py::arg("gaps"), py::arg("far"),

@@ -5,8 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 namespace semimoe {
@@ -41,6 +43,26 @@ inline Integers load(const std::uint8_t* address) {
 }
 
 inline void store(float* address, Floats floats) { std::memcpy(address, &floats, sizeof floats); }
+
+// Like store, past the caches, to an address that is a multiple of kVectorBytes. end_streams makes the stores visible
+// to other threads.
+inline void stream(float* address, Floats floats) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(address, floats);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(address, floats);
+#elif defined(__SSE2__)
+  _mm_stream_ps(address, floats);
+#else
+  store(address, floats);
+#endif
+}
+
+inline void end_streams() {
+#if defined(__AVX512F__) || defined(__AVX2__) || defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 
 inline Integers lane_numbers() {
   Integers numbers = {};

@@ -328,11 +328,20 @@ void write_targets(const std::uint8_t* marks, std::int64_t count, const Deepest&
 
 }  // namespace
 
-extern const ObjectiveKernels objective_kernels;  // in objective_kernels.cpp
+extern const ObjectiveKernels objective_kernels;              // in objective_kernels.cpp
+extern const BatchNormKernels batch_norm_kernels[kElements];  // in batch_norm_kernels.cpp
 extern const Kernels kernels;
 const Kernels kernels = {
-    SEMIMOE_NAME(SEMIMOE_SIMD), kReach, row_scratch, mark_rows, near_gaps, far_gaps, search_rows, write_targets,
+    SEMIMOE_NAME(SEMIMOE_SIMD),
+    kReach,
+    row_scratch,
+    mark_rows,
+    near_gaps,
+    far_gaps,
+    search_rows,
+    write_targets,
     &objective_kernels,
+    batch_norm_kernels,
 };
 
 }  // namespace SEMIMOE_SIMD

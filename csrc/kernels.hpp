@@ -1,9 +1,11 @@
-// A table of the inner loops of the distance targets and of the objective. csrc/kernels.cpp is compiled once for each
-// supported instruction set; when the module is loaded, it selects the best set that the processor has.
+// A table of the inner loops of the distance targets, of the objective and of batch normalization. csrc/kernels.cpp is
+// compiled once for each supported instruction set; when the module is loaded, it selects the best set that the
+// processor has.
 #pragma once
 
 #include <vector>
 
+#include "batch_norm_kernels.hpp"
 #include "objective_kernels.hpp"
 #include "pixel.hpp"
 
@@ -53,6 +55,7 @@ struct Kernels {
                         std::int32_t squared_ring_radius, void* squared_to_sdf, std::uint8_t* boundary);
 
   const ObjectiveKernels* objective;
+  const BatchNormKernels* batch_norm;  // by Element
 };
 
 namespace plain {

@@ -244,3 +244,36 @@ def adaptive_loss(
             f"{tuple(log_vars.shape)} and {len(coefficients)}"
         )
     return ops.implementation("adaptive_loss", terms.device)(terms, log_vars, coefficients, regularizer)
+
+
+def batch_norm_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    groups: int = 1,
+    training: bool = True,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """relu(weight (x - mean) / sqrt(variance + eps) + bias), per channel: nn.BatchNorm2d and ReLU in one.
+
+    Training: the B images are `groups` equal runs of consecutive images. Mean and biased variance are those of a run,
+    and each run updates the running statistics in turn with its unbiased variance. So the result is that of `groups`
+    calls of nn.BatchNorm2d, one per run. Evaluation (training=False): mean and variance are the running ones, which
+    stay as they are, and `groups` has no effect.
+
+    x: (B, C, H, W), float32, bfloat16 or float16, with statistics in float32, or float64; weight, bias: (C,);
+    running_mean, running_var: (C,), updated in place; None if none are wanted -> y as x, channels-last if x is.
+    momentum: weight of the newest run in the running statistics; None averages all runs and needs num_batches_tracked.
+    num_batches_tracked: integer tensor with one element, which counts the runs in place.
+    Differentiable in x, weight and bias; the fused backend once. Raises ValueError for other shapes, if `groups` does
+    not divide B, in training if a run has at most one value per channel, and in evaluation without running statistics.
+    """
+    _arguments.check_batch_norm(
+        x, weight, bias, running_mean, running_var, momentum, groups, training, num_batches_tracked
+    )
+    compute = ops.implementation("batch_norm_relu", x.device)
+    return compute(x, weight, bias, running_mean, running_var, momentum, eps, groups, training, num_batches_tracked)

@@ -55,22 +55,56 @@ class ExpertUNet(nn.Module):
         self.head = nn.Conv2d(width, out_channels, 1)
         initialize(self)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.features(images)
+    def forward(self, images: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
+        features = self.features(images, groups)
         return features, self.head(features)
 
-    def features(self, images: Tensor) -> Tensor:
-        """(B, in_channels, H, W) -> features (B, width, H, W), the input of the head and of the multi-gate."""
+    def features(self, images: Tensor, groups: int = 1) -> Tensor:
+        """(B, in_channels, H, W) -> features (B, width, H, W), the input of the head and of the multi-gate.
+
+        In training each of `groups` equal runs of consecutive images has batch statistics of its own.
+        """
         height, width = images.shape[-2:]
         x = pad_to_stride(images)
         skips = []
         for level, block in enumerate(self.encoder):
-            x = block(nn.functional.max_pool2d(x, 2) if level else x)
+            x = block(nn.functional.max_pool2d(x, 2) if level else x, groups)
             skips.append(x)
         skips.pop()
         for upsample, block in zip(self.upsample, self.decoder, strict=True):
-            x = block(torch.cat([skips.pop(), upsample(x)], 1))
+            x = block(torch.cat([skips.pop(), upsample(x, groups)], 1), groups)
         return x[..., :height, :width]
+
+
+class BatchNormReLU(nn.BatchNorm2d):
+    """Batch normalization and ReLU: (B, C, H, W) -> (B, C, H, W).
+
+    In training each of `groups` equal runs of consecutive images is normalized with its own statistics, as if it were a
+    call of its own. The caller counts the batches (`num_batches_tracked`), which matters only with momentum None.
+    """
+
+    def forward(self, x: Tensor, groups: int = 1) -> Tensor:
+        return F.batch_norm_relu(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            self.momentum,
+            self.eps,
+            groups,
+            self.training,
+        )
+
+
+class ConvBlock(nn.Sequential):
+    """Convolutions, each followed by BN and ReLU: (B, C, H, W) -> (B, O, H', W')."""
+
+    def forward(self, x: Tensor, groups: int = 1) -> Tensor:
+        layers = iter(self)
+        for convolution, norm in zip(layers, layers, strict=True):
+            x = norm(convolution(x), groups)
+        return x
 
 
 class UpsamplingConv2d(nn.Conv2d):
@@ -94,19 +128,16 @@ def _summed_weights(weights: Tensor) -> Tensor:
 
 
 class Gate(nn.Module):
-    """Weights of the experts for one task: feature means (B, D) -> (B, E), with D = experts x channels."""
+    """The layers of the gate of one task. `MultiGating.gate_weights` applies those of all tasks together.
 
-    def __init__(self, features: int, num_experts: int, dropout: float = 0.1) -> None:
+    features: D = experts x channels.
+    """
+
+    def __init__(self, features: int, num_experts: int) -> None:
         super().__init__()
         self.linear1 = nn.Linear(features, features // 2)
         self.attention = nn.Linear(features // 2, features // 2)
-        self.dropout = nn.Dropout(dropout)
         self.linear2 = nn.Linear(features // 2, num_experts)
-
-    def forward(self, means: Tensor) -> Tensor:
-        hidden = self.linear1(means).relu()
-        attended = hidden * self.attention(hidden).softmax(1)
-        return self.linear2(self.dropout(attended)).softmax(1)
 
 
 class MultiGating(nn.Module):
@@ -114,14 +145,16 @@ class MultiGating(nn.Module):
 
     Features, E tensors (B, channels, H, W), or their `Projected` -> T tensors (B, O_k, H, W) and, last, gate_weights
     (B, T, E), where O_k = head_channels[k]. The heads are applied together in one operation, so hooks on single heads
-    do not fire, nor those of torch.nn.utils.prune; parametrizations (torch.nn.utils.parametrize) work.
+    do not fire, nor those of torch.nn.utils.prune; parametrizations (torch.nn.utils.parametrize) work. The same
+    goes for the layers of the gates.
     """
 
     def __init__(
         self, channels: int = 64, num_experts: int = 3, head_channels: Sequence[int] = (2, 1, 2), dropout: float = 0.1
     ) -> None:
         super().__init__()
-        self.gates = nn.ModuleList(Gate(num_experts * channels, num_experts, dropout) for _ in head_channels)
+        self.gates = nn.ModuleList(Gate(num_experts * channels, num_experts) for _ in head_channels)
+        self.dropout = nn.Dropout(dropout)
         self.heads = nn.ModuleList(nn.Conv2d(channels, out, 1) for out in head_channels)
         initialize(self)
 
@@ -153,9 +186,18 @@ class MultiGating(nn.Module):
 
     def gate_weights(self, means: Tensor) -> Tensor:
         """(B, E, channels) -> (B, T, E), softmax over the experts, in the parameters' dtype even under autocast."""
+
+        def linear(name: str, x: Tensor) -> Tensor:
+            """The layer `name` of all gates: (T, B, I) -> (T, B, O)."""
+            layers = [getattr(gate, name) for gate in self.gates]
+            weights, biases = (torch.stack([getattr(layer, part) for layer in layers]) for part in ("weight", "bias"))
+            return torch.baddbmm(biases[:, None], x, weights.mT)
+
         with torch.autocast(means.device.type, enabled=False):
             inputs = means.flatten(1).to(self.heads[0].weight.dtype)
-            return torch.stack([gate(inputs) for gate in self.gates], 1)
+            hidden = linear("linear1", inputs.expand(len(self.gates), -1, -1)).relu()
+            attended = hidden * linear("attention", hidden).softmax(2)
+            return linear("linear2", self.dropout(attended)).softmax(2).transpose(0, 1)
 
 
 class SemiMoE(nn.Module):
@@ -191,19 +233,28 @@ class SemiMoE(nn.Module):
         predictions = dict(zip(self.tasks, gated, strict=True))
         return Output(predictions.get("mask"), predictions.get("sdf"), predictions.get("boundary"), own, gate_weights)
 
-    def run_experts(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    def run_experts(self, images: Tensor, groups: int = 1) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Run the experts. Returns means, projections and own predictions as `MultiGating.projections` does.
+
+        In training each of `groups` equal runs of consecutive images has batch statistics of its own.
 
         One pass over the features computes all of them. Only if an expert or its head has hooks, the experts run as
         modules, so that the hooks fire; their heads then read the features a second time. Register hooks before
         torch.compile; a replayed CUDA graph runs none (--no-cuda-graph).
         """
+        if self.training:
+            self._count_batches(groups)
         if any(_has_hooks(module) for expert in self.experts for module in (expert, expert.head)):
-            features, own = zip(*(expert(images) for expert in self.experts), strict=True)
+            features, own = zip(*(expert(images, groups) for expert in self.experts), strict=True)
             means, projections, _ = self.gating.projections(features)
             return means, projections, own
-        features = [expert.features(images) for expert in self.experts]
+        features = [expert.features(images, groups) for expert in self.experts]
         return self.gating.projections(features, [expert.head for expert in self.experts])
+
+    def _count_batches(self, groups: int) -> None:
+        """Count the batches that BN has seen, in one operation for all layers."""
+        norms = (layer for layer in self.experts.modules() if isinstance(layer, BatchNormReLU))
+        torch._foreach_add_([norm.num_batches_tracked for norm in norms if norm.training], groups)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -252,24 +303,24 @@ def initialize(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def _conv(in_channels: int, out_channels: int) -> list[nn.Module]:
-    """3x3 convolution, BN, ReLU. The convolution has no bias, because BN would subtract it."""
-    return [
-        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-    ]
-
-
-def _up(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Nearest x2 upsampling, 3x3 convolution, BN, ReLU.
-
-    The keys are 1, 2, 3, because key 0 is the upsampling layer in the state dicts of the published code.
-    """
+def _up(in_channels: int, out_channels: int) -> ConvBlock:
+    """Nearest x2 upsampling, 3x3 convolution, BN, ReLU. In the published code, key 0 is the upsampling layer."""
     convolution = UpsamplingConv2d(in_channels, out_channels, 3, padding=1, bias=False)
-    layers = (convolution, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
-    return nn.Sequential(OrderedDict((str(key), layer) for key, layer in enumerate(layers, 1)))
+    return ConvBlock(OrderedDict({"1": convolution, "2": BatchNormReLU(out_channels)}))
 
 
-def _double_conv(in_channels: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(*_conv(in_channels, out_channels), *_conv(out_channels, out_channels))
+def _double_conv(in_channels: int, out_channels: int) -> ConvBlock:
+    """Twice 3x3 convolution, BN, ReLU. In the published code, keys 2 and 5 are the ReLUs.
+
+    The convolutions have no bias, because BN would subtract it.
+    """
+    return ConvBlock(
+        OrderedDict(
+            {
+                "0": nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+                "1": BatchNormReLU(out_channels),
+                "3": nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+                "4": BatchNormReLU(out_channels),
+            }
+        )
+    )

@@ -29,9 +29,9 @@ class StepLosses(NamedTuple):
 class Objective(nn.Module):
     """The function `objective` of a model and its adaptive loss as one module."""
 
-    def __init__(self, model: SemiMoE, adaptive: AdaptiveMultiObjectiveLoss, joint_forward: bool = False) -> None:
+    def __init__(self, model: SemiMoE, adaptive: AdaptiveMultiObjectiveLoss) -> None:
         super().__init__()
-        self.model, self.adaptive, self.joint_forward = model, adaptive, joint_forward
+        self.model, self.adaptive = model, adaptive
 
     def forward(
         self,
@@ -40,9 +40,7 @@ class Objective(nn.Module):
         unlabeled: Tensor | None,
         unsupervised_weight: float | Tensor,
     ) -> StepLosses:
-        return objective(
-            self.model, self.adaptive, labeled, targets, unlabeled, unsupervised_weight, self.joint_forward
-        )
+        return objective(self.model, self.adaptive, labeled, targets, unlabeled, unsupervised_weight)
 
 
 def objective(
@@ -52,16 +50,15 @@ def objective(
     targets: Sequence[Tensor],
     unlabeled: Tensor | None,
     unsupervised_weight: float | Tensor,
-    joint_forward: bool = False,
 ) -> StepLosses:
     """Losses of one step.
 
     labeled, unlabeled: normalized images (B, 3, H, W); targets: mask, sdf and boundary, each (B, H, W) or (B, 1, H, W),
     as `functional.objective_terms` takes them; unsupervised_weight: u. Without unlabeled images (None) the loss is the
-    supervised part. The experts run on the unlabeled batch, then on the labeled batch, each with its own BN statistics;
-    with joint_forward they run once on both, with joint statistics.
+    supervised part. BN sees the unlabeled batch first, then the labeled batch, each with its own statistics. Batches of
+    one size and shape go through the experts together, which takes fewer and larger operations.
     """
-    labeled_output, unlabeled_output = _run_experts(model, labeled, unlabeled, joint_forward)
+    labeled_output, unlabeled_output = _run_experts(model, labeled, unlabeled)
     weighted, pseudo_terms = _unsupervised(model, adaptive, unlabeled_output, unsupervised_weight)
     means, projections, own = labeled_output
     *gated, gate_weights = model.gating(Projected(means, projections))
@@ -78,21 +75,17 @@ def objective(
     )
 
 
-def _run_experts(
-    model: SemiMoE, labeled: Tensor, unlabeled: Tensor | None, joint: bool
-) -> tuple[ExpertOutput, ExpertOutput | None]:
+def _run_experts(model: SemiMoE, labeled: Tensor, unlabeled: Tensor | None) -> tuple[ExpertOutput, ExpertOutput | None]:
     """Outputs of the experts for the labeled and the unlabeled batch."""
     if unlabeled is None:
         return model.run_experts(labeled), None
-    if not joint:
+    if labeled.shape != unlabeled.shape:
         unlabeled_output = model.run_experts(unlabeled)
         return model.run_experts(labeled), unlabeled_output
-    count = len(unlabeled)
-    means, projections, own = model.run_experts(torch.cat([unlabeled, labeled]))
-    return (
-        (means[count:], projections[count:], tuple(prediction[count:] for prediction in own)),
-        (means[:count], projections[:count], tuple(prediction[:count] for prediction in own)),
-    )
+    means, projections, own = model.run_experts(torch.cat([unlabeled, labeled]), groups=2)
+    both = zip(means.chunk(2), projections.chunk(2), zip(*(x.chunk(2) for x in own), strict=True), strict=True)
+    unlabeled_output, labeled_output = both
+    return labeled_output, unlabeled_output
 
 
 def _unsupervised(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch import Tensor
 
 from semimoe_fast import functional as F
-from semimoe_fast.model import AdaptiveMultiObjectiveLoss, ExpertUNet, Gate, MultiGating, SemiMoE, UpsamplingConv2d
+from semimoe_fast.model import AdaptiveMultiObjectiveLoss, ExpertUNet, MultiGating, SemiMoE, UpsamplingConv2d
 from semimoe_fast.objective import objective
 
 
@@ -77,7 +80,7 @@ def test_forward_hooks_fire_in_training_and_evaluation() -> None:
         "gating": [[(2, 2, 16, 16), (2, 1, 16, 16), (2, 2, 16, 16), (2, 3, 3)]],
     }
     objective(model.train(), adaptive, images, (mask, *F.distance_targets(mask)), images, 0.5).total.backward()
-    assert {name: len(calls) for name, calls in shapes.items()} == {"expert": 3, "head": 2, "gating": 2}
+    assert {name: len(calls) for name, calls in shapes.items()} == {"expert": 2, "head": 1, "gating": 2}
 
 
 def test_channels_last_changes_the_layout_only() -> None:
@@ -89,13 +92,24 @@ def test_channels_last_changes_the_layout_only() -> None:
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)  # float32, other order of summation
 
 
-def test_gate_follows_its_formula() -> None:
-    gate = Gate(6, 3, dropout=0.0)
-    means = torch.randn(2, 6)
-    hidden = torch.relu(means @ gate.linear1.weight.T + gate.linear1.bias)
-    attention = torch.softmax(hidden @ gate.attention.weight.T + gate.attention.bias, 1)
-    expected = torch.softmax((hidden * attention) @ gate.linear2.weight.T + gate.linear2.bias, 1)
-    torch.testing.assert_close(gate(means), expected)
+def test_gates_follow_their_formula() -> None:
+    gating = MultiGating(2, 3, dropout=0.0)
+    for parameter in gating.gates.parameters():
+        torch.nn.init.normal_(parameter)
+    means = torch.randn(4, 3, 2)
+    x = means.flatten(1)
+    for gate, weights in zip(gating.gates, gating.gate_weights(means).unbind(1), strict=True):
+        hidden = torch.relu(x @ gate.linear1.weight.T + gate.linear1.bias)
+        attention = torch.softmax(hidden @ gate.attention.weight.T + gate.attention.bias, 1)
+        expected = torch.softmax((hidden * attention) @ gate.linear2.weight.T + gate.linear2.bias, 1)
+        torch.testing.assert_close(weights, expected)
+
+
+def test_dropout_is_active_in_training_only() -> None:
+    gating, means = MultiGating(8, 3, dropout=0.5), torch.randn(2, 3, 8)
+    assert not torch.equal(gating.gate_weights(means), gating.gate_weights(means))
+    gating.eval()
+    assert torch.equal(gating.gate_weights(means), gating.gate_weights(means))
 
 
 def test_pseudo_labels_come_from_the_gated_predictions() -> None:
@@ -123,8 +137,7 @@ def test_training_objective_compiles_without_graph_breaks() -> None:
     """A whole step with gradients: experts, gates, pseudo-labels and losses."""
     torch.manual_seed(0)
     model, adaptive = SemiMoE(width=1), AdaptiveMultiObjectiveLoss()
-    for gate in model.gating.gates:
-        gate.dropout.p = 0.0
+    model.gating.dropout.p = 0.0
     labeled, unlabeled = torch.randn(2, 2, 3, 32, 32)
     mask = torch.randint(0, 2, (2, 32, 32), dtype=torch.uint8)
 
@@ -185,3 +198,40 @@ def test_global_hooks_see_the_experts() -> None:
     finally:
         handle.remove()
     assert called.count(ExpertUNet) == 3
+
+
+def test_groups_equal_one_batch_after_the_other() -> None:
+    """Outputs, gradients, running statistics and counters of the experts, in the order of the batches."""
+    together = SemiMoE(width=4).double().train()
+    apart = copy.deepcopy(together)
+    batches = torch.randn(2, 3, 3, 32, 48, dtype=torch.float64)
+
+    def outputs(model: SemiMoE, images: Tensor, groups: int = 1) -> Tensor:
+        means, projections, own = model.run_experts(images, groups)
+        return torch.cat([means.flatten(1), projections.flatten(1), *(x.flatten(1) for x in own)], 1)
+
+    results = [outputs(together, batches.flatten(0, 1), groups=2), torch.cat([outputs(apart, x) for x in batches])]
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    for result in results:
+        result.square().mean().backward()
+    for one, other in zip(together.experts.parameters(), apart.experts.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-8, atol=1e-12)
+    for one, other in zip(together.buffers(), apart.buffers(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert together.experts[0].encoder[0][1].num_batches_tracked == 2
+
+
+@pytest.mark.parametrize(("unlabeled", "calls"), [(2, 1), (3, 2)])
+def test_batches_of_one_size_go_through_the_experts_together(monkeypatch, unlabeled: int, calls: int) -> None:
+    sizes = []
+    run_experts = SemiMoE.run_experts
+
+    def spy(model: SemiMoE, images: Tensor, groups: int = 1) -> tuple:
+        sizes.append(len(images))
+        return run_experts(model, images, groups)
+
+    monkeypatch.setattr(SemiMoE, "run_experts", spy)
+    mask = torch.randint(0, 2, (2, 32, 32))
+    images, others = torch.randn(2, 3, 32, 32), torch.randn(unlabeled, 3, 32, 32)
+    objective(SemiMoE(width=4), AdaptiveMultiObjectiveLoss(), images, (mask, *F.distance_targets(mask)), others, 0.5)
+    assert sizes == ([4] if calls == 1 else [3, 2])

@@ -20,7 +20,7 @@ from torch import Tensor
 from semimoe_fast import functional as F
 from semimoe_fast.checkpoint import export_published, import_published
 from semimoe_fast.data import glands
-from semimoe_fast.model import AdaptiveMultiObjectiveLoss, MultiGating, SemiMoE, UpsamplingConv2d
+from semimoe_fast.model import AdaptiveMultiObjectiveLoss, BatchNormReLU, MultiGating, SemiMoE, UpsamplingConv2d
 from semimoe_fast.objective import StepLosses, objective
 from semimoe_fast.published import EXPERT_PARTS, published_expert_key, rename_gating
 
@@ -102,8 +102,7 @@ def check_golden_gradient(parameter: Tensor, key: str, expected: dict[str, np.nd
 def test_pseudo_labels_of_the_golden_step(published: Parts, golden) -> None:
     expected = golden("network64")
     model = import_published(published).train()
-    for gate in model.gating.gates:
-        gate.dropout.p = 0.0
+    model.gating.dropout.p = 0.0
     with torch.no_grad():
         means, projections, _ = model.run_experts(torch.from_numpy(expected["image_unlabelled"]).double())
     mask, sdf, boundary = model.gating.pseudo_labels(means, projections)
@@ -168,10 +167,12 @@ def test_float32_step_equals_the_float64_step_up_to_rounding(
 
 def make_smooth(model: SemiMoE, monkeypatch: pytest.MonkeyPatch) -> SemiMoE:
     """Replace ReLU and max pooling by smooth functions."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, torch.nn.ReLU):
-                setattr(module, name, torch.nn.Softplus())
+
+    def forward(layer: BatchNormReLU, x: Tensor, groups: int = 1) -> Tensor:
+        parts = [torch.nn.BatchNorm2d.forward(layer, part) for part in x.chunk(groups)]
+        return torch.nn.functional.softplus(torch.cat(parts))
+
+    monkeypatch.setattr(BatchNormReLU, "forward", forward)
     monkeypatch.setattr(torch.nn.functional, "max_pool2d", torch.nn.functional.avg_pool2d)
     return model
 
@@ -240,8 +241,7 @@ def as_published(model: SemiMoE, parts: Parts) -> SemiMoE:
 
 
 def golden_step(model: SemiMoE, adaptive: AdaptiveMultiObjectiveLoss, inputs: dict[str, np.ndarray]) -> StepLosses:
-    for gate in model.gating.gates:
-        gate.dropout.p = 0.0  # the golden run has dropout off
+    model.gating.dropout.p = 0.0  # the golden run has dropout off
     dtype = adaptive.log_vars.dtype
     labeled, unlabeled, sdf = (
         torch.from_numpy(inputs[k]).to(dtype) for k in ("image_labelled", "image_unlabelled", "sdf")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _native, _triton, adaptive, distance, gate, objective, portable, reference
+from . import _native, _triton, adaptive, batch_norm, distance, gate, objective, portable, reference
 from ._backend import BACKENDS, BackendError, backend, forced_backend
 
 __all__ = [
@@ -45,6 +45,7 @@ OPERATIONS = (
     "objective_terms",
     "joint_objective_terms",
     "adaptive_loss",
+    "batch_norm_relu",
 )
 
 
@@ -67,6 +68,7 @@ FUSED = {
     "objective_terms": Fused(objective.objective_terms, cpu=_native, cuda=_triton),
     "joint_objective_terms": Fused(objective.joint_objective_terms, cpu=_native, cuda=_triton),
     "adaptive_loss": Fused(adaptive.adaptive_loss, cpu=_triton, cuda=_triton),
+    "batch_norm_relu": Fused(batch_norm.batch_norm_relu, cpu=_native, cuda=_triton),
 }
 
 

@@ -221,3 +221,44 @@ def check_sdf(raw: Tensor, sdf: Tensor) -> None:
         raise ValueError(
             f"raw (B, 1, H, W) and sdf (B, 1, H, W) or (B, H, W) disagree: {tuple(raw.shape)}, {tuple(sdf.shape)}"
         )
+
+
+def check_batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | None,
+    groups: int,
+    training: bool,
+    num_batches_tracked: Tensor | None,
+) -> None:
+    tensors = {"x": x, "weight": weight, "bias": bias}
+    running = {"running_mean": running_mean, "running_var": running_var}
+    if running_mean is not None or running_var is not None:
+        tensors |= running
+    elif not training:
+        raise ValueError("evaluation needs running_mean and running_var, got None: give them, or training=True")
+    counter = {} if num_batches_tracked is None else {"num_batches_tracked": num_batches_tracked}
+    check_tensors(**tensors, **counter)
+    for name, tensor in tensors.items():
+        _check_floating(name, tensor)
+    shapes = [tuple(tensor.shape) for tensor in tensors.values()]
+    if x.ndim != 4 or any(shape != (x.shape[1],) for shape in shapes[1:]):
+        raise ValueError(f"x is (B, C, H, W), and {', '.join([*tensors][1:])} are (C,), got {shapes}")
+    if counter and (num_batches_tracked.numel() != 1 or num_batches_tracked.is_floating_point()):
+        raise ValueError(
+            f"num_batches_tracked is one integer, got {num_batches_tracked.dtype} {tuple(num_batches_tracked.shape)}"
+        )
+    if not training:
+        return
+    if groups < 1 or x.shape[0] % groups != 0:
+        raise ValueError(f"groups is {groups}, but {x.shape[0]} images are no {groups} equal runs: give a divisor")
+    if x.numel() // max(x.shape[1], 1) // groups < 2:
+        raise ValueError(
+            f"training needs more than 1 value per channel in each run, got {tuple(x.shape)} in {groups} run(s): "
+            "give larger batches, or training=False"
+        )
+    if momentum is None and running_mean is not None and not counter:
+        raise ValueError("momentum None averages all runs: give num_batches_tracked, which counts them, or a momentum")

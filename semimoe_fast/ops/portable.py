@@ -8,12 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .batch_norm_portable import batch_norm_relu
 from .gate import apply
 from .gate_portable import label_projections, labels, mix_projections
 from .reference import one_hot, targets_from_distance, touching
 
 __all__ = [
     "adaptive_loss",
+    "batch_norm_relu",
     "distance_targets",
     "joint_objective_terms",
     "label_projections",

@@ -204,3 +204,43 @@ def adaptive_loss(
         c * torch.exp(-s) * term + regularizer * torch.exp(s)
         for c, s, term in zip(coefficients, log_vars, terms, strict=True)
     )
+
+
+def batch_norm_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    groups: int = 1,
+    training: bool = True,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """relu(weight (x - mean) / sqrt(variance + eps) + bias); in float32 for bfloat16 and float16.
+
+    Training: the statistics are those of each of `groups` runs of images, and update the running ones run after run,
+    which get the unbiased variance. Evaluation: the statistics are the running ones.
+    """
+
+    def normalized(run: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        mean, deviation, scale, shift = (v[:, None, None] for v in (mean, (variance + eps).sqrt(), weight, bias))
+        return ((run - mean) / deviation * scale + shift).relu().to(x.dtype)
+
+    precise = x.to(torch.promote_types(x.dtype, torch.float32))
+    if not training:
+        return normalized(precise, running_mean, running_var)
+    outputs = []
+    for run in precise.chunk(groups):
+        mean, variance = run.mean((0, 2, 3)), run.var((0, 2, 3), correction=0)
+        outputs.append(normalized(run, mean, variance))
+        if running_mean is not None:
+            with torch.no_grad():
+                n = run[:, 0].numel()
+                if num_batches_tracked is not None:
+                    num_batches_tracked += 1
+                share = 1 / num_batches_tracked.to(running_mean.dtype) if momentum is None else momentum
+                running_mean.copy_((1 - share) * running_mean + share * mean)
+                running_var.copy_((1 - share) * running_var + share * variance * n / (n - 1))
+    return torch.cat(outputs)

@@ -30,6 +30,7 @@ LARGEST = {  # other integers: 2**31 - 1
     "seed": 2**63 - 1,
 }
 ADDED = {"instances": False}  # options that older runs do not store: the value with which they ran
+REMOVED = {"joint_forward": False}  # options that only older runs store: the value with which all runs run now
 MUTABLE = ("data", "device", "threads", "data_device", "cuda_graph", "profile")  # options that --resume may change
 
 
@@ -65,8 +66,6 @@ class ModelOptions:
     """Channels of a U-Net's first level; the deepest has 16 times as many."""
     dropout: float = 0.1
     """Dropout probability in the gates."""
-    joint_forward: bool = False
-    """Run labeled and unlabeled images as one batch: faster, shared BN statistics."""
     sync_bn: bool = False
     """Compute BN statistics over all processes, not per process."""
 
@@ -285,12 +284,17 @@ def read_config(run: Path) -> TrainConfig:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON ({first_sentence(error)}); {REMEDY}") from error
     if isinstance(values, dict):
-        values = ADDED | values
+        values = of_this_version(values)
     hints = {name: hint for name, hint in get_type_hints(TrainConfig).items() if name in SYNTHETIC.to_dict()}
     check_types(path, "the configuration", values, hints, REMEDY)
     if unknown := values.keys() - hints.keys():
         raise UserError(f"{path}: has {min(unknown)!r}, which is no option of this version; {REMEDY}")
     return TrainConfig.from_dict(values)
+
+
+def of_this_version(values: dict[str, Any]) -> dict[str, Any]:
+    """The stored options of an older run as this version stores them."""
+    return ADDED | {name: value for name, value in values.items() if REMOVED.get(name, ...) != value}
 
 
 def _refuse_changes(stored: TrainConfig, config: TrainConfig) -> None:

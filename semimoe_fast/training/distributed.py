@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..device import choose_device
 from ..errors import UserError, explain, first_sentence
+from ..model import BatchNormReLU
 
 TIMEOUT = timedelta(minutes=10)  # a rank that does not answer for so long counts as lost
 LONG_TIMEOUT = timedelta(days=1)  # the same while rank 0 decodes images for all ranks
@@ -95,11 +96,10 @@ class World:
         """The model with synchronized batch normalization; parameters and their names stay the same."""
         if self.size == 1:
             return model
-        if device.type == "cuda":
-            return nn.SyncBatchNorm.convert_sync_batchnorm(model)
         for layer in model.modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.__class__ = SyncBatchNorm  # changes forward only
+            if isinstance(layer, BatchNormReLU):
+                layer.process_group = None  # all ranks
+                layer.__class__ = SyncBatchNormReLU if device.type == "cuda" else CPUSyncBatchNormReLU
         return model
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
@@ -235,12 +235,22 @@ def _means_lost_rank(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo/" in str(error)
 
 
-class SyncBatchNorm(nn.BatchNorm2d):
-    """nn.SyncBatchNorm for CPU tensors: batch statistics over the rows of all ranks, which have equal batch sizes."""
+class SyncBatchNormReLU(nn.SyncBatchNorm):
+    """BatchNormReLU with the statistics of all ranks, group by group."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, groups: int = 1) -> Tensor:
+        return torch.cat([super(SyncBatchNormReLU, self).forward(part) for part in x.chunk(groups)]).relu()
+
+
+class CPUSyncBatchNormReLU(BatchNormReLU):
+    """SyncBatchNormReLU for CPU tensors. All ranks have equal batch sizes."""
+
+    def forward(self, x: Tensor, groups: int = 1) -> Tensor:
         if not self.training:
             return super().forward(x)
+        return torch.cat([self._normalized(part) for part in x.chunk(groups)]).relu()
+
+    def _normalized(self, x: Tensor) -> Tensor:
         wide = x.float()
         mean = _Mean.apply(wide.mean((0, 2, 3)))
         centered = wide - mean[:, None, None]
@@ -249,7 +259,6 @@ class SyncBatchNorm(nn.BatchNorm2d):
             count = x.numel() // x.shape[1] * dist.get_world_size()
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-            self.num_batches_tracked += 1
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return (centered * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 

@@ -22,7 +22,7 @@ from ..inference.predictor import GATED
 from ..validation import check_types
 from . import records, report
 from .batches import TrainingData
-from .config import ADDED, CONFIG_FILE, MUTABLE, NONE, TrainConfig
+from .config import CONFIG_FILE, MUTABLE, NONE, TrainConfig, of_this_version
 from .distributed import World
 from .interruption import Interruption
 from .lock import FolderLock
@@ -199,7 +199,7 @@ class Run:
 
 def lasting(value: Any) -> Any:
     """The options of a stored configuration that a resumed run may not change."""
-    return {k: v for k, v in (ADDED | value).items() if k not in MUTABLE} if isinstance(value, dict) else value
+    return {k: v for k, v in of_this_version(value).items() if k not in MUTABLE} if isinstance(value, dict) else value
 
 
 def summary_of(record: dict[str, Any]) -> str:

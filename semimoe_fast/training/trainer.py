@@ -47,15 +47,14 @@ class Trainer:
         self.model = SemiMoE(width=config.width).to(device, memory_format=torch.channels_last)
         if config.sync_bn:
             self.model = self.world.synchronize_batch_norm(self.model, device)
-        for gate in self.model.gating.gates:
-            gate.dropout.p = config.dropout
+        self.model.gating.dropout.p = config.dropout
         self.ema = None if config.ema is None else EMA(self.model, config.ema)
         compile_experts(self.model.experts, config.compile)
         self.adaptive = AdaptiveMultiObjectiveLoss(config.coefficients, config.regularizer, config.initial_log_var).to(
             device
         )
         self._create_optimizers()
-        self.objective = self.world.parallel(Objective(self.model, self.adaptive, config.joint_forward))
+        self.objective = self.world.parallel(Objective(self.model, self.adaptive))
         if self.world.rank > 0:  # dropout differs by rank; rank 0 draws as a run of one process
             torch.manual_seed(generator(config.seed, self.world.rank).initial_seed())
         self.batches = Batches(config, data, device, self.world)

@@ -216,7 +216,7 @@ def test_checkpoint_of_another_run_is_refused(finished: Path, tmp_path: Path) ->
         ({"synthetic": [2, 4]}, "synthetic of the configuration is [2, 4], not a list of 3, each an integer"),
         ({"coefficients": 1}, "coefficients of the configuration is 1, not a list of 3, each a finite number"),
         ({"precision": ["fp32"]}, "precision of the configuration is [\"fp32\"], not 'auto' or 'fp32' or 'bf16'"),
-        ({"joint_forward": "no"}, 'joint_forward of the configuration is "no", not true or false'),
+        ({"sync_bn": "no"}, 'sync_bn of the configuration is "no", not true or false'),
         ({"data": 7}, "data of the configuration is 7, not a path or null"),
         ({"depth": 7}, "has 'depth', which is no option of this version"),
         ("[1]", "the configuration is [1], not an object"),

@@ -117,14 +117,16 @@ def test_run_on_a_folder_of_instance_maps(tiny_config: TrainConfig, tmp_path: Pa
 
 
 def before_the_option(run: Path, copy: Path) -> Path:
-    """A copy of a run folder as it was before there was --instances."""
+    """A copy of a run folder as it was before there was --instances, when there was --joint-forward."""
     shutil.copytree(run, copy)
     stored = json.loads((copy / config.CONFIG_FILE).read_text())
     assert stored.pop("instances") is False
+    stored["joint_forward"] = False
     (copy / config.CONFIG_FILE).write_text(json.dumps(stored))
     for name in (run_folder.LAST, run_folder.BEST):
         metadata, tensors = checkpoint.read(copy / name)
         assert metadata["config"].pop("instances") is False
+        metadata["config"]["joint_forward"] = False
         assert metadata["preprocessing"].pop("instances") is False
         save_file(tensors, copy / name, {checkpoint.METADATA_KEY: json.dumps(metadata)})
     return copy
@@ -136,6 +138,10 @@ def test_run_from_before_the_option_resumes(finished: Path, tmp_path: Path, monk
     assert stored.instances is False
     monkeypatch.setattr(Trainer, "train_step", lambda *_: pytest.fail("the run starts over"))
     train.main(dataclasses.replace(stored, resume=old))
+    path = old / config.CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"joint_forward": True}))
+    with pytest.raises(UserError, match="has 'joint_forward', which is no option of this version"):
+        config.read_config(old)
     preprocessing = Preprocessing.of(old / run_folder.BEST, checkpoint.read(old / run_folder.BEST)[0])
     assert preprocessing.instances is False
 

@@ -150,7 +150,7 @@ def test_interrupted_run_resumes_bitwise(
 def test_run_with_many_options_resumes_bitwise(
     tiny_config: config.TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = {"ema": 0.9, "accumulate": 2, "joint_forward": True, "instances": True, "data_device": "host"}
+    changes = {"ema": 0.9, "accumulate": 2, "instances": True, "data_device": "host"}
     options = dataclasses.replace(tiny_config, **changes)
     start(options, tmp_path / "uninterrupted")
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Arithmetic of a step: fused optimizers, --accumulate, --joint-forward, --ema, --scale-lr; and its recorded speed."""
+"""Arithmetic of a step: fused optimizers, --accumulate, --ema, --scale-lr; and its recorded speed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from semimoe_fast import checkpoint, train
 from semimoe_fast.device import configure
-from semimoe_fast.objective import objective
 from semimoe_fast.training import run_folder
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.sources import load_data
@@ -83,26 +82,6 @@ def test_accumulated_gradients_are_the_mean_of_the_parts(tiny_config: TrainConfi
     for name, gradient in gradients(runner).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)  # summed in another order
     torch.testing.assert_close(runner.sums["total"], torch.stack(totals).mean())
-
-
-def test_joint_forward_differs_only_in_batch_norm(tiny_config: TrainConfig) -> None:
-    runner = trainer(tiny_config, dropout=0.0)
-    (batch, *_) = runner.begin_epoch()
-    images, masks = runner._augmented(batch.labeled)
-    targets = (masks, torch.rand(masks.shape), masks)
-    unlabeled, _ = runner._augmented(batch.unlabeled)
-
-    def losses(joint: bool) -> list[Tensor]:
-        return list(objective(runner.model, runner.adaptive, images, targets, unlabeled, 0.5, joint_forward=joint))
-
-    runner.model.eval()  # BN uses running statistics
-    for together, apart in zip(losses(True), losses(False), strict=True):
-        torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6)
-    runner.model.train()
-    counter = runner.model.experts[0].encoder[0][1].num_batches_tracked
-    before = counter.item()
-    assert (losses(True)[0] - losses(False)[0]).abs() > 1e-4
-    assert counter.item() == before + 1 + 2
 
 
 def test_ema_follows_the_weights(tiny_config: TrainConfig) -> None:

@@ -1,0 +1,119 @@
+// Feature maps in memory, cut into contiguous pieces that the kernels of batch normalization take.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#include "batch_norm_kernels.hpp"
+
+namespace semimoe {
+
+constexpr std::int64_t kPieceElements = 1 << 16;      // about as many as a core's caches hold
+constexpr std::int64_t kElementsPerThread = 1 << 17;  // fewer do not pay for a thread
+
+// A part of the feature maps that is contiguous: rows of `columns` elements, and a last row of only `rest` elements.
+struct Piece {
+  std::int64_t group;
+  std::int64_t channel;  // of its first element
+  std::int64_t first;    // element in memory
+  std::int64_t rows, rest;
+};
+
+// Feature maps (batch, channels, pixels), or (batch, pixels, channels) if channels are last. The images are `groups`
+// equal runs.
+//
+// A matrix of them has so many elements in a row that every row starts with the same channel and is a multiple of
+// kStrip. So the kernels need no other form, whatever the number of channels; with channels first it is one channel.
+class FeatureMaps {
+ public:
+  const Element element;
+  const bool channels_last;
+  const std::int64_t batch, channels, pixels, groups;
+  const std::int64_t images, values;        // of a group; of a channel in a group
+  const std::int64_t interleaved, columns;  // channels of a row, and its elements
+  const std::int64_t pieces_of_run, pieces;
+
+  FeatureMaps(Element element, bool channels_last, std::int64_t batch, std::int64_t channels, std::int64_t pixels,
+              std::int64_t groups)
+      : element(element),
+        channels_last(channels_last),
+        batch(batch),
+        channels(channels),
+        pixels(pixels),
+        groups(groups),
+        images(batch / groups),
+        values(images * pixels),
+        interleaved(channels_last ? channels : 1),
+        columns(kStrip / std::gcd<std::int64_t>(kStrip, interleaved) * interleaved),
+        pieces_of_run((run_size() + piece_size() - 1) / piece_size()),
+        pieces((channels_last ? groups : batch * channels) * pieces_of_run) {}
+
+  std::int64_t element_size() const { return element == kFloat32 ? 4 : 2; }
+  std::int64_t bytes() const { return batch * channels * pixels * element_size(); }
+
+  // The threads that pay, of at most `most`.
+  std::int64_t threads(int most) const {
+    return std::clamp<std::int64_t>(batch * channels * pixels / kElementsPerThread, 1, std::max(most, 1));
+  }
+
+  Piece piece(std::int64_t number) const {
+    const std::int64_t run = number / pieces_of_run, start = number % pieces_of_run * piece_size();
+    const std::int64_t size = std::min(piece_size(), run_size() - start);
+    const std::int64_t group = channels_last ? run : run / channels / images;
+    return {group, channels_last ? 0 : run % channels, run * run_size() + start, size / columns, size % columns};
+  }
+
+  // The pieces with a channel of a group are numbered from 0; this is the place of the channel in the i-th one, among
+  // the `interleaved` channels of each of all pieces.
+  std::int64_t pieces_with_channel() const { return (channels_last ? 1 : images) * pieces_of_run; }
+  std::int64_t place(std::int64_t group, std::int64_t channel, std::int64_t i) const {
+    if (channels_last) return (group * pieces_of_run + i) * channels + channel;
+    const std::int64_t image = group * images + i / pieces_of_run;
+    return (image * channels + channel) * pieces_of_run + i % pieces_of_run;
+  }
+
+  // From numbers by group and channel (or by channel, if they are the same for all groups), those of a piece's columns.
+  void copy_by_column(const Piece& piece, const float* numbers, bool same_for_groups, float* result) const {
+    const float* first = numbers + (same_for_groups ? 0 : piece.group * channels) + piece.channel;
+    if (interleaved == 1)
+      std::fill_n(result, columns, *first);
+    else
+      for (std::int64_t j = 0; j < columns; j += interleaved) std::copy_n(first, interleaved, result + j);
+  }
+
+  // The memory of a piece.
+  const char* at(const Piece& piece, const void* memory) const {
+    return static_cast<const char*>(memory) + piece.first * element_size();
+  }
+  char* at(const Piece& piece, void* memory) const { return static_cast<char*>(memory) + piece.first * element_size(); }
+
+ private:
+  // A run is a group's memory, or with channels first one plane.
+  std::int64_t run_size() const { return channels_last ? values * channels : pixels; }
+  std::int64_t piece_size() const { return std::max<std::int64_t>(kPieceElements / columns, 1) * columns; }
+};
+
+// The rest of a piece as a row of a matrix for the kernels, padded with zeros.
+class PaddedRest {
+ public:
+  PaddedRest(const FeatureMaps& maps, const Piece& piece, const void* memory)
+      : offset_((piece.first + piece.rows * maps.columns) * maps.element_size()),
+        bytes_(piece.rest * maps.element_size()),
+        columns_((piece.rest + kStrip - 1) / kStrip * kStrip),
+        copy_(columns_ * maps.element_size()) {
+    std::memcpy(copy_.data(), static_cast<const char*>(memory) + offset_, bytes_);
+  }
+
+  std::int64_t columns() const { return columns_; }
+  char* data() { return copy_.data(); }
+  void write_to(void* memory) const { std::memcpy(static_cast<char*>(memory) + offset_, copy_.data(), bytes_); }
+
+ private:
+  std::int64_t offset_, bytes_, columns_;
+  std::vector<char> copy_;
+};
+
+}  // namespace semimoe

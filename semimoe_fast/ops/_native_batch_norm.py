@@ -1,0 +1,97 @@
+"""Batch normalization and ReLU on the CPU, by the compiled module. kernels/batch_norm.py is its counterpart on the GPU.
+
+The compiled module takes addresses instead of tensors, so this file checks device, dtype, shape and layout. Feature
+maps are (B, C, H, W) in float32, bfloat16 or float16, contiguous or channels-last; everything else is contiguous
+float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _native
+
+ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)  # in the order of Element in csrc/batch_norm_kernels.hpp
+
+Maps = tuple[tuple[int, int, int, int], int, bool]  # images, channels, pixels, groups; element type; channels last
+
+
+def batch_norm_relu_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, shaped as x, and mean and inverse deviation 1 / sqrt(variance + eps) of each group, (groups, C).
+
+    weight, bias: (C,). Raises ValueError for other tensors and unequal groups.
+    """
+    y = torch.empty_like(x)
+    mean, inverse_deviation = (torch.empty(groups, x.shape[1], dtype=torch.float32) for _ in range(2))
+    statistics = _statistics(weight, bias, mean, inverse_deviation, groups)
+    maps = _maps(x, groups)
+    _native.module_for("cpu").batch_norm_relu_forward(
+        *maps, x.data_ptr(), statistics, eps, y.data_ptr(), _native.instruction_set(), torch.get_num_threads()
+    )
+    return y, mean, inverse_deviation
+
+
+def batch_norm_relu_eval(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_deviation: Tensor) -> Tensor:
+    """y, shaped as x. All others are (C,)."""
+    y = torch.empty_like(x)
+    statistics = _statistics(weight, bias, mean[None], inverse_deviation[None], groups=1)
+    if x.numel() > 0:
+        _native.module_for("cpu").batch_norm_relu_eval(
+            *_maps(x, 1), x.data_ptr(), statistics, y.data_ptr(), _native.instruction_set(), torch.get_num_threads()
+        )
+    return y
+
+
+def batch_norm_relu_bwd(
+    grad_output: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_deviation: Tensor, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, shaped as x, and of weight and bias (C,).
+
+    grad_output: as x, with the same strides; the others as `batch_norm_relu_fwd` takes and returns them.
+    """
+    maps = _maps(x, groups)
+    if (grad_output.shape, grad_output.dtype) != (x.shape, x.dtype) or _maps(grad_output, groups) != maps:
+        raise ValueError(f"grad_output is {x.dtype} {tuple(x.shape)} in the layout of x, got {_describe(grad_output)}")
+    statistics = _statistics(weight, bias, mean, inverse_deviation, groups)
+    gradients = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+    _native.module_for("cpu").batch_norm_relu_backward(
+        *maps,
+        x.data_ptr(),
+        grad_output.data_ptr(),
+        statistics,
+        *(gradient.data_ptr() for gradient in gradients),
+        _native.instruction_set(),
+        torch.get_num_threads(),
+    )
+    return gradients
+
+
+def _maps(x: Tensor, groups: int) -> Maps:
+    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    if x.ndim != 4 or not (channels_last or x.is_contiguous()) or x.dtype not in ELEMENTS or not x.is_cpu:
+        raise ValueError(
+            f"feature maps are (B, C, H, W) in float32, bfloat16 or float16 on the CPU, contiguous or channels-last, "
+            f"got {_describe(x)}"
+        )
+    batch, channels, height, width = x.shape
+    return (batch, channels, height * width, groups), ELEMENTS.index(x.dtype), channels_last
+
+
+def _statistics(weight: Tensor, bias: Tensor, mean: Tensor, inverse_deviation: Tensor, groups: int) -> Sequence[int]:
+    """The addresses of the tensors."""
+    channels = weight.numel()
+    shapes = (channels,), (channels,), (groups, channels), (groups, channels)
+    tensors = weight, bias, mean, inverse_deviation
+    for tensor, shape in zip(tensors, shapes, strict=True):
+        if tensor.shape != shape or tensor.dtype != torch.float32 or not (tensor.is_cpu and tensor.is_contiguous()):
+            raise ValueError(f"expected contiguous torch.float32 {shape} on the CPU, got {_describe(tensor)}")
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def _describe(x: Tensor) -> str:
+    return f"{x.dtype} {tuple(x.shape)} with strides {x.stride()} on {x.device.type}"

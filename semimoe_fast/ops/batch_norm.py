@@ -1,0 +1,118 @@
+"""The fused batch normalization and ReLU as custom ops: training, evaluation with given statistics, gradients.
+
+Triton kernels compute them on a GPU, the compiled module on the CPU, both in float32. The portable backend handles
+float64, and gradients in evaluation.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native_batch_norm, _triton, batch_norm_portable
+from ._layout import dense
+
+
+def batch_norm_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    groups: int = 1,
+    training: bool = True,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """See `functional.batch_norm_relu`."""
+    wants_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias))
+    if x.dtype == torch.float64 or (wants_gradients and not training):
+        return batch_norm_portable.batch_norm_relu(
+            x, weight, bias, running_mean, running_var, momentum, eps, groups, training, num_batches_tracked
+        )
+    weight, bias = weight.float(), bias.float()
+    if not training:
+        return _evaluate(x, weight, bias, running_mean.float(), torch.rsqrt(running_var.float() + eps))
+    y, mean, inverse_deviation = _normalize(x, weight, bias, eps, groups)
+    if running_mean is not None:
+        values = x.numel() // x.shape[1] // groups
+        batch_norm_portable.update_running(
+            running_mean, running_var, num_batches_tracked, momentum, eps, mean, inverse_deviation, values
+        )
+    return y
+
+
+def _kernels(device_type: str) -> ModuleType:
+    """The module that computes: on the CPU the compiled module, unless a test asks for Triton's interpreter."""
+    if device_type == "cpu" and not _triton.interprets():
+        return _native_batch_norm
+    from ..kernels import batch_norm
+
+    return batch_norm
+
+
+@torch.library.custom_op("semimoe_fast::batch_norm_relu", mutates_args=())
+def _normalize(x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x (B, C, H, W), weight and bias float32 (C,) -> y as x, mean and 1 / sqrt(variance + eps) float32 (groups, C)."""
+    compute = _kernels(x.device.type).batch_norm_relu_fwd
+    return compute(dense(x), weight.contiguous(), bias.contiguous(), eps, groups)
+
+
+@_normalize.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    mean, inverse_deviation = (weight.new_empty(groups, x.shape[1]) for _ in range(2))
+    return torch.empty_like(dense(x)), mean, inverse_deviation
+
+
+@torch.library.custom_op("semimoe_fast::batch_norm_relu_eval", mutates_args=())
+def _evaluate(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_deviation: Tensor) -> Tensor:
+    """x (B, C, H, W), the others float32 (C,) -> y as x."""
+    statistics = [tensor.contiguous() for tensor in (weight, bias, mean, inverse_deviation)]
+    return _kernels(x.device.type).batch_norm_relu_eval(dense(x), *statistics)
+
+
+@_evaluate.register_fake
+def _(x: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty_like(dense(x))
+
+
+@torch.library.custom_op("semimoe_fast::batch_norm_relu_gradients", mutates_args=())
+def _gradients(
+    grad_output: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_deviation: Tensor, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_output as y, arguments of `_normalize` and its statistics -> gradients of x, weight and bias."""
+    x = dense(x)
+    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    compute = _kernels(x.device.type).batch_norm_relu_bwd
+    grad_output = grad_output.contiguous(memory_format=layout)
+    return compute(grad_output, x, weight.contiguous(), bias.contiguous(), mean, inverse_deviation, groups)
+
+
+@_gradients.register_fake
+def _(grad_output: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(dense(x)), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias, _, ctx.groups = inputs
+    _, mean, inverse_deviation = output
+    ctx.save_for_backward(x, weight, bias, mean, inverse_deviation)
+    ctx.set_materialize_grads(False)  # the statistics are used without gradient
+
+
+def _backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    return *_gradients(grad_output, *ctx.saved_tensors, ctx.groups), None, None
+
+
+def _refuse(ctx: Any, *_: object) -> None:
+    raise RuntimeError(
+        "the fused batch normalization has first derivatives only: for second ones set SEMIMOE_BACKEND=portable"
+    )
+
+
+_normalize.register_autograd(_backward, setup_context=_save_for_backward)
+_gradients.register_autograd(_refuse)

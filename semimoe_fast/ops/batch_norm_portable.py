@@ -1,0 +1,62 @@
+"""Batch normalization and ReLU with split statistics in plain PyTorch, and the update of running statistics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._layout import dense
+
+
+def batch_norm_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    groups: int = 1,
+    training: bool = True,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """See `functional.batch_norm_relu`. PyTorch's batch normalization of each group."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    # PyTorch sums gradients of bfloat16 and float16 in these dtypes unless x is dense
+    x, weight, bias = dense(x), weight.to(dtype), bias.to(dtype)
+    if not training:
+        statistics = running_mean.to(dtype), running_var.to(dtype)
+        return torch.nn.functional.batch_norm(x, *statistics, weight, bias, eps=eps).relu_()
+    outputs, means, inverse_deviations = zip(
+        *(torch.native_batch_norm(run, weight, bias, None, None, True, 0.0, eps) for run in x.chunk(groups)),
+        strict=True,
+    )
+    if running_mean is not None:
+        mean, inverse_deviation = torch.stack(means), torch.stack(inverse_deviations)
+        values = x.numel() // x.shape[1] // groups
+        update_running(running_mean, running_var, num_batches_tracked, momentum, eps, mean, inverse_deviation, values)
+    return (outputs[0] if groups == 1 else torch.cat(outputs)).relu_()
+
+
+@torch.no_grad()
+def update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    mean: Tensor,
+    inverse_deviation: Tensor,
+    values: int,
+) -> None:
+    """Update running statistics (C,) in place by each group in turn, as calls of nn.BatchNorm2d would.
+
+    mean, inverse_deviation: 1 / sqrt(variance + eps), (groups, C); values: number of values of a channel in a group.
+    num_batches_tracked counts the groups; with momentum None all groups so far have the same weight.
+    """
+    variance = (inverse_deviation.pow(-2) - eps).clamp_(min=0) * (values / (values - 1))
+    for group_mean, group_variance in zip(mean.to(running_mean.dtype), variance.to(running_var.dtype), strict=True):
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        for running, current in ((running_mean, group_mean), (running_var, group_variance)):
+            running.lerp_(current, num_batches_tracked.to(running.dtype).reciprocal() if momentum is None else momentum)
