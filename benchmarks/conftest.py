@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -25,6 +26,13 @@ Forward = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 def exact_float32() -> None:
     """Turn TF32 off, for the measured code and for the results that it is checked against."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def clock() -> float:
+    """Time in seconds, after the GPU has finished. It is read once per round, so the calls of a round do not wait."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def copies_beyond_cache(input_bytes: int, device: torch.device) -> int:

@@ -32,11 +32,14 @@ TESTS_FIRST = (
     r"test_(functional|profile)\.py",
 )
 ON_CUDA = ("-k", "cuda or cupy or cucim or monai")
-OPERATIONS = ("benchmarks/test_distance.py", "benchmarks/test_objective.py", "benchmarks/test_gate.py", *ON_CUDA)
+MEASURED = ("distance", "instances", "batch_norm", "objective", "gate")
+OPERATIONS = (*(f"benchmarks/test_{name}.py" for name in MEASURED), *ON_CUDA)
 OPERATIONS_FIRST = (
     r"glands\[(64-256|8-1024)-",
+    r"instances\[",
     r"multi_gate\[cuda-.*-bf16-8-both-channels-last",
     r"joint-8-both",
+    r"batch_norm_relu\[.*channels-last",
     r"label_projections",
     r"-both",
     r"glands",

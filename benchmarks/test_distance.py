@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +32,7 @@ from semimoe_fast import functional as F
 from semimoe_fast.data.glands import glands
 from semimoe_fast.ops import _native
 
-from .conftest import copies_beyond_cache
+from .conftest import clock, copies_beyond_cache
 
 Array = Any  # an array of NumPy, CuPy or torch
 Targets = tuple[Array, Array]
@@ -209,13 +208,6 @@ PROVIDERS = {**OURS, **PEERS, **ALONE}
 ON_CUDA = ("ours, cuda", "ours, cuda graph", "cupy", "cucim", "monai")
 
 # ------------------------------------------------------------------------------------------------------------- clock
-
-
-def clock() -> float:
-    """Time in seconds, after the GPU has finished. It is read once per round, so the calls of a round do not wait."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 pytestmark = [

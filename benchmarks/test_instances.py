@@ -1,4 +1,4 @@
-"""Distance targets of instance maps against other libraries, on one CPU thread.
+"""Distance targets of instance maps against other libraries, on one CPU thread, and on a GPU.
 
     make bench ARGS="-k test_instances --benchmark-json=instances.json"
 
@@ -21,7 +21,12 @@ from semimoe_fast import functional as F
 from semimoe_fast.data.glands import glands
 from semimoe_fast.ops import _native
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+from .conftest import clock
+
+pytestmark = [
+    pytest.mark.benchmark(timer=clock, min_time=2e-3),  # enough calls per round to make the wait for a GPU negligible
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @functools.cache
@@ -51,7 +56,7 @@ def squared_by_scipy(labels: np.ndarray) -> Callable[[], np.ndarray]:
     return squared
 
 
-OURS = {f"ours, {name}": name for name in _native.module().instruction_sets}
+OURS = {f"ours, {name}": name for name in _native.module().instruction_sets} | {"ours, cuda": "cuda"}
 PEERS = {"edt, distances alone": squared_by_edt, "scipy, instance by instance": squared_by_scipy}
 # about 10 to 400 instances
 MAPS = [(256, 1), (256, 2), (1024, 1), (1024, 6)]
@@ -70,7 +75,12 @@ def test_instances(benchmark, monkeypatch: pytest.MonkeyPatch, side: int, pieces
         slow = provider.startswith("scipy") and instances > 100
         benchmark.pedantic(squared, rounds=1) if slow else benchmark(squared)
     else:
-        monkeypatch.setenv("SEMIMOE_SIMD", OURS[provider.removesuffix(", as a mask")])
-        by_id = provider in OURS
+        kernels, by_id = OURS[provider.removesuffix(", as a mask")], provider in OURS
         given = torch.from_numpy(labels if by_id else (labels != 0).astype(np.uint8))
+        if kernels == "cuda":
+            if reason := _native.why_unavailable("cuda"):
+                pytest.skip(reason)
+            given = given.cuda()
+        else:
+            monkeypatch.setenv("SEMIMOE_SIMD", kernels)
         benchmark(F.distance_targets, given, instances=by_id)

@@ -129,6 +129,9 @@ class DLPackArray:
 def test_mask_through_dlpack() -> None:
     mask = MASK.astype(np.int32)
     torch.testing.assert_close(F.squared_distance(DLPackArray(mask)), F.squared_distance(mask), rtol=0, atol=0)
+    ids = np.arange(mask.size, dtype=np.int32).reshape(mask.shape) // 7
+    results = [F.squared_distance(labels, instances=True) for labels in (DLPackArray(ids), ids)]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("convert", [torch.from_numpy, lambda mask: mask], ids=["torch", "numpy"])
@@ -159,22 +162,24 @@ def test_device_arrays_of_other_libraries(library: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device")
-@pytest.mark.parametrize("shape", [(4, 256, 256), (2, 300, 500)], ids=["cluster", "four launches"])
-def test_cuda_graph_capture(shape: tuple[int, int, int]) -> None:
-    masks = [torch.rand(shape, device="cuda") < share for share in (0.2, 0.001)]
+@pytest.mark.parametrize("instances", [False, True])
+@pytest.mark.parametrize("shape", [(4, 256, 256), (2, 300, 500)], ids=["cluster", "several launches"])
+def test_cuda_graph_capture(shape: tuple[int, int, int], instances: bool) -> None:
+    maps = [torch.randint(4, shape, device="cuda") for _ in range(2)]
+    masks = [ids * (torch.rand(shape, device="cuda") < share) for ids, share in zip(maps, (0.2, 0.001), strict=True)]
     static = masks[0].clone()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        F.distance_targets(static)  # loads the module outside of the capture
+        F.distance_targets(static, instances=instances)  # loads the module outside of the capture
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = F.distance_targets(static)
+        captured = F.distance_targets(static, instances=instances)
     for mask in masks:
         static.copy_(mask)
         graph.replay()
-        for replayed, eager in zip(captured, F.distance_targets(mask), strict=True):
+        for replayed, eager in zip(captured, F.distance_targets(mask, instances=instances), strict=True):
             assert torch.equal(replayed, eager)
 
 
