@@ -99,7 +99,10 @@ bool prepare() {
     check(cudaFuncSetAttribute(distance_cluster_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMemory));
     cudaLaunchAttribute cluster{};
     const cudaLaunchConfig_t config = configuration({kMostSlabs, kMostSlabs, kMemory}, nullptr, cluster);
-    check(cudaOccupancyMaxActiveClusters(&clusters, distance_cluster_kernel, &config));
+    if (cudaOccupancyMaxActiveClusters(&clusters, distance_cluster_kernel, &config) != cudaSuccess) {
+      cudaGetLastError();  // forgets the error: clusters of this size do not fit, for example in a part of a GPU
+      clusters = 0;
+    }
   }
   return clusters > 0;
 }

@@ -170,11 +170,11 @@ def batch_norm_relu_fwd_kernel(
 
 @triton.jit
 def _load_gradient(grad_output, x, group, tile, channel, weight, bias, mean, inverse_deviation, tiling):
-    """dz and xhat of a tile; dz is 0 outside."""
+    """dz and xhat of a tile; dz is 0 outside. Where z is NaN, the gradient passes, as in PyTorch."""
     value, _ = load_tile(x, group, tile, channel, tiling)
     grad, _ = load_tile(grad_output, group, tile, channel, tiling)
     xhat, z = _normalize(value, weight, bias, mean, inverse_deviation)
-    return tl.where(z > 0, grad, 0), xhat
+    return tl.where(z <= 0, 0, grad), xhat
 
 
 @triton.jit

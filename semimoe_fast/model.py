@@ -80,7 +80,8 @@ class BatchNormReLU(nn.BatchNorm2d):
     """Batch normalization and ReLU: (B, C, H, W) -> (B, C, H, W).
 
     In training each of `groups` equal runs of consecutive images is normalized with its own statistics, as if it were a
-    call of its own. The caller counts the batches (`num_batches_tracked`), which matters only with momentum None.
+    call of its own. The caller counts the batches (`num_batches_tracked`); momentum None, which needs the count, is not
+    supported. For SyncBN use `training.distributed.World.synchronize_batch_norm`, not nn.SyncBatchNorm's conversion.
     """
 
     def forward(self, x: Tensor, groups: int = 1) -> Tensor:
@@ -253,8 +254,9 @@ class SemiMoE(nn.Module):
 
     def _count_batches(self, groups: int) -> None:
         """Count the batches that BN has seen, in one operation for all layers."""
-        norms = (layer for layer in self.experts.modules() if isinstance(layer, BatchNormReLU))
-        torch._foreach_add_([norm.num_batches_tracked for norm in norms if norm.training], groups)
+        norms = [layer for layer in self.experts.modules() if isinstance(layer, BatchNormReLU) and layer.training]
+        if norms:  # none if all are frozen, or if each counts for itself (nn.SyncBatchNorm)
+            torch._foreach_add_([norm.num_batches_tracked for norm in norms], groups)
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -100,6 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         image = read_image(path)
         output = predict(model, image, preprocessing, device, config.precision)
         probability, sdf = fields(output, image.shape[:2])
+        if not all(field.isfinite().all() for field in (probability, sdf) if field is not None):
+            raise UserError(
+                f"{config.checkpoint} predicts NaN or inf on {path}: give a checkpoint that has not diverged"
+            )
         mask = (probability > config.threshold).numpy()
         objects = mask
         if config.instances:
@@ -119,12 +123,15 @@ def depth(mask: np.ndarray) -> np.ndarray:
 
 def write_labels(path: Path, labels: np.ndarray) -> None:
     """Write a label image (H, W) as a PNG of 16 bits, or as a TIFF of 32 bits if it has labels above 65,535."""
+    wide = path.with_suffix(".tif")
     if labels.max() <= np.iinfo(np.uint16).max:
         write_png(path, labels.astype(np.uint16))
+        wide.unlink(missing_ok=True)  # of an earlier call
     else:
         import tifffile  # scikit-image depends on it
 
-        write_atomically(path.with_suffix(".tif"), lambda part: tifffile.imwrite(part, labels.astype(np.uint32)))
+        write_atomically(wide, lambda part: tifffile.imwrite(part, labels.astype(np.uint32)))
+        path.unlink(missing_ok=True)
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:

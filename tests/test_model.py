@@ -235,3 +235,15 @@ def test_batches_of_one_size_go_through_the_experts_together(monkeypatch, unlabe
     images, others = torch.randn(2, 3, 32, 32), torch.randn(unlabeled, 3, 32, 32)
     objective(SemiMoE(width=4), AdaptiveMultiObjectiveLoss(), images, (mask, *F.distance_targets(mask)), others, 0.5)
     assert sizes == ([4] if calls == 1 else [3, 2])
+
+
+def test_frozen_batch_norm_keeps_its_statistics_and_counts_nothing() -> None:
+    model = SemiMoE(width=4).train()
+    norms = [layer for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.eval()
+    before = copy.deepcopy(norms)
+    model.run_experts(torch.randn(2, 3, 32, 32))
+    for norm, old in zip(norms, before, strict=True):
+        for buffer, expected in zip(norm.buffers(), old.buffers(), strict=True):
+            assert torch.equal(buffer, expected)

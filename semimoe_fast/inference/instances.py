@@ -32,6 +32,8 @@ def instances_of(mask: Any, sdf: Any, seed_level: float = 0.3, least_area: int =
         raise ValueError(f"mask and sdf are (H, W) of one image, got shapes {mask.shape} and {sdf.shape}")
     if not 0 <= seed_level < 1:
         raise ValueError(f"seed_level is {seed_level}: give a number from 0 to below 1")
+    if sdf.dtype.kind != "f":
+        sdf = sdf.astype(np.float64)  # the watershed negates it, which unsigned integers do not survive
     if not np.isfinite(sdf[mask]).all():
         raise ValueError("sdf has NaN or inf inside the mask: give finite numbers")
 

@@ -124,7 +124,8 @@ def _chosen(operation: str, device_type: str, forced: str | None) -> str:
 @functools.cache  # so that a fallback is logged once
 def _choose_and_log(operation: str, device_type: str, forced: str | None) -> str:
     name, reason = choose(operation, device_type, forced)
-    fused_expected = device_type != "cpu" or (operation in FUSED and FUSED[operation].cpu is _native)
+    on_cpu = operation in FUSED and FUSED[operation].cpu is _native
+    fused_expected = device_type == "cuda" or (device_type == "cpu" and on_cpu)
     if forced is None and name == "portable" and fused_expected:
         logger.warning("%s on %s falls back to the portable backend: %s", operation, device_type, reason)
     return name

@@ -28,9 +28,9 @@ def compile_experts(experts: nn.ModuleList, how: Compile) -> None:
         expert.features = _compile(expert, expert.features, how)
 
 
-def _compile(expert: nn.Module, eager: Callable[[Tensor], Tensor], how: Compile) -> Callable[[Tensor], Tensor]:
+def _compile(expert: nn.Module, eager: Callable[..., Tensor], how: Compile) -> Callable[..., Tensor]:
     compiled = torch.compile(eager, fullgraph=True, dynamic=False, mode=MODES[how])
-    return lambda images: (compiled if expert.training else eager)(images)
+    return lambda images, groups=1: (compiled if expert.training else eager)(images, groups)
 
 
 class GraphedStep:

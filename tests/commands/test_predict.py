@@ -149,6 +149,20 @@ def test_bad_values_are_refused(tmp_path: Path) -> None:
         assert refused([*arguments, *given.split()]) == message
 
 
+@pytest.mark.parametrize("head", ["mask", "sdf"])
+def test_checkpoint_that_predicts_nan_is_refused(glands_folder: Path, tmp_path: Path, head: str) -> None:
+    model = SemiMoE(width=2)
+    model.gating.heads[model.tasks.index(head)].bias.data.fill_(float("nan"))
+    path = save_model(tmp_path / "model")
+    _, metadata, _ = checkpoint.load(path)
+    del metadata["format"], metadata["model"]
+    checkpoint.save(path, model, metadata)
+    image = next((glands_folder / "val" / "image").iterdir())
+    message = refused(options(path, image, tmp_path / "out", "--instances"))
+    assert message == f"{path} predicts NaN or inf on {image}: give a checkpoint that has not diverged"
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
 def test_scikit_image_is_asked_for_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "image.png").touch()
     monkeypatch.setitem(sys.modules, "skimage", None)

@@ -43,6 +43,7 @@ enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeR
 namespace emulated {
 
 inline int compute_capability_major = 9;
+constexpr int kTooSmallForClusters = 12;  // a GPU of this capability has clusters, but none as large as those of csrc
 inline bool kernels_load = true;
 inline cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;  // there is one host thread
 inline unsigned seed = 0;
@@ -290,7 +291,7 @@ T* in_block(unsigned rank, T* here) {
 // ---------------------------------------------------------------------------------------------------------- launching
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorInvalidDeviceFunction = 98 };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidDeviceFunction = 98, cudaErrorInvalidClusterSize = 912 };
 enum { cudaDevAttrComputeCapabilityMajor, cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum { cudaLaunchAttributeClusterDimension = 4 };
 
@@ -331,8 +332,10 @@ cudaError_t cudaFuncSetAttribute(Kernel kernel, int, int bytes) {
 }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t*) {
+  if (emulated::compute_capability_major == emulated::kTooSmallForClusters) return cudaErrorInvalidClusterSize;
   return *clusters = 1, cudaSuccess;
 }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
   return std::swap(*mode, emulated::capture_mode), cudaSuccess;
 }

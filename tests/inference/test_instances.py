@@ -134,3 +134,10 @@ def test_without_scikit_image_the_error_names_the_remedy(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "skimage", None)
     with pytest.raises(UserError, match="is not installed: run `pip install scikit-image`"):
         instances_of(np.ones((2, 2)), np.ones((2, 2)))
+
+
+def test_unsigned_sdf_is_not_wrapped_around() -> None:
+    depth = np.array([[0, 1, 5, 9, 5, 1, 5, 9, 5, 1, 0]], np.uint8)
+    expected = instances_of(depth > 0, depth.astype(float), least_area=1)
+    assert expected.max() == 2
+    assert np.array_equal(instances_of(depth > 0, depth, least_area=1), expected)

@@ -177,3 +177,10 @@ def test_quotients_are_correctly_rounded(side: int) -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found")
 def test_failure_restores_the_stream_capture_mode() -> None:
     assert cuda_library().capture_mode_after_failure() == 0
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found")
+def test_gpu_without_room_for_a_cluster_takes_the_general_path() -> None:
+    mask = (np.random.default_rng(0).random((2, 60, 70)) < 0.1).astype(np.uint8)
+    for small, large in zip(cuda_on_cpu(12)(mask), cuda_on_cpu(9)(mask), strict=True):
+        np.testing.assert_array_equal(small, large)

@@ -18,6 +18,7 @@ import torch
 
 from semimoe_fast import checkpoint, train
 from semimoe_fast.errors import UserError
+from semimoe_fast.model import SemiMoE
 from semimoe_fast.training import config, distributed, report, run_folder
 from semimoe_fast.training.distributed import World
 from semimoe_fast.training.sources import load_data
@@ -332,3 +333,11 @@ def test_processes_that_cannot_connect_raise_user_error(tiny_config: config.Trai
     monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=1))
     with pytest.raises(UserError, match="the processes of this run cannot connect"):
         train.main(tiny_config)
+
+
+def test_layers_of_sync_bn_on_a_gpu_count_for_themselves() -> None:
+    model = World(rank=0, size=2).synchronize_batch_norm(SemiMoE(width=2).train(), torch.device("cuda"))
+    norms = [layer for layer in model.modules() if isinstance(layer, torch.nn.SyncBatchNorm)]
+    assert len(norms) == 3 * (2 * 9 + 4)
+    model._count_batches(2)
+    assert all(norm.num_batches_tracked == 0 for norm in norms)

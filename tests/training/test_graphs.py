@@ -152,6 +152,14 @@ def test_step_does_not_synchronize_the_device(tiny_config: TrainConfig) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_compiled_experts_take_both_batches(tiny_config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    result, expected = train(trainer(tiny_config, compile="default")), train(trainer(tiny_config))
+    assert result.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(result[key], value), key
+
+
 @pytest.mark.slow
 def test_compiled_experts_equal_eager_experts(tiny_config: TrainConfig) -> None:
     """The three experts have the same width and share one compilation."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from semimoe_fast import ops
 from semimoe_fast.training.speed import Stopwatch, flops_per_step, peak_memory_bytes
 
 
@@ -66,10 +67,12 @@ def flops_by_formula(width: int, side: int, images: int) -> int:
 
 
 @pytest.mark.parametrize(("width", "side", "images"), [(2, 32, 1), (4, 64, 3)])
-def test_flops_match_the_formula(width: int, side: int, images: int) -> None:
+def test_flops_match_the_formula(width: int, side: int, images: int, caplog: pytest.LogCaptureFixture) -> None:
+    ops._choose_and_log.cache_clear()
     state = torch.get_rng_state()
     assert flops_per_step(width, side, images) == flops_by_formula(width, side, images)
     assert torch.equal(torch.get_rng_state(), state)
+    assert not caplog.records  # no fallback: the meta tensors of the count compute nothing
 
 
 def test_peak_memory_is_at_least_the_resident_memory() -> None:
