@@ -381,8 +381,7 @@ def test_training_run_is_measured(glands_folder: Path, tmp_path: Path) -> None:
 
 
 def test_copies_of_the_inputs_exceed_the_l2_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    properties = SimpleNamespace(L2_cache_size=50 * 2**20)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=50 * 2**20))
     assert copies_beyond_cache(2**20, torch.device("cuda")) == 51
     assert copies_beyond_cache(2**30, torch.device("cuda")) == 1
     assert copies_beyond_cache(2**20, torch.device("cpu")) == 1
@@ -393,7 +392,7 @@ def test_copies_of_the_inputs_exceed_the_l2_cache(monkeypatch: pytest.MonkeyPatc
 )
 def test_patterns_of_what_runs_first_name_tests_that_exist(patterns: tuple[str, ...], folder: str) -> None:
     """A renamed test must not lose its place. The parameters of a test on CUDA cannot be collected here."""
-    files = [path for path in (gpu_check.ROOT / folder).rglob("test_*.py") if path.name != Path(__file__).name]
+    files = (path for path in (gpu_check.ROOT / folder).rglob("test_*.py") if path.name != Path(__file__).name)
     sources = "\n".join(f"{path.as_posix()}\n{path.read_text()}" for path in files)
     for pattern in patterns:
         name, *parameters = pattern.split(r"\[")

@@ -1,43 +1,21 @@
-// Tests the CPU's distance targets on random cases. Built with sanitizers: SEMIMOE_FUZZ in CMakeLists.txt, `make fuzz`.
-//
-//     fuzz_distance SECONDS SEED
-//
-// draws one random case per seed SEED, SEED + 1, ... and compares the result of every instruction set with the
-// definition. A failure prints its seed; `fuzz_distance 0 SEED` repeats only that case.
+// Compares the CPU's distance targets of every instruction set with the definition, see fuzz.hpp. Built with
+// sanitizers: SEMIMOE_FUZZ in CMakeLists.txt, `make fuzz`.
 #include "../../csrc/distance.hpp"
 
 #include <array>
-#include <chrono>
 #include <cmath>
-#include <csignal>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <random>
 #include <utility>
 
-// The sanitizers call abort() on an error, so that every failure prints its case.
-extern "C" const char* __asan_default_options() { return "abort_on_error=1"; }
-extern "C" const char* __ubsan_default_options() { return "abort_on_error=1:print_stacktrace=1"; }
+#include "fuzz.hpp"
 
 namespace {
 
 // As in tests/ops/test_distance.py. The error of the expected values, in double, is negligible.
 const double kSdfTolerance = std::ldexp(5, -24);
 
-char current[300] = "before the first case";  // printed when a check fails
-
-extern "C" void print_case(int) {
-  std::fprintf(stderr, "\nfailed: %s\n", current);
-  std::_Exit(1);
-}
-
 // ------------------------------------------------------------------------------------------------------- random cases
-
-using Random = std::mt19937_64;
-
-int between(Random& random, int first, int last) { return std::uniform_int_distribution<int>(first, last)(random); }
 
 int draw_side(Random& random) {
   constexpr int kPrimes[] = {11, 13, 31, 61, 97, 127};
@@ -242,7 +220,6 @@ void compare(const char* what, const Case& drawn, const std::vector<Got>& got, c
   }
 }
 
-// Checks the case of a seed and returns its number of images.
 int check(std::uint64_t seed) {
   Random random(seed);
   const Case drawn = draw_case(random);
@@ -270,20 +247,3 @@ int check(std::uint64_t seed) {
 }
 
 }  // namespace
-
-int main(int argc, char** argv) {
-  if (argc != 3) {
-    std::fprintf(stderr, "usage: %s SECONDS SEED\n", argv[0]);
-    return 2;
-  }
-  const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(std::atof(argv[1]));
-  std::uint64_t seed = std::strtoull(argv[2], nullptr, 10);
-  std::signal(SIGABRT, print_case);
-  std::int64_t images = 0;
-  do {
-    images += check(seed++);
-  } while (std::chrono::steady_clock::now() < end);
-  std::printf("%lld images checked, with", static_cast<long long>(images));
-  for (const semimoe::Kernels* kernels : semimoe::supported_kernels()) std::printf(" %s", kernels->name);
-  std::printf("\n");
-}

@@ -1,25 +1,12 @@
-// Tests the CPU's objective on random cases. Built with sanitizers: SEMIMOE_FUZZ in CMakeLists.txt, `make fuzz`.
-//
-//     fuzz_objective SECONDS SEED
-//
-// draws one random case per seed SEED, SEED + 1, ... and compares the result of every instruction set with the
-// definition in double. A failure prints its seed; `fuzz_objective 0 SEED` repeats only that case.
+// Compares the CPU's objective of every instruction set with the definition in double, see fuzz.hpp. Built with
+// sanitizers: SEMIMOE_FUZZ in CMakeLists.txt, `make fuzz`.
 #include "../../csrc/objective.hpp"
 
-#include <chrono>
 #include <cmath>
-#include <csignal>
-#include <cstdio>
-#include <cstdlib>
 #include <limits>
 #include <memory>
-#include <random>
 
-#include "../../csrc/kernels.hpp"
-
-// The sanitizers call abort() on an error, so that every failure prints its case.
-extern "C" const char* __asan_default_options() { return "abort_on_error=1"; }
-extern "C" const char* __ubsan_default_options() { return "abort_on_error=1:print_stacktrace=1"; }
+#include "fuzz.hpp"
 
 namespace {
 
@@ -27,17 +14,6 @@ namespace {
 // relative to the largest gradient. If all are tiny (for example, a single pixel with a certain class), they are
 // differences of larger numbers, and kRounding times these is the tolerance.
 constexpr double kTermTolerance = 2e-6, kGradientTolerance = 5e-6, kRounding = std::numeric_limits<float>::epsilon();
-
-char current[200] = "before the first case";  // printed when a check fails
-
-extern "C" void print_case(int) {
-  std::fprintf(stderr, "\nfailed: %s\n", current);
-  std::_Exit(1);
-}
-
-using Random = std::mt19937_64;
-
-int between(Random& random, int first, int last) { return std::uniform_int_distribution<int>(first, last)(random); }
 
 // A tensor in one of three layouts, in memory of exactly its size.
 template <class T>
@@ -187,7 +163,6 @@ struct Expected {
   }
 };
 
-// Checks the case of a seed and returns its number of images.
 int check(std::uint64_t seed) {
   Random random(seed);
   const Case drawn = draw_case(random);
@@ -225,20 +200,3 @@ int check(std::uint64_t seed) {
 }
 
 }  // namespace
-
-int main(int argc, char** argv) {
-  if (argc != 3) {
-    std::fprintf(stderr, "usage: %s SECONDS SEED\n", argv[0]);
-    return 2;
-  }
-  const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(std::atof(argv[1]));
-  std::uint64_t seed = std::strtoull(argv[2], nullptr, 10);
-  std::signal(SIGABRT, print_case);
-  std::int64_t images = 0;
-  do {
-    images += check(seed++);
-  } while (std::chrono::steady_clock::now() < end);
-  std::printf("%lld images checked, with", static_cast<long long>(images));
-  for (const semimoe::Kernels* kernels : semimoe::supported_kernels()) std::printf(" %s", kernels->name);
-  std::printf("\n");
-}
