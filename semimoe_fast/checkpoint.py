@@ -33,6 +33,8 @@ ARGUMENTS = {  # arguments of SemiMoE
     "width": int,
     "expert_tasks": tuple[Literal["mask", "sdf", "boundary"], ...],
 }
+Sampling = Literal["resize", "crops"]
+NOT_IN_OLDER_CHECKPOINTS = ("instances", "sampling", "antialias", "scale", "mpp")  # of the preprocessing
 MOST_PIXELS = 16384  # limit of the side of an image; a network on larger images fits into no memory
 REMEDY = "take a checkpoint that this package wrote, undamaged"
 
@@ -54,6 +56,10 @@ class Preprocessing(NamedTuple):
     std: Channels
     ring_radius: float = 2.0  # in pixels
     instances: bool = False  # the masks are instance maps; older checkpoints do not store it
+    sampling: Sampling = "resize"  # of training images: whole ones as squares, or crops at their own scale
+    antialias: bool = False  # images are shrunk with antialiasing
+    scale: float | None = None  # pixels of the model per pixel of a training file, median of both sides
+    mpp: float | None = None  # microns per pixel of the model's images, if the training files say so
 
     @classmethod
     def of(cls, path: Path, metadata: Mapping[str, Any]) -> Preprocessing:
@@ -62,7 +68,7 @@ class Preprocessing(NamedTuple):
         if values is None:
             raise UserError(f"{path}: holds no image size and statistics; take a checkpoint of a training run")
         if isinstance(values, dict):
-            values = {"instances": False} | values
+            values = {name: cls._field_defaults[name] for name in NOT_IN_OLDER_CHECKPOINTS} | values
         check_types(path, "preprocessing", values, get_type_hints(cls), REMEDY)
         size, std, ring_radius = values["image_size"], values["std"], values["ring_radius"]
         if not 1 <= size <= MOST_PIXELS:
@@ -71,7 +77,11 @@ class Preprocessing(NamedTuple):
             raise UserError(f"{path}: std of preprocessing is {shown(std)}, not positive; {REMEDY}")
         if ring_radius < 0:
             raise UserError(f"{path}: ring_radius of preprocessing is {shown(ring_radius)}, not 0 or more; {REMEDY}")
-        return cls(size, tuple(values["mean"]), tuple(std), ring_radius, values["instances"])
+        for name in ("scale", "mpp"):
+            if (value := values[name]) is not None and not value > 0:
+                raise UserError(f"{path}: {name} of preprocessing is {shown(value)}, not positive; {REMEDY}")
+        fields = {name: values[name] for name in cls._fields}
+        return cls(**fields | {"mean": tuple(values["mean"]), "std": tuple(std)})
 
 
 def save(

@@ -179,6 +179,8 @@ def test_hostile_checkpoints_are_refused_in_a_line(tmp_path: Path, case: str) ->
         ({"std": [0.1, float("nan"), 0.1]}, "std of preprocessing is [0.1, NaN, 0.1], not a list of 3"),
         ({"std": [0.1, 0, 0.1]}, "std of preprocessing is [0.1, 0, 0.1], not positive"),
         ({"ring_radius": -1}, "ring_radius of preprocessing is -1, not 0 or more"),
+        ({"scale": 0}, "scale of preprocessing is 0, not positive"),
+        ({"sampling": "tiles"}, "sampling of preprocessing is \"tiles\", not 'resize' or 'crops'"),
         ({"ring_radius": None}, "ring_radius of preprocessing is null, not a finite number"),
     ],
 )
