@@ -1,4 +1,4 @@
-"""Fold weights for nearest x2 upsampling into those of a transposed convolution, and the adjoint; for a list of weights.
+"""Fold the weights of upsampling convolutions into those of transposed convolutions, in one launch; and the adjoint.
 
 A pixel before upsampling meets the taps (before, here, after) of an axis in four places. On each axis, and so on both,
 
@@ -61,8 +61,9 @@ def _place(
     channel_stride: tl.constexpr = 1 if CHANNELS_LAST else 9
     weight += first_o * 9 * channels + first_c * channel_stride
     kernel += first_c * 16 * outputs + first_o
-    tap_stride = channels if CHANNELS_LAST else 1
-    return weight + (o * 9 * channels + c * channel_stride), kernel + (c * 16 * outputs + o), inside, tap_stride, outputs
+    weight += o * 9 * channels + c * channel_stride
+    kernel += c * 16 * outputs + o
+    return weight, kernel, inside, channels if CHANNELS_LAST else 1, outputs
 
 
 @triton.jit
@@ -141,14 +142,20 @@ def fold_upsampling_bwd_kernel(
 
 
 def forward(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Kernels (C, O, 4, 4), channels-last, of weights (O, C, 3, 3) of one dtype, all contiguous or all channels-last."""
+    """Weights (O, C, 3, 3) of one dtype, all contiguous or all channels-last -> kernels (C, O, 4, 4), channels-last.
+
+    dtype: that of the kernels.
+    """
     kernels = [_empty_transposed(w, 4, dtype, torch.channels_last) for w in weights]
     _launch(fold_upsampling_fwd_kernel, weights, kernels)
     return kernels
 
 
 def backward(grad_kernels: Sequence[Tensor], dtype: torch.dtype, layout: torch.memory_format) -> list[Tensor]:
-    """Gradients (O, C, 3, 3) of the weights, of a dtype and layout, from those of the kernels, channels-last."""
+    """Gradients (C, O, 4, 4) of the kernels, channels-last -> gradients (O, C, 3, 3) of the weights.
+
+    dtype, layout: those of the weights.
+    """
     grad_weights = [_empty_transposed(grad, 3, dtype, layout) for grad in grad_kernels]
     _launch(fold_upsampling_bwd_kernel, grad_weights, grad_kernels)
     return grad_weights
