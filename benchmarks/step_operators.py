@@ -77,7 +77,7 @@ class Operators(TorchDispatchMode):
 
     def by_kind(self) -> dict[str, tuple[int, int]]:
         """Calls and bytes of each kind."""
-        sums = {kind: (0, 0) for kind in (*KINDS, OTHER)}
+        sums = dict.fromkeys((*KINDS, OTHER), (0, 0))
         for name, calls in self.calls.items():
             kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)), OTHER)
             sums[kind] = sums[kind][0] + calls, sums[kind][1] + self.bytes[name]
