@@ -25,6 +25,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,9 +114,9 @@ def baseline(case: Case, habits: Habits | None = None) -> Iterator[Round]:
 
 
 @contextlib.contextmanager
-def ours(case: Case) -> Iterator[Round]:
+def ours(case: Case, **options: Any) -> Iterator[Round]:
     device = torch.device(case.device)
-    config = dataclasses.replace(case.config, steps_per_epoch=case.steps)
+    config = dataclasses.replace(case.config, steps_per_epoch=case.steps, **options)
     trainer = Trainer(config, load_data(config)[0], device)
 
     def steps() -> None:

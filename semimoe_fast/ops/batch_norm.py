@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native_batch_norm, _triton, batch_norm_portable
+from . import _native_batch_norm, _triton, batch_norm_portable, recomputation
 from ._layout import dense
 
 
@@ -38,6 +38,7 @@ def batch_norm_relu(
     if not training:
         return _evaluate(x, weight, bias, running_mean.float(), torch.rsqrt(running_var.float() + eps))
     y, mean, inverse_deviation = _normalize(x, weight, bias, eps, groups)
+    recomputation.remember(y, _evaluate, x, weight, bias, mean, inverse_deviation)
     if running_mean is not None:
         values = x.numel() // x.shape[1] // groups
         batch_norm_portable.update_running(
@@ -70,7 +71,10 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int) -> tuple
 
 @torch.library.custom_op("semimoe_fast::batch_norm_relu_eval", mutates_args=())
 def _evaluate(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_deviation: Tensor) -> Tensor:
-    """x (B, C, H, W), the others float32 (C,) -> y as x."""
+    """x (B, C, H, W), weight and bias float32 (C,), mean and inverse_deviation float32 (C,) or (groups, C) -> y as x.
+
+    With the statistics of `_normalize` and its other arguments, y has the same bits as there.
+    """
     statistics = [tensor.contiguous() for tensor in (weight, bias, mean, inverse_deviation)]
     return _kernels(x.device.type).batch_norm_relu_eval(dense(x), *statistics)
 
