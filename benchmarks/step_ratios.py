@@ -189,7 +189,7 @@ def versions() -> dict[str, object]:
 
 
 def interleave(
-    providers: Mapping[str, contextlib.AbstractContextManager[Round]], rounds: int
+    providers: Mapping[str, contextlib.AbstractContextManager[Round]], rounds: int, timer: Callable[[], float] = clock
 ) -> dict[str, list[float]]:
     """Seconds of every round by provider, without the warm-up rounds."""
     with contextlib.ExitStack() as stack:
@@ -197,9 +197,9 @@ def interleave(
         seconds: dict[str, list[float]] = {name: [] for name in entered}
         for _ in range(WARM_UP_ROUNDS + rounds):
             for name, steps in entered.items():
-                start = clock()
+                start = timer()
                 steps()
-                seconds[name].append(clock() - start)
+                seconds[name].append(timer() - start)
     return {name: times[WARM_UP_ROUNDS:] for name, times in seconds.items()}
 
 
