@@ -102,7 +102,7 @@ def kept() -> Iterator[str]:
 
 
 def cost(case: Case, rounds: int) -> str:
-    """A row of the table: milliseconds of the processor a step, which other programs disturb less than its wall time; the ratio."""
+    """A row of the table: the processor's time, which other programs disturb less than wall time, and the ratio."""
     providers = {"without": ours(case), "with": ours(case, recompute=True)}
     seconds = interleave(providers, rounds, time.process_time)
     medians = [f"{1e3 * statistics.median(times):.4g}" for times in seconds.values()]
