@@ -336,17 +336,18 @@ def update_running(
 
 
 def batch_norm_relu_eval(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_deviation: Tensor) -> Tensor:
-    """y = relu(weight (x - mean) inverse_deviation + bias) of x (B, C, H, W) and four parameters (C,).
+    """y = relu(weight (x - mean) inverse_deviation + bias); mean and inverse_deviation are (C,) or (groups, C).
 
-    Dtypes and layouts as in `batch_norm_relu_fwd`.
+    Shapes of the others, dtypes and layouts as in `batch_norm_relu_fwd`.
     """
     x = dense(x)
     y = torch.empty_like(x)
     if x.numel():
-        tiling = tiling_of(x, 1)
+        groups = mean.numel() // x.shape[1]
+        tiling = tiling_of(x, groups)
         with torch.cuda.device_of(x):
             parameters = Parameters(weight, bias, mean, inverse_deviation)
-            batch_norm_relu_fwd_kernel[grid_of(1, tiling)](x, y, parameters, tiling, num_warps=WARPS)
+            batch_norm_relu_fwd_kernel[grid_of(groups, tiling)](x, y, parameters, tiling, num_warps=WARPS)
     return y
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from . import functional as F
+from .ops.recomputation import remember
 
 LEVELS = 5
 STRIDE = 2 ** (LEVELS - 1)  # a U-Net pads both sides of an image to multiples of this
@@ -77,7 +78,7 @@ class ExpertUNet(nn.Module):
             skips.append(x)
         skips.pop()
         for upsample, kernel, block in zip(self.upsample, kernels, self.decoder, strict=True):
-            x = block(torch.cat([skips.pop(), upsample(x, groups, kernel)], 1), groups)
+            x = block(_cat(skips.pop(), upsample(x, groups, kernel)), groups)
         return x[..., :height, :width]
 
 
@@ -327,6 +328,11 @@ class AdaptiveMultiObjectiveLoss(nn.Module):
 
     def forward(self, terms: Tensor) -> Tensor:
         return F.adaptive_loss(terms, self.log_vars, self.coefficients, self.regularizer)
+
+
+def _cat(*parts: Tensor) -> Tensor:
+    """(B, C_i, H, W) -> (B, sum of C_i, H, W), not kept for the backward pass under `recompute`."""
+    return remember(torch.cat(parts, 1), lambda *parts: torch.cat(parts, 1), *parts)
 
 
 def pad_to_stride(images: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native_batch_norm, _triton, batch_norm_portable
+from . import _native_batch_norm, _triton, batch_norm_portable, recomputation
 from ._layout import dense
 from ._watched import watched
 
@@ -36,10 +36,12 @@ def batch_norm_relu(
             x, weight, bias, running_mean, running_var, momentum, eps, groups, training, num_batches_tracked
         )
     weight, bias = weight.float(), bias.float()
-    if not training:
-        return _evaluate(x, weight, bias, running_mean.float(), torch.rsqrt(running_var.float() + eps))
     as_op = watched(x, weight, bias)
+    if not training:
+        evaluate = _evaluate if as_op else _forward_with
+        return evaluate(x, weight, bias, running_mean.float(), torch.rsqrt(running_var.float() + eps))
     y, mean, inverse_deviation = (_normalize if as_op else _Normalize.apply)(x, weight, bias, eps, groups)
+    recomputation.remember(y, _forward_with, x, weight, bias, mean, inverse_deviation)
     if running_mean is not None:
         values = x.numel() // x.shape[1] // groups
         statistics = running_mean, running_var, mean, inverse_deviation
@@ -103,11 +105,16 @@ def _(*_: object) -> None:
     return None
 
 
-@torch.library.custom_op("semimoe_fast::batch_norm_relu_eval", mutates_args=())
-def _evaluate(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_deviation: Tensor) -> Tensor:
-    """x (B, C, H, W), the others float32 (C,) -> y as x."""
+def _forward_with(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_deviation: Tensor) -> Tensor:
+    """x (B, C, H, W), weight and bias float32 (C,), mean and inverse_deviation float32 (C,) or (groups, C) -> y as x.
+
+    With the statistics of `_normalize` and its other arguments, y has the same bits as there.
+    """
     statistics = [tensor.contiguous() for tensor in (weight, bias, mean, inverse_deviation)]
     return _kernels(x.device.type).batch_norm_relu_eval(dense(x), *statistics)
+
+
+_evaluate = torch.library.custom_op("semimoe_fast::batch_norm_relu_eval", _forward_with, mutates_args=())
 
 
 @_evaluate.register_fake
