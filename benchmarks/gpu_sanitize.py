@@ -120,6 +120,22 @@ def objective() -> None:
             differentiate([F.adaptive_loss(terms, log_vars)], [*sets[0], *sets[1], log_vars])
 
 
+def normalization() -> None:
+    """batch_norm_relu, forward and backward, with running statistics, and fold_upsampling."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for channels_last in (False, True):
+            for channels, height, width in FEATURES:
+                x = draw(4, channels, height + 1, width, dtype=dtype, channels_last=channels_last)
+                weight, bias = draw(channels), draw(channels)
+                running = torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE)
+                y = F.batch_norm_relu(x, weight, bias, *running, groups=2)
+                differentiate([y], [x, weight, bias])
+                with torch.no_grad():
+                    assert F.batch_norm_relu(x, weight, bias, *running, training=False).isfinite().all()
+            weights = [draw(rows, 8 * rows, 3, 3, channels_last=channels_last) for rows in (1, 5, 16)]
+            differentiate(F.fold_upsampling(weights, dtype), weights)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "native": native,
     "instances": instances,
@@ -127,6 +143,7 @@ CASES: dict[str, Callable[[], None]] = {
     "capture launches": lambda: capture(LAUNCHES, CLUSTER),
     "gating": gating,
     "objective": objective,
+    "normalization": normalization,
 }
 
 

@@ -32,7 +32,7 @@ TESTS_FIRST = (
     r"test_(functional|profile)\.py",
 )
 ON_CUDA = ("-k", "cuda or cupy or cucim or monai")
-MEASURED = ("distance", "instances", "batch_norm", "objective", "gate")
+MEASURED = ("distance", "instances", "batch_norm", "objective", "gate", "fold_upsampling")
 OPERATIONS = (*(f"benchmarks/test_{name}.py" for name in MEASURED), *ON_CUDA)
 OPERATIONS_FIRST = (
     r"glands\[(64-256|8-1024)-",

@@ -17,7 +17,7 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
 
 import torch
-from semimoe_fast.kernels import adaptive, batch_norm, mix_projections, objective, project_experts
+from semimoe_fast.kernels import adaptive, batch_norm, fold_upsampling, mix_projections, objective, project_experts
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -80,6 +80,14 @@ def operations(dtype: torch.dtype, layout: torch.memory_format) -> Iterator[tupl
         lambda: batch_norm.batch_norm_relu_bwd(x, x, *affine, statistics, statistics, GROUPS),
     )
 
+    if layout == torch.channels_last:  # as the trainer has its weights
+        levels = [(CHANNELS * 2**level, CHANNELS * 2 ** (level + 1)) for level in range(4)] * EXPERTS
+        taps = [empty(o, c, 3, 3, dtype=torch.float32).contiguous(memory_format=layout) for o, c in levels]
+        kernels = [empty(c, o, 4, 4).contiguous(memory_format=layout) for o, c in levels]
+        folded = size([*taps, *kernels])
+        yield "folding forward", folded, lambda: fold_upsampling.forward(taps, dtype)
+        yield "folding backward", folded, lambda: fold_upsampling.backward(kernels, torch.float32, layout)
+
     byte, sdf = empty(BATCH, 1, SIDE, SIDE, dtype=torch.uint8), empty(BATCH, 1, SIDE, SIDE, dtype=torch.float32)
     targets, sums = [byte, sdf, byte], empty(BATCH, 8, dtype=torch.float32)
     predictions = [own, gated]
@@ -138,7 +146,7 @@ def report() -> dict[str, list[dict[str, Any]]]:
         for layout_name, layout in LAYOUTS.items():
             case = {"dtype": dtype_name, "layout": layout_name}
             for name, floor, operation in operations(dtype, layout):
-                if layout_name != "NCHW" and not name.startswith(("multi-gate", "batch norm")):
+                if layout_name != "NCHW" and not name.startswith(("multi-gate", "batch norm", "folding")):
                     continue  # projections and logits are always NCHW
                 for capability in CAPABILITIES:
                     launches, moved = run(operation, capability)

@@ -25,6 +25,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,9 +114,9 @@ def baseline(case: Case, habits: Habits | None = None) -> Iterator[Round]:
 
 
 @contextlib.contextmanager
-def ours(case: Case) -> Iterator[Round]:
+def ours(case: Case, **options: Any) -> Iterator[Round]:
     device = torch.device(case.device)
-    config = dataclasses.replace(case.config, steps_per_epoch=case.steps)
+    config = dataclasses.replace(case.config, steps_per_epoch=case.steps, **options)
     trainer = Trainer(config, load_data(config)[0], device)
 
     def steps() -> None:
@@ -188,7 +189,7 @@ def versions() -> dict[str, object]:
 
 
 def interleave(
-    providers: Mapping[str, contextlib.AbstractContextManager[Round]], rounds: int
+    providers: Mapping[str, contextlib.AbstractContextManager[Round]], rounds: int, timer: Callable[[], float] = clock
 ) -> dict[str, list[float]]:
     """Seconds of every round by provider, without the warm-up rounds."""
     with contextlib.ExitStack() as stack:
@@ -196,9 +197,9 @@ def interleave(
         seconds: dict[str, list[float]] = {name: [] for name in entered}
         for _ in range(WARM_UP_ROUNDS + rounds):
             for name, steps in entered.items():
-                start = clock()
+                start = timer()
                 steps()
-                seconds[name].append(clock() - start)
+                seconds[name].append(timer() - start)
     return {name: times[WARM_UP_ROUNDS:] for name, times in seconds.items()}
 
 

@@ -142,6 +142,24 @@ inline void batch_norm_relu_forward(const BatchNormKernels* kernels, const Featu
   normalize_all(kernels[maps.element], maps, workers, x, {weight, bias, mean, inverse_deviation}, y);
 }
 
+// Moves running statistics (channels) toward mean and unbiased variance of each group in turn, (groups, channels).
+// values: numbers of a channel in a group, at least 2.
+inline void update_running(std::int64_t groups, std::int64_t channels, std::int64_t values, const float* mean,
+                           const float* inverse_deviation, float momentum, double eps, float* running_mean,
+                           float* running_var) {
+  const double unbiased = static_cast<double>(values) / static_cast<double>(values - 1);
+  const auto move = [momentum](float& running, float statistic) {
+    running = momentum * statistic + (1 - momentum) * running;
+  };
+  for (std::int64_t group = 0; group < groups; ++group)
+    for (std::int64_t c = 0; c < channels; ++c) {
+      const std::int64_t k = group * channels + c;
+      const double inverse = inverse_deviation[k], variance = 1 / (inverse * inverse) - eps;
+      move(running_mean[c], mean[k]);
+      move(running_var[c], static_cast<float>(variance < 0 ? 0 : variance * unbiased));  // a NaN stays one
+    }
+}
+
 // ----------------------------------------------------------------------------------------------------------- backward
 
 // Sum of dz, and sum of dz (x - mean).

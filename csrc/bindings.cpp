@@ -119,6 +119,15 @@ void batch_norm_relu_forward(const std::array<std::int64_t, 4>& sizes, int eleme
                                    at<float>(inverse_deviation), at<void>(y));
 }
 
+// Addresses: running mean and variance, which are outputs, mean and inverse deviation.
+void batch_norm_update_running(std::int64_t groups, std::int64_t channels, std::int64_t values,
+                               const std::array<std::uintptr_t, 4>& addresses, float momentum, double eps) {
+  const auto [running_mean, running_var, mean, inverse_deviation] = addresses;
+  if (values < 2) throw std::invalid_argument("a variance takes at least 2 values");
+  semimoe::update_running(groups, channels, values, at<const float>(mean), at<const float>(inverse_deviation), momentum,
+                          eps, at<float>(running_mean), at<float>(running_var));
+}
+
 void batch_norm_relu_eval(const std::array<std::int64_t, 4>& sizes, int element, bool channels_last, std::uintptr_t x,
                           const std::array<std::uintptr_t, 4>& addresses, std::uintptr_t y,
                           const std::string& instruction_set, int threads) {
@@ -191,6 +200,8 @@ PYBIND11_MODULE(_semimoe_fast, module) {
   module.def("batch_norm_relu_forward", &batch_norm_relu_forward, py::arg("sizes"), py::arg("element"),
              py::arg("channels_last"), py::arg("x"), py::arg("addresses"), py::arg("eps"), py::arg("y"),
              py::arg("instruction_set"), py::arg("threads"), without_gil);
+  module.def("batch_norm_update_running", &batch_norm_update_running, py::arg("groups"), py::arg("channels"),
+             py::arg("values"), py::arg("addresses"), py::arg("momentum"), py::arg("eps"));
   module.def("batch_norm_relu_eval", &batch_norm_relu_eval, py::arg("sizes"), py::arg("element"),
              py::arg("channels_last"), py::arg("x"), py::arg("addresses"), py::arg("y"), py::arg("instruction_set"),
              py::arg("threads"), without_gil);

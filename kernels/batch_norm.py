@@ -59,6 +59,7 @@ WARPS = 4
 MERGE_CHUNKS = 512
 MERGE_CHANNELS = 8
 MERGE_WARPS = 16
+UPDATE_CHANNELS = 128
 
 
 class Parameters(NamedTuple):
@@ -150,6 +151,34 @@ def batch_norm_relu_merge_fwd_kernel(
     reference = tl.load(mean + out, mask=c < tiling.CHANNELS, other=0)
     tl.store(mean + out, reference + center, mask=c < tiling.CHANNELS)
     tl.store(inverse_deviation + out, 1 / tl.sqrt_rn(variance + eps), mask=c < tiling.CHANNELS)
+
+
+@triton.jit
+def batch_norm_update_running_kernel(
+    running_mean,  # (C,) in and out
+    running_var,  # (C,) in and out
+    mean,  # (groups, C)
+    inverse_deviation,  # (groups, C)
+    momentum,
+    eps,
+    unbiased,  # values / (values - 1)
+    groups,
+    channels,
+    COLUMNS: tl.constexpr,
+):
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = c < channels
+    moving_mean = tl.load(running_mean + c, mask=inside, other=0)
+    moving_var = tl.load(running_var + c, mask=inside, other=0)
+    for group in range(groups):
+        center = tl.load(mean + group * channels + c, mask=inside, other=0)
+        inverse = tl.load(inverse_deviation + group * channels + c, mask=inside, other=1)
+        variance = 1 / (inverse * inverse) - eps
+        variance = tl.where(variance < 0, 0, variance) * unbiased  # NaN stays NaN
+        moving_mean = momentum * center + (1 - momentum) * moving_mean
+        moving_var = momentum * variance + (1 - momentum) * moving_var
+    tl.store(running_mean + c, moving_mean, mask=inside)
+    tl.store(running_var + c, moving_var, mask=inside)
 
 
 @triton.jit
@@ -285,18 +314,40 @@ def batch_norm_relu_fwd(
     return y, mean, inverse_deviation
 
 
-def batch_norm_relu_eval(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_deviation: Tensor) -> Tensor:
-    """y = relu(weight (x - mean) inverse_deviation + bias) of x (B, C, H, W) and four parameters (C,).
+def update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    inverse_deviation: Tensor,
+    momentum: float,
+    eps: float,
+    values: int,
+) -> None:
+    """Move running statistics (C,) in place toward those of each group, (groups, C), in turn; all float32.
 
-    Dtypes and layouts as in `batch_norm_relu_fwd`.
+    values: number of values of a channel in a group, at least 2.
+    """
+    groups, channels = mean.shape
+    with torch.cuda.device_of(mean):
+        batch_norm_update_running_kernel[(triton.cdiv(channels, UPDATE_CHANNELS),)](
+            running_mean, running_var, mean, inverse_deviation, momentum, eps, values / (values - 1), groups, channels,
+            COLUMNS=UPDATE_CHANNELS, num_warps=WARPS,
+        )  # fmt: skip
+
+
+def batch_norm_relu_eval(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_deviation: Tensor) -> Tensor:
+    """y = relu(weight (x - mean) inverse_deviation + bias); mean and inverse_deviation are (C,) or (groups, C).
+
+    Shapes of the others, dtypes and layouts as in `batch_norm_relu_fwd`.
     """
     x = dense(x)
     y = torch.empty_like(x)
     if x.numel():
-        tiling = tiling_of(x, 1)
+        groups = mean.numel() // x.shape[1]
+        tiling = tiling_of(x, groups)
         with torch.cuda.device_of(x):
             parameters = Parameters(weight, bias, mean, inverse_deviation)
-            batch_norm_relu_fwd_kernel[grid_of(1, tiling)](x, y, parameters, tiling, num_warps=WARPS)
+            batch_norm_relu_fwd_kernel[grid_of(groups, tiling)](x, y, parameters, tiling, num_warps=WARPS)
     return y
 
 

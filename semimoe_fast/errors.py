@@ -50,7 +50,7 @@ def explain(error: BaseException) -> str | None:
     elif isinstance(error, torch.OutOfMemoryError) or re.search(GPU_OUT_OF_MEMORY, str(error)):
         wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
         line = f"the GPU is out of memory{f' for {wanted[1]} more' if wanted else ''}; use smaller batches "
-        line += "(in training also --accumulate), a smaller --image-size or --width, or --device cpu"
+        line += "(in training also --recompute or --accumulate), a smaller --image-size or --width, or --device cpu"
     elif isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
         line = "this machine is out of memory; use smaller batches, a smaller --image-size or --width"
     else:

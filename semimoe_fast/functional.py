@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import ops
@@ -277,3 +278,20 @@ def batch_norm_relu(
     )
     compute = ops.implementation("batch_norm_relu", x.device)
     return compute(x, weight, bias, running_mean, running_var, momentum, eps, groups, training, num_batches_tracked)
+
+
+def fold_upsampling(weights: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Weights of convolutions after nearest x2 upsampling -> kernels of equal transposed convolutions.
+
+    conv2d(interpolate(x, scale_factor=2), weight, padding=1) is conv_transpose2d(x, kernel, stride=2, padding=1), which
+    computes 4 products per output pixel instead of 9: of three neighbors in an upsampled image two are copies of one
+    pixel, so their weights are summed. Per axis, the taps (before, here, after) give (after, here + after,
+    before + here, before).
+
+    weights: tensors (O, C, 3, 3) of one dtype, with O and C of each its own -> kernels (C, O, 4, 4) in `dtype`
+    (default: that of the weights), summed in float32 or float64, and in the memory layout that the convolution takes:
+    channels-last on CUDA; on the CPU the order y, x, C, O. Differentiable, and linear. All weights are folded in one
+    operation, on CUDA in one launch. Raises ValueError for other shapes, TypeError for other and for mixed dtypes.
+    """
+    _arguments.check_fold_upsampling(weights, dtype)
+    return ops.implementation("fold_upsampling", weights[0].device)(weights, dtype) if weights else []

@@ -48,7 +48,7 @@ def test_gpu_memory_error_names_the_options(capsys) -> None:
     with pytest.raises(SystemExit):
         run_command(fail)
     told = capsys.readouterr().err
-    assert all(option in told for option in ("--accumulate", "--image-size", "--width", "--device cpu"))
+    assert all(option in told for option in ("--recompute", "--accumulate", "--image-size", "--width", "--device cpu"))
 
 
 def test_bugs_keep_their_traceback() -> None:

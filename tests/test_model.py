@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from semimoe_fast import functional as F
+from semimoe_fast import model as model_module
 from semimoe_fast.model import AdaptiveMultiObjectiveLoss, ExpertUNet, MultiGating, SemiMoE, UpsamplingConv2d
 from semimoe_fast.objective import objective
 
@@ -179,7 +180,8 @@ def test_upsampling_convolution_equals_upsampling_then_convolution(size: tuple[i
         torch.nn.functional.interpolate(x, scale_factor=2), layer.weight, layer.bias, padding=1
     )
     grad_output = torch.randn_like(expected)
-    result = layer(x)
+    assert torch.equal(layer(x), expected)
+    result = layer(x, *F.fold_upsampling([layer.weight]))
     torch.testing.assert_close(result, expected)
     inputs = (x, layer.weight, layer.bias)
     for ours, theirs in zip(
@@ -188,6 +190,51 @@ def test_upsampling_convolution_equals_upsampling_then_convolution(size: tuple[i
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_upsampling_is_folded_where_that_is_predicted_to_be_faster() -> None:
+    assert model_module.folds_upsampling("cpu", 1)
+    assert [model_module.folds_upsampling("cuda", 4 * side * side) for side in (4, 7, 8, 64)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+
+
+def test_levels_computed_plainly_give_the_same_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and gradients. Two images, padded to 32 x 48 pixels, have 12 pixels in the deepest level and 48 above."""
+    model, images = SemiMoE(width=2).double(), torch.randn(2, 3, 30, 48, dtype=torch.float64)
+    results = []
+    for least in (0, 13):
+        monkeypatch.setattr(model_module, "folds_upsampling", lambda device, pixels, least=least: pixels >= least)
+        kernels = model_module.upsampling_kernels(model.experts, images)
+        assert [[kernel is None for kernel in own] for own in kernels] == 3 * [[least > 0, False, False, False]]
+        _, _, own = model.run_experts(images)
+        gradients = torch.autograd.grad(sum(x.square().mean() for x in own), list(model.experts.parameters()))
+        results.append([*own, *gradients])
+    for result, expected in zip(*results, strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_all_upsampling_weights_are_folded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast they are folded into its dtype, but float64 keeps its own."""
+    calls = []
+    fold = F.fold_upsampling
+
+    def spy(weights: list[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+        kernels = fold(weights, dtype)
+        calls.append((len(kernels), kernels[0].dtype))
+        return kernels
+
+    monkeypatch.setattr(F, "fold_upsampling", spy)
+    model, images = SemiMoE(width=1).eval(), torch.randn(1, 3, 16, 16)
+    model(images)
+    model.experts[0](images)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images)
+        model.double().run_experts(images.double())
+    assert calls == [(12, torch.float32), (4, torch.float32), (12, torch.bfloat16), (12, torch.float64)]
 
 
 def test_global_hooks_see_the_experts() -> None:

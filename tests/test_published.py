@@ -222,9 +222,9 @@ def test_step_equals_the_published_step_in_exact_arithmetic() -> None:
 
 
 class UpsampledConv2d(torch.nn.Conv2d):
-    """Nearest x2 upsampling, then the convolution."""
+    """Nearest x2 upsampling, then the convolution with its own weights."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
         return super().forward(torch.nn.functional.interpolate(x, scale_factor=2))
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _native, _triton, adaptive, batch_norm, distance, gate, objective, portable, reference
+from . import _native, _triton, adaptive, batch_norm, distance, fold_upsampling, gate, objective, portable, reference
 from ._backend import BACKENDS, BackendError, backend, forced_backend
 
 __all__ = [
@@ -46,6 +46,7 @@ OPERATIONS = (
     "joint_objective_terms",
     "adaptive_loss",
     "batch_norm_relu",
+    "fold_upsampling",
 )
 
 
@@ -69,6 +70,7 @@ FUSED = {
     "joint_objective_terms": Fused(objective.joint_objective_terms, cpu=_native, cuda=_triton),
     "adaptive_loss": Fused(adaptive.adaptive_loss, cpu=_triton, cuda=_triton),
     "batch_norm_relu": Fused(batch_norm.batch_norm_relu, cpu=_native, cuda=_triton),
+    "fold_upsampling": Fused(fold_upsampling.fold_upsampling, cpu=_triton, cuda=_triton),
 }
 
 

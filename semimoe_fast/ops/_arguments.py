@@ -262,3 +262,16 @@ def check_batch_norm(
         )
     if momentum is None and running_mean is not None and not counter:
         raise ValueError("momentum None averages all runs: give num_batches_tracked, which counts them, or a momentum")
+
+
+def check_fold_upsampling(weights: Sequence[Tensor], dtype: torch.dtype | None) -> None:
+    check_tensors(("weights", weights))
+    if isinstance(weights, Tensor) or any(weight.ndim != 4 or weight.shape[2:] != (3, 3) for weight in weights):
+        got = tuple(weights.shape) if isinstance(weights, Tensor) else [tuple(weight.shape) for weight in weights]
+        raise ValueError(f"weights is a sequence of tensors (O, C, 3, 3), got {got}")
+    if any(weight.dtype != weights[0].dtype for weight in weights):
+        raise TypeError(f"weights have one dtype, got {[weight.dtype for weight in weights]}: convert them with .to()")
+    for weight in weights[:1]:
+        _check_floating("weights", weight)
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype is {dtype}: give a floating-point type, such as torch.bfloat16")

@@ -36,13 +36,36 @@ def batch_norm_relu_fwd(
     return y, mean, inverse_deviation
 
 
+def update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    inverse_deviation: Tensor,
+    momentum: float,
+    eps: float,
+    values: int,
+) -> None:
+    """Move running statistics (C,) in place toward those of each group, (groups, C), in turn.
+
+    values: number of values of a channel in a group, at least 2.
+    """
+    addresses = _statistics(running_mean, running_var, mean, inverse_deviation, len(mean))
+    _native.module_for("cpu").batch_norm_update_running(*mean.shape, values, addresses, momentum, eps)
+
+
 def batch_norm_relu_eval(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_deviation: Tensor) -> Tensor:
-    """y, shaped as x. All others are (C,)."""
+    """y, shaped as x. weight, bias: (C,); mean, inverse_deviation: (C,) or (groups, C)."""
     y = torch.empty_like(x)
-    statistics = _statistics(weight, bias, mean[None], inverse_deviation[None], groups=1)
+    mean, inverse_deviation = torch.atleast_2d(mean, inverse_deviation)
+    statistics = _statistics(weight, bias, mean, inverse_deviation, groups := len(mean))
     if x.numel() > 0:
         _native.module_for("cpu").batch_norm_relu_eval(
-            *_maps(x, 1), x.data_ptr(), statistics, y.data_ptr(), _native.instruction_set(), torch.get_num_threads()
+            *_maps(x, groups),
+            x.data_ptr(),
+            statistics,
+            y.data_ptr(),
+            _native.instruction_set(),
+            torch.get_num_threads(),
         )
     return y
 

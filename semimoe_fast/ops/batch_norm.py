@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native_batch_norm, _triton, batch_norm_portable
+from . import _native_batch_norm, _triton, batch_norm_portable, recomputation
 from ._layout import dense
+from ._watched import watched
 
 
 def batch_norm_relu(
@@ -35,14 +36,21 @@ def batch_norm_relu(
             x, weight, bias, running_mean, running_var, momentum, eps, groups, training, num_batches_tracked
         )
     weight, bias = weight.float(), bias.float()
+    as_op = watched(x, weight, bias)
     if not training:
-        return _evaluate(x, weight, bias, running_mean.float(), torch.rsqrt(running_var.float() + eps))
-    y, mean, inverse_deviation = _normalize(x, weight, bias, eps, groups)
+        evaluate = _evaluate if as_op else _forward_with
+        return evaluate(x, weight, bias, running_mean.float(), torch.rsqrt(running_var.float() + eps))
+    y, mean, inverse_deviation = (_normalize if as_op else _Normalize.apply)(x, weight, bias, eps, groups)
+    recomputation.remember(y, _forward_with, x, weight, bias, mean, inverse_deviation)
     if running_mean is not None:
         values = x.numel() // x.shape[1] // groups
-        batch_norm_portable.update_running(
-            running_mean, running_var, num_batches_tracked, momentum, eps, mean, inverse_deviation, values
-        )
+        statistics = running_mean, running_var, mean, inverse_deviation
+        if momentum is None or running_mean.dtype != torch.float32 or running_var.dtype != torch.float32:
+            batch_norm_portable.update_running(*statistics, momentum, eps, values, num_batches_tracked)
+        else:
+            (_update_running if as_op else _move_running)(*statistics, momentum, eps, values)
+            if num_batches_tracked is not None:
+                num_batches_tracked.add_(groups)
     return y
 
 
@@ -55,11 +63,13 @@ def _kernels(device_type: str) -> ModuleType:
     return batch_norm
 
 
-@torch.library.custom_op("semimoe_fast::batch_norm_relu", mutates_args=())
-def _normalize(x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """x (B, C, H, W), weight and bias float32 (C,) -> y as x, mean and 1 / sqrt(variance + eps) float32 (groups, C)."""
     compute = _kernels(x.device.type).batch_norm_relu_fwd
     return compute(dense(x), weight.contiguous(), bias.contiguous(), eps, groups)
+
+
+_normalize = torch.library.custom_op("semimoe_fast::batch_norm_relu", _forward, mutates_args=())
 
 
 @_normalize.register_fake
@@ -68,11 +78,43 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int) -> tuple
     return torch.empty_like(dense(x)), mean, inverse_deviation
 
 
-@torch.library.custom_op("semimoe_fast::batch_norm_relu_eval", mutates_args=())
-def _evaluate(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_deviation: Tensor) -> Tensor:
-    """x (B, C, H, W), the others float32 (C,) -> y as x."""
+def _move_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    inverse_deviation: Tensor,
+    momentum: float,
+    eps: float,
+    values: int,
+) -> None:
+    """Update running statistics float32 (C,) as `batch_norm_portable.update_running` does.
+
+    A custom op apart from `_normalize`, because PyTorch differentiates no op that changes its arguments.
+    """
+    compute = _kernels(running_mean.device.type).update_running
+    compute(running_mean, running_var, mean, inverse_deviation, momentum, eps, values)
+
+
+_update_running = torch.library.custom_op(
+    "semimoe_fast::batch_norm_update_running", _move_running, mutates_args=("running_mean", "running_var")
+)
+
+
+@_update_running.register_fake
+def _(*_: object) -> None:
+    return None
+
+
+def _forward_with(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_deviation: Tensor) -> Tensor:
+    """x (B, C, H, W), weight and bias float32 (C,), mean and inverse_deviation float32 (C,) or (groups, C) -> y as x.
+
+    With the statistics of `_normalize` and its other arguments, y has the same bits as there.
+    """
     statistics = [tensor.contiguous() for tensor in (weight, bias, mean, inverse_deviation)]
     return _kernels(x.device.type).batch_norm_relu_eval(dense(x), *statistics)
+
+
+_evaluate = torch.library.custom_op("semimoe_fast::batch_norm_relu_eval", _forward_with, mutates_args=())
 
 
 @_evaluate.register_fake
@@ -80,8 +122,7 @@ def _(x: Tensor, *_: Tensor) -> Tensor:
     return torch.empty_like(dense(x))
 
 
-@torch.library.custom_op("semimoe_fast::batch_norm_relu_gradients", mutates_args=())
-def _gradients(
+def _differentiate(
     grad_output: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_deviation: Tensor, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad_output as y, arguments of `_normalize` and its statistics -> gradients of x, weight and bias."""
@@ -92,6 +133,9 @@ def _gradients(
     return compute(grad_output, x, weight.contiguous(), bias.contiguous(), mean, inverse_deviation, groups)
 
 
+_gradients = torch.library.custom_op("semimoe_fast::batch_norm_relu_gradients", _differentiate, mutates_args=())
+
+
 @_gradients.register_fake
 def _(grad_output: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(dense(x)), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
@@ -99,13 +143,28 @@ def _(grad_output: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *_: object) 
 
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, weight, bias, _, ctx.groups = inputs
-    _, mean, inverse_deviation = output
-    ctx.save_for_backward(x, weight, bias, mean, inverse_deviation)
-    ctx.set_materialize_grads(False)  # the statistics are used without gradient
+    _, *ctx.statistics = output
+    ctx.mark_non_differentiable(*ctx.statistics)  # so they may be kept as they are: no part of a graph refers to them
+    ctx.save_for_backward(x, weight, bias)
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    return *_gradients(grad_output, *ctx.saved_tensors, ctx.groups), None, None
+    as_op = torch.is_grad_enabled() or watched(grad_output)  # the op refuses second derivatives
+    compute = _gradients if as_op else _differentiate
+    return *compute(grad_output, *ctx.saved_tensors, *ctx.statistics, ctx.groups), None, None
+
+
+class _Normalize(torch.autograd.Function):
+    """`_forward` with its gradients, without a custom op; see `watched`."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        outputs = _forward(*inputs)
+        _save_for_backward(ctx, inputs, outputs)
+        return outputs
+
+    backward = staticmethod(_backward)
 
 
 def _refuse(ctx: Any, *_: object) -> None:

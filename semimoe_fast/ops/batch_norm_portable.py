@@ -34,7 +34,7 @@ def batch_norm_relu(
     if running_mean is not None:
         mean, inverse_deviation = torch.stack(means), torch.stack(inverse_deviations)
         values = x.numel() // x.shape[1] // groups
-        update_running(running_mean, running_var, num_batches_tracked, momentum, eps, mean, inverse_deviation, values)
+        update_running(running_mean, running_var, mean, inverse_deviation, momentum, eps, values, num_batches_tracked)
     return (outputs[0] if groups == 1 else torch.cat(outputs)).relu_()
 
 
@@ -42,12 +42,12 @@ def batch_norm_relu(
 def update_running(
     running_mean: Tensor,
     running_var: Tensor,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
     mean: Tensor,
     inverse_deviation: Tensor,
+    momentum: float | None,
+    eps: float,
     values: int,
+    num_batches_tracked: Tensor | None,
 ) -> None:
     """Update running statistics (C,) in place by each group in turn, as calls of nn.BatchNorm2d would.
 

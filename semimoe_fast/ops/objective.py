@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import _native_objective, _triton, portable
 from ._layout import addressable
+from ._watched import watched
 
 IGNORE_INDEX = 255  # a target that belongs to no class
 
@@ -110,12 +111,12 @@ class _Terms(torch.autograd.Function):
     """Terms as a differentiable function of the logits.
 
     On a CPU, passing lists through a custom op and its autograd adds half of the computing time. So this class calls
-    the plain functions, and the custom ops only under torch.compile and to refuse second derivatives.
+    the plain functions, and the custom ops only if something must see them and to refuse second derivatives.
     """
 
     @staticmethod
     def forward(ctx: Any, mask: Tensor, sdf: Tensor, boundary: Tensor, *logits: Tensor) -> Tensor:
-        compute = _terms if torch.compiler.is_compiling() else _forward
+        compute = _terms if watched(*logits) else _forward
         terms, alpha, beta = compute(logits, mask, sdf, boundary)
         ctx.save_for_backward(mask, sdf, boundary, alpha, beta, *logits)
         return terms
@@ -123,7 +124,7 @@ class _Terms(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         mask, sdf, boundary, alpha, beta, *logits = ctx.saved_tensors
-        compute = _gradients if torch.compiler.is_compiling() or torch.is_grad_enabled() else _backward
+        compute = _gradients if torch.is_grad_enabled() or watched(grad_output) else _backward
         return None, None, None, *compute(grad_output, logits, mask, sdf, boundary, alpha, beta)
 
 

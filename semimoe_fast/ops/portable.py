@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .batch_norm_portable import batch_norm_relu
+from .fold_upsampling import fold
 from .gate import apply
 from .gate_portable import label_projections, labels, mix_projections
 from .reference import one_hot, targets_from_distance, touching
@@ -17,6 +18,7 @@ __all__ = [
     "adaptive_loss",
     "batch_norm_relu",
     "distance_targets",
+    "fold_upsampling",
     "joint_objective_terms",
     "label_projections",
     "mix_projections",
@@ -110,6 +112,11 @@ def pseudo_labels(
     """See `reference.pseudo_labels`."""
     with torch.no_grad():
         return labels(*multi_gate(features, gate_weights, head_weights, head_biases))
+
+
+def fold_upsampling(weights: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """See `reference.fold_upsampling`."""
+    return fold(weights, dtype, fused=False)
 
 
 def squared_dice_loss(logits: Tensor, target: Tensor) -> Tensor:

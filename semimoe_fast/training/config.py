@@ -29,9 +29,9 @@ LARGEST = {  # other integers: 2**31 - 1
     "threads": 4096,
     "seed": 2**63 - 1,
 }
-ADDED = {"instances": False}  # options that older runs do not store: the value with which they ran
+ADDED = {"instances": False, "recompute": False}  # options that older runs do not store: the value with which they ran
 REMOVED = {"joint_forward": False}  # options that only older runs store: the value with which all runs run now
-MUTABLE = ("data", "device", "threads", "data_device", "cuda_graph", "profile")  # options that --resume may change
+MUTABLE = ("data", "device", "threads", "data_device", "cuda_graph", "recompute", "profile")  # --resume may change them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +134,8 @@ class ComputingOptions:
     """Compile the U-Nets with torch.compile (a minute or more); max also tunes."""
     cuda_graph: bool = True
     """Replay a step as one CUDA graph, if a single CUDA device trains."""
+    recompute: bool = False
+    """Compute normalization again in the backward pass: less memory, more time."""
     deterministic: bool = False
     """Make runs on a GPU bitwise reproducible, but slower."""
     data_device: Literal["auto", "device", "host"] = "auto"
@@ -199,6 +201,10 @@ class TrainConfig(  # fields and help start with the last base
             below = max(STRIDE, self.image_size // STRIDE * STRIDE)
             raise UserError(
                 f"--image-size is {self.image_size}, not a multiple of {STRIDE}: try {below} or {below + STRIDE}"
+            )
+        if self.recompute and self.compile != "none":
+            raise UserError(
+                f"--recompute has no effect on U-Nets that --compile {self.compile} compiles: leave out either"
             )
         self._check_shares(processes)
         if self.data is None and (min(self.synthetic) < 0 or min(self.synthetic[0], self.synthetic[2]) < 1):

@@ -30,7 +30,7 @@ def compile_experts(experts: nn.ModuleList, how: Compile) -> None:
 
 def _compile(expert: nn.Module, eager: Callable[..., Tensor], how: Compile) -> Callable[..., Tensor]:
     compiled = torch.compile(eager, fullgraph=True, dynamic=False, mode=MODES[how])
-    return lambda images, groups=1: (compiled if expert.training else eager)(images, groups)
+    return lambda *inputs: (compiled if expert.training else eager)(*inputs)
 
 
 class GraphedStep:

@@ -20,6 +20,7 @@ from ..data import augment
 from ..device import autocast
 from ..model import AdaptiveMultiObjectiveLoss, SemiMoE
 from ..objective import Objective, StepLosses
+from ..ops.recomputation import recompute
 from .batches import Batch, Batches, Images, TrainingData
 from .config import TrainConfig
 from .distributed import World
@@ -185,7 +186,7 @@ class Trainer:
         images, masks = self._augmented(batch.labeled)
         targets = self._targets(masks)
         unlabeled = None if batch.unlabeled is None else self._augmented(batch.unlabeled)[0]
-        with autocast(self.config.precision, self.device):
+        with autocast(self.config.precision, self.device), recompute() if self.config.recompute else nullcontext():
             return self.objective(images, targets, unlabeled, self.weight)
 
     def _targets(self, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:

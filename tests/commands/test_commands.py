@@ -153,6 +153,10 @@ def refused(command, arguments: list[str]) -> str:
             "--accumulate 2 --labeled-batch 3",
             "--labeled-batch is 3, which --accumulate 2 cannot share: give a multiple",
         ),
+        (
+            "--recompute --compile default",
+            "--recompute has no effect on U-Nets that --compile default compiles: leave out either",
+        ),
         ("--momentum -1", "--momentum is -1.0: give 0 or more"),
         ("--synthetic 0 4 2", "at least one labeled and one validation image"),
         ("--device cuda:99", "--device is 'cuda:99', but torch sees"),

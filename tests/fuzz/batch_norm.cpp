@@ -142,6 +142,10 @@ int check(std::uint64_t seed) {
     const semimoe::Statistics statistics{drawn.weight.data(), drawn.bias.data(), mean.data(), inverse.data()};
     semimoe::batch_norm_relu_backward(kernels->batch_norm, maps, threads, x.get(), dy.get(), statistics, dx.get(),
                                       grad_weight.data(), grad_bias.data());
+    // The same statistics give the same bits again.
+    const auto again = allocate();
+    semimoe::batch_norm_relu_eval(kernels->batch_norm, maps, threads, x.get(), statistics, again.get());
+    compare("the evaluation with these statistics", std::memcmp(again.get(), y.get(), maps.bytes()), 0, 0);
     // Float32 results of numbers up to 2.5; deviations may be as small as sqrt(eps), or as 1/16 of two numbers.
     for (std::size_t i = 0; i < mean.size(); ++i) {
       compare("a mean", mean[i], expected.mean[i], 1e-6);

@@ -93,6 +93,7 @@ TENSORS = {  # valid arguments of every operation
     "joint_objective_terms": ([ONE_SET], zeros(1, 4, 4).long(), zeros(1, 4, 4), zeros(1, 4, 4).long()),
     "adaptive_loss": (zeros(3), zeros(3)),
     "batch_norm_relu": (zeros(2, 3, 4, 4), *[zeros(3)] * 4),
+    "fold_upsampling": ([zeros(2, 3, 3, 3), zeros(4, 2, 3, 3)],),
 }
 
 

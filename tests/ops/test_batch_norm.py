@@ -261,6 +261,19 @@ def test_evaluation_keeps_the_statistics(backend: str) -> None:
         assert F.batch_norm_relu(case.x[:0], *case[1:5], training=False).shape == (0, 5, 4, 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_evaluation_repeats_training_bit_for_bit(dtype: torch.dtype, instruction_set: str) -> None:
+    """With the statistics of each group, as `--recompute` calls it."""
+    for layout in LAYOUTS:
+        for shape in ((4, 6, 9, 7), (4, 24, 151, 149)):  # the second is written past the caches
+            x, weight, bias = draw(*shape, dtype=dtype, layout=layout)[:3]
+            for groups in (1, 2, 4):
+                y, *statistics = batch_norm._normalize(x, weight, bias, 1e-5, groups)
+                again = batch_norm._evaluate(x, weight, bias, *statistics)
+                assert torch.equal(again, y)
+                assert again.stride() == y.stride()
+
+
 @pytest.mark.parametrize("backend", ["reference", "portable", "fused"])
 def test_without_running_statistics(backend: str) -> None:
     case = draw(2, 3, 4, 4)
@@ -309,6 +322,7 @@ def test_opcheck(layout: str) -> None:
     _, *statistics = batch_norm._normalize(x, weight, bias, 1e-5, 2)
     torch.library.opcheck(batch_norm._gradients, (torch.randn(x.shape), x, weight, bias, *statistics, 2))
     torch.library.opcheck(batch_norm._evaluate, (x, weight, bias, *(t[0] for t in statistics)))
+    torch.library.opcheck(batch_norm._evaluate, (x, weight, bias, *statistics))
 
 
 def test_second_derivatives_are_refused() -> None:

@@ -178,6 +178,15 @@ def test_evaluation(dtype: torch.dtype, layout: str) -> None:
     close(y, z.relu(), FLOAT32, z.abs().max())
 
 
+@every_layout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_evaluation_repeats_training_bit_for_bit(dtype: torch.dtype, layout: str, small_tiles: None) -> None:
+    x, weight, bias = draw(4, 5, 7, 9, layout=layout, dtype=dtype), draw(5, seed=1), draw(5, seed=2)
+    for groups in (1, 2):
+        y, *statistics = batch_norm.batch_norm_relu_fwd(x, weight, bias, EPS, groups)
+        assert torch.equal(batch_norm.batch_norm_relu_eval(x, weight, bias, *statistics), y)
+
+
 def test_other_layouts() -> None:
     """A transposed x gives a contiguous y; grad_output may have any layout."""
     x = draw(4, 5, 7, 9)

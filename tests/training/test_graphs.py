@@ -84,7 +84,7 @@ def train(runner: Trainer) -> dict[str, Tensor]:
 OPTIONS = [
     {},
     {"accumulate": 2, "labeled_batch": 4, "unlabeled_batch": 4},
-    {"ema": 0.9, "instances": True},
+    {"ema": 0.9, "instances": True, "recompute": True},
     {"unlabeled": "none", "steps_per_epoch": 2},
 ]
 

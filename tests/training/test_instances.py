@@ -117,15 +117,15 @@ def test_run_on_a_folder_of_instance_maps(tiny_config: TrainConfig, tmp_path: Pa
 
 
 def before_the_option(run: Path, copy: Path) -> Path:
-    """A copy of a run folder as it was before there was --instances, when there was --joint-forward."""
+    """A copy of a run folder from before --instances and --recompute, when there was --joint-forward."""
     shutil.copytree(run, copy)
     stored = json.loads((copy / config.CONFIG_FILE).read_text())
-    assert stored.pop("instances") is False
+    assert (stored.pop("instances"), stored.pop("recompute")) == (False, False)
     stored["joint_forward"] = False
     (copy / config.CONFIG_FILE).write_text(json.dumps(stored))
     for name in (run_folder.LAST, run_folder.BEST):
         metadata, tensors = checkpoint.read(copy / name)
-        assert metadata["config"].pop("instances") is False
+        assert (metadata["config"].pop("instances"), metadata["config"].pop("recompute")) == (False, False)
         metadata["config"]["joint_forward"] = False
         assert metadata["preprocessing"].pop("instances") is False
         save_file(tensors, copy / name, {checkpoint.METADATA_KEY: json.dumps(metadata)})
@@ -135,7 +135,7 @@ def before_the_option(run: Path, copy: Path) -> Path:
 def test_run_from_before_the_option_resumes(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = before_the_option(finished, tmp_path / "old")
     stored = config.read_config(old)
-    assert stored.instances is False
+    assert (stored.instances, stored.recompute) == (False, False)
     monkeypatch.setattr(Trainer, "train_step", lambda *_: pytest.fail("the run starts over"))
     train.main(dataclasses.replace(stored, resume=old))
     path = old / config.CONFIG_FILE
