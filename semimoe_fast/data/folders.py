@@ -213,16 +213,18 @@ def read_instances(path: Path) -> np.ndarray:
     return split_mask(labels, ids).astype(np.int32)
 
 
-def resize_image(image: np.ndarray, size: int) -> Tensor:
-    """Resize an image, uint8 (H, W, 3), to uint8 (3, size, size): bilinear, half-pixel centers, no antialiasing.
+def resize_image(image: np.ndarray | Tensor, size: int, antialias: bool = False) -> Tensor:
+    """Resize an image, uint8 (H, W, 3), to uint8 (3, size, size) on its device: bilinear, half-pixel centers.
 
-    The published results used OpenCV's INTER_LINEAR. It rounds its weights to 11 bits, so values differ by at most 1.
+    antialias: shrink by a triangle filter as wide as two output pixels, as `readers.open_image` does, instead of
+    reading the two input pixels next to each center. The published results used OpenCV's INTER_LINEAR, which has no
+    antialiasing; it rounds its weights to 11 bits, so values differ by at most 1.
     """
-    pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous()
+    pixels = torch.as_tensor(image).permute(2, 0, 1).contiguous()
     if pixels.shape[1:] == (size, size):
         return pixels
-    resized = functional.interpolate(pixels[None].float(), (size, size), mode="bilinear", align_corners=False)
-    return resized[0].round().to(torch.uint8)
+    options = {"mode": "bilinear", "align_corners": False, "antialias": antialias}
+    return functional.interpolate(pixels[None].float(), (size, size), **options)[0].round().to(torch.uint8)
 
 
 def resize_mask(mask: np.ndarray, size: int) -> Tensor:
