@@ -163,8 +163,13 @@ def read_image(path: Path) -> np.ndarray:
     """
     image, deep = _decode(path)
     if deep:
-        raise UserError(f"{path} has more than 8 bits per channel (mode {image.mode}): save it as 8-bit RGB")
+        raise too_deep(path, f"mode {image.mode}")
     return np.array(image.convert("RGB"))
+
+
+def too_deep(path: Path, depth: str) -> UserError:
+    """The error of an image file with more than 8 bits per channel."""
+    return UserError(f"{path} has more than 8 bits per channel ({depth}): save it as 8-bit RGB")
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -325,4 +330,9 @@ def _warn_of_further_pages(path: Path) -> None:
         warn(f"{path}: pages after the first cannot be read ({error}); only the first page is used")
         return
     if pages > 1:
-        warn(f"{path} has {pages} pages, and only the first is used: save the others as separate files")
+        warn_of_pages(path, pages)
+
+
+def warn_of_pages(path: Path, pages: int | str) -> None:
+    """Warn of a file with several pages."""
+    warn(f"{path} has {pages} pages, and only the first is used: save the others as separate files")

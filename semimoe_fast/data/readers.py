@@ -7,10 +7,12 @@ a ValueError.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,6 +22,8 @@ from . import resampling
 from .folders import read_image
 
 PLAUSIBLE_MPP = 0.02, 20.0  # of a microscope; 72, 96 and 300 dpi, which programs write by default, are 353 to 85
+TIFF_SIGNATURES = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"
+SLIDES = frozenset(".svs .ndpi .mrxs .scn .vms .vmu .bif .svslide .czi .dcm".split())  # suffixes that OpenSlide reads
 SAME = 0.02  # scales that differ by less are taken as equal, such as 0.2528 and 0.25 microns a pixel
 
 
@@ -117,23 +121,59 @@ def open_image(path: Path, scale: float | None = None, mpp: float | None = None)
         raise
 
 
-def plausible_mpp(mpp: float | None) -> float | None:
-    """Microns per pixel if a microscope may have them, else None: what a file says may be 72 dpi, 0 or NaN."""
-    low, high = PLAUSIBLE_MPP
-    return mpp if mpp is not None and low <= mpp <= high else None
+def plausible_mpp(value: Any, unit: float | None = 1.0) -> float | None:
+    """Microns per pixel of a number in a file, in a unit of so many microns; None if no microscope has such pixels.
+
+    Files may say 72 dots per inch, 0, NaN or text.
+    """
+    try:
+        mpp = float(value) * float(unit)
+    except (TypeError, ValueError):
+        return None
+    return mpp if PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1] else None
 
 
 def _levels(path: Path) -> Sequence[Reader]:
     """The image of a file and its smaller copies, largest first. They share the file: closing the first closes it."""
+    if path.suffix.lower() in SLIDES:
+        from . import slides
+
+        return slides.open_levels(path)
+    if _is_tiff(path):
+        from . import tiff
+
+        try:
+            return tiff.open_levels(path)
+        except tiff.NotByRegion as reason:
+            return [_decoded(path, f" ({reason})")]
     return [_decoded(path)]
 
 
-def _decoded(path: Path) -> ArrayReader:
-    """An image that Pillow decodes as a whole."""
-    pixels = read_image(path)
-    with Image.open(path) as image:
-        dpi = image.info.get("dpi", (0, 0))[0]
-    return ArrayReader(pixels, path, plausible_mpp(25400 / float(dpi) if dpi else None))
+def _is_tiff(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4) in TIFF_SIGNATURES
+    except OSError:  # decoding raises the clear error
+        return False
+
+
+def _decoded(path: Path, reason: str = "") -> ArrayReader:
+    """An image that Pillow decodes as a whole, because its format or the reason in parentheses leaves no other way."""
+    dpi = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            with Image.open(path) as image:
+                dpi = image.info.get("dpi", (None, None))[0]
+        except Image.DecompressionBombError as error:
+            most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+            raise UserError(
+                f"{path} has more than {most:,} pixels and cannot be read by region{reason}: save it as a tiled TIFF"
+            ) from error
+        except Exception:  # Pillow raises almost any exception; read_image raises the clear error
+            pass
+        pixels = read_image(path)
+    return ArrayReader(pixels, path, plausible_mpp(25400 / dpi if dpi else None))
 
 
 def _at_scale(levels: Sequence[Reader], scale: float | None, mpp: float | None) -> Reader:
