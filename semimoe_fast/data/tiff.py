@@ -116,7 +116,6 @@ class PageReader(Reader):
     def __init__(self, file: SharedFile, page: TiffPage, mpp: float | None) -> None:
         super().__init__((page.imagelength, page.imagewidth), file.path, mpp)
         self.file = file
-        self.page = page
         self.planes = page.samplesperpixel if page.planarconfig == 2 else 1
         self.samples = page.samplesperpixel // self.planes  # in each plane
         self.offsets, self.counts = page.dataoffsets, page.databytecounts
@@ -145,7 +144,7 @@ class PageReader(Reader):
                 f"strips, not {min(len(self.offsets), len(self.counts))}; {REMEDY}"
             )
         self.convert = _converter(page)
-        page.init_decode()
+        self.decompress = page.decode  # a property that threads must not compute together
 
     def _read(self, row: int, column: int, height: int, width: int) -> np.ndarray:
         output = np.empty((height, width, 3), np.uint8)
@@ -183,7 +182,7 @@ class PageReader(Reader):
             raise UserError(f"{self.path} has wrong tags: tile {index} has {count} bytes; {REMEDY}")
         data = self.file.read(offset, count)
         try:
-            tile = self.page.decode(data, index, **self.options)[0]
+            tile = self.decompress(data, index, **self.options)[0]
             rows = min(self.tile[0], self.size[0] - y * self.tile[0])
             columns = min(self.tile[1], self.size[1] - x * self.tile[1])
             tile = tile[0, :rows, :columns]
