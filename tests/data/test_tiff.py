@@ -179,7 +179,7 @@ def test_damage_in_one_tile_is_said_where_it_is_read(tmp_path):
             reader.read(30, 47, 3, 3)
 
 
-def test_a_file_that_is_cut_while_it_is_read(tmp_path):
+def test_a_file_that_is_cut_or_lost_while_it_is_read(tmp_path, monkeypatch):
     path = write(tmp_path / "image.tif")
     with open_image(path) as reader:
         reader.read(0, 0, 10, 10)
@@ -190,7 +190,10 @@ def test_a_file_that_is_cut_while_it_is_read(tmp_path):
             whole(reader)
     with open_image(write(path)) as reader:
         path.unlink()  # an open file stays
-        assert np.array_equal(whole(reader), COLORS)
+        assert np.array_equal(reader.read(0, 0, 32, 48), COLORS[:32, :48])
+        monkeypatch.setattr(os, "pread", lambda *_: os.read(-1, 1))  # but not on a network drive
+        with pytest.raises(UserError, match=r"image.tif cannot be read at byte \d+ \(.*Bad file descriptor\): copy it"):
+            whole(reader)
 
 
 @pytest.mark.parametrize(
