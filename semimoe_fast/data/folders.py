@@ -163,8 +163,13 @@ def read_image(path: Path) -> np.ndarray:
     """
     image, deep = _decode(path)
     if deep:
-        raise UserError(f"{path} has more than 8 bits per channel (mode {image.mode}): save it as 8-bit RGB")
+        raise too_deep(path, f"mode {image.mode}")
     return np.array(image.convert("RGB"))
+
+
+def too_deep(path: Path, depth: str) -> UserError:
+    """The error of an image file with more than 8 bits per channel."""
+    return UserError(f"{path} has more than 8 bits per channel ({depth}): save it as 8-bit RGB")
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -213,16 +218,18 @@ def read_instances(path: Path) -> np.ndarray:
     return split_mask(labels, ids).astype(np.int32)
 
 
-def resize_image(image: np.ndarray, size: int) -> Tensor:
-    """Resize an image, uint8 (H, W, 3), to uint8 (3, size, size): bilinear, half-pixel centers, no antialiasing.
+def resize_image(image: np.ndarray | Tensor, size: int, antialias: bool = False) -> Tensor:
+    """Resize an image, uint8 (H, W, 3), to uint8 (3, size, size) on its device: bilinear, half-pixel centers.
 
-    The published results used OpenCV's INTER_LINEAR. It rounds its weights to 11 bits, so values differ by at most 1.
+    antialias: shrink by a triangle filter as wide as two output pixels, as `readers.open_image` does, instead of
+    reading the two input pixels next to each center. The published results used OpenCV's INTER_LINEAR, which has no
+    antialiasing; it rounds its weights to 11 bits, so values differ by at most 1.
     """
-    pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous()
+    pixels = torch.as_tensor(image).permute(2, 0, 1).contiguous()
     if pixels.shape[1:] == (size, size):
         return pixels
-    resized = functional.interpolate(pixels[None].float(), (size, size), mode="bilinear", align_corners=False)
-    return resized[0].round().to(torch.uint8)
+    options = {"mode": "bilinear", "align_corners": False, "antialias": antialias}
+    return functional.interpolate(pixels[None].float(), (size, size), **options)[0].round().to(torch.uint8)
 
 
 def resize_mask(mask: np.ndarray, size: int) -> Tensor:
@@ -323,4 +330,9 @@ def _warn_of_further_pages(path: Path) -> None:
         warn(f"{path}: pages after the first cannot be read ({error}); only the first page is used")
         return
     if pages > 1:
-        warn(f"{path} has {pages} pages, and only the first is used: save the others as separate files")
+        warn_of_pages(path, pages)
+
+
+def warn_of_pages(path: Path, pages: int | str) -> None:
+    """Warn of a file with several pages."""
+    warn(f"{path} has {pages} pages, and only the first is used: save the others as separate files")
