@@ -1,4 +1,4 @@
-"""A copy of a model that predicts faster: batch normalization folded into the convolutions, unused heads gone."""
+"""A copy of a model that predicts faster: batch normalization is in the convolutions, unused heads are gone."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class ReLU(nn.ReLU):
 def folded(model: SemiMoE, tasks: Sequence[str] | None = None) -> SemiMoE:
     """A copy of a model in eval mode, channels-last, whose ConvBlocks are convolutions with bias and ReLUs.
 
-    Its predictions equal those of model.eval() up to rounding. tasks: the gated predictions to keep, a subset of
-    model.tasks, in its order; the copy predicts no others. A model that is folded already and has these tasks is
-    returned as it is. The copy is for prediction: training it, or loading weights of the model into it, has no meaning.
-    Raises ValueError for a task without an expert.
+    Its predictions equal those of model.eval() up to rounding (1e-5 in probabilities). tasks: the gated predictions to
+    keep, of model.tasks; the copy makes no others. A model that is folded already and has these tasks is returned as it
+    is. The copy only predicts: it cannot be trained, nor take the weights of a checkpoint. Raises ValueError for a task
+    without an expert.
     """
     tasks = model.tasks if tasks is None else tuple(tasks)
     if missing := [task for task in tasks if task not in model.tasks]:
