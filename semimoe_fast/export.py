@@ -34,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = read_options(ExportConfig, "semimoe_fast.export", arguments)
     if config.out.resolve() == config.checkpoint.resolve():
         raise UserError(f"--out is {config.out}, the checkpoint itself: give another file")
+    if not config.out.parent.is_dir():
+        raise UserError(f"--out is {config.out}, but there is no folder {config.out.parent}: create it first")
+    if config.out.is_dir():
+        raise UserError(f"--out is {config.out}, a folder: give a file in it")
     if config.format == "onnx":
         require_onnx()
     model, metadata, _ = checkpoint.load(config.checkpoint)

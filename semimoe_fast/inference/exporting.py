@@ -35,6 +35,11 @@ TOLERANCE = 1e-3
 
 LEAST_SIDE = 2 * STRIDE  # torch.export takes a size of one pixel, here at the deepest level, for a constant
 MOST_ONNX_BYTES = 2**31 - 1  # of a protobuf message, which an ONNX file is
+DYNAMIC = {  # axes of the images
+    0: torch.export.Dim("batch"),
+    2: STRIDE * torch.export.Dim("rows"),
+    3: STRIDE * torch.export.Dim("columns"),
+}
 
 
 class Predictor(nn.Module):
@@ -122,13 +127,6 @@ def _license_of_code() -> str:
         return importlib.metadata.distribution("semimoe_fast").read_text("licenses/LICENSE")
     except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
         return (Path(__file__).parents[2] / "LICENSE").read_text()
-
-
-DYNAMIC = {
-    0: torch.export.Dim("batch"),
-    2: STRIDE * torch.export.Dim("rows"),
-    3: STRIDE * torch.export.Dim("columns"),
-}
 
 
 def _traced(predictor: Predictor) -> torch.export.ExportedProgram:

@@ -227,11 +227,13 @@ def test_a_file_that_differs_is_not_written(model: Path, tmp_path: Path, monkeyp
     assert "model.pt2: not written, because its outputs differ" in refused(model, tmp_path / "model.pt2")
 
 
-def test_models_without_mask_and_damaged_checkpoints(tmp_path: Path) -> None:
+def test_models_without_mask_missing_checkpoints_and_bad_outputs(tmp_path: Path) -> None:
     model = save_model(tmp_path / "sdf", ("sdf",))
     assert "its experts learn sdf, no mask" in refused(model, tmp_path / "out")
     assert "no such checkpoint" in refused(tmp_path / "none", tmp_path / "out")
     assert "the checkpoint itself: give another file" in refused(model, model)
+    assert "there is no folder" in refused(model, tmp_path / "none" / "model.pt2")
+    assert "a folder: give a file in it" in refused(model, tmp_path)
 
 
 def test_missing_packages_and_too_large_models(model: Path, tmp_path: Path, monkeypatch) -> None:
@@ -244,11 +246,6 @@ def test_missing_packages_and_too_large_models(model: Path, tmp_path: Path, monk
     message = refused(model, tmp_path / "out", "onnx")
     assert "onnxscript" in message
     assert "run `pip install 'semimoe_fast[export]'`" in message
-
-
-def test_folder_that_is_missing(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):  # errors.explain makes a line of it
-        run(model, tmp_path / "none" / "model.pt2", "pt2")
 
 
 def test_every_option_has_one_line_of_help(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
