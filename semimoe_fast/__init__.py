@@ -3,7 +3,7 @@
     from semimoe_fast import functional as F          the operations
     from semimoe_fast.model import SemiMoE            the network
     with semimoe_fast.backend("reference"): ...       choose how the operations compute
-    python -m semimoe_fast.train --help               training; also evaluate, predict, prepare, synthetic and info
+    python -m semimoe_fast.train --help               training; also evaluate, predict, export, prepare, synthetic, info
 
 Importing the package alone does not import torch.
 """

@@ -151,15 +151,20 @@ def upsampling_kernels(experts: Sequence[ExpertUNet], images: Tensor) -> list[li
     """Kernels for the upsampling convolutions of each expert, which takes images (B, in_channels, H, W).
 
     One operation folds the weights of all levels and experts, under autocast into its dtype. A level that is computed
-    plainly (`folds_upsampling`) has None.
+    plainly (`folds_upsampling`), or by another block (`inference.folding`), has None.
     """
     device = images.device.type
     batch, _, height, width = images.shape
     pixels = [batch * math.ceil(height / STRIDE) * math.ceil(width / STRIDE) * 4**i for i in range(LEVELS - 1)]
     folds = [folds_upsampling(device, number) for number in pixels]
-    weights = [up[0].weight for expert in experts for up, fold in zip(expert.upsample, folds, strict=True) if fold]
-    kernels = iter(F.fold_upsampling(weights, _autocast_dtype(images)))
-    return [[next(kernels) if fold else None for fold in folds] for _ in experts]
+    weights = [
+        up[0].weight if fold and isinstance(up, UpsamplingBlock) else None
+        for expert in experts
+        for up, fold in zip(expert.upsample, folds, strict=True)
+    ]
+    folded = iter(F.fold_upsampling([weight for weight in weights if weight is not None], _autocast_dtype(images)))
+    kernels = iter([None if weight is None else next(folded) for weight in weights])
+    return [[next(kernels) for _ in folds] for _ in experts]
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -55,7 +55,7 @@ SUBSTITUTIONS = [
     (r"^torchrun --nproc-per-node 4 (.*)", rf"torchrun --nproc-per-node 2 \1 {SMALL_RUN}"),
     (r"(semimoe_fast\.train --resume .*)", r"\1"),  # as it is: a resumed run brings its own options
     (r"(semimoe_fast\.train .*)", rf"\1 {SMALL_RUN}"),
-    (r"(semimoe_fast\.(evaluate|predict|prepare) .*)", r"\1"),  # as they are
+    (r"(semimoe_fast\.(evaluate|predict|prepare|export) .*)", r"\1"),  # as they are
 ]
 
 

@@ -9,12 +9,12 @@ import semimoe_fast
 
 # Every module imports only from the layers below it. Names on one line do not import each other.
 LAYERS = [
-    {"train", "evaluate", "predict", "prepare", "synthetic", "info"},
+    {"train", "evaluate", "predict", "export", "prepare", "synthetic", "info"},
     {"training"},
     {"evaluation"},
     {"inference"},
     {"data"},
-    {"objective", "checkpoint", "options"},
+    {"objective", "checkpoint", "options", "monai"},
     {"published", "validation"},
     {"model"},
     {"functional"},

@@ -21,13 +21,15 @@ ROOT = Path(__file__).parents[1]
 
 # Every module of the package and, in the source tree, the scripts of the benchmarks.
 IMPORT_ALL = """
-import importlib, pkgutil, sys
+import importlib, importlib.util, pkgutil, sys
 from pathlib import Path
 sys.modules["tyro"] = None
 import semimoe_fast.train, semimoe_fast.training.run, semimoe_fast.data.readers
 assert not sys.modules.keys() & {"tifffile", "imagecodecs", "openslide"}, "the training recipe reads no large images"
 names = [module.name for module in pkgutil.walk_packages(semimoe_fast.__path__, "semimoe_fast.")]
 names += [f"benchmarks.{path.stem}" for path in Path("benchmarks").glob("*.py")]
+if importlib.util.find_spec("monai") is None:
+    names.remove("semimoe_fast.monai")
 for name in names:
     if not name.startswith("semimoe_fast.kernels"):
         importlib.import_module(name)
