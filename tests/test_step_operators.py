@@ -6,7 +6,7 @@ from benchmarks.step_operators import OTHER, READ_TWICE, count
 
 
 def test_operators_of_a_step() -> None:
-    """Both batches go through each of the experts' convolutions together, and all upsampling weights are folded once."""
+    """Both batches go through each of the experts' convolutions together. Upsampling weights are folded once."""
     counted = count(width=8, size=64, batch=2, bf16=False)
     calls = counted.operators.calls
     assert calls["convolution"] == calls["convolution_backward"] == 3 * 22
