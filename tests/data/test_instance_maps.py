@@ -182,7 +182,7 @@ def test_caches_of_masks_keep_their_key(root: Path) -> None:
     pairs = list_pairs(root, "train", True)
     files = [[p.image.stem, *(hashlib.sha256(path.read_bytes()).hexdigest() for path in p)] for p in pairs]
     content = json.dumps([2, PIL.__version__, torch.__version__, 16, files])
-    assert cache.key_of(pairs, 16, "key") == hashlib.sha256(content.encode()).hexdigest()
+    assert cache.Entry(pairs, 16, "").key_of_files("key") == hashlib.sha256(content.encode()).hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------- synthetic glands
