@@ -28,13 +28,13 @@ class Crops:
 
     def __init__(self, images: Ragged, size: int, device: torch.device) -> None:
         self.images, self.size = images.to(device), size
-        self.shares = (images.sizes.prod(1).double() / size**2).clamp(min=1)
+        self.shares = shares(images, size)
         self.foreground = None if images.masks is None else Foreground(images)
 
     @property
     def count(self) -> int:
-        """Crops in an epoch, at least one for every image."""
-        return round(self.shares.sum().item())
+        """Crops in an epoch."""
+        return crops_in(self.images, self.size)
 
     def order(self, needed: int, random: torch.Generator) -> Tensor:
         """Images of the crops of an epoch, int64 (needed,), shuffled.
@@ -68,6 +68,16 @@ class Crops:
     def cut(self, rows: Tensor, corner: Tensor) -> tuple[Tensor, Tensor | None]:
         """The windows of crops: images, uint8 (B, 3, L, L), and masks (B, L, L) or None, on the device."""
         return self.images.windows(rows, corner, math.ceil(JITTER * self.size))
+
+
+def crops_in(images: Ragged, size: int) -> int:
+    """Crops of size x size pixels in an epoch, at least one for every image."""
+    return round(shares(images, size).sum().item())
+
+
+def shares(images: Ragged, size: int) -> Tensor:
+    """Crops that an image gives in an epoch on average, float64 (N,)."""
+    return (images.sizes.prod(1).double() / size**2).clamp(min=1)
 
 
 class Foreground:

@@ -55,6 +55,10 @@ class Dataset:
         masks = None if self.masks is None else self.masks[rows]
         return Dataset(self.images[rows], masks, self.names[rows])
 
+    @property
+    def nbytes(self) -> int:
+        return self.images.nbytes + (0 if self.masks is None else self.masks.nbytes)
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of names and pixels; computed once, because it reads all pixels."""

@@ -46,6 +46,10 @@ class Ragged:
         start, (height, width) = int(self.starts[index]), self.sizes[index].tolist()
         return flat[start : start + height * width].unflatten(0, (height, width))
 
+    @property
+    def nbytes(self) -> int:
+        return self.pixels.nbytes + (0 if self.masks is None else self.masks.nbytes)
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of names, sizes and pixels; computed once, because it reads all pixels."""

@@ -1,0 +1,44 @@
+"""Foreground probabilities of an image at its own size, of any size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Preprocessing
+from ..data import augment
+from ..data.ragged import mirrored
+from ..device import Precision, autocast
+from ..inference.predictor import foreground
+from ..model import STRIDE, SemiMoE
+
+TILE = 1024  # side in pixels from which on an image is cut into tiles, a multiple of STRIDE
+
+
+@torch.no_grad()
+def predict_whole(
+    model: SemiMoE, image: Tensor, preprocessing: Preprocessing, device: torch.device, precision: Precision = "auto"
+) -> dict[str, Tensor]:
+    """Foreground probabilities, float32 (H, W) on the device, of each predictor of `foreground` for one image.
+
+    image: uint8 (H, W, 3). It is cut into tiles of at most TILE x TILE pixels that do not overlap, each padded by its
+    mirror image to a multiple of 16 pixels. The model is in eval mode.
+    """
+    height, width = image.shape[:2]
+    found: dict[str, Tensor] = {}
+    for top in range(0, height, TILE):
+        for left in range(0, width, TILE):
+            tile = image[top : top + TILE, left : left + TILE]
+            rows, columns = tile.shape[:2]
+            with autocast(precision, device):
+                output = model(augment.normalize(_padded(tile).to(device), preprocessing.mean, preprocessing.std))
+            for name, probability in foreground(output, model.expert_tasks).items():
+                whole = found.setdefault(name, probability.new_empty(height, width))
+                whole[top : top + rows, left : left + columns] = probability[0, :rows, :columns]
+    return found
+
+
+def _padded(tile: Tensor) -> Tensor:
+    """uint8 (H, W, 3) -> (1, 3, h, w), extended at the bottom and on the right to multiples of STRIDE."""
+    row, column = (mirrored(torch.arange(-(-side // STRIDE) * STRIDE), torch.tensor(side)) for side in tile.shape[:2])
+    return tile[row[:, None], column].permute(2, 0, 1)[None]
