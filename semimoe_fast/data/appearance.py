@@ -133,7 +133,7 @@ def _blur(images: Tensor, kernel: Tensor) -> None:
     center, *others = kernel.T[:, :, None, None, None]
     for axis in (2, 3):
         side = images.shape[axis]
-        padded = functional.pad(images, (0, 0, radius, radius) if axis == 2 else (radius, radius), mode="reflect")
+        padded = functional.pad(images, (0, 0, radius, radius) if axis == 2 else (radius, radius, 0, 0), mode="reflect")
         torch.mul(padded.narrow(axis, radius, side), center, out=images)
         for distance, weight in enumerate(others, 1):
             images.addcmul_(padded.narrow(axis, radius - distance, side), weight)
