@@ -7,12 +7,11 @@ from torch import Tensor
 
 from ..checkpoint import Preprocessing
 from ..data import augment
-from ..data.ragged import mirrored
 from ..device import Precision, autocast
 from ..inference.predictor import foreground
-from ..model import STRIDE, SemiMoE
+from ..model import SemiMoE
 
-TILE = 1024  # side in pixels from which on an image is cut into tiles, a multiple of STRIDE
+TILE = 1024  # side in pixels from which on an image is cut into tiles
 
 
 @torch.no_grad()
@@ -21,24 +20,17 @@ def predict_whole(
 ) -> dict[str, Tensor]:
     """Foreground probabilities, float32 (H, W) on the device, of each predictor of `foreground` for one image.
 
-    image: uint8 (H, W, 3). It is cut into tiles of at most TILE x TILE pixels that do not overlap, each padded by its
-    mirror image to a multiple of 16 pixels. The model is in eval mode.
+    image: uint8 (H, W, 3). It is cut into tiles of at most TILE x TILE pixels that do not overlap. The model is in eval
+    mode.
     """
     height, width = image.shape[:2]
     found: dict[str, Tensor] = {}
     for top in range(0, height, TILE):
         for left in range(0, width, TILE):
-            tile = image[top : top + TILE, left : left + TILE]
-            rows, columns = tile.shape[:2]
+            pixels = image[top : top + TILE, left : left + TILE].permute(2, 0, 1)[None].to(device)
             with autocast(precision, device):
-                output = model(augment.normalize(_padded(tile).to(device), preprocessing.mean, preprocessing.std))
+                output = model(augment.normalize(pixels, preprocessing.mean, preprocessing.std))
             for name, probability in foreground(output, model.expert_tasks).items():
                 whole = found.setdefault(name, probability.new_empty(height, width))
-                whole[top : top + rows, left : left + columns] = probability[0, :rows, :columns]
+                whole[top : top + TILE, left : left + TILE] = probability[0]
     return found
-
-
-def _padded(tile: Tensor) -> Tensor:
-    """uint8 (H, W, 3) -> (1, 3, h, w), extended at the bottom and on the right to multiples of STRIDE."""
-    row, column = (mirrored(torch.arange(-(-side // STRIDE) * STRIDE), torch.tensor(side)) for side in tile.shape[:2])
-    return tile[row[:, None], column].permute(2, 0, 1)[None]
