@@ -58,10 +58,11 @@ class Cache:
         """The decoded images of an entry whose key is yet unknown."""
         try:
             entry = replace(entry, key=entry.key_of_files(f"{part}, looking for it in the cache"))
-            path = self.folder / f"{entry.key}.safetensors"
-            dataset = self._find(entry, path)
+            entry.header()  # reads the headers of images of any size
         except (OSError, UserError):  # a file cannot be read: decoding raises the clear error
             return entry.decode(part)
+        path = self.folder / f"{entry.key}.safetensors"
+        dataset = self._find(entry, path)
         if dataset is None and self.writes:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
