@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -130,16 +130,16 @@ def in_threads(call: Callable[[A], B], items: Sequence[A], title: str) -> list[B
         pool.shutdown(cancel_futures=True)
 
 
-def list_images(folder: Path, kinds: str = "PNG, TIFF, BMP or JPEG") -> list[Path]:
+def list_images(folder: Path, kinds: str = "PNG, TIFF, BMP or JPEG", also: Collection[str] = frozenset()) -> list[Path]:
     """The image files of a folder, sorted by path. Hidden files and other files, such as Thumbs.db, are skipped.
 
-    kinds: the files that the message for an empty folder recommends. Raises UserError if the folder is missing, has no
-    image, or has two images with the same stem.
+    kinds: the files that the message for an empty folder recommends. also: suffixes beside those of Pillow. Raises
+    UserError if the folder is missing, has no image, or has two images with the same stem.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: create it or correct the path")
     Image.init()
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} | set(also)
     paths = sorted(
         path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith(".")
     )

@@ -67,7 +67,7 @@ def predict_image(
     image: from `open_for`, or any other reader, which is predicted at the scale at which it reads; uint8 pixels
     (H, W, 3) go through `open_for`. device: that of the model. fields: what to predict, "probability" and any of "sdf"
     and "boundary"; the parts of the model for the others are not computed. tile: side of the tiles in pixels of the
-    model, a multiple of 16; tiles overlap by a quarter. tta: average over the eight flips and rotations of each tile.
+    model, a multiple of 16. tta: average over the eight flips and rotations of each tile.
     skip_background: tiles that `tiles.is_empty` tells are not computed, they have probability 0, sdf -1 and boundary 0.
     Raises ValueError for other tiles, and for fields without probability or without an expert; the reader raises
     UserError for a damaged file.
@@ -80,7 +80,7 @@ def predict_image(
     forward = _forward(model, fields, preprocessing, device, precision)
     side = -(-max(image.size) // 16) * 16 if isinstance(image, Squashed) else tile
     empty = [EMPTY[name] for name in fields]
-    batch = 8 if device.type == "cuda" else 1  # on the CPU, larger batches only leave the caches
+    batch = 4 if device.type == "cuda" else 1  # on the CPU, larger batches only leave the caches
     pieces = in_tiles(image, eightfold(forward) if tta else forward, empty, device, side, batch, skip_background)
     for row, values in resized(pieces, image.size, image.full_size):
         yield row, Fields(**dict(zip(fields, values, strict=True)))

@@ -23,7 +23,8 @@ from torch.nn import functional
 from ..data.readers import Reader
 from ..model import STRIDE
 
-TILE = 512  # default side in pixels
+TILE = 1024  # default side in pixels
+OVERLAP = 128  # of neighboring tiles, in pixels
 PIECE = 512  # rows of a resized piece, which bounds its memory
 BLOCK, BRIGHT = 8, 220  # see `is_empty`
 
@@ -32,14 +33,14 @@ Forward = Callable[[Tensor], Tensor]  # uint8 (B, 3, h, w) -> fields, float32 (B
 
 
 def overlap_of(tile: int) -> int:
-    """Overlap of neighboring tiles in pixels: a quarter of their side, a multiple of 16 as the side is.
+    """Overlap of neighboring tiles in pixels: 128, about what the network sees around a pixel; less for small tiles.
 
-    So all tiles but the last of a row or column meet the pooling windows of the network at the same pixels. Raises
-    ValueError for a side that is not a positive multiple of 16.
+    It is a multiple of 16 as the side is, so that all tiles but the last of a row or column meet the pooling windows of
+    the network at the same pixels. Raises ValueError for a side that is not a positive multiple of 16.
     """
     if tile < STRIDE or tile % STRIDE:
         raise ValueError(f"the side of a tile is {tile}: give a positive multiple of {STRIDE}")
-    return tile // 4 // STRIDE * STRIDE
+    return min(OVERLAP, tile // 4 // STRIDE * STRIDE)
 
 
 def axis(length: int, tile: int) -> list[tuple[int, Tensor]]:
