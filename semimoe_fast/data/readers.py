@@ -24,6 +24,7 @@ from .folders import read_image
 PLAUSIBLE_MPP = 0.02, 20.0  # of a microscope; 72, 96 and 300 dpi, which programs write by default, are 353 to 85
 TIFF_SIGNATURES = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"
 SLIDES = frozenset(".svs .ndpi .mrxs .scn .vms .vmu .bif .svslide .czi .dcm".split())  # suffixes that OpenSlide reads
+BAND_BYTES = 2**23  # of the pixels that are resampled at a time
 SAME = 0.02  # scales that differ by less are taken as equal, such as 0.2528 and 0.25 microns a pixel
 
 
@@ -86,13 +87,19 @@ class Resampled(Reader):
         mpp = None if source.mpp is None else source.mpp * source.size[0] / size[0]
         super().__init__(size, source.path, mpp)
         self.source = source
-        self.full_size = source.full_size
 
     def _read(self, row: int, column: int, height: int, width: int) -> np.ndarray:
-        rows, row_weights = resampling.weights(self.source.size[0], self.size[0], row, height)
         columns, column_weights = resampling.weights(self.source.size[1], self.size[1], column, width)
-        pixels = self.source.read(rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
-        return resampling.apply(row_weights, column_weights, pixels)
+        row_bytes = 3 * (columns.stop - columns.start) * self.source.size[0] / self.size[0]
+        step = max(1, int(BAND_BYTES / row_bytes))
+        bands = []
+        for start in range(row, row + height, step):
+            rows, row_weights = resampling.weights(
+                self.source.size[0], self.size[0], start, min(step, row + height - start)
+            )
+            pixels = self.source.read(rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
+            bands.append(resampling.apply(row_weights, column_weights, pixels))
+        return bands[0] if len(bands) == 1 else np.concatenate(bands)
 
     def close(self) -> None:
         self.source.close()
@@ -102,8 +109,8 @@ def open_image(path: Path, scale: float | None = None, mpp: float | None = None)
     """Open an image file at its own scale, at `scale` pixels per pixel of the file, or at `mpp` microns a pixel.
 
     Sides are rounded to whole pixels, at least 1. The smallest level of a pyramid that has enough resolution is
-    resampled. Files whose resolution differs from `mpp` by less than 2 % are read as they are; a larger difference is
-    said in `Reader.note`. Raises UserError for files that cannot be read and, with `mpp`, do not say their resolution.
+    resampled, or read as it is if it differs from `mpp` by less than 2 %. `Reader.note` says so, unless the file is
+    read at its own scale. Raises UserError for files that cannot be read and, with `mpp`, do not say their resolution.
     """
     if scale is not None and mpp is not None:
         raise ValueError("give scale or mpp, not both")
@@ -159,21 +166,20 @@ def _is_tiff(path: Path) -> bool:
 
 def _decoded(path: Path, reason: str = "") -> ArrayReader:
     """An image that Pillow decodes as a whole, because its format or the reason in parentheses leaves no other way."""
-    dpi = None
+    mpp = None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore")  # of Pillow; what matters is in our own messages
         try:
             with Image.open(path) as image:
-                dpi = image.info.get("dpi", (None, None))[0]
+                mpp = plausible_mpp(25400 / image.info["dpi"][0])
         except Image.DecompressionBombError as error:
             most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
             raise UserError(
                 f"{path} has more than {most:,} pixels and cannot be read by region{reason}: save it as a tiled TIFF"
             ) from error
-        except Exception:  # Pillow raises almost any exception; read_image raises the clear error
+        except Exception:  # no resolution, or 0; or Pillow cannot read the file, and read_image raises the clear error
             pass
-        pixels = read_image(path)
-    return ArrayReader(pixels, path, plausible_mpp(25400 / dpi if dpi else None))
+        return ArrayReader(read_image(path), path, mpp)
 
 
 def _at_scale(levels: Sequence[Reader], scale: float | None, mpp: float | None) -> Reader:
@@ -186,14 +192,15 @@ def _at_scale(levels: Sequence[Reader], scale: float | None, mpp: float | None) 
                 "OME-XML), or give the scale instead"
             )
         scale = full.mpp / mpp
-        if abs(scale - 1) < SAME:
-            return full
     if scale is None:
         return full
     size = tuple(max(1, round(side * scale)) for side in full.size)
-    enough = [level for level in levels if all(a >= b * (1 - SAME) for a, b in zip(level.size, size, strict=True))]
-    source = enough[-1] if enough else full
-    reader = source if source.size == size else Resampled(source, size)
-    if mpp is not None:
-        reader.note = f"{full.path} has {full.mpp:.4g} microns a pixel and is resampled to {mpp:.4g}"
+    enough = [level for level in levels if min(np.divide(level.size, size)) > 1 - SAME]
+    reader = enough[-1] if enough else full
+    same = reader.size == size if mpp is None else abs(reader.mpp / mpp - 1) < SAME
+    if not same:
+        reader = Resampled(reader, size)
+    reader.full_size = full.size
+    if mpp is not None and reader is not full:
+        reader.note = f"{full.path} has {full.mpp:.4g} microns a pixel and is read at {reader.mpp:.4g}"
     return reader

@@ -9,6 +9,7 @@ r > 1: the one of Pillow's BILINEAR and of torch's interpolate(mode="bilinear", 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from scipy.sparse import csr_array
 
 
@@ -35,7 +36,12 @@ def weights(source: int, target: int, start: int, count: int) -> tuple[slice, cs
 def apply(rows: csr_array, columns: csr_array, pixels: np.ndarray) -> np.ndarray:
     """Weighted sums of pixels, uint8 (H, W, C), over both axes, rounded to uint8 (rows, columns, C)."""
     height, width, channels = pixels.shape
-    flat = pixels.reshape(height, -1).astype(np.float32)
-    shrunk = (rows @ flat).reshape(-1, width, channels).swapaxes(0, 1)  # (W, rows, C)
-    output = columns @ shrunk.reshape(width, -1)
-    return np.rint(output).astype(np.uint8).reshape(columns.shape[0], -1, channels).swapaxes(0, 1).copy()
+    partial = rows @ pixels.reshape(height, -1).astype(np.float32)
+    partial = exchange(partial.reshape(-1, width, channels))  # (W, rows, C)
+    output = np.rint(columns @ partial.reshape(width, -1)).astype(np.uint8)
+    return exchange(output.reshape(columns.shape[0], -1, channels))
+
+
+def exchange(pixels: np.ndarray) -> np.ndarray:
+    """(A, B, C) as a contiguous (B, A, C). torch copies five times as fast as NumPy."""
+    return torch.from_numpy(pixels).transpose(0, 1).contiguous().numpy()

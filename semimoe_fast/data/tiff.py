@@ -28,7 +28,7 @@ GRAY_INVERTED, GRAY, RGB, PALETTE, YCBCR = 0, 1, 2, 3, 6  # values of the tag Ph
 JPEG = 6, 7, 33007, 34892  # values of the tag Compression
 ASSOCIATED_ALPHA = 1  # a value of the tag ExtraSamples: colors are multiplied by alpha
 MICRONS = {"nm": 1e-3, "µm": 1.0, "μm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6, "inch": 25400.0}
-REMEDY = "copy it again or save it again as a TIFF"
+REMEDY = "copy it again or save it again as a tiled TIFF"
 
 tifffile.logger().disabled = True  # it writes to stderr about each damaged tag; what matters is in our own messages
 
@@ -116,7 +116,6 @@ class PageReader(Reader):
     def __init__(self, file: SharedFile, page: TiffPage, mpp: float | None) -> None:
         super().__init__((page.imagelength, page.imagewidth), file.path, mpp)
         self.file = file
-        self.page = page
         self.planes = page.samplesperpixel if page.planarconfig == 2 else 1
         self.samples = page.samplesperpixel // self.planes  # in each plane
         self.offsets, self.counts = page.dataoffsets, page.databytecounts
@@ -132,9 +131,11 @@ class PageReader(Reader):
         else:
             self.tile = min(page.imagelength, page.rowsperstrip), page.imagewidth
         self.tile_bytes = self.tile[0] * self.tile[1] * self.samples
+        if page.is_tiled and not 0 < self.tile_bytes <= MOST_TILE_BYTES:
+            size = f"{self.tile[1]} x {self.tile[0]} pixels"
+            raise UserError(f"{file.path} has wrong tags or tiles that are too large, {size}; {REMEDY}")
         if not 0 < self.tile_bytes <= MOST_TILE_BYTES:
-            kind = "tiles" if page.is_tiled else "strips"
-            raise NotByRegion(f"has {kind} of {self.tile[1]} x {self.tile[0]} pixels")
+            raise NotByRegion(f"has strips of {self.tile[1]} x {self.tile[0]} pixels")
         self.grid = tuple(-(-side // step) for side, step in zip(self.size, self.tile, strict=True))
         tiles = 1 if self.whole else self.planes * self.grid[0] * self.grid[1]
         if min(len(self.offsets), len(self.counts)) < tiles:
@@ -143,7 +144,7 @@ class PageReader(Reader):
                 f"strips, not {min(len(self.offsets), len(self.counts))}; {REMEDY}"
             )
         self.convert = _converter(page)
-        page.init_decode()
+        self.decompress = page.decode  # a property that threads must not compute together
 
     def _read(self, row: int, column: int, height: int, width: int) -> np.ndarray:
         output = np.empty((height, width, 3), np.uint8)
@@ -181,7 +182,7 @@ class PageReader(Reader):
             raise UserError(f"{self.path} has wrong tags: tile {index} has {count} bytes; {REMEDY}")
         data = self.file.read(offset, count)
         try:
-            tile = self.page.decode(data, index, **self.options)[0]
+            tile = self.decompress(data, index, **self.options)[0]
             rows = min(self.tile[0], self.size[0] - y * self.tile[0])
             columns = min(self.tile[1], self.size[1] - x * self.tile[1])
             tile = tile[0, :rows, :columns]
@@ -236,7 +237,9 @@ def resolution(page: TiffPage) -> float | None:
 
 
 def _check(path: Path, page: TiffPage) -> None:
-    """Raise UserError for more than 8 bits, NotByRegion for a layout that this reader does not know."""
+    """Raise UserError for more than 8 bits or no pixels, NotByRegion for a layout that this reader does not know."""
+    if 0 in (page.imagewidth, page.imagelength):
+        raise UserError(f"{path} has wrong tags: {page.imagewidth} x {page.imagelength} pixels; {REMEDY}")
     if np.max(page.bitspersample) > 8:
         raise too_deep(path, f"{np.max(page.bitspersample)} bits")
     if page.dtype != np.uint8 or page.bitspersample != 8 or page.fillorder != 1:
@@ -283,21 +286,26 @@ def _orientation(page: TiffPage) -> tuple[bool, bool, bool]:
 
 def _further_pages(path: Path, tiff: tifffile.TiffFile) -> Iterator[TiffPage]:
     """SubIFDs of the first page, then the pages after it. If their tags are damaged, a warning says so."""
+    first = tiff.pages[0]
     try:
-        if tiff.pages[0].subifds:
-            yield from tiff.pages[0].pages
+        for number in range(len(first.subifds or ())):
+            yield first.pages[number]
+    except Exception as error:  # for damaged tags tifffile raises almost any exception
+        warn(f"{path}: its smaller copies cannot be read ({first_sentence(error)}); they are ignored")
+    try:
         for number in range(1, MOST_PAGES):
             yield tiff.pages[number]
     except IndexError:  # after the last page
         pass
-    except Exception as error:  # for damaged tags tifffile raises almost any exception
+    except Exception as error:
         warn(f"{path}: pages after the first cannot be read ({first_sentence(error)}); they are ignored")
 
 
 def _is_level(first: TiffPage, page: TiffPage) -> bool:
     """Whether a page is a smaller copy of the first: of its kind and of its shape, to a pixel of rounding."""
     kind = ("dtype", "photometric", "samplesperpixel", "compression", "is_tiled")
-    if any(getattr(page, name) != getattr(first, name) for name in kind) or page.imagewidth >= first.imagewidth:
+    smaller = 0 < page.imagewidth < first.imagewidth and page.imagelength > 0
+    if not smaller or any(getattr(page, name) != getattr(first, name) for name in kind):
         return False
     shrinking = first.imagewidth / page.imagewidth
     return abs(first.imagelength / shrinking - page.imagelength) <= 1 + first.imagelength / first.imagewidth
