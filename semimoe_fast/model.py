@@ -117,9 +117,13 @@ class UpsamplingConv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        by_column = _summed_weights(self.weight.permute(3, 2, 1, 0))
-        kernel = _summed_weights(by_column.transpose(0, 1))  # (4, 4, C, O)
-        return nn.functional.conv_transpose2d(x, kernel.permute(2, 3, 0, 1), self.bias, stride=2, padding=1)
+        return nn.functional.conv_transpose2d(x, upsampling_kernel(self.weight), self.bias, stride=2, padding=1)
+
+
+def upsampling_kernel(weight: Tensor) -> Tensor:
+    """The kernel (C, O, 4, 4) of UpsamplingConv2d's transposed convolution, from its weight (O, C, 3, 3)."""
+    by_column = _summed_weights(weight.permute(3, 2, 1, 0))
+    return _summed_weights(by_column.transpose(0, 1)).permute(2, 3, 0, 1)
 
 
 def _summed_weights(weights: Tensor) -> Tensor:

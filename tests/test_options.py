@@ -24,7 +24,8 @@ IMPORT_ALL = """
 import importlib, pkgutil, sys
 from pathlib import Path
 sys.modules["tyro"] = None
-import semimoe_fast
+import semimoe_fast.train, semimoe_fast.training.run, semimoe_fast.data.readers
+assert not sys.modules.keys() & {"tifffile", "imagecodecs", "openslide"}, "the training recipe reads no large images"
 names = [module.name for module in pkgutil.walk_packages(semimoe_fast.__path__, "semimoe_fast.")]
 names += [f"benchmarks.{path.stem}" for path in Path("benchmarks").glob("*.py")]
 for name in names:

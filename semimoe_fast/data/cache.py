@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..checkpoint import write_atomically
 from ..errors import UserError, warn
-from .folders import Dataset, Pair, header_size, in_threads, list_pairs, read_pair, read_pairs, read_whole
+from .folders import Dataset, Pair, in_threads, list_pairs, read_header, read_pair, read_pairs, read_whole
 from .ragged import Ragged, read_ragged, starts_of
 
 FORMAT = 2  # increase it when the decoded values or the file format change
@@ -225,7 +225,7 @@ class RaggedEntry(Entry):
 
     @cached_property
     def header_sizes(self) -> Tensor:
-        return torch.tensor([header_size(pair.image) for pair in self.pairs])
+        return torch.tensor([read_header(pair.image)[:2] for pair in self.pairs])
 
     @cached_property
     def starts(self) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -149,16 +149,16 @@ def in_threads(call: Callable[[A], B], items: Sequence[A], title: str) -> list[B
         pool.shutdown(cancel_futures=True)
 
 
-def list_images(folder: Path, kinds: str = "PNG, TIFF, BMP or JPEG") -> list[Path]:
+def list_images(folder: Path, kinds: str = "PNG, TIFF, BMP or JPEG", also: Collection[str] = frozenset()) -> list[Path]:
     """The image files of a folder, sorted by path. Hidden files and other files, such as Thumbs.db, are skipped.
 
-    kinds: the files that the message for an empty folder recommends. Raises UserError if the folder is missing, has no
-    image, or has two images with the same stem.
+    kinds: the files that the message for an empty folder recommends. also: suffixes beside those of Pillow. Raises
+    UserError if the folder is missing, has no image, or has two images with the same stem.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: create it or correct the path")
     Image.init()
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} | set(also)
     paths = sorted(
         path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith(".")
     )
@@ -182,18 +182,28 @@ def read_image(path: Path) -> np.ndarray:
     """
     image, deep = _decode(path)
     if deep:
-        raise UserError(f"{path} has more than 8 bits per channel (mode {image.mode}): save it as 8-bit RGB")
+        raise too_deep(path, f"mode {image.mode}")
     return np.array(image.convert("RGB"))
 
 
-def header_size(path: Path) -> tuple[int, int]:
-    """Both sides of an image of any format of Pillow, in pixels, from its header: (height, width) before EXIF rotation.
+def too_deep(path: Path, depth: str) -> UserError:
+    """The error of an image file with more than 8 bits per channel."""
+    return UserError(f"{path} has more than 8 bits per channel ({depth}): save it as 8-bit RGB")
 
-    Raises UserError if Pillow cannot read the header.
-    """
+
+class Header(NamedTuple):
+    """What the header of an image file says, without its EXIF orientation."""
+
+    height: int
+    width: int
+    dpi: float | None  # horizontal resolution, None or 0 if unknown
+
+
+def read_header(path: Path) -> Header:
+    """The header of an image file of any format of Pillow. Raises UserError if Pillow cannot read it."""
     try:
         with path.open("rb") as file, Image.open(file) as image:
-            return image.height, image.width
+            return Header(image.height, image.width, image.info.get("dpi", [None])[0])
     except Exception as error:  # for a damaged file Pillow's decoders raise almost any exception
         raise UserError(f"{path} cannot be read as an image ({first_sentence(error)}): replace or remove it") from error
 
@@ -244,20 +254,18 @@ def read_instances(path: Path) -> np.ndarray:
     return split_mask(labels, ids).astype(np.int32)
 
 
-def resize_image(image: np.ndarray, size: int, antialias: bool = False) -> Tensor:
-    """Resize an image, uint8 (H, W, 3), to uint8 (3, size, size): bilinear, half-pixel centers.
+def resize_image(image: np.ndarray | Tensor, size: int, antialias: bool = False) -> Tensor:
+    """Resize an image, uint8 (H, W, 3), to uint8 (3, size, size) on its device: bilinear, half-pixel centers.
 
-    The published results used OpenCV's INTER_LINEAR. It rounds its weights to 11 bits, so values differ by at most 1.
-    It takes two pixels a side however much it shrinks. antialias: widen the bilinear filter by the factor of shrinking,
-    as Pillow does, so that every pixel counts.
+    antialias: shrink by a triangle filter as wide as two output pixels, as `readers.open_image` does, instead of
+    reading the two input pixels next to each center. The published results used OpenCV's INTER_LINEAR, which has no
+    antialiasing; it rounds its weights to 11 bits, so values differ by at most 1.
     """
-    pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous()
+    pixels = torch.as_tensor(image).permute(2, 0, 1).contiguous()
     if pixels.shape[1:] == (size, size):
         return pixels
-    resized = functional.interpolate(
-        pixels[None].float(), (size, size), mode="bilinear", align_corners=False, antialias=antialias
-    )
-    return resized[0].round().to(torch.uint8)
+    options = {"mode": "bilinear", "align_corners": False, "antialias": antialias}
+    return functional.interpolate(pixels[None].float(), (size, size), **options)[0].round().to(torch.uint8)
 
 
 def resize_mask(mask: np.ndarray, size: int) -> Tensor:
@@ -359,4 +367,9 @@ def _warn_of_further_pages(path: Path) -> None:
         warn(f"{path}: pages after the first cannot be read ({error}); only the first page is used")
         return
     if pages > 1:
-        warn(f"{path} has {pages} pages, and only the first is used: save the others as separate files")
+        warn_of_pages(path, pages)
+
+
+def warn_of_pages(path: Path, pages: int | str) -> None:
+    """Warn of a file with several pages."""
+    warn(f"{path} has {pages} pages, and only the first is used: save the others as separate files")

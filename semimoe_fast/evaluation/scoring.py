@@ -68,7 +68,10 @@ def _whole(
         yield from _squares(model, dataset.centers(STRIDE), preprocessing, device, precision, 1)
     for index in range(len(dataset)):
         probabilities = predict_whole(model, dataset.image(index), preprocessing, device, precision)
-        yield {name: field[None] for name, field in probabilities.items()}, dataset.mask(index)[None].to(device)
+        yield (
+            {name: field[None].to(device) for name, field in probabilities.items()},
+            dataset.mask(index)[None].to(device),
+        )
 
 
 def score_set(counts: dict[str, Tensor]) -> dict[str, metrics.Scores]:

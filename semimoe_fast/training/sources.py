@@ -11,9 +11,10 @@ from torch import Tensor
 from ..checkpoint import Preprocessing
 from ..data.cache import Cache
 from ..data.crops import crops_in
-from ..data.folders import NORMALIZATION, Dataset, channel_statistics, header_size, list_pairs, load_part
+from ..data.folders import NORMALIZATION, Dataset, channel_statistics, list_pairs, load_part, read_header
 from ..data.glands import glands
 from ..data.ragged import Ragged, load_whole
+from ..data.readers import plausible_mpp
 from ..errors import UserError
 from .batches import TrainingData
 from .config import NONE, TrainConfig
@@ -35,6 +36,7 @@ def load_data(config: TrainConfig, cache: Cache | None = None) -> tuple[Training
         mean, std = channel_statistics(*(pixels_of(part) for part in (labeled, unlabeled) if part is not None))
     else:
         mean, std = NORMALIZATION[config.normalization]
+    scale, mpp = resolution(config)
     preprocessing = Preprocessing(
         config.image_size,
         tuple(mean),
@@ -43,7 +45,8 @@ def load_data(config: TrainConfig, cache: Cache | None = None) -> tuple[Training
         config.instances,
         config.sampling,
         antialias=config.antialias or config.sampling == "crops",  # crops see images at their own scale, unaliased
-        scale=scale_of(config),
+        scale=scale,
+        mpp=mpp,
     )
     return TrainingData(labeled, unlabeled, preprocessing), val
 
@@ -57,14 +60,20 @@ def pixels_of(part: Images) -> Tensor:
     return part.pixels if isinstance(part, Ragged) else part.images
 
 
-def scale_of(config: TrainConfig) -> float | None:
-    """Pixels of the model per pixel of a file: the median over the sides of the labeled images. None without files."""
+def resolution(config: TrainConfig) -> tuple[float | None, float | None]:
+    """Pixels of the model per pixel of a labeled file, the median over both sides, and microns per pixel of the model.
+
+    The microns are those of the labeled files in the median, None unless all of them say a plausible resolution. None
+    for synthetic images.
+    """
     if config.data is None:
-        return None
-    if config.sampling == "crops":
-        return 1.0
-    pairs = list_pairs(config.data, labeled_part(config), with_masks=False)
-    return statistics.median(config.image_size / side for pair in pairs for side in header_size(pair.image))
+        return None, None
+    files = [read_header(pair.image) for pair in list_pairs(config.data, labeled_part(config), with_masks=False)]
+    scale = 1.0
+    if config.sampling == "resize":
+        scale = statistics.median(config.image_size / side for file in files for side in (file.height, file.width))
+    microns = [plausible_mpp(25400 / file.dpi) if file.dpi else None for file in files]
+    return scale, None if None in microns else statistics.median(microns) / scale
 
 
 def _refuse_batch(kind: str, batch: int, images: int) -> NoReturn:

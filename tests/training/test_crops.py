@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from semimoe_fast import checkpoint, synthetic, train
 from semimoe_fast.checkpoint import Preprocessing
@@ -21,6 +23,7 @@ from semimoe_fast.errors import UserError
 from semimoe_fast.evaluation import metrics
 from semimoe_fast.evaluation.scoring import count_set
 from semimoe_fast.evaluation.whole import predict_whole
+from semimoe_fast.inference.predictor import gated_foreground
 from semimoe_fast.training import config, interruption, run_folder
 from semimoe_fast.training.batches import Batches, TrainingData, tensors_of
 from semimoe_fast.training.config import TrainConfig
@@ -143,6 +146,7 @@ def test_run_resumes_bitwise_and_stores_its_preprocessing(
     assert preprocessing[5:] == ("crops", True, 1.0, None)
 
 
+@torch.no_grad()
 def test_validation_scores_whole_images(crops: TrainConfig, data: TrainingData) -> None:
     val = load_data(crops)[1]
     model, preprocessing = Trainer(crops, data, CPU).model.eval(), data.preprocessing
@@ -152,6 +156,9 @@ def test_validation_scores_whole_images(crops: TrainConfig, data: TrainingData) 
         expected = metrics.count(found["gated"][None], val.mask(index)[None])
         assert torch.equal(counts["gated"][index], expected[0])
         assert found["gated"].shape == tuple(val.sizes[index].tolist())
+        pixels = val.image(index).permute(2, 0, 1)[None]  # they fit into one tile
+        output = model(augment.normalize(pixels, preprocessing.mean, preprocessing.std))
+        assert torch.equal(found["gated"][None], gated_foreground(output))
     nothing = count_set(model, val[:0], preprocessing, CPU)
     assert {name: count.shape for name, count in nothing.items()} == dict.fromkeys(counts, (0, 45, 3))
 
@@ -188,6 +195,22 @@ def test_scale_is_the_median_of_both_sides(tiny_config: TrainConfig, mixed: Path
     assert resized.preprocessing.scale == pytest.approx(expected.item(), rel=1e-12)
     assert resized.preprocessing.antialias is False
     assert load_data(tiny_config)[0].preprocessing.scale is None
+
+
+def test_resolution_of_the_files_is_stored(tiny_config: TrainConfig, mixed: Path, tmp_path: Path) -> None:
+    """Half a micron a pixel in the files; 72 dots per inch are no microscope's."""
+    folder = shutil.copytree(mixed, tmp_path / "data")
+    chosen = [dataclasses.replace(tiny_config, data=folder, sampling=sampling) for sampling in ("crops", "resize")]
+    for dpi, mpp in ((50_800, 0.5), (72, None)):
+        for path in (folder / "train_sup_3" / "image").iterdir():
+            with Image.open(path) as image:
+                image.save(path, dpi=(dpi, dpi))
+        crops, resized = (load_data(each)[0].preprocessing for each in chosen)
+        if mpp is None:
+            assert crops.mpp is resized.mpp is None
+        else:
+            assert crops.mpp == pytest.approx(mpp, rel=1e-4)
+            assert resized.mpp == pytest.approx(mpp / resized.scale, rel=1e-4)
 
 
 def test_antialiasing_is_in_the_images_and_in_the_checkpoint(tiny_config: TrainConfig, mixed: Path) -> None:

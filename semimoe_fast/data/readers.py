@@ -1,0 +1,206 @@
+"""Read RGB images by region, at their own scale or resampled to a given one.
+
+`open_image` opens any supported file. A reader gives regions as uint8 (height, width, 3); it may be used from several
+threads. Files that cannot be read raise UserError, which names the file and the remedy; a region outside the image is
+a ValueError.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import UserError
+from . import resampling
+from .folders import read_image
+
+PLAUSIBLE_MPP = 0.02, 20.0  # of a microscope; 72, 96 and 300 dpi, which programs write by default, are 353 to 85
+TIFF_SIGNATURES = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"
+SLIDES = frozenset(".svs .ndpi .mrxs .scn .vms .vmu .bif .svslide .czi .dcm".split())  # suffixes that OpenSlide reads
+BAND_BYTES = 2**23  # of the pixels that are resampled at a time
+SAME = 0.02  # scales that differ by less are taken as equal, such as 0.2528 and 0.25 microns a pixel
+
+
+class Reader(ABC):
+    """An RGB image that is read by region. Use it as a context manager, or close it."""
+
+    def __init__(self, size: tuple[int, int], path: Path | None = None, mpp: float | None = None) -> None:
+        self.size = size  # (H, W) in pixels, at the scale that `read` gives
+        self.path = path
+        self.mpp = mpp  # microns per pixel of `size`, None if the file does not say so
+        self.full_size = size  # (H, W) of the file's own pixels
+        self.note: str | None = None  # what a command says about this file, in one line
+
+    def read(self, row: int, column: int, height: int, width: int) -> np.ndarray:
+        """Pixels of a region inside the image, uint8 (height, width, 3); the array may be shared, do not write to it.
+
+        Raises ValueError for a region outside the image, UserError for damaged pixels.
+        """
+        inside = 0 <= row <= row + height <= self.size[0] and 0 <= column <= column + width <= self.size[1]
+        if not inside or 0 in (height, width):
+            region = f"{height} x {width} pixels from ({row}, {column})"
+            raise ValueError(f"{region} are no region of an image of {self.size[0]} x {self.size[1]}")
+        return self._read(row, column, height, width)
+
+    @abstractmethod
+    def _read(self, row: int, column: int, height: int, width: int) -> np.ndarray:
+        """`read` of a region that is inside the image."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the file; further reads fail."""
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+class ArrayReader(Reader):
+    """An image in memory, uint8 (H, W, 3)."""
+
+    def __init__(self, pixels: np.ndarray, path: Path | None = None, mpp: float | None = None) -> None:
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
+            raise ValueError(f"an image is uint8 (H, W, 3), not {pixels.dtype} {pixels.shape}")
+        super().__init__(pixels.shape[:2], path, mpp)
+        self.pixels = pixels
+
+    def _read(self, row: int, column: int, height: int, width: int) -> np.ndarray:
+        return self.pixels[row : row + height, column : column + width]
+
+    def close(self) -> None:
+        """There is no file; the pixels are freed with the reader."""
+
+
+class Resampled(Reader):
+    """Another reader's image at another size; see resampling.py for the filter. Closing it closes the other."""
+
+    def __init__(self, source: Reader, size: tuple[int, int]) -> None:
+        mpp = None if source.mpp is None else source.mpp * source.size[0] / size[0]
+        super().__init__(size, source.path, mpp)
+        self.source = source
+
+    def _read(self, row: int, column: int, height: int, width: int) -> np.ndarray:
+        columns, column_weights = resampling.weights(self.source.size[1], self.size[1], column, width)
+        row_bytes = 3 * (columns.stop - columns.start) * self.source.size[0] / self.size[0]
+        step = max(1, int(BAND_BYTES / row_bytes))
+        bands = []
+        for start in range(row, row + height, step):
+            rows, row_weights = resampling.weights(
+                self.source.size[0], self.size[0], start, min(step, row + height - start)
+            )
+            pixels = self.source.read(rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
+            bands.append(resampling.apply(row_weights, column_weights, pixels))
+        return bands[0] if len(bands) == 1 else np.concatenate(bands)
+
+    def close(self) -> None:
+        self.source.close()
+
+
+def open_image(path: Path, scale: float | None = None, mpp: float | None = None) -> Reader:
+    """Open an image file at its own scale, at `scale` pixels per pixel of the file, or at `mpp` microns a pixel.
+
+    Sides are rounded to whole pixels, at least 1. The smallest level of a pyramid that has enough resolution is
+    resampled, or read as it is if it differs from `mpp` by less than 2 %. `Reader.note` says so, unless the file is
+    read at its own scale. Raises UserError for files that cannot be read and, with `mpp`, do not say their resolution.
+    """
+    if scale is not None and mpp is not None:
+        raise ValueError("give scale or mpp, not both")
+    for name, value in (("scale", scale), ("mpp", mpp)):
+        if value is not None and not 0 < value < np.inf:
+            raise ValueError(f"{name} must be a positive number, not {value}")
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such image file; give a regular file")
+    levels = _levels(path)
+    try:
+        return _at_scale(levels, scale, mpp)
+    except BaseException:
+        levels[0].close()
+        raise
+
+
+def plausible_mpp(value: Any, unit: float | None = 1.0) -> float | None:
+    """Microns per pixel of a number in a file, in a unit of so many microns; None if no microscope has such pixels.
+
+    Files may say 72 dots per inch, 0, NaN or text.
+    """
+    try:
+        mpp = float(value) * float(unit)
+    except (TypeError, ValueError):
+        return None
+    return mpp if PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1] else None
+
+
+def _levels(path: Path) -> Sequence[Reader]:
+    """The image of a file and its smaller copies, largest first. They share the file: closing the first closes it."""
+    if path.suffix.lower() in SLIDES:
+        from . import slides
+
+        return slides.open_levels(path)
+    if _is_tiff(path):
+        from . import tiff
+
+        try:
+            return tiff.open_levels(path)
+        except tiff.NotByRegion as reason:
+            return [_decoded(path, f" ({reason})")]
+    return [_decoded(path)]
+
+
+def _is_tiff(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4) in TIFF_SIGNATURES
+    except OSError:  # decoding raises the clear error
+        return False
+
+
+def _decoded(path: Path, reason: str = "") -> ArrayReader:
+    """An image that Pillow decodes as a whole, because its format or the reason in parentheses leaves no other way."""
+    mpp = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow; what matters is in our own messages
+        try:
+            with Image.open(path) as image:
+                mpp = plausible_mpp(25400 / image.info["dpi"][0])
+        except Image.DecompressionBombError as error:
+            most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+            raise UserError(
+                f"{path} has more than {most:,} pixels and cannot be read by region{reason}: save it as a tiled TIFF"
+            ) from error
+        except Exception:  # no resolution, or 0; or Pillow cannot read the file, and read_image raises the clear error
+            pass
+        return ArrayReader(read_image(path), path, mpp)
+
+
+def _at_scale(levels: Sequence[Reader], scale: float | None, mpp: float | None) -> Reader:
+    """The first level resampled to a scale, from the smallest level that is large enough."""
+    full = levels[0]
+    if mpp is not None:
+        if full.mpp is None:
+            raise UserError(
+                f"{full.path} does not say how large its pixels are: save it with its resolution (TIFF tags or "
+                "OME-XML), or give the scale instead"
+            )
+        scale = full.mpp / mpp
+    if scale is None:
+        return full
+    size = tuple(max(1, round(side * scale)) for side in full.size)
+    enough = [level for level in levels if min(np.divide(level.size, size)) > 1 - SAME]
+    reader = enough[-1] if enough else full
+    same = reader.size == size if mpp is None else abs(reader.mpp / mpp - 1) < SAME
+    if not same:
+        reader = Resampled(reader, size)
+    reader.full_size = full.size
+    if mpp is not None and reader is not full:
+        reader.note = f"{full.path} has {full.mpp:.4g} microns a pixel and is read at {reader.mpp:.4g}"
+    return reader
