@@ -21,8 +21,6 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-import albumentations
-import cv2
 import numpy as np
 import torch
 from skimage import color, exposure, filters, util
@@ -83,6 +81,10 @@ def scikit_image(kind: str) -> list[OfImage]:
 
 
 def albumentation(kind: str) -> OfImage:
+    import albumentations
+    import cv2
+
+    cv2.setNumThreads(1)
     transform = {
         "stain": albumentations.HEStain(
             "preset", "ruifrok", intensity_scale_range=(0.8, 1.2), augment_background=True, p=1
@@ -150,7 +152,6 @@ def main() -> None:
     parser.add_argument("--machine", required=True, help="for the record")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    cv2.setNumThreads(1)
     images, step = stained_images(), step_time()
     rows = [measure(kind, images, step) for kind in STRENGTHS]
     print(f"step: {step:.2f} s", *rows, sep="\n")

@@ -38,7 +38,7 @@ RECIPES = {
     "resize, antialias": {"antialias": True},
     "crops": {"sampling": "crops"},
 }
-COLUMNS = ["sampling", "seed", "pixel Dice", "object F1", "training, s"]
+COLUMNS = ["sampling", "seed", "pixel Dice", "object F1"]
 
 
 def configuration(data: Path, out: Path, image_size: int, steps: int, seed: int, **changes) -> TrainConfig:
@@ -100,10 +100,8 @@ def main() -> None:
         for seed in arguments.seeds:
             for name, changes in RECIPES.items():
                 run = Path(work) / f"{name} {seed}"
-                start = datetime.datetime.now()
                 train.main(configuration(data, run, arguments.image_size, arguments.steps, seed, **changes))
-                seconds = (datetime.datetime.now() - start).total_seconds()
-                rows.append([name, seed, *(round(x, 4) for x in score(run / LAST, data)), round(seconds)])
+                rows.append([name, seed, *(round(x, 4) for x in score(run / LAST, data))])
                 print(rows[-1], flush=True)
     record = {
         "machine": arguments.machine,

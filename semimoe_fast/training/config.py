@@ -59,11 +59,11 @@ class DataOptions:
     synthetic: Annotated[tuple[int, int, int], "INT INT INT"] = (8, 64, 80)
     """Numbers of labeled, unlabeled and validation images to draw."""
     image_size: int = 256
-    """Side to which images are resized, or of the crops, in pixels, a multiple of 16."""
+    """Side of resized images or of crops, in pixels, a multiple of 16."""
     sampling: Sampling = "resize"
-    """Train on whole images resized to squares, or on random crops of them at their own scale."""
+    """Whole images as squares, or random crops at their own scale."""
     antialias: bool = False
-    """Shrink images with antialiasing (--sampling resize); the published recipe does not."""
+    """Shrink images with antialiasing; for --sampling resize."""
     normalization: Literal["measured", "glas", "crag"] = "measured"
     """Mean and std: of the training images, or published."""
     ring_radius: float = 2.0
@@ -77,13 +77,13 @@ class AugmentationOptions:
     """Random changes of training images, beside crops, flips and rotations; 0 is off."""
 
     stain: float = 0.0
-    """Largest change of the H&E stains: relative, and in optical density; 0.05 is light, 0.2 strong."""
+    """Largest change of H and E: relative, and in optical density; 0.2 is strong."""
     brightness: float = 0.0
-    """Largest relative change of brightness, up to 1; 0.2 is usual."""
+    """Largest relative change of brightness, up to 1."""
     blur: float = 0.0
     """Largest standard deviation of a Gaussian blur, in pixels, up to 5."""
     noise: float = 0.0
-    """Largest standard deviation of Gaussian noise, relative to the range of pixels, up to 1."""
+    """Largest standard deviation of the noise, relative to the pixels' range."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ class ScheduleOptions:
     epochs: int = 200
     """Number of epochs."""
     steps_per_epoch: Annotated[int | None, "INT", "one pass over the unlabeled part"] = None
-    """Steps in an epoch. A pass takes each image once, with crops max(1, area / crop area) times."""
+    """Steps in an epoch; a pass has area / crop area crops."""
     labeled_batch: int = 2
     """Labeled images in a step; a small part is repeated."""
     unlabeled_batch: int = 2
