@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import UserError, first_sentence, printable
+from .errors import UserError, first_sentence, naming, printable
 from .model import SemiMoE
 from .published import export_published, import_published
 from .validation import check_types, shown
@@ -190,7 +190,7 @@ def _mismatch(arguments: dict[str, Any]) -> str:
 
 def write_atomically(path: Path, write: Callable[[Path], object], shared: bool = False) -> None:
     """Call write(temporary path) and rename the file to `path`, as `replacing` does."""
-    with replacing(path, shared) as part:
+    with replacing(path, shared) as part, naming(path):
         write(part)
 
 

@@ -211,7 +211,7 @@ def predict_file(
         option = "--instances" if config.instances else "--overlay"
         raise UserError(
             f"{path} is {size[1]} x {size[0]} pixels, and {option} takes images of up to {MOST_IN_MEMORY / 1e6:.0f} "
-            "megapixels: leave it out, or cut the image"
+            "megapixels: leave it out, or cut it"
         )
     mask_file, other = files["mask"], files["mask"].with_suffix(".tif")
     if large:

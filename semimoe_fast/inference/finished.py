@@ -26,7 +26,7 @@ class Finished:
         self._lines = set(lines[1:] if lines[:1] == [first] else [])
 
     def __contains__(self, image: Path) -> bool:
-        return _line(image) in self._lines
+        return image.exists() and _line(image) in self._lines
 
     def add(self, image: Path) -> None:
         """Call it when all outputs of an image are in place."""

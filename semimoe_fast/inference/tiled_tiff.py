@@ -15,7 +15,7 @@ from xml.sax.saxutils import quoteattr
 
 import numpy as np
 
-from ..errors import printable
+from ..errors import naming, printable
 
 SIDE = 512  # of the tiles of the file
 LEVEL = 1  # of zlib: probabilities hardly get smaller at higher levels
@@ -35,11 +35,10 @@ class TiledTiff:
     def __init__(
         self, path: Path, size: tuple[int, int], dtype: str, mpp: float | None = None, channel: str | None = None
     ) -> None:
-        self.size, self.dtype, self.mpp, self.channel = size, np.dtype(dtype).newbyteorder("<"), mpp, channel
-        self._rows = np.zeros(
-            (SIDE, -(-size[1] // SIDE) * SIDE), self.dtype
-        )  # of the row of tiles that is being filled
-        self._filled = self._written = 0  # rows of it, and rows of all tiles before it
+        self.path, self.size, self.mpp, self.channel = path, size, mpp, channel
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self._rows = np.zeros((SIDE, -(-size[1] // SIDE) * SIDE), self.dtype)  # the row of tiles that is being filled
+        self._filled = self._written = 0  # rows of it, and rows of the tiles before it
         self._offsets: list[int] = []
         self._lengths: list[int] = []
         self._file = path.open("wb")
@@ -60,7 +59,8 @@ class TiledTiff:
             data = zlib.compress(np.ascontiguousarray(tile), LEVEL)
             self._offsets.append(self._file.tell())
             self._lengths.append(len(data))
-            self._file.write(data)
+            with naming(self.path):
+                self._file.write(data)
         self._written += self._filled
         self._filled = 0
         self._rows[:] = 0
@@ -69,11 +69,12 @@ class TiledTiff:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._file.close()
+        with naming(self.path):
+            try:
+                if kind is None:
+                    self._finish()
+            finally:
+                self._file.close()
 
     def _finish(self) -> None:
         """Write the table of tags and the header. Raises ValueError if rows are missing."""

@@ -149,11 +149,12 @@ def resized(pieces: Iterable[Piece], size: tuple[int, int], target: tuple[int, i
     held, first, done = None, 0, 0
     for _, piece in pieces:
         held = piece if held is None else torch.cat([held, piece], 1)
-        ready = int(torch.searchsorted(below, first + held.shape[1]))  # rows whose neighbors are held
+        end = first + held.shape[1]
+        ready = int(torch.searchsorted(below, end))  # rows whose neighbors are held
         for start in range(done, ready, PIECE):
             part = slice(start, min(start + PIECE, ready))
             mixed = torch.lerp(held[:, above[part] - first], held[:, below[part] - first], share[part])
             yield start, functional.interpolate(mixed[None], (mixed.shape[1], columns), mode="bilinear")[0]
         done = ready
-        needed = int(above[done]) if done < rows else first + held.shape[1]
+        needed = min(int(above[done]), end) if done < rows else end
         held, first = held[:, needed - first :], needed
