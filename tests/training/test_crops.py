@@ -19,8 +19,10 @@ from semimoe_fast import checkpoint, synthetic, train
 from semimoe_fast.checkpoint import Preprocessing
 from semimoe_fast.data import augment
 from semimoe_fast.data.appearance import apply
+from semimoe_fast.data.folders import list_pairs
 from semimoe_fast.errors import UserError
 from semimoe_fast.evaluation import metrics
+from semimoe_fast.evaluation.files import evaluate_model
 from semimoe_fast.evaluation.scoring import count_set
 from semimoe_fast.evaluation.whole import predict_whole
 from semimoe_fast.inference.predictor import gated_foreground
@@ -161,6 +163,15 @@ def test_validation_scores_whole_images(crops: TrainConfig, data: TrainingData) 
         assert torch.equal(found["gated"][None], gated_foreground(output))
     nothing = count_set(model, val[:0], preprocessing, CPU)
     assert {name: count.shape for name, count in nothing.items()} == dict.fromkeys(counts, (0, 45, 3))
+
+
+def test_evaluation_of_the_files_gives_the_counts_of_validation(crops: TrainConfig, data: TrainingData) -> None:
+    val = load_data(crops)[1]
+    model, preprocessing = Trainer(crops, data, CPU).model, data.preprocessing
+    found = evaluate_model(model, list_pairs(crops.data, "val", with_masks=True), preprocessing, CPU)
+    expected = count_set(model, val, preprocessing, CPU)
+    assert found.counts.keys() == expected.keys()
+    assert all(torch.equal(found.counts[name], expected[name]) for name in expected)
 
 
 @pytest.mark.slow
