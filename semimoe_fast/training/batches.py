@@ -95,7 +95,7 @@ class Squares:
         return rows, augment.draw(len(rows), self.images.shape[-1], random)
 
     def cut(self, rows: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor | None]:
-        rows = rows.to(self.images.device)
+        rows = rows.to(self.images.device, non_blocking=True)
         return self.images[rows], None if self.masks is None else self.masks[rows]
 
 

@@ -19,10 +19,10 @@ from ..errors import UserError
 from .batches import TrainingData
 from .config import NONE, TrainConfig
 
-Images = Dataset | Ragged
+Part = Dataset | Ragged  # of the data
 
 
-def load_data(config: TrainConfig, cache: Cache | None = None) -> tuple[TrainingData, Images]:
+def load_data(config: TrainConfig, cache: Cache | None = None) -> tuple[TrainingData, Part]:
     """The training data and the validation set of a configuration.
 
     cache: store of decoded images for data folders. Raises UserError if the data cannot be read or are too few.
@@ -51,11 +51,11 @@ def load_data(config: TrainConfig, cache: Cache | None = None) -> tuple[Training
     return TrainingData(labeled, unlabeled, preprocessing), val
 
 
-def images_in_epoch(part: Images, config: TrainConfig) -> int:
+def images_in_epoch(part: Part, config: TrainConfig) -> int:
     return crops_in(part, config.image_size) if isinstance(part, Ragged) else len(part)
 
 
-def pixels_of(part: Images) -> Tensor:
+def pixels_of(part: Part) -> Tensor:
     """All pixels, uint8 (N, 3, ...)."""
     return part.pixels if isinstance(part, Ragged) else part.images
 
@@ -92,10 +92,10 @@ def synthetic_data(config: TrainConfig) -> tuple[Dataset, Dataset | None, Datase
     return labeled, unlabeled if config.semi_supervised and len(unlabeled) else None, val
 
 
-def folder_data(config: TrainConfig, cache: Cache | None = None) -> tuple[Images, Images | None, Images]:
+def folder_data(config: TrainConfig, cache: Cache | None = None) -> tuple[Part, Part | None, Part]:
     """Labeled, unlabeled and validation part of a data folder; unlabeled is None for the supervised baseline."""
 
-    def load(part: str, with_masks: bool = True) -> Images:
+    def load(part: str, with_masks: bool = True) -> Part:
         if config.sampling == "crops":
             read = load_whole if cache is None else cache.load_whole
             return read(config.data, part, with_masks, instances=config.instances)
