@@ -112,7 +112,7 @@ def main() -> None:
             f"python benchmarks/sampling.py --image-size {arguments.image_size} --steps {arguments.steps} "
             f"--seeds {' '.join(map(str, arguments.seeds))} --out benchmarks/results/sampling.json"
         ],
-        "tables": {"scores": {"columns": COLUMNS, "rows": rows}},
+        "tables": {"scores": {"columns": COLUMNS, "rows": rows, "format": ".3f"}},
     }
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")
 
