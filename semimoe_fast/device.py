@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -12,6 +13,8 @@ from .errors import UserError
 
 Precision = Literal["auto", "fp32", "bf16"]
 Compile = Literal["none", "default", "max"]
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def choose_device(name: str) -> torch.device:
@@ -38,6 +41,18 @@ def in_bf16(precision: Precision, device: torch.device) -> bool:
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
     """A context with bf16 autocast if `in_bf16`, else one without autocast."""
     return torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(precision, device))
+
+
+def keep_freed_memory() -> None:
+    """Make the C library keep freed memory for the next tensors of this process, where it is glibc.
+
+    By default glibc gives every tensor above 32 MiB back to the system, which then has to clear the pages of the next
+    one. That takes a third of the time in which a CPU predicts 1024 x 1024 pixels.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(M_MMAP_MAX, 0)
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # the largest of its type: 2 GiB stay
 
 
 def configure(device: torch.device, precision: Precision, deterministic: bool) -> str:

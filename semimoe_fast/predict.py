@@ -20,7 +20,7 @@ from . import functional as F
 from .checkpoint import MOST_PIXELS, Preprocessing, replacing, write_atomically
 from .data.folders import list_images
 from .data.readers import SLIDES, Reader, open_image
-from .device import Precision, choose_device
+from .device import Precision, choose_device, keep_freed_memory
 from .errors import UserError, printable, run_command, warn
 from .evaluation.overlay import outline
 from .inference.finished import Finished
@@ -140,6 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if config.instances:
         skimage()  # an error now, and not after the first image
     device = choose_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     model, metadata, _ = checkpoint.load(config.checkpoint, device)
     require_mask(config.checkpoint, model)
     preprocessing = Preprocessing.of(config.checkpoint, metadata)
