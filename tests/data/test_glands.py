@@ -154,9 +154,10 @@ def test_square_pictures_are_those_of_glands():
 
 def test_larger_pictures_hold_more_glands_of_the_same_size():
     """Twenty pictures of 4 units each: gland areas in pixels, of glands that do not touch the border."""
+    unit = 32
     areas, shares = {}, {}
-    for name, shape in (("square", (SIZE, SIZE)), ("wide", (SIZE, 4 * SIZE)), ("high", (4 * SIZE, SIZE))):
-        maps = [picture(shape, SIZE, 0, index)[1] for index in range(20)]
+    for name, shape in (("square", (unit, unit)), ("wide", (unit, 4 * unit)), ("high", (4 * unit, unit))):
+        maps = [picture(shape, unit, 0, index)[1] for index in range(20)]
         assert all(ids.shape == shape for ids in maps)
         shares[name] = np.mean([(ids > 0).mean() for ids in maps])
         inner = [np.setdiff1d(ids, np.concatenate([ids[0], ids[-1], ids[:, 0], ids[:, -1]])) for ids in maps]
