@@ -27,6 +27,9 @@ SLIDES = frozenset(".svs .ndpi .mrxs .scn .vms .vmu .bif .svslide .czi .dcm".spl
 BAND_BYTES = 2**23  # of the pixels that are resampled at a time
 SAME = 0.02  # scales that differ by less are taken as equal, such as 0.2528 and 0.25 microns a pixel
 
+# Pillow warns above half the size that it refuses. Users who set a filter of their own keep it.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
+
 
 class Reader(ABC):
     """An RGB image that is read by region. Use it as a context manager, or close it."""
@@ -167,19 +170,17 @@ def _is_tiff(path: Path) -> bool:
 def _decoded(path: Path, reason: str = "") -> ArrayReader:
     """An image that Pillow decodes as a whole, because its format or the reason in parentheses leaves no other way."""
     mpp = None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Pillow; what matters is in our own messages
-        try:
-            with Image.open(path) as image:
-                mpp = plausible_mpp(25400 / image.info["dpi"][0])
-        except Image.DecompressionBombError as error:
-            most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-            raise UserError(
-                f"{path} has more than {most:,} pixels and cannot be read by region{reason}: save it as a tiled TIFF"
-            ) from error
-        except Exception:  # no resolution, or 0; or Pillow cannot read the file, and read_image raises the clear error
-            pass
-        return ArrayReader(read_image(path), path, mpp)
+    try:
+        with Image.open(path) as image:
+            mpp = plausible_mpp(25400 / image.info["dpi"][0])
+    except Image.DecompressionBombError as error:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise UserError(
+            f"{path} has more than {most:,} pixels and cannot be read by region{reason}: save it as a tiled TIFF"
+        ) from error
+    except Exception:  # no resolution, or 0; or Pillow cannot read the file, and read_image raises the clear error
+        pass
+    return ArrayReader(read_image(path), path, mpp)
 
 
 def _at_scale(levels: Sequence[Reader], scale: float | None, mpp: float | None) -> Reader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +11,8 @@ from PIL import Image
 
 from ..errors import UserError, first_sentence
 from .readers import Reader, plausible_mpp
+
+MOST_TILE_PIXELS = 2**28
 
 
 def library() -> ModuleType:
@@ -29,6 +32,8 @@ def open_levels(path: Path) -> list[Reader]:
     try:
         slide = openslide.OpenSlide(path)
         sizes = slide.level_dimensions
+        for level in range(len(sizes)):
+            require_tile_size(slide.properties, level)
     except Exception as error:  # OpenSlideError, OSError, and others of damaged files
         raise UserError(
             f"{path} cannot be read as a slide ({first_sentence(error)}): copy it again, with the files that belong "
@@ -39,6 +44,13 @@ def open_levels(path: Path) -> list[Reader]:
         SlideReader(slide, path, level, (height, width), None if mpp is None else mpp * sizes[0][1] / height)
         for level, (width, height) in enumerate(sizes)
     ]
+
+
+def require_tile_size(properties: Mapping[str, str], level: int) -> None:
+    """Raise ValueError if damaged tags say that tiles are huge: OpenSlide would end the process for want of memory."""
+    width, height = (int(properties.get(f"openslide.level[{level}].tile-{side}", 1)) for side in ("width", "height"))
+    if width * height > MOST_TILE_PIXELS:
+        raise ValueError(f"tiles of {width} x {height} pixels")
 
 
 class SlideReader(Reader):
@@ -56,7 +68,7 @@ class SlideReader(Reader):
         try:
             pixels = self.slide.read_region(corner, self.level, (width, height))
         except Exception as error:  # OpenSlideError, and others of damaged files
-            raise UserError(f"{self.path} cannot be read any more ({first_sentence(error)}): copy it again") from error
+            raise UserError(f"{self.path} is damaged ({first_sentence(error)}): copy it again") from error
         background = Image.new("RGB", pixels.size, self.background)
         background.paste(pixels, mask=pixels.getchannel("A"))
         return np.array(background)

@@ -5,6 +5,7 @@ tifffile reads the tags and decodes single tiles. Pyramids are the reduced copie
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import OrderedDict
@@ -30,7 +31,8 @@ ASSOCIATED_ALPHA = 1  # a value of the tag ExtraSamples: colors are multiplied b
 MICRONS = {"nm": 1e-3, "µm": 1.0, "μm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6, "inch": 25400.0}
 REMEDY = "copy it again or save it again as a tiled TIFF"
 
-tifffile.logger().disabled = True  # it writes to stderr about each damaged tag; what matters is in our own messages
+# Without a handler its messages about each damaged tag go to stderr; what matters is in our own messages.
+logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 
 class NotByRegion(Exception):

@@ -12,7 +12,7 @@ import tifffile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_files import COLORS, GRAYS, agrees_with_crops, pyramid, whole, write
+from image_files import COLORS, GRAYS, agrees_with_crops, overwrite, pyramid, whole, write
 from PIL import Image
 from torch.nn import functional
 
@@ -65,7 +65,7 @@ def test_images_that_must_be_decoded_whole_have_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
     with pytest.raises(UserError, match=r"image.png has more than 10,000 pixels and cannot be read by region: save it"):
         open_image(tmp_path / "image.png")
-    assert whole(open_image(write(tmp_path / "image.tif"))).shape == COLORS.shape
+    assert np.array_equal(whole(open_image(write(tmp_path / "image.tif"))), COLORS)
 
 
 @pytest.mark.parametrize(("dpi", "mpp"), [(50800, 0.5), (96, None), (0, None)])
@@ -171,7 +171,16 @@ def test_slides_are_read_through_openslide(tmp_path):
     with open_image(path, mpp=1) as reader:
         assert reader.size == (246, 314)
         assert reader.note == f"{path} has 0.25 microns a pixel and is read at 1"
-    path.write_bytes(path.read_bytes()[:3000])
+    content = path.read_bytes()
+    with tifffile.TiffFile(path) as file:
+        offset = file.pages[0].dataoffsets[5]
+    path.write_bytes(content[:offset] + bytes(1000) + content[offset + 1000 :])
+    with open_image(path) as reader, pytest.raises(UserError, match=r"slide.svs is damaged \(.*\): copy it again"):
+        whole(reader)
+    overwrite(slide(path), 0, "TileWidth", 2**24 + 256)
+    with pytest.raises(UserError, match=r"slide.svs cannot be read as a slide \(tiles of 16777472 x 256 pixels\)"):
+        open_image(path)
+    path.write_bytes(content[:3000])
     with pytest.raises(UserError, match=r"slide.svs cannot be read as a slide \(.*\): copy it again"):
         open_image(path)
 

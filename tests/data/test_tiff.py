@@ -5,14 +5,25 @@ from __future__ import annotations
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_files import COLORS, GRAYS, QUARTER_MICRON, RNG, TILES, agrees_with_crops, pyramid, regions, whole, write
+from image_files import (
+    COLORS,
+    GRAYS,
+    QUARTER_MICRON,
+    RNG,
+    TILES,
+    agrees_with_crops,
+    overwrite,
+    pyramid,
+    regions,
+    whole,
+    write,
+)
 from PIL import Image
 
 from semimoe_fast.data import tiff
@@ -30,7 +41,6 @@ LAYOUTS = {
     "one compressed strip": {"tile": None, "rowsperstrip": 200, "compression": "zlib"},
     "tiles": {},
     "deflate": {"compression": "zlib", "predictor": True},
-    "packbits": {"compression": "packbits"},
     "big-endian": {"byteorder": ">"},
     "BigTIFF": {"bigtiff": True},
     "OME": {"ome": True, "metadata": {"axes": "YXS"}},
@@ -57,7 +67,7 @@ def test_a_tiff_is_read_by_region_as_pillow_reads_it(tmp_path, name):
         assert agrees_with_crops(reader)
 
 
-@pytest.mark.parametrize("compression", ["jpeg", "lzw", "zstd", "jpeg2000"])
+@pytest.mark.parametrize("compression", ["jpeg", "lzw", "packbits", "zstd", "jpeg2000"])
 def test_compressions_of_imagecodecs(tmp_path, compression):
     pytest.importorskip("imagecodecs")
     path = write(tmp_path / "image.tif", compression=compression)
@@ -118,12 +128,6 @@ def test_the_smallest_level_with_enough_resolution_is_read(tmp_path, subifds, ca
     assert capfd.readouterr().err == ""  # levels are no further pages
 
 
-def overwrite(path: Path, page: int, tag: str, value: int) -> None:
-    with tifffile.TiffFile(path, mode="r+b") as file:
-        tags = file.pages[page].tags
-        tags[tag].overwrite(value, dtype="I" if tag == "TileByteCounts" else None)
-
-
 def test_missing_levels_and_other_pages(tmp_path, capfd):
     path = pyramid(tmp_path / "levels.tif")
     overwrite(path, 0, "SubIFDs", (2**31, 2**31))  # beyond the end
@@ -175,7 +179,7 @@ def test_damage_in_one_tile_is_said_where_it_is_read(tmp_path):
             reader.read(30, 47, 3, 3)
 
 
-def test_a_file_that_is_cut_while_it_is_read(tmp_path):
+def test_a_file_that_is_cut_or_lost_while_it_is_read(tmp_path, monkeypatch):
     path = write(tmp_path / "image.tif")
     with open_image(path) as reader:
         reader.read(0, 0, 10, 10)
@@ -186,7 +190,10 @@ def test_a_file_that_is_cut_while_it_is_read(tmp_path):
             whole(reader)
     with open_image(write(path)) as reader:
         path.unlink()  # an open file stays
-        assert np.array_equal(whole(reader), COLORS)
+        assert np.array_equal(reader.read(0, 0, 32, 48), COLORS[:32, :48])
+        monkeypatch.setattr(os, "pread", lambda *_: os.read(-1, 1))  # but not on a network drive
+        with pytest.raises(UserError, match=r"image.tif cannot be read at byte \d+ \(.*Bad file descriptor\): copy it"):
+            whole(reader)
 
 
 @pytest.mark.parametrize(
@@ -266,6 +273,14 @@ def test_resampling_touches_only_the_tiles_of_its_region(tmp_path):
     with open_image(pyramid(tmp_path / "image.tif"), scale=0.2) as reader:
         reader.read(100, 100, 10, 10)
         assert {key[1:] for key in reader.source.file.decoded} == {(3, 2), (4, 2)}  # rows 124 to 138 of level 2
+
+
+def test_the_least_recently_used_tile_goes_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiff, "KEPT_BYTES", 2 * 32 * 48 * 3)
+    with open_image(write(tmp_path / "image.tif")) as reader:
+        for column in (0, 48, 0, 96):
+            reader.read(0, column, 1, 1)
+        assert [key[1:] for key in reader.file.decoded] == [(0, 0), (0, 2)]
 
 
 def test_a_contiguous_image_is_read_by_rows(tmp_path, monkeypatch):

@@ -32,6 +32,12 @@ def pyramid(path: Path, levels: int = 3, subifds: bool = True, **options) -> Pat
     return path
 
 
+def overwrite(path: Path, page: int, tag: str, value: object, dtype: str = "I") -> None:
+    """Replace a tag of a page of a TIFF; an integer may have 32 bits."""
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        file.pages[page].tags[tag].overwrite(value, dtype=dtype)
+
+
 def whole(reader: Reader) -> np.ndarray:
     return reader.read(0, 0, *reader.size)
 
