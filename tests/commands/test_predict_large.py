@@ -126,10 +126,13 @@ def test_large_masks_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [path.name for path in out.iterdir()] == ["a.tif"]  # of one stem, as evaluate needs it
     assert np.array_equal(read_mask(out / "a.tif"), ordinary)
     assert tifffile.TiffFile(out / "a.tif").pages[0].is_tiled
-    for option in ("--instances", "--overlay"):
-        assert refused(model, image, out, option) == (
-            f"{image} is 150 x 100 pixels, and {option} takes images of up to 67 megapixels: leave it out, or cut it"
-        )
+    call(model, image, out, "--overlay")
+    assert (out / "overlay" / "a.png").exists()
+    monkeypatch.setattr(predict, "MOST_IN_MEMORY", 14_999)
+    assert refused(model, image, out, "--overlay") == (
+        f"{image} is 150 x 100 pixels, and --overlay takes images of up to 0.015 megapixels: leave it out, or cut the "
+        "image"
+    )
     monkeypatch.setattr(predict, "is_slide", lambda path: True)  # skips its background
     tifffile.imwrite(image, np.full((100, 150, 3), 240, np.uint8))
     for option, level in (("auto", 0), ("on", 0), ("off", 1)):
