@@ -75,6 +75,6 @@ def test_errors_of_writing_name_the_file() -> None:
         (OSError(errno.EACCES, "Permission denied", "other"), "other: Permission denied; give another path"),
         (OSError("encoder error -2"), "the system: encoder error -2; give another path"),
     ):
-        with pytest.raises(OSError, match="") as caught, naming(Path("out.tif")):
+        with pytest.raises(OSError, match=r"left|denied|-2") as caught, naming(Path("out.tif")):
             raise error
         assert explain(caught.value) == line
