@@ -209,50 +209,53 @@ def predict_file(
     """
     size, path = image.full_size, image.path
     large = max(size) > MOST_PIXELS or is_slide(path)
-    if (config.instances or config.overlay) and (large or math.prod(size) > MOST_IN_MEMORY):
+    with_objects = config.instances or config.overlay
+    if with_objects and math.prod(size) > MOST_IN_MEMORY:
         option = "--instances" if config.instances else "--overlay"
         raise UserError(
-            f"{path} is {size[1]} x {size[0]} pixels, and {option} takes images of up to {MOST_IN_MEMORY / 1e6:.0f} "
-            "megapixels: leave it out, or cut it"
+            f"{path} is {size[1]} x {size[0]} pixels, and {option} takes images of up to {MOST_IN_MEMORY / 1e6:.3g} "
+            "megapixels: leave it out, or cut the image"
         )
     mask_file, other = files["mask"], files["mask"].with_suffix(".tif")
     if large:
         mask_file, other = other, mask_file
-    resolution = None if image.mpp is None else image.mpp * image.size[0] / size[0]
+    streamed = ({"mask": mask_file} if large else {}) | {field: files[field] for field in fields if field in files}
+    skip = is_slide(path) if config.skip_background == "auto" else config.skip_background == "on"
+    options = {"fields": fields, "tile": config.tile_size, "tta": config.tta, "skip_background": skip}
+    device = next(model.parameters()).device
     masks, sdfs = [], []
-    with ExitStack() as stack:  # renames the mask last, because it is entered first
-        streams = {}
-        for kind in ["mask"] * large + [field for field in fields if field in files]:
-            part = stack.enter_context(replacing(mask_file if kind == "mask" else files[kind]))
-            form = ("uint8", resolution) if kind == "mask" else ("float16", resolution, kind)
-            streams[kind] = stack.enter_context(TiledTiff(part, size, *form))
-        skip = is_slide(path) if config.skip_background == "auto" else config.skip_background == "on"
-        device = next(model.parameters()).device
-        for _, piece in predict_image(
-            model,
-            image,
-            preprocessing,
-            device,
-            fields=fields,
-            tile=config.tile_size,
-            tta=config.tta,
-            skip_background=skip,
-            precision=config.precision,
-        ):
+    with ExitStack() as stack:
+        streams = open_streams(image, streamed, stack)
+        for _, piece in predict_image(model, image, preprocessing, device, **options, precision=config.precision):
             require_finite(piece, config.checkpoint, path)
             mask = (piece.probability > config.threshold).numpy()
             for kind, stream in streams.items():
                 stream.write(mask * np.uint8(255) if kind == "mask" else getattr(piece, kind).numpy())
-            if not large:
+            if with_objects or not large:
                 masks.append(mask)
+            if config.instances:
                 sdfs.append(piece.sdf)
             progress(mask.size)
+        if with_objects:
+            sdf = torch.cat(sdfs).numpy() if config.instances and "sdf" in fields else None
+            write_objects(path, np.concatenate(masks), sdf, files, config)
     if not large:
-        mask = np.concatenate(masks)
-        sdf = torch.cat(sdfs).numpy() if config.instances and "sdf" in fields else None
-        write_objects(path, mask, sdf, files, config)
-        write_png(mask_file, mask * np.uint8(255))
+        write_png(mask_file, np.concatenate(masks) * np.uint8(255))
     other.unlink(missing_ok=True)  # of an earlier call
+
+
+def open_streams(image: Reader, files: dict[str, Path], stack: ExitStack) -> dict[str, TiledTiff]:
+    """A TIFF file of the size of the image for each file, by what it holds.
+
+    They get their final names when the stack closes without an error, the first one last.
+    """
+    mpp = None if image.mpp is None else image.mpp * image.size[0] / image.full_size[0]
+    streams = {}
+    for kind, file in files.items():
+        dtype, channel = ("uint8", None) if kind == "mask" else ("float16", kind)
+        part = stack.enter_context(replacing(file))
+        streams[kind] = stack.enter_context(TiledTiff(part, image.full_size, dtype, mpp, channel))
+    return streams
 
 
 def require_finite(piece: Fields, source: Path, path: Path) -> None:

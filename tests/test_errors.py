@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 import pytest
 import torch
 
-from semimoe_fast.errors import UserError, printable, run_command, warn
+from semimoe_fast.errors import UserError, explain, naming, printable, run_command, warn
 
 GPU = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB.\nSee documentation"
 CPU = (
@@ -63,3 +66,15 @@ def test_names_that_are_not_utf8_are_printed(capfd) -> None:
     out, err = capfd.readouterr()
     assert (out, err) == ("a\\udce9\n", "warning: a\\udce9\\nb\n")
     assert printable(f"ü{name}") == "üa\\udce9"
+
+
+def test_errors_of_writing_name_the_file() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for error, line in (
+        (full, "out.tif: No space left on device; give another path"),
+        (OSError(errno.EACCES, "Permission denied", "other"), "other: Permission denied; give another path"),
+        (OSError("encoder error -2"), "the system: encoder error -2; give another path"),
+    ):
+        with pytest.raises(OSError, match=r"left|denied|-2") as caught, naming(Path("out.tif")):
+            raise error
+        assert explain(caught.value) == line

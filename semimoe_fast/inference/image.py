@@ -108,7 +108,9 @@ def open_for(
     if full.path is None:
         if scale is None:
             raise ValueError("pixels in memory have no microns per pixel: give scale")
-        return Resampled(full, tuple(max(1, round(side * scale)) for side in full.size))
+        resampled = Resampled(full, tuple(max(1, round(side * scale)) for side in full.size))
+        resampled.full_size = full.size
+        return resampled
     full.close()
     return open_image(full.path, scale, mpp)
 

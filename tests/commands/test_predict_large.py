@@ -38,8 +38,8 @@ def save_image(path: Path, height: int, width: int, **options: object) -> Path:
     return path
 
 
-def fields_of(model: Path, image: Path, *scale: float | None) -> list[torch.Tensor]:
-    """probability, sdf and boundary of a file as the library gives them."""
+def fields_of(model: Path, image: Path | np.ndarray, *scale: float | None) -> list[torch.Tensor]:
+    """probability, sdf and boundary of an image as the library gives them."""
     loaded, metadata, _ = checkpoint.load(model)
     preprocessing = checkpoint.Preprocessing.of(model, metadata)
     with open_for(image, preprocessing, *scale) as reader:
@@ -79,6 +79,7 @@ def test_scale_decides_and_the_mask_has_the_size_of_the_file(tmp_path: Path, cap
     squares = save_model(tmp_path / "squares", sampling="resize", scale=0.5)
     crops, known = save_model(tmp_path / "crops"), save_model(tmp_path / "known", mpp=2.0)
     half = fields_of(crops, image, 0.5)[0]
+    assert torch.equal(half, fields_of(crops, tifffile.imread(image), 0.5)[0])  # pixels in memory
     for model, options in ((squares, ["--scale", "0.5"]), (crops, ["--mpp", "2"]), (known, [])):
         mask = read_mask(call(model, image, tmp_path / "out", *options) / "image.png")
         assert np.array_equal(mask, (half > 0.5).numpy())
@@ -125,10 +126,13 @@ def test_large_masks_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [path.name for path in out.iterdir()] == ["a.tif"]  # of one stem, as evaluate needs it
     assert np.array_equal(read_mask(out / "a.tif"), ordinary)
     assert tifffile.TiffFile(out / "a.tif").pages[0].is_tiled
-    for option in ("--instances", "--overlay"):
-        assert refused(model, image, out, option) == (
-            f"{image} is 150 x 100 pixels, and {option} takes images of up to 67 megapixels: leave it out, or cut it"
-        )
+    call(model, image, out, "--overlay")
+    assert (out / "overlay" / "a.png").exists()
+    monkeypatch.setattr(predict, "MOST_IN_MEMORY", 14_999)
+    assert refused(model, image, out, "--overlay") == (
+        f"{image} is 150 x 100 pixels, and --overlay takes images of up to 0.015 megapixels: leave it out, or cut the "
+        "image"
+    )
     monkeypatch.setattr(predict, "is_slide", lambda path: True)  # skips its background
     tifffile.imwrite(image, np.full((100, 150, 3), 240, np.uint8))
     for option, level in (("auto", 0), ("on", 0), ("off", 1)):
