@@ -124,9 +124,10 @@ def description(model: SemiMoE, preprocessing: Preprocessing) -> dict[str, str]:
 
 def _license_of_code() -> str:
     try:
-        return importlib.metadata.distribution("semimoe_fast").read_text("licenses/LICENSE")
-    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
-        return (Path(__file__).parents[2] / "LICENSE").read_text()
+        text = importlib.metadata.distribution("semimoe_fast").read_text("licenses/LICENSE")
+    except importlib.metadata.PackageNotFoundError:
+        text = None
+    return text or (Path(__file__).parents[2] / "LICENSE").read_text()  # of a checkout
 
 
 def _traced(predictor: Predictor) -> torch.export.ExportedProgram:

@@ -40,7 +40,7 @@ def batch_norm_relu(
     if not training:
         evaluate = _evaluate if as_op else _forward_with
         return evaluate(x, weight, bias, running_mean.float(), torch.rsqrt(running_var.float() + eps))
-    y, mean, inverse_deviation = (_normalize if as_op else _Normalize.apply)(x, weight, bias, eps, groups)
+    y, mean, inverse_deviation = (_normalize if as_op else _BatchNormReLU.apply)(x, weight, bias, eps, groups)
     recomputation.remember(y, _forward_with, x, weight, bias, mean, inverse_deviation)
     if running_mean is not None:
         values = x.numel() // x.shape[1] // groups
@@ -155,7 +155,7 @@ def _backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Tensor | None, .
     return *compute(grad_output, *ctx.saved_tensors, *ctx.statistics, ctx.groups), None, None
 
 
-class _Normalize(torch.autograd.Function):
+class _BatchNormReLU(torch.autograd.Function):
     """`_forward` with its gradients, without a custom op; see `watched`."""
 
     @staticmethod

@@ -27,7 +27,7 @@ TRACE_FILE = "trace.json.gz"
 # Names of the marked regions -> names in the table. Optimizers mark their own regions.
 REGIONS = {name: name for name in ("augmentation", "targets", "gates", "losses")} | {"data": "data wait"}
 PAUSE = "between epochs"  # region of validation and saving, which belong to no step
-OPERATORS = {r"conv\dd|convolution": "convolutions", "batch_norm": "batch normalization"}
+OPERATORS = {r"conv\dd|convolution": "convolutions", "batch_norm|BatchNorm": "batch normalization"}
 OPTIMIZER, OTHER, GAPS = "optimizer", "other", "host gaps"
 CATEGORIES = (*REGIONS.values(), *OPERATORS.values(), OPTIMIZER, OTHER, GAPS)
 
