@@ -13,7 +13,8 @@ from tqdm import tqdm
 # Messages of the RuntimeErrors of the CUDA driver, cuBLAS and cuDNN, which torch.OutOfMemoryError does not cover.
 GPU_OUT_OF_MEMORY = r"CUDA error: out of memory|CU\w+_STATUS_ALLOC_FAILED"
 
-LINE_BREAK = r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"  # those of str.splitlines
+# Line breaks, and what changes the terminal or the order of the letters: file names may contain them.
+CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
 
 
 class UserError(Exception):
@@ -71,8 +72,8 @@ def warn(text: str) -> None:
 
 
 def one_line(text: str) -> str:
-    """The text without line breaks and without characters that UTF-8 cannot encode; file names may contain both."""
-    return re.sub(LINE_BREAK, lambda found: found[0].encode("unicode_escape").decode(), printable(text))
+    """The text with a backslash sequence for each control character, and each that UTF-8 cannot encode."""
+    return re.sub(CONTROL, lambda found: found[0].encode("unicode_escape").decode(), printable(text))
 
 
 def printable(name: str) -> str:

@@ -18,7 +18,7 @@ import torch
 
 from .data.cache import Cache
 from .device import configure
-from .errors import run_command
+from .errors import one_line, run_command
 from .training import distributed
 from .training.config import TrainConfig, parse
 from .training.distributed import World
@@ -57,7 +57,7 @@ def train(arguments: Sequence[str] | TrainConfig | None, lock: FolderLock) -> Ru
         with Interruption(world) as interruption, world.exit_on_lost_rank(remedy):
             if not run.train(interruption):
                 if world.is_main:
-                    print(f"interrupted by {interruption.name}; {remedy}", flush=True)
+                    print(one_line(f"interrupted by {interruption.name}; {remedy}"), flush=True)
                 sys.exit(128 + interruption.received)
     return run
 

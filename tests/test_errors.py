@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from semimoe_fast.errors import UserError, printable, run_command, warn
+from semimoe_fast.errors import UserError, one_line, printable, run_command, warn
 
 GPU = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB.\nSee documentation"
 CPU = (
@@ -63,3 +63,9 @@ def test_names_that_are_not_utf8_are_printed(capfd) -> None:
     out, err = capfd.readouterr()
     assert (out, err) == ("a\\udce9\n", "warning: a\\udce9\\nb\n")
     assert printable(f"ü{name}") == "üa\\udce9"
+
+
+def test_control_characters_of_names_are_shown_escaped() -> None:
+    """A name may not clear the terminal, start a line or turn the order of the letters round."""
+    assert one_line("a\x1b[2J\nb\x9b\u202egnp.exe\t") == "a\\x1b[2J\\nb\\x9b\\u202egnp.exe\\t"
+    assert one_line("Größe 1 µm") == "Größe 1 µm"

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .. import checkpoint
 from ..checkpoint import REMEDY, Preprocessing
 from ..data.folders import Dataset
-from ..errors import UserError, warn
+from ..errors import UserError, one_line, warn
 from ..evaluation.scoring import count_set, score_set
 from ..inference.predictor import GATED
 from ..validation import check_types
@@ -86,7 +86,8 @@ class Run:
         except StateMismatch as error:
             raise UserError(f"{path}: its tensors are not those of this run ({error}); {REMEDY}") from error
         if (before := len(states_of_ranks(tensors))) != world.size and world.is_main:
-            print(f"{path}: saved by {before} processes, resumed by {world.size}: dropout draws other random numbers")
+            line = f"{path}: saved by {before} processes, resumed by {world.size}: dropout draws other random numbers"
+            print(one_line(line))
         run.best_dice = metadata["best_dice"]
         return run
 
