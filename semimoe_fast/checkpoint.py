@@ -124,12 +124,23 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     for key, expected in model.state_dict().items():
         if key in weights and weights[key].dtype != expected.dtype:
             raise UserError(f"{path}: {key} is {weights[key].dtype}, not {expected.dtype}; {REMEDY}")
+    if (name := first_non_finite(weights)) is not None:
+        raise UserError(f"{path}: {name} has values that are not finite; take a checkpoint that has not diverged")
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise UserError(f"{path}: {_mismatch(arguments)}; {REMEDY}") from error
     state = {key: value for key, value in tensors.items() if not key.startswith("model.")}
     return Checkpoint(model.to(memory_format=torch.channels_last).eval(), metadata, state)
+
+
+def first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first floating-point tensor that has NaN or inf, or None. Waits for the device once."""
+    checked = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if not checked:
+        return None
+    finite = torch.stack([tensor.isfinite().all() for tensor in checked.values()]).tolist()
+    return next((name for name, is_finite in zip(checked, finite, strict=True) if not is_finite), None)
 
 
 def read(path: str | Path, device: str | torch.device = "cpu") -> tuple[dict[str, Any], dict[str, Tensor]]:

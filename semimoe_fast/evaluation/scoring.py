@@ -26,7 +26,7 @@ def count_set(
 ) -> dict[str, Tensor]:
     """Counts of every predictor on a labeled set of N images, int64 (N, 45, 3) on the CPU, by predictor name.
 
-    batch: images per batch. The model is in eval mode afterwards.
+    batch: images per batch. The model is in eval mode afterwards. Raises FloatingPointError for NaN in predictions.
     """
     model.eval()
     counts: dict[str, list[Tensor]] = {}
@@ -36,6 +36,8 @@ def count_set(
         with autocast(precision, device):
             output = model(augment.normalize(images.to(device), preprocessing.mean, preprocessing.std))
         for name, probability in foreground(output, model.expert_tasks).items():
+            if not probability.isfinite().all():
+                raise FloatingPointError(f"the prediction {name!r} has values that are not finite")
             truth = ring if is_boundary(name) else masks
             counts.setdefault(name, []).append(metrics.count(probability, truth))
     return {name: torch.cat(parts).cpu() for name, parts in counts.items()}
