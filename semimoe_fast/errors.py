@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import signal
 import sys
 from collections.abc import Callable
 
@@ -29,13 +30,15 @@ def run_command(main: Callable[[], None]) -> None:
     # File names that are not UTF-8 contain surrogates, which stdout cannot encode by default.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # so that Ctrl-C ended the imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         sys.stderr.close()
         sys.exit(1)
-    except KeyboardInterrupt:
-        _leave("interrupted", 130)
+    except KeyboardInterrupt as interrupt:
+        _leave(one_line(str(interrupt) or "interrupted"), 130)
     except Exception as error:
         if (line := explain(error)) is None:
             raise

@@ -55,7 +55,11 @@ def train(arguments: Sequence[str] | TrainConfig | None, lock: FolderLock) -> Ru
             print(f"{settings}; {run.trainer.settings}", flush=True)
         remedy = f"continue with: {world.command} --resume {run.folder}"
         with Interruption(world) as interruption, world.exit_on_lost_rank(remedy):
-            if not run.train(interruption):
+            try:
+                finished = run.train(interruption)
+            except KeyboardInterrupt:  # the second Ctrl-C
+                raise KeyboardInterrupt(f"interrupted; {remedy}") from None
+            if not finished:
                 if world.is_main:
                     print(one_line(f"interrupted by {interruption.name}; {remedy}"), flush=True)
                 sys.exit(128 + interruption.received)
