@@ -54,6 +54,7 @@ SANITIZED = (
     "capture launches",
     "gating",
     "objective",
+    "normalization",
 )  # cases of gpu_sanitize.py
 RUNS = ("graph", "eager", "profile", "compiled")  # runs of gpu_train.py
 

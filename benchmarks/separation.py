@@ -25,8 +25,7 @@ from semimoe_fast import checkpoint
 from semimoe_fast.checkpoint import Preprocessing
 from semimoe_fast.data.folders import list_pairs, read_image, read_mask
 from semimoe_fast.evaluation import object_scores
-from semimoe_fast.inference import instances_of
-from semimoe_fast.inference.predictor import fields, predict
+from semimoe_fast.inference import instances_of, predict_image
 from semimoe_fast.predict import depth
 
 EIGHT = np.ones((3, 3))
@@ -72,9 +71,10 @@ def predictions(path: Path, data: Path, part: str) -> list[Predicted]:
     found = []
     for image_path, mask_path in list_pairs(data, part, with_masks=True):
         image = read_image(image_path)
-        probability, sdf = fields(predict(model, image, preprocessing, device), image.shape[:2])
+        pieces = predict_image(model, image, preprocessing, device, fields=("probability", "sdf"))
+        probability, sdf, _ = zip(*(piece for _, piece in pieces), strict=True)
         truth = ndimage.label(read_mask(mask_path), EIGHT)[0]
-        found.append(Predicted((probability > 0.5).numpy(), sdf.numpy(), truth))
+        found.append(Predicted((torch.cat(probability) > 0.5).numpy(), torch.cat(sdf).numpy(), truth))
     return found
 
 

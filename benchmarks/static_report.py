@@ -73,6 +73,12 @@ def operations(dtype: torch.dtype, layout: torch.memory_format) -> Iterator[tupl
         3 * bytes_x,
         lambda: batch_norm.batch_norm_relu_fwd(x, *affine, 1e-5, GROUPS),
     )
+    running = channel, channel, statistics, statistics
+    yield (
+        "batch norm running statistics",
+        size(running),
+        lambda: batch_norm.update_running(*running, 0.1, 1e-5, PIXELS),
+    )
     yield "batch norm evaluation", 2 * bytes_x, lambda: batch_norm.batch_norm_relu_eval(x, *affine, channel, channel)
     yield (
         "batch norm backward",

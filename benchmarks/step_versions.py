@@ -1,10 +1,11 @@
 """The training step of two checkouts, in turn: how much faster is this one?
 
-    python -m benchmarks.step_versions ../before/.venv/bin/python ../before [--threads N --rounds N]
+    python -m benchmarks.step_versions ../before/.venv/bin/python ../before [--threads N --rounds N --cpu]
 
 The other checkout, with its own Python in which its package is installed, serves the same provider "ours" of
 benchmarks/step_ratios.py in a process of its own. In each round either process does one step while the other one waits,
-so that other load on the machine affects both. A row has the medians and the median of the rounds' ratios.
+so that other load on the machine affects both. A row has the medians and the median of the rounds' ratios. With --cpu
+the time is that of the processor: of a single thread on a busy machine it says more.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ WARM_UP_ROUNDS = 2
 WORKER = """
 import sys, torch
 torch.set_num_threads({threads})
-from benchmarks.baseline import clock
+from time import {clock} as clock
 from benchmarks.step_ratios import Case, ours
 with ours(Case({width}, {size}, 2, "cpu")) as step:
     for _ in sys.stdin:
@@ -33,8 +34,8 @@ with ours(Case({width}, {size}, 2, "cpu")) as step:
 class Version:
     """A process that does a step of one checkout when it is asked."""
 
-    def __init__(self, python: str, folder: Path, width: int, size: int, threads: int) -> None:
-        program = WORKER.format(threads=threads, width=width, size=size)
+    def __init__(self, python: str, folder: Path, width: int, size: int, threads: int, clock: str) -> None:
+        program = WORKER.format(threads=threads, width=width, size=size, clock=clock)
         self.process = subprocess.Popen(
             [python, "-c", program], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -57,12 +58,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the other checkout")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--cpu", action="store_true")
     arguments = parser.parse_args()
+    clock = "process_time" if arguments.cpu else "perf_counter"
     other = arguments.python, arguments.folder
     here = sys.executable, Path(__file__).resolve().parents[1]
     print("| step | other ms | this ms | other / this |\n| --- | --- | --- | --- |")
     for case in CASES:
-        versions = [Version(*checkout, *case, arguments.threads) for checkout in (other, here)]
+        versions = [Version(*checkout, *case, arguments.threads, clock) for checkout in (other, here)]
         rounds = [[version.step() for version in versions] for _ in range(WARM_UP_ROUNDS + arguments.rounds)]
         for version in versions:
             version.close()

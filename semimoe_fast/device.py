@@ -74,7 +74,8 @@ def keep_freed_memory() -> None:
     """Make malloc keep freed memory for the next allocation, instead of returning it to the system.
 
     glibc maps memory anew for every large tensor, and the system fills it with zeros. Without this, that is up to a
-    quarter of a step's time on the CPU (benchmarks/results/step.md). Does nothing with other C libraries.
+    quarter of a step's time on the CPU (benchmarks/results/step.md), and a third of the time of a prediction. Does
+    nothing with other C libraries.
     """
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt

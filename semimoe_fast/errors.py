@@ -6,7 +6,9 @@ import io
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -54,12 +56,24 @@ def explain(error: BaseException) -> str | None:
     elif isinstance(error, torch.OutOfMemoryError) or re.search(GPU_OUT_OF_MEMORY, str(error)):
         wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
         line = f"the GPU is out of memory{f' for {wanted[1]} more' if wanted else ''}; use smaller batches "
-        line += "(in training also --recompute or --accumulate), a smaller --image-size or --width, or --device cpu"
+        line += "(in training also --recompute or --accumulate), "
+        line += "a smaller --image-size, --tile-size or --width, or --device cpu"
     elif isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
-        line = "this machine is out of memory; use smaller batches, a smaller --image-size or --width"
+        line = "this machine is out of memory; use smaller batches, a smaller --image-size, --tile-size or --width"
     else:
         return None
     return one_line(line)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError that names no file, such as that of a full disk, the file that the block writes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # others hold a message alone
+            error.filename = str(path)
+        raise
 
 
 def first_sentence(error: BaseException) -> str:

@@ -3,32 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
 from . import checkpoint
 from . import functional as F
-from .checkpoint import Preprocessing, write_atomically
-from .data.folders import list_images, read_image
-from .device import Precision, choose_device
-from .errors import UserError, run_command
+from .checkpoint import MOST_PIXELS, Preprocessing, replacing, write_atomically
+from .data.folders import list_images
+from .data.readers import SLIDES, Reader, open_image
+from .device import Precision, choose_device, keep_freed_memory
+from .errors import UserError, printable, run_command, warn
 from .evaluation.overlay import outline
+from .inference.finished import Finished
+from .inference.folding import folded
+from .inference.image import TASK, Field, Fields, Squashed, is_slide, open_for, predict_image
 from .inference.instances import instances_of, skimage
 from .inference.polygons import geojson
-from .inference.predictor import fields, predict, require_mask
+from .inference.predictor import require_mask
+from .inference.tiled_tiff import TiledTiff
+from .inference.tiles import TILE, overlap_of
+from .model import SemiMoE
 from .options import read_options
+
+MOST_IN_MEMORY = 2**26  # pixels of an image for --instances and --overlay, which hold it as a whole
 
 
 @dataclasses.dataclass(frozen=True)
 class PredictConfig:
     """Write a mask for every image: a PNG of the size of the image, 255 on glands and 0 elsewhere.
 
+    A checkpoint of --sampling crops is applied at the images' own scale, or at its microns per pixel if both are known,
+    in overlapping tiles; one of --sampling resize to the whole image, squashed to its training square. The mask of
+    an image with a side above 16384 pixels, or of a whole-slide format, is a tiled TIFF, NAME.tif.
+
     With --instances, glands that touch are separated at valleys of the predicted signed distance field, or of the
-    distance to the background if the checkpoint has no sdf expert. Existing files of the same names are replaced.
+    distance to the background if the checkpoint has no sdf expert. Existing files of the same names are replaced. The
+    same call after an interruption goes on with the images of the folder that are missing.
     """
 
     checkpoint: Path
@@ -37,6 +56,20 @@ class PredictConfig:
     """An image, or a folder of images."""
     out: Path
     """Folder for the masks NAME.png; it is created if missing."""
+    scale: Annotated[float | None, "FLOAT", "see above"] = None
+    """Predict in tiles at so many pixels of the model per pixel of the image, whatever the checkpoint."""
+    mpp: Annotated[float | None, "FLOAT", "see above"] = None
+    """Predict in tiles at so many microns per pixel; the files must say their resolution."""
+    tile_size: int = TILE
+    """Side of the tiles in pixels of the model, a multiple of 16; smaller ones need less memory and more time."""
+    skip_background: Literal["auto", "on", "off"] = "auto"
+    """Do not compute tiles of bright background; auto: on for whole-slide formats only."""
+    tta: bool = False
+    """Average the predictions over the eight flips and rotations, which takes eight times as long."""
+    probability: bool = False
+    """Also write the foreground probability, probability/NAME.ome.tif: tiled, float16."""
+    fields: bool = False
+    """Also write the signed distance field and the probability of the boundary, sdf/ and boundary/NAME.ome.tif."""
     instances: bool = False
     """Also separate glands: a label image instances/NAME.png and polygons for QuPath instances/NAME.geojson."""
     seed_level: float = 0.3
@@ -53,15 +86,36 @@ class PredictConfig:
     """auto: bf16 autocast on CUDA, fp32 on the CPU."""
 
 
+def check(config: PredictConfig) -> None:
+    """Raise UserError for values that cannot be used."""
+    if not 0 <= config.threshold < 1:
+        raise UserError(f"--threshold is {config.threshold}: give a number from 0 to below 1")
+    if not 0 <= config.seed_level < 1:
+        raise UserError(f"--seed-level is {config.seed_level}: give a number from 0 to below 1")
+    if config.least_area < 0:
+        raise UserError(f"--least-area is {config.least_area}: give 0 or more")
+    for name, value in (("--scale", config.scale), ("--mpp", config.mpp)):
+        if value is not None and not 0 < value < np.inf:
+            raise UserError(f"{name} is {value}: give a positive number")
+    if config.scale is not None and config.mpp is not None:
+        raise UserError("--scale and --mpp: both given; give one of them")
+    try:
+        overlap_of(config.tile_size)
+    except ValueError:
+        raise UserError(f"--tile-size is {config.tile_size}: give a positive multiple of 16") from None
+
+
 def plan(config: PredictConfig) -> dict[Path, dict[str, Path]]:
-    """The files to write for each image, by what they hold: mask, overlay, instances, polygons.
+    """The files to write for each image, by what they hold: mask, fields, overlay, instances, polygons.
 
     Raises UserError if there is no image, or if an output folder is a file or the folder of the images.
     """
-    paths = list_images(config.input) if config.input.is_dir() else [config.input]
+    paths = list_images(config.input, also=SLIDES) if config.input.is_dir() else [config.input]
     if not paths[0].exists():
         raise UserError(f"{config.input}: no such file or folder; give an image or a folder of images")
     places = {"mask": (config.out, ".png")}
+    kinds = ["probability"] * config.probability + ["sdf", "boundary"] * config.fields
+    places |= {kind: (config.out / kind, ".ome.tif") for kind in kinds}
     if config.overlay:
         places["overlay"] = config.out / "overlay", ".png"
     if config.instances:
@@ -81,39 +135,146 @@ def plan(config: PredictConfig) -> dict[Path, dict[str, Path]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     config = read_options(PredictConfig, "semimoe_fast.predict", arguments)
-    if not 0 <= config.threshold < 1:
-        raise UserError(f"--threshold is {config.threshold}: give a number from 0 to below 1")
-    if not 0 <= config.seed_level < 1:
-        raise UserError(f"--seed-level is {config.seed_level}: give a number from 0 to below 1")
-    if config.least_area < 0:
-        raise UserError(f"--least-area is {config.least_area}: give 0 or more")
+    check(config)
     outputs = plan(config)
     if config.instances:
         skimage()  # an error now, and not after the first image
     device = choose_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     model, metadata, _ = checkpoint.load(config.checkpoint, device)
     require_mask(config.checkpoint, model)
     preprocessing = Preprocessing.of(config.checkpoint, metadata)
-    for file in next(iter(outputs.values())).values():
+    outputs = {path: of_tasks(files, model.tasks) for path, files in outputs.items()}
+    kinds = next(iter(outputs.values()))
+    for file in kinds.values():
         file.parent.mkdir(parents=True, exist_ok=True)
-    for path, files in tqdm(outputs.items(), "predict"):
-        image = read_image(path)
-        output = predict(model, image, preprocessing, device, config.precision)
-        probability, sdf = fields(output, image.shape[:2])
-        if not all(field.isfinite().all() for field in (probability, sdf) if field is not None):
-            raise UserError(
-                f"{config.checkpoint} predicts NaN or inf on {path}: give a checkpoint that has not diverged"
-            )
-        mask = (probability > config.threshold).numpy()
-        objects = mask
-        if config.instances:
-            objects = instances_of(mask, depth(mask) if sdf is None else sdf, config.seed_level, config.least_area)
-            write_labels(files["instances"], objects)
-            write_text(files["polygons"], geojson(objects, path.name))
-        if config.overlay:
-            write_png(files["overlay"], outline(image, objects))
-        write_png(files["mask"], mask.astype(np.uint8) * 255)
+    needed = {"probability", *kinds, *(["sdf"] if config.instances and "sdf" in model.tasks else [])}
+    fields = [field for field in TASK if field in needed]
+    model = folded(model, [TASK[field] for field in fields])
+
+    finished = Finished(config.out, settings(config)) if config.input.is_dir() else None
+    done = [path for path, files in outputs.items() if finished and path in finished and mask_of(files["mask"])]
+    missing = [path for path in outputs if path not in done]
+    if done:
+        print(f"images that an interrupted call has predicted: {len(done)}; going on with the others")
+    warned = False
+    with tqdm(desc="predict", unit="px", unit_scale=True) as bar:
+        for number, path in enumerate(missing, 1):
+            bar.set_description(f"predict {number}/{len(missing)}")
+            with open_for(path, preprocessing, config.scale, config.mpp) as image:
+                bar.total = (bar.total or 0) + math.prod(image.full_size)
+                bar.refresh()
+                if image.note and not (warned and isinstance(image, Squashed)):  # one of many squashed images will do
+                    warn(image.note)
+                    warned |= isinstance(image, Squashed)
+                predict_file(image, outputs[path], model, preprocessing, fields, config, bar.update)
+            if finished:
+                finished.add(path)
+    if finished:
+        finished.forget()
     print(f"masks written to {config.out}: {len(outputs)}")
+
+
+def of_tasks(files: dict[str, Path], tasks: Sequence[str]) -> dict[str, Path]:
+    """Without the files of fields that no expert predicts."""
+    return {kind: file for kind, file in files.items() if TASK.get(kind, "mask") in tasks}
+
+
+def settings(config: PredictConfig) -> dict[str, str]:
+    """All that decides what the outputs hold: the content of the checkpoint, the input and the options."""
+    with config.checkpoint.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    options = {name: str(value) for name, value in vars(config).items() if name not in ("checkpoint", "input", "out")}
+    return {"checkpoint": digest, "input": printable(str(config.input.resolve())), **options}
+
+
+def mask_of(file: Path) -> Path | None:
+    """The mask that was written for a file NAME.png, if any: that of a large image is NAME.tif."""
+    return next((path for path in (file, file.with_suffix(".tif")) if path.exists()), None)
+
+
+def predict_file(
+    image: Reader,
+    files: dict[str, Path],
+    model: SemiMoE,
+    preprocessing: Preprocessing,
+    fields: Sequence[Field],
+    config: PredictConfig,
+    progress: Callable[[int], object],
+) -> None:
+    """Write the files of an image, its mask last. Each appears under its final name when it is whole.
+
+    progress: called with the number of pixels of each piece that is predicted.
+    """
+    size, path = image.full_size, image.path
+    large = max(size) > MOST_PIXELS or is_slide(path)
+    with_objects = config.instances or config.overlay
+    if with_objects and math.prod(size) > MOST_IN_MEMORY:
+        option = "--instances" if config.instances else "--overlay"
+        raise UserError(
+            f"{path} is {size[1]} x {size[0]} pixels, and {option} takes images of up to {MOST_IN_MEMORY / 1e6:.3g} "
+            "megapixels: leave it out, or cut the image"
+        )
+    mask_file, other = files["mask"], files["mask"].with_suffix(".tif")
+    if large:
+        mask_file, other = other, mask_file
+    streamed = ({"mask": mask_file} if large else {}) | {field: files[field] for field in fields if field in files}
+    skip = is_slide(path) if config.skip_background == "auto" else config.skip_background == "on"
+    options = {"fields": fields, "tile": config.tile_size, "tta": config.tta, "skip_background": skip}
+    device = next(model.parameters()).device
+    masks, sdfs = [], []
+    with ExitStack() as stack:
+        streams = open_streams(image, streamed, stack)
+        for _, piece in predict_image(model, image, preprocessing, device, **options, precision=config.precision):
+            require_finite(piece, config.checkpoint, path)
+            mask = (piece.probability > config.threshold).numpy()
+            for kind, stream in streams.items():
+                stream.write(mask * np.uint8(255) if kind == "mask" else getattr(piece, kind).numpy())
+            if with_objects or not large:
+                masks.append(mask)
+            if config.instances:
+                sdfs.append(piece.sdf)
+            progress(mask.size)
+        if with_objects:
+            sdf = torch.cat(sdfs).numpy() if config.instances and "sdf" in fields else None
+            write_objects(path, np.concatenate(masks), sdf, files, config)
+    if not large:
+        write_png(mask_file, np.concatenate(masks) * np.uint8(255))
+    other.unlink(missing_ok=True)  # of an earlier call
+
+
+def open_streams(image: Reader, files: dict[str, Path], stack: ExitStack) -> dict[str, TiledTiff]:
+    """A TIFF file of the size of the image for each file, by what it holds.
+
+    They get their final names when the stack closes without an error, the first one last.
+    """
+    mpp = None if image.mpp is None else image.mpp * image.size[0] / image.full_size[0]
+    streams = {}
+    for kind, file in files.items():
+        dtype, channel = ("uint8", None) if kind == "mask" else ("float16", kind)
+        part = stack.enter_context(replacing(file))
+        streams[kind] = stack.enter_context(TiledTiff(part, image.full_size, dtype, mpp, channel))
+    return streams
+
+
+def require_finite(piece: Fields, source: Path, path: Path) -> None:
+    if not all(field.isfinite().all() for field in piece if field is not None):
+        raise UserError(f"{source} predicts NaN or inf on {path}: give a checkpoint that has not diverged")
+
+
+def write_objects(
+    path: Path, mask: np.ndarray, sdf: np.ndarray | None, files: dict[str, Path], config: PredictConfig
+) -> None:
+    """Write label image, polygons and overlay of an image, as far as the options ask for them."""
+    objects = mask
+    if config.instances:
+        objects = instances_of(mask, depth(mask) if sdf is None else sdf, config.seed_level, config.least_area)
+        write_labels(files["instances"], objects)
+        write_text(files["polygons"], geojson(objects, path.name))
+    if config.overlay:
+        with open_image(path) as image:
+            write_png(files["overlay"], outline(image.read(0, 0, *image.size), objects))
 
 
 def depth(mask: np.ndarray) -> np.ndarray:

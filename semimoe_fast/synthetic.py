@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-import torch
+import numpy as np
 from PIL import Image
 
-from .data.glands import glands
+from .data.glands import picture
 from .errors import UserError, run_command
 from .options import read_options
 
@@ -26,7 +27,9 @@ class Folder:
     val: int = 32
     """Images with masks to validate on."""
     size: int = 128
-    """Width and height of an image in pixels."""
+    """Width and height of an image in pixels; with --sizes, of an image whose glands have the same size."""
+    sizes: Annotated[tuple[int, int] | None, "MIN MAX", "--size"] = None
+    """Draw width and height of each image from MIN to MAX pixels; a larger image holds more glands."""
     seed: int = 0
     """Seed of the random numbers that draw the pictures."""
     instances: bool = False
@@ -42,21 +45,34 @@ def write(folder: Folder) -> None:
         raise UserError(f"{folder.out} exists and is not an empty folder: choose another --out")
     if min(folder.labeled, folder.unlabeled, folder.val, folder.seed) < 0 or folder.size < 16:
         raise UserError(f"counts and --seed must be at least 0 and --size at least 16, but got {folder}")
-    counts = [folder.labeled, folder.unlabeled, folder.val]
-    images, masks = glands(sum(counts), folder.size, folder.seed, folder.labeled, folder.instances)
-    masks = masks.to(torch.uint16) if folder.instances else 255 * masks
-    names = [f"train_sup_{folder.labeled}", f"train_unsup_{folder.unlabeled}", "val"]
-    with_masks = [True, False, True]
-    for name, part, part_masks, keep in zip(names, images.split(counts), masks.split(counts), with_masks, strict=True):
-        _save(folder.out / name / "image", part.permute(0, 2, 3, 1))
-        if keep:
-            _save(folder.out / name / "mask", part_masks)
+    if folder.sizes is not None and not 16 <= folder.sizes[0] <= folder.sizes[1]:
+        raise UserError(f"--sizes is {folder.sizes}: give MIN of at least 16 and MAX of at least MIN")
+    parts = [
+        (f"train_sup_{folder.labeled}", folder.labeled, True),
+        (f"train_unsup_{folder.unlabeled}", folder.unlabeled, False),
+        ("val", folder.val, True),
+    ]
+    number = 0  # of the image among all parts
+    for part, count, with_masks in parts:
+        for kind in ("image", "mask") if with_masks else ("image",):
+            (folder.out / part / kind).mkdir(parents=True)
+        for index in range(count):
+            name = f"{index:04d}.png"
+            image, ids = picture(_shape(folder, number), folder.size, folder.seed, number, number < folder.labeled)
+            Image.fromarray(image.transpose(1, 2, 0).copy()).save(folder.out / part / "image" / name)
+            if with_masks:
+                mask = ids.astype(np.uint16) if folder.instances else 255 * (ids > 0).astype(np.uint8)
+                Image.fromarray(mask).save(folder.out / part / "mask" / name)
+            number += 1
 
 
-def _save(folder: Path, pictures: torch.Tensor) -> None:
-    folder.mkdir(parents=True)
-    for index, picture in enumerate(pictures.numpy()):
-        Image.fromarray(picture).save(folder / f"{index:04d}.png")
+def _shape(folder: Folder, number: int) -> tuple[int, int]:
+    """Height and width of an image."""
+    if folder.sizes is None:
+        return folder.size, folder.size
+    low, high = folder.sizes
+    height, width = np.random.default_rng([folder.seed, number, 1]).integers(low, high + 1, 2).tolist()
+    return height, width
 
 
 def main() -> None:

@@ -82,3 +82,4 @@ def configuration(given: Sequence[str] | TrainConfig | None, world: World, lock:
 
 if __name__ == "__main__":
     run_command(main)
+    distributed.end_process()

@@ -51,6 +51,7 @@ SUBSTITUTIONS = [
     (r"^make (\w+)", r"make --dry-run \1"),  # .ci/run executes test and lint
     (r"^git (stash|stash pop)$", "true"),  # changes the working tree
     (r"^pip install \.", "python -m pip install --dry-run --quiet --no-deps --no-build-isolation ."),
+    (r"(semimoe_fast\.synthetic .*--sizes .*)", r"\1 --size 32 --sizes 24 60 --labeled 2 --unlabeled 4 --val 2"),
     (r"(semimoe_fast\.synthetic .*)", r"\1 --size 32 --labeled 2 --unlabeled 4 --val 2"),
     (r"^torchrun --nproc-per-node 4 (.*)", rf"torchrun --nproc-per-node 2 \1 {SMALL_RUN}"),
     (r"(semimoe_fast\.train --resume .*)", r"\1"),  # as it is: a resumed run brings its own options

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 import pytest
 import torch
 
-from semimoe_fast.errors import UserError, one_line, printable, run_command, warn
+from semimoe_fast.errors import UserError, explain, naming, one_line, printable, run_command, warn
 
 GPU = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB.\nSee documentation"
 CPU = (
@@ -69,3 +72,15 @@ def test_control_characters_of_names_are_shown_escaped() -> None:
     """A name may not clear the terminal, start a line or turn the order of the letters round."""
     assert one_line("a\x1b[2J\nb\x9b\u202egnp.exe\t") == "a\\x1b[2J\\nb\\x9b\\u202egnp.exe\\t"
     assert one_line("Größe 1 µm") == "Größe 1 µm"
+
+
+def test_errors_of_writing_name_the_file() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for error, line in (
+        (full, "out.tif: No space left on device; give another path"),
+        (OSError(errno.EACCES, "Permission denied", "other"), "other: Permission denied; give another path"),
+        (OSError("encoder error -2"), "the system: encoder error -2; give another path"),
+    ):
+        with pytest.raises(OSError, match=r"left|denied|-2") as caught, naming(Path("out.tif")):
+            raise error
+        assert explain(caught.value) == line

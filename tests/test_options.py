@@ -62,7 +62,7 @@ def test_help_is_grouped_and_shows_placeholders_and_defaults(capsys: pytest.Capt
     with pytest.raises(SystemExit):
         config.parse(["--help"])
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    groups = ("data", "model", "schedule", "loss", "computing", "output")
+    groups = ("data", "augmentation", "model", "schedule", "loss", "computing", "output")
     assert sorted(groups, key=lambda group: text.index(f"{group} options")) == list(groups)
     assert "--data DIR Folder of the parts, each PART/image and PART/mask. (default: synthetic glands)" in text
     assert "--ema DECAY" in text

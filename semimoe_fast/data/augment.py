@@ -40,37 +40,47 @@ def draw(batch: int, size: int, generator: torch.Generator) -> Augmentation:
 def apply(
     images: Tensor, masks: Tensor | None, augmentation: Augmentation, mean: Channels, std: Channels
 ) -> tuple[Tensor, Tensor | None]:
-    """Augment images, uint8 (B, 3, S, S), and masks (B, S, S) of any dtype on their device; normalize the images.
+    """`resample` to the size of the images, then normalize the images. mean, std: of pixels in [0, 1], by channel."""
+    images, masks = resample(images, masks, augmentation, images.shape[-1])
+    return standardize(images, mean, std), masks
+
+
+def resample(
+    images: Tensor, masks: Tensor | None, augmentation: Augmentation, size: int
+) -> tuple[Tensor, Tensor | None]:
+    """Crop, resize, transpose and flip images, uint8 (B, 3, L, L), and masks (B, L, L) of any dtype on their device.
 
     Images are resized as by OpenCV's INTER_LINEAR (bilinear, half-pixel centers, clamped to the crop, no antialiasing)
-    and masks as by INTER_NEAREST (pixel i takes pixel floor(i * extent / S)). mean, std: of pixels in [0, 1], one per
-    channel. Returns float32 images and masks of the given dtype, or None without masks, in the same shapes. Does not
-    synchronize with the device. Raises ValueError if images are not square or do not match masks or augmentation.
+    and masks as by INTER_NEAREST (pixel i takes pixel floor(i * extent / size)). size: S, side of the results in
+    pixels. Returns images, float32 (B, 3, S, S) in [0, 255], and masks (B, S, S) of the given dtype, or None without
+    masks. Does not synchronize with the device. Raises ValueError if images are not square or do not match masks or
+    augmentation.
     """
-    batch, _, size, width = images.shape
-    if size != width:
-        raise ValueError(f"augmentation takes square images, got {size} x {width}")
-    if len(augmentation.extent) != batch or (masks is not None and masks.shape != (batch, size, size)):
+    batch, _, side, width = images.shape
+    if side != width:
+        raise ValueError(f"augmentation takes square images, got {side} x {width}")
+    if len(augmentation.extent) != batch or (masks is not None and masks.shape != (batch, side, side)):
         raise ValueError(
             f"images {tuple(images.shape)}, masks {None if masks is None else tuple(masks.shape)} and an augmentation "
             f"of {len(augmentation.extent)} do not match"
         )
     augmentation = Augmentation(*(field.to(images.device, non_blocking=True) for field in augmentation))
     row, column = _sources(augmentation, _linear(augmentation.extent, size))
-    grid = torch.stack([column, row], -1) * (2 / size) + (1 / size - 1)  # grid_sample's units: -1 and 1 are the edges
+    grid = torch.stack([column, row], -1) * (2 / side) + (1 / side - 1)  # grid_sample's units: -1 and 1 are the edges
     sampled = functional.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     if masks is not None:
         row, column = _sources(augmentation, _nearest(augmentation.extent, size))
         masks = masks[torch.arange(batch, device=masks.device)[:, None, None], row, column]
-    return _standardize(sampled, mean, std), masks
+    return sampled, masks
 
 
 def normalize(images: Tensor, mean: Channels, std: Channels) -> Tensor:
     """(image / 255 - mean) / std per channel: uint8 (..., 3, H, W) to float32, `mean` and `std` of pixels in [0, 1]."""
-    return _standardize(images.float(), mean, std)
+    return standardize(images.float(), mean, std)
 
 
-def _standardize(images: Tensor, mean: Channels, std: Channels) -> Tensor:
+def standardize(images: Tensor, mean: Channels, std: Channels) -> Tensor:
+    """The same for pixels of float32 (..., 3, H, W) in [0, 255]."""
     return (images / 255 - _per_channel(mean, images.device)) / _per_channel(std, images.device)
 
 

@@ -1,8 +1,9 @@
 """Cache of decoded images on disk: only the first run on the same image files decodes them.
 
-CACHE/KEY.safetensors holds the result of `folders.load_part`. KEY is a digest of everything that the result depends on,
-such as the names and bytes of the image files. So a cached file never becomes stale, and moved images find it again.
-The tensors are memory-mapped: processes share the memory, and a part may be larger than memory.
+CACHE/KEY.safetensors holds the result of `folders.load_part` or of `ragged.load_whole`. KEY is a digest of everything
+that the result depends on, such as the names and bytes of the image files. So a cached file never becomes stale, and
+moved images find it again. The tensors are memory-mapped: processes share the memory, and a part may be larger than
+memory.
 """
 
 from __future__ import annotations
@@ -11,22 +12,24 @@ import hashlib
 import json
 import math
 import mmap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import PIL
 import torch
+from torch import Tensor
 
 from ..checkpoint import write_atomically
-from ..errors import warn
-from .folders import Dataset, Pair, in_threads, list_pairs, read_pair, read_pairs
+from ..errors import UserError, warn
+from .folders import Dataset, Pair, in_threads, list_pairs, read_header, read_pair, read_pairs, read_whole
+from .ragged import Ragged, read_ragged, starts_of
 
 FORMAT = 2  # increase it when the decoded values or the file format change
-NAMES = ("images", "masks")
-DTYPES = {torch.uint8: "U8", torch.int32: "I32"}  # as safetensors names them
+DTYPES = {torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64"}  # as safetensors names them
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # older Pythons do not name this Linux flag
 
 
@@ -40,15 +43,24 @@ class Cache:
     folder: Path
     writes: bool = True  # False in processes that leave writing to another, and after writing has failed
 
-    def load_part(self, root: Path, part: str, size: int, with_masks: bool, instances: bool = False) -> Dataset:
+    def load_part(
+        self, root: Path, part: str, size: int, with_masks: bool, instances: bool = False, antialias: bool = False
+    ) -> Dataset:
         """Same values and errors as `folders.load_part`; the tensors are memory-mapped from the cache."""
         pairs = list_pairs(root, part, with_masks)
-        instances = instances and with_masks  # images without masks are the same with either kind of mask
+        return self._load(Entry(pairs, size, "", instances and with_masks, antialias), part)
+
+    def load_whole(self, root: Path, part: str, with_masks: bool, instances: bool = False) -> Ragged:
+        """Same values and errors as `ragged.load_whole`; the tensors are memory-mapped from the cache."""
+        return self._load(RaggedEntry(list_pairs(root, part, with_masks), None, "", instances and with_masks), part)
+
+    def _load(self, entry: Entry, part: str) -> Any:
+        """The decoded images of an entry whose key is yet unknown."""
         try:
-            key = key_of(pairs, size, f"{part}, looking for it in the cache", instances)
-        except OSError:  # a file cannot be read: decoding raises the clear error
-            return read_pairs(pairs, size, part, instances)
-        entry = Entry(pairs, size, key, instances)
+            entry = replace(entry, key=entry.key_of_files(f"{part}, looking for it in the cache"))
+            entry.header()  # reads the headers of images of any size
+        except (OSError, UserError):  # a file cannot be read: decoding raises the clear error
+            return entry.decode(part)
         path = self.folder / f"{entry.key}.safetensors"
         dataset = self._find(entry, path)
         if dataset is None and self.writes:
@@ -59,9 +71,9 @@ class Cache:
             except OSError as error:
                 self.writes = False
                 warn(f"{error.filename or path}: {error.strerror or error}; decoded images are not kept")
-        return read_pairs(pairs, size, part, instances) if dataset is None else dataset
+        return entry.decode(part) if dataset is None else dataset
 
-    def _find(self, entry: Entry, path: Path) -> Dataset | None:
+    def _find(self, entry: Entry, path: Path) -> Any:
         """The cached part, or None, with a warning if its file exists but is unusable."""
         try:
             if not path.is_file():
@@ -85,14 +97,15 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """One part of a data folder as a safetensors file. Its layout follows from the files, the size and the key."""
+    """One part of a data folder as a safetensors file. Its layout follows from the files and the other fields."""
 
     pairs: Sequence[Pair]
-    size: int
+    size: int | None
     key: str
     instances: bool = False
+    antialias: bool = False
 
-    def read(self, path: Path) -> Dataset | None:
+    def read(self, path: Path) -> Any:
         """Map the file; None if any bit differs from what `write` wrote. Raises OSError.
 
         The check reads all pixels to compute the fingerprint. A run needs the fingerprint for its checkpoints anyway,
@@ -103,18 +116,17 @@ class Entry:
             return None
         dataset = self.map(path)
         with path.open("rb") as file:
-            return dataset if file.read(start) == self.header(dataset.fingerprint) else None
+            return dataset if dataset and file.read(start) == self.header(dataset.fingerprint) else None
 
     def write(self, path: Path, title: str) -> None:
-        """Decode the images into the file, one image per thread. Errors: OSError, and those of `read_pair`."""
+        """Decode the images into the file, one image per thread. Errors: OSError, and those of the decoder."""
         start = len(self.header())
 
         def store(row: int) -> None:
             with path.open("r+b") as file:
-                for name, tensor in zip(NAMES, read_pair(self.pairs[row], self.size, self.instances), strict=True):
-                    if tensor is not None:
-                        file.seek(start + self.layout[name].begin + row * tensor.nbytes)
-                        file.write(tensor.numpy())
+                for name, offset, pixels in self.decoded(row):
+                    file.seek(start + self.layout[name].begin + offset)
+                    file.write(pixels)
 
         path.write_bytes(self.header())
         in_threads(store, range(len(self.pairs)), title)
@@ -126,17 +138,52 @@ class Entry:
     def names(self) -> list[str]:
         return [pair.image.stem for pair in self.pairs]
 
+    @property
+    def mask_dtype(self) -> torch.dtype:
+        return torch.int32 if self.instances else torch.uint8
+
+    @property
+    def shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Type and shape of the tensors by name."""
+        count, size = len(self.pairs), self.size
+        return {
+            "images": (torch.uint8, (count, 3, size, size)),
+            "masks": (self.mask_dtype, (count, size, size)),
+        }
+
+    def decode(self, title: str) -> Any:
+        """The decoded images in memory."""
+        return read_pairs(self.pairs, self.size, title, self.instances, self.antialias)
+
+    def decoded(self, row: int) -> Iterator[tuple[str, int, np.ndarray]]:
+        """Decode one image: names of tensors, the bytes before it in each, and its values."""
+        values = read_pair(self.pairs[row], self.size, self.instances, self.antialias)
+        for name, tensor in zip(("images", "masks"), values, strict=True):
+            if tensor is not None:
+                yield name, row * tensor.nbytes, tensor.numpy()
+
+    def dataset(self, tensors: Mapping[str, Tensor]) -> Any:
+        """The dataset of mapped tensors by name; None if they contradict each other."""
+        return Dataset(tensors["images"], tensors.get("masks"), self.names)
+
+    def key_of_files(self, title: str) -> str:
+        """Digest of everything that determines the decoded values and names. Raises OSError for unreadable files."""
+
+        def digests(pair: Pair) -> list[str | None]:
+            return [pair.image.stem, *(None if path is None else _digest(path) for path in pair)]
+
+        decoders = [PIL.__version__, torch.__version__]  # pixels of JPEGs and resized images may differ by version
+        variants = {"instance maps": self.instances, "antialias": self.antialias}
+        content = [FORMAT, *decoders, self.size, in_threads(digests, self.pairs, title)]
+        content += [name for name, wanted in variants.items() if wanted]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
     @cached_property
     def layout(self) -> dict[str, Stored]:
-        """The tensors by name, in the order of the file. Ids are first, because int32 must be aligned."""
-        count, size = len(self.pairs), self.size
-        images = {"images": (torch.uint8, (count, 3, size, size))}
-        masks = {"masks": (torch.int32 if self.instances else torch.uint8, (count, size, size))}
-        tensors = masks | images if self.instances else images | masks
-        if self.pairs[0].mask is None:
-            tensors = images
+        """The tensors by name, in the order of the file: larger types first, because they must be aligned."""
+        shapes = {name: kind for name, kind in self.shapes.items() if name != "masks" or self.pairs[0].mask is not None}
         layout, end = {}, 0
-        for name, (dtype, shape) in tensors.items():
+        for name, (dtype, shape) in sorted(shapes.items(), key=lambda item: -item[1][0].itemsize):
             begin, end = end, end + math.prod(shape) * dtype.itemsize
             layout[name] = Stored(dtype, shape, begin, end)
         return layout
@@ -151,7 +198,7 @@ class Entry:
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
-    def map(self, path: Path) -> Dataset:
+    def map(self, path: Path) -> Any:
         """Map the tensors of the file. Writing to them changes a private copy in memory, never the file.
 
         safe_open maps files too, but it reserves memory for private copies, and Linux refuses to reserve more than
@@ -161,22 +208,57 @@ class Entry:
             protection = mmap.PROT_READ | mmap.PROT_WRITE
             memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | NO_RESERVE, prot=protection)
         pixels = torch.frombuffer(memory, dtype=torch.uint8, offset=len(self.header()))
-        images, masks = (
-            pixels[stored.begin : stored.end].view(stored.dtype).view(stored.shape) if stored else None
-            for stored in map(self.layout.get, NAMES)
+        return self.dataset(
+            {
+                name: pixels[stored.begin : stored.end].view(stored.dtype).view(stored.shape)
+                for name, stored in self.layout.items()
+            }
         )
-        return Dataset(images, masks, self.names)
 
 
-def key_of(pairs: Sequence[Pair], size: int, title: str, instances: bool = False) -> str:
-    """Digest of everything that determines the decoded values and names. Raises OSError for unreadable files."""
+class RaggedEntry(Entry):
+    """One part with images of any size. `size` is None; the file also holds the tensor `sizes`.
 
-    def digests(pair: Pair) -> list[str | None]:
-        return [pair.image.stem, *(None if path is None else _digest(path) for path in pair)]
+    The headers of the images give the place of each image in the file. EXIF orientation may exchange its sides, which
+    the decoder knows, but does not change its area.
+    """
 
-    decoders = [PIL.__version__, torch.__version__]  # pixels of JPEG files and resized images may differ by version
-    content = [FORMAT, *decoders, size, in_threads(digests, pairs, title), *(["instance maps"] if instances else [])]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    @cached_property
+    def header_sizes(self) -> Tensor:
+        return torch.tensor([read_header(pair.image)[:2] for pair in self.pairs])
+
+    @cached_property
+    def starts(self) -> Tensor:
+        return starts_of(self.header_sizes)
+
+    @property
+    def shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        pixels = int(self.header_sizes.prod(1).sum())
+        return {
+            "sizes": (torch.int64, (len(self.pairs), 2)),
+            "pixels": (torch.uint8, (pixels, 3)),
+            "masks": (self.mask_dtype, (pixels,)),
+        }
+
+    def decode(self, title: str) -> Ragged:
+        return read_ragged(self.pairs, title, self.instances)
+
+    def decoded(self, row: int) -> Iterator[tuple[str, int, np.ndarray]]:
+        pair, first = self.pairs[row], int(self.starts[row])
+        image, mask = read_whole(pair, self.instances)
+        height, width = image.shape[:2]
+        if height * width != (area := int(self.header_sizes[row].prod())):
+            raise UserError(f"{pair.image} has {height * width} pixels but its header says {area}: save it as a PNG")
+        yield "sizes", row * 16, np.array([height, width])
+        yield "pixels", first * 3, image
+        if mask is not None:
+            yield "masks", first * mask.itemsize, mask
+
+    def dataset(self, tensors: Mapping[str, Tensor]) -> Ragged | None:
+        sizes = tensors["sizes"]
+        if (sizes < 1).any() or not torch.equal(sizes.prod(1), self.header_sizes.prod(1)):
+            return None
+        return Ragged(tensors["pixels"], tensors.get("masks"), self.starts, sizes, self.names)
 
 
 def _digest(path: Path) -> str:

@@ -8,8 +8,9 @@ names the file and the remedy.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from ..errors import UserError, warn
+from ..errors import UserError, first_sentence, warn
 from .components import split_mask
 from .mask_values import stored_values
 from .pages import check_pages
@@ -57,6 +58,10 @@ class Dataset:
         masks = None if self.masks is None else self.masks[rows]
         return Dataset(self.images[rows], masks, self.names[rows])
 
+    @property
+    def nbytes(self) -> int:
+        return self.images.nbytes + (0 if self.masks is None else self.masks.nbytes)
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of names and pixels; computed once, because it reads all pixels."""
@@ -74,14 +79,16 @@ class Pair(NamedTuple):
     mask: Path | None
 
 
-def load_part(root: Path, part: str, size: int, with_masks: bool, instances: bool = False) -> Dataset:
+def load_part(
+    root: Path, part: str, size: int, with_masks: bool, instances: bool = False, antialias: bool = False
+) -> Dataset:
     """Read ROOT/PART and resize it to size x size pixels. with_masks False ignores the mask folder.
 
-    instances: read masks as instance maps, by `read_instances` instead of `read_mask`. Raises UserError for missing or
-    empty folders, images without a mask, masks without an image, masks that differ in size from their image, and files
-    that the readers refuse.
+    instances: read masks as instance maps, by `read_instances` instead of `read_mask`. antialias: as `resize_image`.
+    Raises UserError for missing or empty folders, images without a mask, masks without an image, masks that differ in
+    size from their image, and files that the readers refuse.
     """
-    return read_pairs(list_pairs(root, part, with_masks), size, part, instances)
+    return read_pairs(list_pairs(root, part, with_masks), size, part, instances, antialias)
 
 
 def list_pairs(root: Path, part: str, with_masks: bool) -> list[Pair]:
@@ -91,9 +98,12 @@ def list_pairs(root: Path, part: str, with_masks: bool) -> list[Pair]:
     return [Pair(*paths) for paths in zip(images, masks, strict=True)]
 
 
-def read_pairs(pairs: Sequence[Pair], size: int, title: str, instances: bool = False) -> Dataset:
+def read_pairs(
+    pairs: Sequence[Pair], size: int, title: str, instances: bool = False, antialias: bool = False
+) -> Dataset:
     """Decode and resize files in memory and show a progress bar. Raises UserError as `read_pair` does."""
-    images, masks = zip(*in_threads(lambda pair: read_pair(pair, size, instances), pairs, title), strict=True)
+    decoded = in_threads(lambda pair: read_pair(pair, size, instances, antialias), pairs, title)
+    images, masks = zip(*decoded, strict=True)
     return Dataset(
         images=torch.stack(images),
         masks=None if masks[0] is None else torch.stack(masks),
@@ -101,18 +111,27 @@ def read_pairs(pairs: Sequence[Pair], size: int, title: str, instances: bool = F
     )
 
 
-def read_pair(pair: Pair, size: int, instances: bool = False) -> tuple[Tensor, Tensor | None]:
+def read_pair(pair: Pair, size: int, instances: bool = False, antialias: bool = False) -> tuple[Tensor, Tensor | None]:
     """The resized image, uint8 (3, size, size), and its mask (size, size), or None without a mask file.
 
-    The mask is uint8 0/1, or int32 ids with `instances`. Raises UserError if their files differ in size, and for files
-    that `read_image`, `read_mask` or `read_instances` refuse.
+    The mask is uint8 0/1, or int32 ids with `instances`. Raises UserError as `read_whole` does.
+    """
+    image, mask = read_whole(pair, instances)
+    return resize_image(image, size, antialias), None if mask is None else resize_mask(mask, size)
+
+
+def read_whole(pair: Pair, instances: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+    """The image as it is, uint8 (H, W, 3), and its mask (H, W), uint8 0/1, int32 ids, or None without a mask file.
+
+    Raises UserError if their files differ in size, and for files that `read_image`, `read_mask` or `read_instances`
+    refuse.
     """
     image = read_image(pair.image)
     if pair.mask is None:
-        return resize_image(image, size), None
+        return image, None
     mask = read_instances(pair.mask) if instances else read_mask(pair.mask)
     require_size(pair.mask, mask, pair.image, image)
-    return resize_image(image, size), resize_mask(mask, size)
+    return image, mask
 
 
 def require_size(path: Path, labels: np.ndarray, image_path: Path, image: np.ndarray) -> None:
@@ -133,16 +152,17 @@ def in_threads(call: Callable[[A], B], items: Sequence[A], title: str) -> list[B
         pool.shutdown(cancel_futures=True)
 
 
-def list_images(folder: Path, kinds: str = "PNG, TIFF, BMP or JPEG") -> list[Path]:
+def list_images(folder: Path, kinds: str = "PNG, TIFF, BMP or JPEG", also: Collection[str] = frozenset()) -> list[Path]:
     """The image files of a folder, sorted by path. Hidden files and other files, such as Thumbs.db, are skipped.
 
-    kinds: the files that the message for an empty folder recommends. Raises UserError if the folder is missing, has no
-    image, two images with the same stem, or an image name that is not a regular file.
+    kinds: the files that the message for an empty folder recommends. also: suffixes beside those of Pillow. Raises
+    UserError if the folder is missing, has no image, two images with the same stem, or an image name that is not a
+    regular file.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: create it or correct the path")
     Image.init()
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} | set(also)
     paths = sorted(
         path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith(".")
     )
@@ -180,6 +200,23 @@ def read_image(path: Path) -> np.ndarray:
 def too_deep(path: Path, depth: str) -> UserError:
     """The error of an image file with more than 8 bits per channel."""
     return UserError(f"{path} has more than 8 bits per channel ({depth}): save it as 8-bit RGB")
+
+
+class Header(NamedTuple):
+    """What the header of an image file says, without its EXIF orientation."""
+
+    height: int
+    width: int
+    dpi: float | None  # horizontal resolution, None or 0 if unknown
+
+
+def read_header(path: Path) -> Header:
+    """The header of an image file of any format of Pillow. Raises UserError if Pillow cannot read it."""
+    try:
+        with path.open("rb") as file, Image.open(file) as image:
+            return Header(image.height, image.width, image.info.get("dpi", [None])[0])
+    except Exception as error:  # for a damaged file Pillow's decoders raise almost any exception
+        raise UserError(f"{path} cannot be read as an image ({first_sentence(error)}): replace or remove it") from error
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -241,7 +278,7 @@ def resize_mask(mask: np.ndarray, size: int) -> Tensor:
 
 
 def channel_statistics(*sets: Tensor) -> Statistics:
-    """Mean and std of each channel over all images of several sets, uint8 (N, C, H, W); pixels are scaled to [0, 1].
+    """Mean and std of each channel over all images of several sets, uint8 (N, C, ...); pixels are scaled to [0, 1].
 
     The std is at least 1/255, because images are divided by it. Raises ValueError if there are no pixels.
     """
@@ -249,7 +286,8 @@ def channel_statistics(*sets: Tensor) -> Statistics:
         raise ValueError(f"there are no pixels in images of shape {', '.join(str(tuple(s.shape)) for s in sets)}")
     counts = torch.zeros(sets[0].shape[1], 256, dtype=torch.int64)
     for images in sets:
-        for chunk in images.split(64):  # a set may be larger than memory
+        rows = max(1, 2**24 // max(1, math.prod(images.shape[1:])))
+        for chunk in images.split(rows):  # a set may be larger than memory
             counts += torch.stack([torch.bincount(c.flatten(), minlength=256) for c in chunk.unbind(1)]).cpu()
     level = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []

@@ -1,6 +1,7 @@
 """Synthetic H&E glands: images and exact masks for training, tests and benchmarks without a data set.
 
-A picture is generated in five steps. Random outlines of glands are drawn in the unit square. The distance of a pixel
+A picture is generated in five steps. Random outlines of glands are drawn in a frame, the unit square of a
+square picture. The distance of a pixel
 inside the outline (its depth) determines its tissue: stroma, epithelium or lumen. Tissue and nuclei determine the
 amounts of haematoxylin and eosin. The Beer-Lambert law converts the two stains to color. A microscope model adds blur
 and noise.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from numpy.random import Generator
 DENSITIES = np.array([[0.92, 1.38, 0.62], [0.24, 0.86, 0.28]])
 
 WEAK_STAIN = 0.5
+MARGIN = 0.2  # units around a gland beyond which no structure depends on the distance to it
 
 
 def glands(
@@ -43,24 +46,55 @@ def glands(
     images = torch.empty(count, 3, size, size, dtype=torch.uint8)
     masks = torch.empty(count, size, size, dtype=torch.int32 if instances else torch.uint8)
     for index in range(count):
-        strength = WEAK_STAIN if index < weakly_stained else 1.0
-        image, ids = _slide(np.random.default_rng([seed, index]), size, strength)
+        image, ids = picture((size, size), size, seed, index, index < weakly_stained)
         images[index] = torch.from_numpy(image)
         masks[index] = torch.from_numpy(ids if instances else ids > 0)
     return images, masks
 
 
-def _slide(rng: Generator, size: int, strength: float) -> tuple[np.ndarray, np.ndarray]:
-    """One image, uint8 (3, size, size), and its instance map, int32 (size, size)."""
-    scene = _Scene.arrange(rng, size)
-    stain = _stains(rng, scene, size)
-    return _photograph(rng, stain, strength), scene.ids
+def picture(
+    shape: tuple[int, int], unit: int, seed: int, index: int, weakly_stained: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw one picture of any shape (H, W): image, uint8 (3, H, W), and instance map, int32 (H, W).
+
+    unit: side in pixels, at least 16, of a square picture whose glands have the same size in pixels; a larger picture
+    holds more glands. The picture depends only on the arguments.
+    """
+    rng = np.random.default_rng([seed, index])
+    frame = _Frame(*shape, unit)
+    scene = _Scene.arrange(rng, frame)
+    stain = _stains(rng, scene, frame)
+    return _photograph(rng, frame, stain, WEAK_STAIN if weakly_stained else 1.0), scene.ids
 
 
-def _points(size: int) -> np.ndarray:
-    """Pixel centers of the unit square as complex numbers x + iy, complex64 (size, size)."""
-    axis = (np.arange(size, dtype=np.float32) + 0.5) / size
-    return axis[None, :] + 1j * axis[:, None]
+class _Frame(NamedTuple):
+    """A picture of height x width pixels. Lengths are in units of `unit` pixels, the side of a square picture."""
+
+    height: int
+    width: int
+    unit: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    @property
+    def extent(self) -> complex:
+        """Width + i height in units."""
+        return complex(self.width / self.unit, self.height / self.unit)
+
+    @property
+    def area(self) -> float:
+        return self.extent.real * self.extent.imag
+
+    def divided(self, cells: int) -> _Frame:
+        """The same frame with `cells` pixels in a unit."""
+        return _Frame(round(self.extent.imag * cells), round(self.extent.real * cells), cells)
+
+    def points(self) -> np.ndarray:
+        """Pixel centers as complex numbers x + iy in units, complex64 (H, W)."""
+        x, y = ((np.arange(side, dtype=np.float32) + 0.5) / self.unit for side in (self.width, self.height))
+        return x[None, :] + 1j * y[:, None]
 
 
 # ---------------------------------------------------------------------------------------------------------- outlines
@@ -76,15 +110,28 @@ class _Outline:
     harmonics: np.ndarray  # complex amplitudes relative to the radius
 
     @classmethod
-    def random(cls, rng: Generator, radius: float, elongation: float, angle: float, irregularity: float) -> _Outline:
+    def random(
+        cls, rng: Generator, extent: complex, radius: float, elongation: float, angle: float, irregularity: float
+    ) -> _Outline:
         stretch = elongation**0.5
         amplitude = irregularity * rng.uniform(0.2, 1, 4) / np.arange(2, 6)
         return cls(
-            center=complex(*rng.uniform(-0.1, 1.1, 2)),
+            center=complex(*rng.uniform(-0.1, [extent.real + 0.1, extent.imag + 0.1])),
             radii=(radius * stretch, radius / stretch),
             angle=angle,
             harmonics=amplitude * np.exp(2j * np.pi * rng.random(4)),
         )
+
+    def surroundings(self, frame: _Frame) -> tuple[slice, slice]:
+        """Rows and columns of a frame that hold the curve and MARGIN around it."""
+        reach = max(self.radii) * (1 + np.abs(self.harmonics).sum()) + MARGIN
+        low, high = self.center - reach * (1 + 1j), self.center + reach * (1 + 1j)
+
+        def pixels(low: float, high: float, side: int) -> slice:
+            start, stop = np.clip([int(low * frame.unit), int(high * frame.unit) + 1], 0, side)
+            return slice(start, stop)
+
+        return pixels(low.imag, high.imag, frame.height), pixels(low.real, high.real, frame.width)
 
     def depth(self, points: np.ndarray) -> np.ndarray:
         """First-order approximation of the signed distance to the curve, positive inside."""
@@ -104,9 +151,10 @@ class _Outline:
 class _Canvas:
     """Places random outlines at least `clearance` apart. A negative clearance allows that much overlap."""
 
-    def __init__(self) -> None:
-        self.points = _points(24)  # a coarse grid suffices for the clearance
-        self.covered = np.full((24, 24), -np.inf, np.float32)
+    def __init__(self, frame: _Frame) -> None:
+        coarse = frame.divided(24)  # a coarse grid suffices for the clearance
+        self.points = coarse.points()
+        self.covered = np.full(coarse.shape, -np.inf, np.float32)
 
     def place(self, propose: Callable[[], _Outline], attempts: int, most: int, clearance: float) -> list[_Outline]:
         placed: list[_Outline] = []
@@ -115,7 +163,7 @@ class _Canvas:
                 break
             outline = propose()
             depth = outline.depth(self.points)
-            if (depth > 0).mean() > 0.006 and np.minimum(depth, self.covered).max() < -clearance:
+            if (depth > 0).sum() > 0.006 * 24**2 and np.minimum(depth, self.covered).max() < -clearance:
                 self.covered = np.maximum(self.covered, depth)
                 placed.append(outline)
         return placed
@@ -123,16 +171,16 @@ class _Canvas:
 
 @dataclass(frozen=True)
 class _Scene:
-    """Depths inside the outlines of each kind of structure, float32 (size, size), in units of the image side."""
+    """Depths inside the outlines of each kind of structure, float32 (H, W), in units of the frame."""
 
     zoom: float  # magnification relative to the usual one
-    ids: np.ndarray  # the number of the gland at each pixel from 1, 0 outside, int32 (size, size)
+    ids: np.ndarray  # the number of the gland at each pixel from 1, 0 outside, int32 (H, W)
     depth: np.ndarray  # glands
     void: np.ndarray  # vessels and the edge of the slide: pale, but not glands
     follicle: np.ndarray  # lymphoid follicles: dense nuclei, but not glands
 
     @classmethod
-    def arrange(cls, rng: Generator, size: int) -> _Scene:
+    def arrange(cls, rng: Generator, frame: _Frame) -> _Scene:
         zoom = rng.uniform(0.85, 1.4)
         elongation, irregularity = float(rng.choice([1.2, 1.6, 2.8])), rng.uniform(0.1, 0.5)
         heading = rng.uniform(0, np.pi)
@@ -141,6 +189,7 @@ class _Scene:
         def gland() -> _Outline:
             return _Outline.random(
                 rng,
+                frame.extent,
                 radius * rng.uniform(0.7, 1.4),
                 elongation * rng.uniform(0.8, 1.25),
                 heading + rng.normal(0, 0.25),
@@ -148,39 +197,48 @@ class _Scene:
             )
 
         def hole() -> _Outline:
-            return _Outline.random(rng, rng.uniform(0.03, 0.1), rng.uniform(1, 2.5), rng.uniform(0, np.pi), 0.4)
+            return _Outline.random(
+                rng, frame.extent, rng.uniform(0.03, 0.1), rng.uniform(1, 2.5), rng.uniform(0, np.pi), 0.4
+            )
 
-        canvas = _Canvas()
-        edge = canvas.place(lambda: _slide_edge(rng), 1, 1, 0.0) if rng.random() < 0.2 else []
-        tissue = canvas.place(gland, 60, rng.integers(3, 25), zoom * rng.uniform(-0.015, 0.03))
-        follicles = canvas.place(hole, 8, rng.integers(0, 3), 0.02)
-        vessels = canvas.place(hole, 12, rng.integers(0, 5), 0.02)
+        def several(number: int) -> int:
+            """A number per unit of area, for the whole frame."""
+            return round(number * frame.area)
 
-        points, ruffle = _points(size), np.float32(0.004 * zoom) * _texture(rng, size, 0.03 * zoom)
+        canvas = _Canvas(frame)
+        edge = canvas.place(lambda: _slide_edge(rng, frame.extent), 1, 1, 0.0) if rng.random() < 0.2 else []
+        tissue = canvas.place(gland, several(60), several(rng.integers(3, 25)), zoom * rng.uniform(-0.015, 0.03))
+        follicles = canvas.place(hole, several(8), several(rng.integers(0, 3)), 0.02)
+        vessels = canvas.place(hole, several(12), several(rng.integers(0, 5)), 0.02)
+
+        ruffle = np.float32(0.004 * zoom) * _texture(rng, frame, 0.03 * zoom)
         (depth, ids), (void, _), (follicle, _) = (
-            _union(outlines, points, ruffle) for outlines in (tissue, edge + vessels, follicles)
+            _union(outlines, frame, ruffle) for outlines in (tissue, edge + vessels, follicles)
         )
         return cls(zoom, ids, depth, void, follicle)
 
 
-def _slide_edge(rng: Generator) -> _Outline:
+def _slide_edge(rng: Generator, extent: complex) -> _Outline:
     """The edge of the slide as a huge disc that covers one side of the picture."""
     direction = np.exp(2j * np.pi * rng.random())
-    return _Outline(0.5 + 0.5j + rng.uniform(2.25, 2.45) * direction, (2.0, 2.0), 0.0, 0.02 * np.ones(4, np.complex64))
+    away = rng.uniform(2.25, 2.45) + max(extent.real, extent.imag) / 2 - 0.5
+    return _Outline(extent / 2 + away * direction, (2.0, 2.0), 0.0, 0.02 * np.ones(4, np.complex64))
 
 
-def _union(outlines: list[_Outline], points: np.ndarray, ruffle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _union(outlines: list[_Outline], frame: _Frame, ruffle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Depth inside the union of ruffled outlines, and the number of the deepest outline from 1, 0 where it is not > 0.
 
     Where two outlines overlap, the depth falls to 0 on the line between them, so each gland keeps its rim of nuclei.
     """
-    first = second = np.full(points.shape, -1, np.float32)
+    points = frame.points()
+    first, second = (np.full(points.shape, -1, np.float32) for _ in range(2))
     deepest = np.zeros(points.shape, np.int32)
     for number, outline in enumerate(outlines, 1):
-        depth = outline.depth(points) + ruffle
-        deepest[depth > first] = number
-        second = np.maximum(second, np.minimum(first, depth))
-        first = np.maximum(first, depth)
+        near = outline.surroundings(frame)
+        depth = outline.depth(points[near]) + ruffle[near]
+        deepest[near][depth > first[near]] = number
+        second[near] = np.maximum(second[near], np.minimum(first[near], depth))
+        first[near] = np.maximum(first[near], depth)
     depth = first - np.maximum(second, 0)
     return depth, np.where(depth > 0, deepest, 0)
 
@@ -188,25 +246,24 @@ def _union(outlines: list[_Outline], points: np.ndarray, ruffle: np.ndarray) -> 
 # ------------------------------------------------------------------------------------------------------------ tissue
 
 
-def _stains(rng: Generator, scene: _Scene, size: int) -> np.ndarray:
-    """Amounts of haematoxylin and eosin at every pixel, float32 (2, size, size)."""
+def _stains(rng: Generator, scene: _Scene, frame: _Frame) -> np.ndarray:
+    """Amounts of haematoxylin and eosin at every pixel, float32 (2, H, W)."""
     soft = scene.zoom * rng.uniform(0.002, 0.006)  # half-width of tissue borders
-    mottle, drift = _texture(rng, size, 0.02 * scene.zoom), _texture(rng, size, 0.12)
-    wall = scene.zoom * rng.uniform(0.04, 0.085) * (1 + 0.2 * _texture(rng, size, 0.06))  # height of the epithelium
+    mottle, drift = _texture(rng, frame, 0.02 * scene.zoom), _texture(rng, frame, 0.12)
+    wall = scene.zoom * rng.uniform(0.04, 0.085) * (1 + 0.2 * _texture(rng, frame, 0.06))  # height of the epithelium
 
-    stain = _stroma(rng, scene, mottle, drift)
-    stain = _glands(rng, scene, stain, mottle, wall, soft)
+    stain = _stroma(rng, scene, frame, mottle, drift)
+    stain = _glands(rng, scene, frame, stain, mottle, wall, soft)
     stain = _vessels(rng, scene, stain, soft)
-    stain[0] += rng.uniform(0.4, 0.8) * _nuclei(rng, scene, drift, wall, soft)
+    stain[0] += rng.uniform(0.4, 0.8) * _nuclei(rng, scene, frame, drift, wall, soft)
     return stain
 
 
-def _stroma(rng: Generator, scene: _Scene, mottle: np.ndarray, drift: np.ndarray) -> np.ndarray:
+def _stroma(rng: Generator, scene: _Scene, frame: _Frame, mottle: np.ndarray, drift: np.ndarray) -> np.ndarray:
     """Stain of the stroma: wavy fibers of varying density with gaps between them."""
-    size = len(mottle)
-    across = (_points(size) * np.exp(1j * rng.uniform(0, np.pi))).real / (scene.zoom * rng.uniform(0.03, 0.06))
-    bend = rng.uniform(0.5, 1.5) * _texture(rng, size, 0.08) + 0.25 * _texture(rng, size, 0.02 * scene.zoom)
-    fiber = np.sin(2 * np.pi * (across + bend)) * np.clip(0.5 + 0.5 * _texture(rng, size, 0.07), 0, 1)
+    across = (frame.points() * np.exp(1j * rng.uniform(0, np.pi))).real / (scene.zoom * rng.uniform(0.03, 0.06))
+    bend = rng.uniform(0.5, 1.5) * _texture(rng, frame, 0.08) + 0.25 * _texture(rng, frame, 0.02 * scene.zoom)
+    fiber = np.sin(2 * np.pi * (across + bend)) * np.clip(0.5 + 0.5 * _texture(rng, frame, 0.07), 0, 1)
     gap = _step(fiber + mottle - rng.uniform(1.2, 2.8), 0.3)
     haematoxylin = rng.uniform(0.05, 0.2) + 0.05 * mottle + 0.05 * drift
     eosin = rng.uniform(0.45, 0.75) + rng.uniform(0.05, 0.3) * fiber + 0.12 * mottle + 0.12 * drift
@@ -214,16 +271,22 @@ def _stroma(rng: Generator, scene: _Scene, mottle: np.ndarray, drift: np.ndarray
 
 
 def _glands(
-    rng: Generator, scene: _Scene, stain: np.ndarray, mottle: np.ndarray, wall: np.ndarray, soft: float
+    rng: Generator,
+    scene: _Scene,
+    frame: _Frame,
+    stain: np.ndarray,
+    mottle: np.ndarray,
+    wall: np.ndarray,
+    soft: float,
 ) -> np.ndarray:
     """Add the glands: cytoplasm, mucin in goblet cells above the nuclei, and a lumen with debris in the deep parts."""
-    size, zoom, depth = len(mottle), scene.zoom, scene.depth
+    zoom, depth = scene.zoom, scene.depth
     gland, lumen = _step(depth, soft), _step(depth - wall, soft)
     stain = _mix(stain, rng.uniform(0.2, 0.5) + 0.06 * mottle, rng.uniform(0.3, 0.7) + 0.06 * mottle, gland)
-    goblets = _scatter(rng, zoom * 0.024, _band(depth, 0.45 * wall, wall) * float(rng.choice([0.0, 0.3, 0.8])))
-    mucin = _stamp(size, goblets, zoom * 0.011, zoom * 0.008, np.zeros(len(goblets)))
+    goblets = _scatter(rng, frame, zoom * 0.024, _band(depth, 0.45 * wall, wall) * float(rng.choice([0.0, 0.3, 0.8])))
+    mucin = _stamp(frame, goblets, zoom * 0.011, zoom * 0.008, np.zeros(len(goblets)))
     stain = _mix(stain, 0.12, 0.08, 0.8 * mucin * gland)
-    debris = _step(_texture(rng, size, 0.02 * zoom) - rng.uniform(0.3, 2.5), 0.3)
+    debris = _step(_texture(rng, frame, 0.02 * zoom) - rng.uniform(0.3, 2.5), 0.3)
     return _mix(stain, 0.04 + 0.3 * debris, 0.04 + 0.4 * debris, lumen)
 
 
@@ -235,56 +298,61 @@ def _vessels(rng: Generator, scene: _Scene, stain: np.ndarray, soft: float) -> n
     return _mix(stain, 0.03, 0.03, _step(scene.void, soft) * outside)
 
 
-def _nuclei(rng: Generator, scene: _Scene, drift: np.ndarray, wall: np.ndarray, soft: float) -> np.ndarray:
+def _nuclei(
+    rng: Generator, scene: _Scene, frame: _Frame, drift: np.ndarray, wall: np.ndarray, soft: float
+) -> np.ndarray:
     """Nuclei: a palisade at the base of the epithelium, a few in the stroma, many in the follicles."""
-    size, zoom, depth = len(drift), scene.zoom, scene.depth
+    zoom, depth = scene.zoom, scene.depth
     rows = rng.uniform(0.45, 0.75)
-    palisade = _scatter(rng, zoom * 0.016, rng.uniform(0.85, 1) * _band(depth, 0.06 * wall, rows * wall))
+    palisade = _scatter(rng, frame, zoom * 0.016, rng.uniform(0.85, 1) * _band(depth, 0.06 * wall, rows * wall))
     inward = np.angle(np.gradient(depth, axis=1) + 1j * np.gradient(depth, axis=0))
     crowd = np.clip(rng.uniform(0, 0.22) + 0.1 * drift, 0.02, 1) + 0.8 * _step(scene.follicle, soft)
-    stroma = _scatter(rng, zoom * 0.02, crowd * (depth < -0.006 * zoom) * (scene.void < 0))
-    along = _texture(rng, size, 0.2)
+    stroma = _scatter(rng, frame, zoom * 0.02, crowd * (depth < -0.006 * zoom) * (scene.void < 0))
+    along = _texture(rng, frame, 0.2)
     return np.maximum(
-        _stamp(size, palisade, zoom * 0.013, zoom * 0.0065, _at(inward, palisade)),
-        _stamp(size, stroma, zoom * rng.uniform(0.007, 0.012), zoom * 0.006, _at(along, stroma)),
+        _stamp(frame, palisade, zoom * 0.013, zoom * 0.0065, _at(frame, inward, palisade)),
+        _stamp(frame, stroma, zoom * rng.uniform(0.007, 0.012), zoom * 0.006, _at(frame, along, stroma)),
     )
 
 
-def _scatter(rng: Generator, spacing: float, density: np.ndarray) -> np.ndarray:
+def _scatter(rng: Generator, frame: _Frame, spacing: float, density: np.ndarray) -> np.ndarray:
     """Random points, complex (N,), on a jittered grid of `spacing`, each kept with probability `density`."""
     cells = max(1, round(1 / spacing))
-    grid = _points(cells).ravel()
+    grid = frame.divided(cells).points().ravel()
     points = grid + (rng.uniform(-0.45, 0.45, grid.shape) + 1j * rng.uniform(-0.45, 0.45, grid.shape)) / cells
-    return points[rng.random(points.shape) < _at(density, points)]
+    return points[rng.random(points.shape) < _at(frame, density, points)]
 
 
-def _stamp(size: int, centers: np.ndarray, length: float, width: float, angles: np.ndarray) -> np.ndarray:
-    """Soft ellipses of the given half-axes at centers (N,), turned by angles (N,): float32 (size, size) in [0, 1]."""
-    softness = 0.15
-    reach = int(np.ceil((1 + 2 * softness) * max(length, width) * size))
+def _stamp(frame: _Frame, centers: np.ndarray, length: float, width: float, angles: np.ndarray) -> np.ndarray:
+    """Soft ellipses of the given half-axes at centers (N,), turned by angles (N,): float32 (H, W) in [0, 1]."""
+    softness, unit = 0.15, frame.unit
+    reach = int(np.ceil((1 + 2 * softness) * max(length, width) * unit))
     offset = np.arange(-reach, reach + 1)
-    columns = np.floor(centers.real * size).astype(int)[:, None, None] + offset[None, None, :]
-    rows = np.floor(centers.imag * size).astype(int)[:, None, None] + offset[None, :, None]
-    away = ((columns + 0.5 + 1j * (rows + 0.5)) / size - centers[:, None, None]).astype(np.complex64)
+    columns = np.floor(centers.real * unit).astype(int)[:, None, None] + offset[None, None, :]
+    rows = np.floor(centers.imag * unit).astype(int)[:, None, None] + offset[None, :, None]
+    away = ((columns + 0.5 + 1j * (rows + 0.5)) / unit - centers[:, None, None]).astype(np.complex64)
     away = away * np.exp(-1j * angles).astype(np.complex64)[:, None, None]
     radius = np.sqrt((away.real / np.float32(length)) ** 2 + (away.imag / np.float32(width)) ** 2)
     columns, rows = np.broadcast_arrays(columns, rows)
-    seen = (radius < 1 + 2 * softness) & (columns >= 0) & (columns < size) & (rows >= 0) & (rows < size)
-    field = np.zeros((size, size), np.float32)
+    inside = (columns >= 0) & (columns < frame.width) & (rows >= 0) & (rows < frame.height)
+    seen = inside & (radius < 1 + 2 * softness)
+    field = np.zeros(frame.shape, np.float32)
     np.maximum.at(field, (rows[seen], columns[seen]), _step(1 - radius[seen], softness))
     return field
 
 
-def _at(field: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Values of a field (size, size) at points (N,) of the unit square."""
-    size = len(field)
-    column, row = (np.clip((part * size).astype(int), 0, size - 1) for part in (points.real, points.imag))
+def _at(frame: _Frame, field: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Values of a field (H, W) at points (N,)."""
+    column, row = (
+        np.clip((part * frame.unit).astype(int), 0, side - 1)
+        for part, side in ((points.real, frame.width), (points.imag, frame.height))
+    )
     return field[row, column]
 
 
-def _texture(rng: Generator, size: int, scale: float) -> np.ndarray:
-    """Gaussian random field of zero mean, unit variance and correlation length `scale`, float32 (size, size)."""
-    field = _blur(rng.standard_normal((size, size), np.float32), scale * size)
+def _texture(rng: Generator, frame: _Frame, scale: float) -> np.ndarray:
+    """Gaussian random field of zero mean, unit variance and correlation length `scale`, float32 (H, W)."""
+    field = _blur(rng.standard_normal(frame.shape, np.float32), scale * frame.unit)
     return (field - field.mean()) / field.std()
 
 
@@ -308,7 +376,7 @@ def _band(depth: np.ndarray, low: np.ndarray | float, high: np.ndarray | float) 
 def _mix(
     stain: np.ndarray, haematoxylin: np.ndarray | float, eosin: np.ndarray | float, cover: np.ndarray
 ) -> np.ndarray:
-    """Blend the stain (2, size, size) with the two given amounts: replaced where `cover` is 1, kept where it is 0."""
+    """Blend the stain (2, H, W) with the two given amounts: replaced where `cover` is 1, kept where it is 0."""
     above = np.stack(np.broadcast_arrays(haematoxylin, eosin, cover)[:2])
     return (stain + cover * (above - stain)).astype(np.float32)
 
@@ -316,12 +384,11 @@ def _mix(
 # ------------------------------------------------------------------------------------------------------------ camera
 
 
-def _photograph(rng: Generator, stain: np.ndarray, strength: float) -> np.ndarray:
-    """The image of the stains, uint8 (3, size, size): Beer-Lambert law, uneven lamp, blur and noise."""
-    size = stain.shape[-1]
+def _photograph(rng: Generator, frame: _Frame, stain: np.ndarray, strength: float) -> np.ndarray:
+    """The image of the stains, uint8 (3, H, W): Beer-Lambert law, uneven lamp, blur and noise."""
     strengths, hue = strength * np.exp(rng.normal(0, 0.1, (2, 1))), np.exp(rng.normal(0, 0.05, (2, 3)))
-    density = np.tensordot(strengths * hue * DENSITIES, np.maximum(stain, 0), axes=(0, 0))  # (3, size, size)
-    lamp = rng.uniform(0.9, 1.0, (3, 1, 1)) * (1 + 0.04 * _texture(rng, size, 0.3))
-    light = _blur((lamp * np.exp(-density)).astype(np.float32), rng.uniform(0.1, 1.0) * size / 160)
+    density = np.tensordot(strengths * hue * DENSITIES, np.maximum(stain, 0), axes=(0, 0))  # (3, H, W)
+    lamp = rng.uniform(0.9, 1.0, (3, 1, 1)) * (1 + 0.04 * _texture(rng, frame, 0.3))
+    light = _blur((lamp * np.exp(-density)).astype(np.float32), rng.uniform(0.1, 1.0) * frame.unit / 160)
     light += rng.uniform(0.005, 0.03) * rng.standard_normal(light.shape, np.float32)
     return (255 * np.clip(light, 0, 1)).round().astype(np.uint8)

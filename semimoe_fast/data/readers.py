@@ -17,9 +17,7 @@ from PIL import Image
 from ..errors import UserError
 from . import resampling
 from .folders import read_image
-from .reader import ArrayReader, Reader, plausible_mpp
-
-__all__ = ["SLIDES", "ArrayReader", "Reader", "open_image"]
+from .regions import Reader, plausible_mpp
 
 TIFF_SIGNATURES = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"
 SLIDES = frozenset(".svs .ndpi .mrxs .scn .vms .vmu .bif .svslide .czi .dcm".split())  # suffixes that OpenSlide reads
@@ -28,6 +26,22 @@ SAME = 0.02  # scales that differ by less are taken as equal, such as 0.2528 and
 
 # Pillow warns above half the size that it refuses. Users who set a filter of their own keep it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
+
+
+class ArrayReader(Reader):
+    """An image in memory, uint8 (H, W, 3)."""
+
+    def __init__(self, pixels: np.ndarray, path: Path | None = None, mpp: float | None = None) -> None:
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
+            raise ValueError(f"an image is uint8 (H, W, 3), not {pixels.dtype} {pixels.shape}")
+        super().__init__(pixels.shape[:2], path, mpp)
+        self.pixels = pixels
+
+    def _read(self, row: int, column: int, height: int, width: int) -> np.ndarray:
+        return self.pixels[row : row + height, column : column + width]
+
+    def close(self) -> None:
+        """There is no file; the pixels are freed with the reader."""
 
 
 class Resampled(Reader):

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError, first_sentence
-from .reader import Reader, plausible_mpp
+from .regions import Reader, plausible_mpp
 
 MOST_TILE_PIXELS = 2**28
 

@@ -20,7 +20,7 @@ from tifffile import TiffPage
 from ..errors import UserError, first_sentence, warn
 from .folders import too_deep
 from .pages import require_channels, require_largest, warn_of_pages
-from .reader import Reader, plausible_mpp
+from .regions import Reader, plausible_mpp
 
 KEPT_BYTES = 128 * 2**20  # of decoded tiles, for each open file; a row of 256 x 256 tiles of a slide has about 80 MB
 MOST_TILE_BYTES = 2**28  # of one tile or strip

@@ -23,6 +23,7 @@ from ..model import SemiMoE
 from . import metrics
 from .images import ImageScores, score_images
 from .summary import Summary, summarize
+from .whole import predict_whole
 
 FILES = "predictions"  # name of the predictor whose masks are read from files
 MOST_PARTS = 3  # of an object; more are rare, even where an image cuts it or resizing tears it
@@ -66,7 +67,8 @@ def evaluate_model(
     """Score the gated mask at threshold 0.5 and at the swept threshold, and count the pixels of all predictors.
 
     Probabilities are resized to the size of the image, as predict does it. Only the boundary expert is compared
-    at the training size, at which the width of its ring is defined. The model is in eval mode afterwards.
+    at the training size, at which the width of its ring is defined. A model of crops predicts the image at its own
+    scale in tiles, and nothing is resized. The model is in eval mode afterwards.
     Raises UserError, which names the `source` of the model, for probabilities that are not finite; for files that
     cannot be read, and for masks that differ in size from their image.
     """
@@ -75,16 +77,17 @@ def evaluate_model(
     for pair in tqdm(pairs, "evaluate"):
         image, truth = read_image(pair.image), read_instances(pair.mask)
         require_size(pair.mask, truth, pair.image, image)
-        output = predict(model, image, preprocessing, device, precision)
-        for name, probability in foreground(output, model.expert_tasks).items():
+        for name, probability in _probabilities(model, image, preprocessing, device, precision).items():
             if not probability.isfinite().all():
                 raise UserError(
                     f"{source} gives {pair.image} probabilities that are not finite ({name}): take the checkpoint of "
                     "an earlier epoch, or try --precision fp32"
                 )
             if is_boundary(name):
-                labels = resize_mask(truth, preprocessing.image_size)[None]
-                _, mask = F.distance_targets(labels, preprocessing.ring_radius, instances=preprocessing.instances)
+                labels = torch.from_numpy(truth)
+                if preprocessing.sampling == "resize":
+                    labels = resize_mask(truth, preprocessing.image_size)
+                _, mask = F.distance_targets(labels[None], preprocessing.ring_radius, instances=preprocessing.instances)
             else:
                 mask = torch.from_numpy(truth != 0)[None]
                 probability = resize_field(probability, truth.shape)
@@ -102,6 +105,16 @@ def evaluate_model(
         scores = score_images(masks, truths)
         variants.append(Variant(GATED, threshold, swept, scores, summarize(scores)))
     return Evaluation(list(pairs), [image > metrics.HALF for image in levels], truths, variants, counts)
+
+
+def _probabilities(
+    model: SemiMoE, image: np.ndarray, preprocessing: Preprocessing, device: torch.device, precision: Precision
+) -> dict[str, Tensor]:
+    """Foreground probabilities (1, H, W) of all predictors, at the size of the image or at the training size."""
+    if preprocessing.sampling == "resize":
+        return foreground(predict(model, image, preprocessing, device, precision), model.expert_tasks)
+    whole = predict_whole(model, torch.from_numpy(image), preprocessing, device, precision)
+    return {name: probability[None].to(device) for name, probability in whole.items()}
 
 
 def evaluate_files(pairs: Sequence[Pair], folder: Path) -> Evaluation:

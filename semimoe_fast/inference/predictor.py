@@ -1,10 +1,9 @@
-"""Foreground probabilities of a trained model's predictors, and the prediction of one image at its own size."""
+"""Foreground probabilities of a trained model's predictors, at the training size of the model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ GATED = "gated"
 
 def gated_foreground(output: Output) -> Tensor:
     """Foreground probability (B, H, W) of the gated mask, float32."""
-    return _not_background(output.mask)
+    return not_background(output.mask)
 
 
 def foreground(output: Output, expert_tasks: Sequence[str]) -> dict[str, Tensor]:
@@ -30,7 +29,7 @@ def foreground(output: Output, expert_tasks: Sequence[str]) -> dict[str, Tensor]
     probabilities = {GATED: gated_foreground(output)}
     for number, (task, own) in enumerate(zip(expert_tasks, output.own, strict=True), 1):
         name = f"{task} expert" if expert_tasks.count(task) == 1 else f"{task} expert {number}"
-        probabilities[name] = (own[:, 0].float().tanh() + 1) / 2 if task == "sdf" else _not_background(own)
+        probabilities[name] = (own[:, 0].float().tanh() + 1) / 2 if task == "sdf" else not_background(own)
     return probabilities
 
 
@@ -39,7 +38,8 @@ def is_boundary(name: str) -> bool:
     return name.startswith("boundary")
 
 
-def _not_background(logits: Tensor) -> Tensor:
+def not_background(logits: Tensor) -> Tensor:
+    """Probability (B, H, W), float32, that the class of logits (B, K, H, W) is not 0."""
     return logits.float().softmax(1)[:, 1:].sum(1)
 
 
@@ -48,22 +48,9 @@ def predict(
     model: SemiMoE, image: np.ndarray, preprocessing: Preprocessing, device: torch.device, precision: Precision = "auto"
 ) -> Output:
     """Output of the model for one image, uint8 (H, W, 3), at the training size of the model; B = 1."""
-    pixels = resize_image(image, preprocessing.image_size)[None].to(device)
+    pixels = resize_image(image, preprocessing.image_size, preprocessing.antialias)[None].to(device)
     with autocast(precision, device):
         return model(augment.normalize(pixels, preprocessing.mean, preprocessing.std))
-
-
-class Fields(NamedTuple):
-    """Predictions for one image at its own size, float32 (H, W), on the CPU."""
-
-    probability: Tensor  # of the foreground
-    sdf: Tensor | None  # gated signed distance field in [-1, 1]; None for a model without sdf expert
-
-
-def fields(output: Output, size: tuple[int, int]) -> Fields:
-    """The gated fields of one image, resized bilinearly to its size (H, W)."""
-    sdf = None if output.sdf is None else output.sdf[:, 0].float().tanh()
-    return Fields(*(x if x is None else resize_field(x, size)[0].cpu() for x in (gated_foreground(output), sdf)))
 
 
 def resize_field(field: Tensor, size: tuple[int, int]) -> Tensor:

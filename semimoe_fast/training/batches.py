@@ -10,16 +10,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..checkpoint import Preprocessing
-from ..data import augment
+from ..data import appearance, augment
+from ..data.appearance import Appearance
 from ..data.augment import Augmentation
+from ..data.crops import Crops
 from ..data.folders import Dataset
+from ..data.ragged import Ragged
 from .config import TrainConfig
 from .distributed import World
 from .schedule import epoch_order, generator
@@ -34,17 +37,18 @@ T = TypeVar("T")
 class TrainingData:
     """Labeled images with masks, unlabeled images (None for the supervised baseline), and the normalization."""
 
-    labeled: Dataset
-    unlabeled: Dataset | None
+    labeled: Dataset | Ragged
+    unlabeled: Dataset | Ragged | None
     preprocessing: Preprocessing
 
 
 class Images(NamedTuple):
-    """B stored images with their masks and augmentation parameters."""
+    """B stored images, or windows of them that hold the crops, with their masks and augmentation parameters."""
 
-    images: Tensor  # uint8 (B, 3, S, S)
-    masks: Tensor | None  # (B, S, S), uint8 0/1 or int32 ids
+    images: Tensor  # uint8 (B, 3, L, L)
+    masks: Tensor | None  # (B, L, L), uint8 0/1 or int32 ids
     augmentation: Augmentation
+    appearance: Appearance | None = None
 
 
 class Batch(NamedTuple):
@@ -58,6 +62,43 @@ class Batch(NamedTuple):
         return [map_tensors(self, lambda t, part=part: t.chunk(count)[part]) for part in range(count)]
 
 
+class Source(Protocol):
+    """Where the images of a part of the data come from."""
+
+    count: int  # images in an epoch
+
+    def order(self, needed: int, random: torch.Generator) -> Tensor:
+        """Indices of the images of an epoch, int64 (needed,), on the CPU."""
+
+    def draw(self, rows: Tensor, random: torch.Generator) -> tuple[Tensor, Augmentation]:
+        """What `cut` needs to know of images (B,) besides their indices, (B, ...), and their augmentation."""
+
+    def cut(self, rows: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images, uint8 (B, 3, L, L), and masks (B, L, L), in the memory of all images."""
+
+
+class Squares:
+    """Whole images of one size; an epoch takes each of them once."""
+
+    def __init__(self, dataset: Dataset, memory: torch.device) -> None:
+        self.images = dataset.images.to(memory)
+        self.masks = None if dataset.masks is None else dataset.masks.to(memory)
+
+    @property
+    def count(self) -> int:
+        return len(self.images)
+
+    def order(self, needed: int, random: torch.Generator) -> Tensor:
+        return epoch_order(len(self.images), needed, random)
+
+    def draw(self, rows: Tensor, random: torch.Generator) -> tuple[Tensor, Augmentation]:
+        return rows, augment.draw(len(rows), self.images.shape[-1], random)
+
+    def cut(self, rows: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor | None]:
+        rows = rows.to(self.images.device, non_blocking=True)
+        return self.images[rows], None if self.masks is None else self.masks[rows]
+
+
 class Batches:
     """The batches of a run, on the device, for any epoch.
 
@@ -69,16 +110,21 @@ class Batches:
         self.config, self.device, self.world = config, device, world
         self.data_device = data_device(config.data_device, data, device)
         memory = device if self.data_device == "device" else torch.device("cpu")
-        self.labeled = data.labeled.images.to(memory), data.labeled.masks.to(memory)
-        self.unlabeled = None if data.unlabeled is None else (data.unlabeled.images.to(memory), None)
+        self.labeled = self._source(data.labeled, memory)
+        self.unlabeled = None if data.unlabeled is None else self._source(without_masks(data.unlabeled), memory)
+
+    def _source(self, images: Dataset | Ragged, memory: torch.device) -> Source:
+        if isinstance(images, Ragged):
+            return Crops(images, self.config.image_size, memory)
+        return Squares(images, memory)
 
     @property
     def steps_per_epoch(self) -> int:
         if self.config.steps_per_epoch is not None:
             return self.config.steps_per_epoch
         if self.unlabeled is not None:
-            return len(self.unlabeled[0]) // self.config.unlabeled_batch
-        return -(-len(self.labeled[0]) // self.config.labeled_batch)
+            return self.unlabeled.count // self.config.unlabeled_batch
+        return -(-self.labeled.count // self.config.labeled_batch)
 
     def of_epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, on the device, from step `first_step` on."""
@@ -93,30 +139,32 @@ class Batches:
         c, steps = self.config, self.steps_per_epoch
         random = generator(c.seed, epoch, ORDER)
         # labeled before unlabeled, because both draw from one generator
-        labeled = self._rows(self.labeled[0], steps, c.labeled_batch, random)
+        labeled = self.labeled.order(steps * c.labeled_batch, random).view(steps, -1)
         unlabeled = None
         if self.unlabeled is not None:
-            unlabeled = self._rows(self.unlabeled[0], steps, c.unlabeled_batch, random)
+            unlabeled = self.unlabeled.order(steps * c.unlabeled_batch, random).view(steps, -1)
         for step in range(first_step, steps):
             others = None
             if unlabeled is not None:
                 others = self._images(self.unlabeled, unlabeled[step], generator(c.seed, epoch, UNLABELED, step))
             yield Batch(self._images(self.labeled, labeled[step], generator(c.seed, epoch, LABELED, step)), others)
 
-    def _rows(self, images: Tensor, steps: int, batch: int, random: torch.Generator) -> Tensor:
-        """Image indices of all steps of an epoch, int64 (steps, batch), on the device of the images."""
-        return epoch_order(len(images), steps * batch, random).view(steps, batch).to(images.device)
-
-    def _images(self, stored: tuple[Tensor, Tensor | None], rows: Tensor, random: torch.Generator) -> Images:
-        """This process's part of the global batch. rows: image indices of the global batch, int64."""
+    def _images(self, source: Source, rows: Tensor, random: torch.Generator) -> Images:
+        """This process's part of the global batch. rows: image indices of the global batch, int64, on the CPU."""
         share = self.world.share(len(rows))
-        augmentation = augment.draw(len(rows), self.config.image_size, random)
+        drawn, augmentation = source.draw(rows, random)
+        changes = appearance.draw(len(rows), self.config.image_size, self.config.strengths, random)
         batch = Images(
-            *(None if tensor is None else tensor[rows[share]] for tensor in stored),
-            map_tensors(augmentation, lambda t: t[share]),
+            *source.cut(rows[share], drawn[share]),
+            *(map_tensors(parameters, lambda t: t[share]) for parameters in (augmentation, changes)),
         )
         pin = self.data_device == "host" and self.device.type == "cuda"
         return map_tensors(batch, Tensor.pin_memory) if pin else batch
+
+
+def without_masks(images: Dataset | Ragged) -> Dataset | Ragged:
+    """The same images; synthetic unlabeled images have masks, which training must not see."""
+    return replace(images, masks=None)
 
 
 def data_device(
@@ -127,9 +175,9 @@ def data_device(
         return wanted
     if device.type != "cuda":
         return "device"
-    parts = [data.labeled.images, data.labeled.masks, *([] if data.unlabeled is None else [data.unlabeled.images])]
+    needed = data.labeled.nbytes + (0 if data.unlabeled is None else without_masks(data.unlabeled).nbytes)
     free, _ = torch.cuda.mem_get_info(device)
-    return "device" if sum(part.nbytes for part in parts) <= free / 2 else "host"
+    return "device" if needed <= free / 2 else "host"
 
 
 def prefetch(items: Iterator[T], count: int) -> Iterator[T]:

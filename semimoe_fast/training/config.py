@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from ..checkpoint import MOST_PIXELS
+from ..checkpoint import MOST_PIXELS, Sampling
+from ..data.appearance import Strengths
 from ..device import Compile, Precision
 from ..errors import UserError, first_sentence
 from ..model import STRIDE
@@ -29,7 +30,17 @@ LARGEST = {  # other integers: 2**31 - 1
     "threads": 1024,
     "seed": 2**63 - 1,
 }
-ADDED = {"instances": False, "recompute": False}  # options that older runs do not store: the value with which they ran
+ADDED = {  # options that older runs do not store: the value with which they ran
+    "instances": False,
+    "recompute": False,
+    "sampling": "resize",
+    "antialias": False,
+    "stain": 0.0,
+    "brightness": 0.0,
+    "blur": 0.0,
+    "noise": 0.0,
+}
+MOST_STRENGTHS = {"stain": 1, "brightness": 1, "blur": 5, "noise": 1}
 REMOVED = {"joint_forward": False}  # options that only older runs store: the value with which all runs run now
 MOST_LOG_VAR = 20  # exp(20) is 5e8; the losses are at most about 1
 MUTABLE = ("data", "device", "threads", "data_device", "cuda_graph", "recompute", "profile")  # --resume may change them
@@ -50,13 +61,31 @@ class DataOptions:
     synthetic: Annotated[tuple[int, int, int], "INT INT INT"] = (8, 64, 80)
     """Numbers of labeled, unlabeled and validation images to draw."""
     image_size: int = 256
-    """Side to which images are resized, in pixels, a multiple of 16."""
+    """Side of resized images or of crops, in pixels, a multiple of 16."""
+    sampling: Sampling = "resize"
+    """Whole images as squares, or random crops at their own scale."""
+    antialias: bool = False
+    """Shrink images with antialiasing; for --sampling resize."""
     normalization: Literal["measured", "glas", "crag"] = "measured"
     """Mean and std: of the training images, or published."""
     ring_radius: float = 2.0
     """Width of the boundary target, in pixels."""
     instances: bool = False
     """Keep touching glands apart: masks hold an id per gland, 0 is background."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentationOptions:
+    """Random changes of training images, beside crops, flips and rotations; 0 is off."""
+
+    stain: float = 0.0
+    """Largest change of H and E: relative, and in optical density; 0.2 is strong."""
+    brightness: float = 0.0
+    """Largest relative change of brightness, up to 1."""
+    blur: float = 0.0
+    """Largest standard deviation of a Gaussian blur, in pixels, up to 5."""
+    noise: float = 0.0
+    """Largest standard deviation of the noise, relative to the pixels' range."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +107,7 @@ class ScheduleOptions:
     epochs: int = 200
     """Number of epochs."""
     steps_per_epoch: Annotated[int | None, "INT", "one pass over the unlabeled part"] = None
-    """Steps in an epoch."""
+    """Steps in an epoch; a pass has area / crop area crops."""
     labeled_batch: int = 2
     """Labeled images in a step; a small part is repeated."""
     unlabeled_batch: int = 2
@@ -161,7 +190,7 @@ class OutputOptions:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(  # fields and help start with the last base
-    OutputOptions, ComputingOptions, LossOptions, ScheduleOptions, ModelOptions, DataOptions
+    OutputOptions, ComputingOptions, LossOptions, ScheduleOptions, ModelOptions, AugmentationOptions, DataOptions
 ):
     """Train Semi-MoE (arXiv 2509.13834) on few labeled and many unlabeled gland images.
 
@@ -172,6 +201,10 @@ class TrainConfig(  # fields and help start with the last base
     @property
     def semi_supervised(self) -> bool:
         return self.unlabeled != NONE
+
+    @property
+    def strengths(self) -> Strengths:
+        return Strengths(self.stain, self.brightness, self.blur, self.noise)
 
     def check(self, processes: int = 1) -> None:
         """Raise UserError for a value that a run of `processes` processes cannot train with."""
@@ -198,6 +231,15 @@ class TrainConfig(  # fields and help start with the last base
             raise UserError(
                 f"--initial-log-var is {self.initial_log_var}: give a number from -{MOST_LOG_VAR} to {MOST_LOG_VAR}"
             )
+        for name, most in MOST_STRENGTHS.items():
+            if not 0 <= getattr(self, name) <= most:
+                raise UserError(f"{flag(name)} is {getattr(self, name)}: give a number from 0 to {most:g}")
+        if self.sampling == "crops" and self.data is None:
+            raise UserError(
+                "--sampling crops needs --data: write images with `python -m semimoe_fast.synthetic --sizes MIN MAX`"
+            )
+        if self.sampling == "crops" and self.antialias:
+            raise UserError("--antialias shrinks images, which --sampling crops does not: leave out one of the two")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout is {self.dropout}: give a number from 0 to below 1")
         if self.ema is not None and not 0 < self.ema < 1:

@@ -203,6 +203,18 @@ def join() -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def end_process() -> None:
+    """End this process with status 0 if it has joined other processes.
+
+    When Python ends by itself, it destroys `_groups`, and their threads may still run: rarely, on a busy machine, this
+    aborts a rank whose work is done, and torchrun then reports a failure (torch 2.13).
+    """
+    if _groups:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 def launched_size() -> int:
     """WORLD_SIZE, or 1 if unset. Raises UserError if variables that torchrun sets are missing or wrong."""
     if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ:

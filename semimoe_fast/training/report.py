@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from ..checkpoint import Preprocessing
 from ..data import augment
 from ..data.folders import Dataset
+from ..data.ragged import Ragged
 from ..errors import one_line, warn
 from ..evaluation.overlay import outline
 from ..inference.predictor import GATED, gated_foreground
@@ -70,10 +71,15 @@ def draw_curves(records: Records, tasks: Sequence[str], path: Path | IO[bytes]) 
 
 @torch.no_grad()
 def draw_overlays(
-    model: SemiMoE, val: Dataset, preprocessing: Preprocessing, device: torch.device, path: Path, rows: int = 6
+    model: SemiMoE, val: Dataset | Ragged, preprocessing: Preprocessing, device: torch.device, path: Path, rows: int = 6
 ) -> None:
-    """Draw `rows` validation images: image, true outline, gated mask, gated sdf and gated boundary."""
+    """Draw `rows` validation images: image, true outline, gated mask, gated sdf and gated boundary.
+
+    Of images of any size it draws the square of the training size in the middle.
+    """
     model.eval()
+    if isinstance(val, Ragged):
+        val = val.centers(preprocessing.image_size)
     chosen = torch.linspace(0, len(val) - 1, min(rows, len(val))).round().long()
     images, masks = val.images[chosen], val.masks[chosen]
     output = model(augment.normalize(images.to(device), preprocessing.mean, preprocessing.std))

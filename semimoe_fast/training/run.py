@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from .. import checkpoint
 from ..checkpoint import REMEDY, Preprocessing
-from ..data.folders import Dataset
 from ..errors import UserError, one_line, warn
 from ..evaluation.scoring import count_set, score_set
 from ..inference.predictor import GATED
@@ -27,6 +26,7 @@ from .interruption import Interruption
 from .lock import FolderLock
 from .profile import PAUSE, StepProfile
 from .run_folder import BEST, LAST, METRICS_FILE, new_folder
+from .sources import Part
 from .state import StateMismatch, states_of_ranks
 from .trainer import Trainer
 
@@ -38,7 +38,7 @@ class Run:
     config: TrainConfig
     folder: Path
     trainer: Trainer
-    val: Dataset
+    val: Part
     world: World
     best_dice: float = -1.0
 
@@ -47,7 +47,7 @@ class Run:
         cls,
         config: TrainConfig,
         data: TrainingData,
-        val: Dataset,
+        val: Part,
         device: torch.device,
         world: World,
         lock: FolderLock,
@@ -58,7 +58,7 @@ class Run:
         return cls(config, folder, trainer, val, world)
 
     @classmethod
-    def resume(cls, config: TrainConfig, data: TrainingData, val: Dataset, device: torch.device, world: World) -> Run:
+    def resume(cls, config: TrainConfig, data: TrainingData, val: Part, device: torch.device, world: World) -> Run:
         """Resume the run of --resume, whose folder is already locked, from its last checkpoint.
 
         Raises UserError if the checkpoint is damaged or belongs to another configuration or other images.

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from .. import functional as F
-from ..data import augment
+from ..data import appearance, augment
 from ..device import autocast
 from ..model import AdaptiveMultiObjectiveLoss, SemiMoE
 from ..objective import Objective, StepLosses
@@ -198,7 +198,10 @@ class Trainer:
 
     def _augmented(self, batch: Images) -> tuple[Tensor, Tensor | None]:
         with record_function("augmentation"):
-            images, masks = augment.apply(*batch, self.mean, self.std)
+            images, masks = augment.resample(batch.images, batch.masks, batch.augmentation, self.config.image_size)
+            if batch.appearance is not None:
+                images = appearance.apply(images, batch.appearance)
+            images = augment.standardize(images, self.mean, self.std)
             return images.contiguous(memory_format=torch.channels_last), masks
 
     def _warm_up_ddp(self) -> None:

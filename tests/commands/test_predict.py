@@ -16,7 +16,7 @@ from semimoe_fast import checkpoint, evaluate, predict
 from semimoe_fast.data.folders import read_image, read_mask
 from semimoe_fast.errors import UserError
 from semimoe_fast.evaluation.overlay import outline
-from semimoe_fast.inference import instances_of, polygons_of
+from semimoe_fast.inference import instances_of, polygons_of, predictor
 from semimoe_fast.model import SemiMoE
 
 pytest.importorskip("tyro", reason="commands read their options with tyro")
@@ -87,9 +87,9 @@ def test_instances_follow_the_predicted_field(glands_folder: Path, tmp_path: Pat
     predict.main(options(path, *arguments))
     model, metadata, _ = checkpoint.load(path)
     preprocessing = checkpoint.Preprocessing.of(path, metadata)
-    output = predict.predict(model, read_image(tmp_path / "image.png"), preprocessing, torch.device("cpu"))
+    output = predictor.predict(model, read_image(tmp_path / "image.png"), preprocessing, torch.device("cpu"))
     sdf = torch.nn.functional.interpolate(output.sdf.tanh(), size[:2], mode="bilinear")[0, 0]
-    assert np.array_equal(given[1], sdf.numpy())
+    assert np.abs(given[1] - sdf.numpy()).max() < 1e-5  # batch normalization is folded into the convolutions
     assert given[2:] == [0.2, 100]
 
     predict.main(options(save_model(tmp_path / "no_sdf", ("mask", "boundary")), *arguments))

@@ -370,6 +370,16 @@ def test_resizing_is_bilinear_and_rounded():
     torch.testing.assert_close(resize_image(COLORS, 17).double(), expected, rtol=0, atol=0.5 + 1e-3)
 
 
+def test_antialiased_shrinking_is_that_of_pillow():
+    image = RNG.integers(0, 256, (90, 70, 3), np.uint8)
+    expected = np.array(Image.fromarray(image).resize((16, 16), Image.Resampling.BILINEAR))
+    # Pillow rounds between the two passes, and both round the result
+    np.testing.assert_allclose(resize_image(image, 16, antialias=True).permute(1, 2, 0).int(), expected, atol=2)
+    assert np.abs(resize_image(image, 16).permute(1, 2, 0).numpy().astype(int) - expected).max() > 30
+    enlarged = resize_image(COLORS, 64)
+    assert (resize_image(COLORS, 64, antialias=True).int() - enlarged.int()).abs().max() <= 1  # nothing to smooth
+
+
 def test_resizing_reproduces_glas(glas_folder):
     """GlaS256 was made from the native images by OpenCV (see above for the one level)."""
     for path in list_images(glas_folder / "native" / "image"):

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import ndimage
 
 from semimoe_fast.data.folders import load_part
-from semimoe_fast.data.glands import glands
+from semimoe_fast.data.glands import glands, picture
 from semimoe_fast.errors import UserError
 from semimoe_fast.synthetic import Folder, write
 from semimoe_fast.training.config import SYNTHETIC
@@ -143,3 +143,52 @@ def test_bad_numbers_are_refused(tmp_path):
     with pytest.raises(UserError, match="size=8"):
         write(Folder(tmp_path / "new", size=8))
     assert not (tmp_path / "new").exists()
+
+
+def test_square_pictures_are_those_of_glands():
+    image, ids = picture((SIZE, SIZE), SIZE, 3, 1, weakly_stained=True)
+    images, maps = glands(2, SIZE, 3, 2, instances=True)
+    assert (image == images[1].numpy()).all()
+    assert (ids == maps[1].numpy()).all()
+
+
+def test_larger_pictures_hold_more_glands_of_the_same_size():
+    """Twenty pictures of 4 units each: gland areas in pixels, of glands that do not touch the border."""
+    unit = 32
+    areas, shares = {}, {}
+    for name, shape in (("square", (unit, unit)), ("wide", (unit, 4 * unit)), ("high", (4 * unit, unit))):
+        maps = [picture(shape, unit, 0, index)[1] for index in range(20)]
+        assert all(ids.shape == shape for ids in maps)
+        shares[name] = np.mean([(ids > 0).mean() for ids in maps])
+        inner = [np.setdiff1d(ids, np.concatenate([ids[0], ids[-1], ids[:, 0], ids[:, -1]])) for ids in maps]
+        areas[name] = np.concatenate([[(ids == k).sum() for k in kept] for ids, kept in zip(maps, inner, strict=True)])
+    for name in ("wide", "high"):
+        assert len(areas[name]) > 3 * len(areas["square"])
+        assert abs(shares[name] / shares["square"] - 1) < 0.3  # pictures differ widely
+        assert 0.7 < np.median(areas[name]) / np.median(areas["square"]) < 1.8  # large ones are cut less often
+
+
+def test_folder_of_mixed_sizes(tmp_path):
+    folder = Folder(tmp_path / "a", labeled=3, unlabeled=2, val=1, size=32, sizes=(20, 70), seed=4)
+    write(folder)
+    write(replace(folder, out=tmp_path / "b"))
+    files = sorted(path for path in (tmp_path / "a").rglob("*.png"))
+    assert len(files) == 3 + 3 + 2 + 1 + 1
+    sizes = set()
+    for path in files:
+        assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
+        with Image.open(path) as image:
+            assert min(image.size) >= 20
+            assert max(image.size) <= 70
+            sizes.add(image.size)
+    assert len(sizes) == 6
+    for path in (tmp_path / "a" / "train_sup_3" / "mask").iterdir():
+        with Image.open(path) as mask, Image.open(path.parents[1] / "image" / path.name) as image:
+            assert mask.size == image.size
+
+
+@pytest.mark.parametrize("sizes", [(15, 40), (50, 40)])
+def test_sizes_out_of_range_are_refused(tmp_path, sizes):
+    with pytest.raises(UserError, match="--sizes is"):
+        write(Folder(tmp_path / "a", sizes=sizes))
+    assert not (tmp_path / "a").exists()

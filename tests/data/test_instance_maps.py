@@ -19,7 +19,7 @@ from semimoe_fast.data import augment, cache, folders
 from semimoe_fast.data.augment import Augmentation
 from semimoe_fast.data.cache import Cache
 from semimoe_fast.data.folders import list_pairs, load_part, read_instances, read_labels, read_mask, resize_mask
-from semimoe_fast.data.glands import _Outline, _points, _union, glands
+from semimoe_fast.data.glands import _Frame, _Outline, _union, glands
 from semimoe_fast.errors import UserError
 from semimoe_fast.synthetic import Folder, write
 
@@ -182,7 +182,7 @@ def test_caches_of_masks_keep_their_key(root: Path) -> None:
     pairs = list_pairs(root, "train", True)
     files = [[p.image.stem, *(hashlib.sha256(path.read_bytes()).hexdigest() for path in p)] for p in pairs]
     content = json.dumps([2, PIL.__version__, torch.__version__, 16, files])
-    assert cache.key_of(pairs, 16, "key") == hashlib.sha256(content.encode()).hexdigest()
+    assert cache.Entry(pairs, 16, "").key_of_files("key") == hashlib.sha256(content.encode()).hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------- synthetic glands
@@ -204,11 +204,11 @@ def test_synthetic_instances_are_the_glands_of_the_masks() -> None:
 
 def test_pixel_belongs_to_the_gland_in_which_it_is_deepest() -> None:
     """Two discs of equal radii that overlap: the line halfway between their centers divides them."""
-    points = _points(50)
+    frame = _Frame(50, 50, 50)
     centers = (0.35 + 0.5j, 0.6 + 0.5j)
     discs = [_Outline(center, (0.2, 0.2), 0.0, np.zeros(4, np.complex64)) for center in centers]
-    depth, number = _union(discs, points, np.zeros((50, 50), np.float32))
-    away = np.abs(points - np.array(centers)[:, None, None])
+    depth, number = _union(discs, frame, np.zeros((50, 50), np.float32))
+    away = np.abs(frame.points() - np.array(centers)[:, None, None])
     expected = np.where(away.min(0) < 0.2, 1 + away.argmin(0), 0)
     assert set(np.unique(expected)) == {0, 1, 2}
     clear = np.abs(away.min(0) - 0.2) > 1e-5  # elsewhere rounding decides

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from semimoe_fast.inference.folding import folded
+from semimoe_fast.inference import folded
 from semimoe_fast.model import BatchNormReLU, SemiMoE, UpsamplingConv2d
 
 

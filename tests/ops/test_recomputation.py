@@ -24,13 +24,13 @@ def _default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 def remade(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The inputs of all normalizations that are computed again."""
     inputs: list[Tensor] = []
-    evaluate = batch_norm._evaluate
+    evaluate = batch_norm._forward_with
 
     def spy(x: Tensor, *parameters: Tensor) -> Tensor:
         inputs.append(x)
         return evaluate(x, *parameters)
 
-    monkeypatch.setattr(batch_norm, "_evaluate", spy)
+    monkeypatch.setattr(batch_norm, "_forward_with", spy)
     return inputs
 
 

@@ -31,6 +31,7 @@ WIDE = {
     ("pseudo-labels", 0): (15, 1),
     ("batch norm forward", 0): (4 + 4, 0),  # the first tile, and the loop over the others
     ("batch norm forward", 2): (4, 4),
+    ("batch norm running statistics", 0): (0, 0),
     ("batch norm evaluation", 0): (4, 4),
     ("batch norm backward", 0): (8, 0),
     ("batch norm backward", 2): (8, 4),

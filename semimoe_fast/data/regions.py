@@ -1,4 +1,4 @@
-"""An RGB image that is read by region: what readers.py, tiff.py and slides.py have in common."""
+"""What the readers of all formats have in common: an image that is read by region, and how large its pixels may be."""
 
 from __future__ import annotations
 
@@ -46,22 +46,6 @@ class Reader(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
-
-
-class ArrayReader(Reader):
-    """An image in memory, uint8 (H, W, 3)."""
-
-    def __init__(self, pixels: np.ndarray, path: Path | None = None, mpp: float | None = None) -> None:
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
-            raise ValueError(f"an image is uint8 (H, W, 3), not {pixels.dtype} {pixels.shape}")
-        super().__init__(pixels.shape[:2], path, mpp)
-        self.pixels = pixels
-
-    def _read(self, row: int, column: int, height: int, width: int) -> np.ndarray:
-        return self.pixels[row : row + height, column : column + width]
-
-    def close(self) -> None:
-        """There is no file; the pixels are freed with the reader."""
 
 
 def plausible_mpp(value: Any, unit: float | None = 1.0) -> float | None:

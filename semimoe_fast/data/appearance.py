@@ -1,0 +1,149 @@
+"""Random changes of color and sharpness of a batch: H&E stain, brightness, blur and noise.
+
+Drawn on the CPU, applied on the device of the batch, after the geometry (`augment.resample`) and before normalization.
+
+Stain jitter (Tellez et al. 2018): the optical density -ln(pixel / 255) is a mixture of haematoxylin, eosin and a
+residual. The amounts of haematoxylin and eosin are scaled by 1 - s to 1 + s and shifted by -s to s. Unmixing, change
+and mixing are one affine map of the density, so a pixel costs three logarithms, a 3 x 3 matrix and three powers.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# Optical densities (red, green, blue) of haematoxylin, eosin and the residual that is perpendicular to both, each of
+# unit length: Ruifrok and Johnston 2001, "Quantification of histochemical staining by color deconvolution".
+_HE = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])
+_HE /= np.linalg.norm(_HE, axis=1, keepdims=True)
+_RESIDUAL = np.cross(*_HE)
+STAINS = np.vstack([_HE, _RESIDUAL / np.linalg.norm(_RESIDUAL)])
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """The largest change of each kind; 0 is none."""
+
+    stain: float = 0.0  # relative change of the amounts of both stains, and shift in units of optical density
+    brightness: float = 0.0  # relative change, below 1
+    blur: float = 0.0  # standard deviation of the Gaussian in pixels
+    noise: float = 0.0  # standard deviation in units of the full range 255
+
+    def __bool__(self) -> bool:
+        return any((self.stain, self.brightness, self.blur, self.noise))
+
+
+class Density(NamedTuple):
+    """Affine map of the binary logarithms of pixels; torch computes powers of 2 four times as fast as those of e."""
+
+    matrix: Tensor  # (B, 3, 3)
+    shift: Tensor  # (B, 3, 1)
+
+
+class Noise(NamedTuple):
+    """Gaussian noise."""
+
+    std: Tensor  # (B,) in pixel values
+    place: Tensor  # int64 (B,): where the noise of an image begins in the table of random numbers
+
+
+class Appearance(NamedTuple):
+    """Changes of B images, float32, in the order of use; None for a kind that is off."""
+
+    density: Density | None
+    gain: Tensor | None  # factor of brightness (B,)
+    kernel: Tensor | None  # weights at the distances 0 to R of a symmetric blur (B, R + 1)
+    noise: Noise | None
+
+
+def draw(batch: int, size: int, strengths: Strengths, generator: torch.Generator) -> Appearance | None:
+    """Draw the changes of `batch` images of size x size pixels from a CPU generator; None if all are off.
+
+    Uniform: the factors and shifts of both stains, the factor of brightness, and the standard deviations of blur (from
+    0) and noise (from 0). All tensors are on the CPU.
+    """
+    if not strengths:
+        return None
+    draws = torch.rand(8, batch, generator=generator, dtype=torch.float64)
+    stains, (brightness, blur, noise, place) = 2 * draws[:4] - 1, draws[4:]
+    density = gain = kernel = grain = None
+    if strengths.stain:
+        density = _density(1 + strengths.stain * stains[:2].T, strengths.stain * stains[2:].T)
+    if strengths.brightness:
+        gain = (1 + strengths.brightness * (2 * brightness - 1)).float()
+    if strengths.blur:
+        kernel = _gaussian(strengths.blur * blur, math.ceil(3 * strengths.blur)).float()
+    if strengths.noise:
+        values = 3 * size**2
+        grain = Noise((255 * strengths.noise * noise).float(), (place * (values + 1)).long())
+    return Appearance(density, gain, kernel, grain)
+
+
+def apply(images: Tensor, appearance: Appearance) -> Tensor:
+    """Change images, float32 (B, 3, S, S) in [0, 255], and return images in [0, 255]; all tensors on one device.
+
+    Overwrites the given images, because new memory costs a CPU more than the arithmetic. Does not synchronize with the
+    device.
+    """
+    density, gain, kernel, noise = appearance
+    if density is not None:
+        logarithm = images.clamp_(min=1).log2_().flatten(2)
+        images = torch.baddbmm(density.shift, density.matrix, logarithm).exp2_().view(images.shape)
+    if gain is not None:
+        images.mul_(gain.view(-1, 1, 1, 1))
+    if kernel is not None:
+        _blur(images, kernel)
+    if noise is not None:
+        table = _noise_table(2 * images[0].numel(), images.device)
+        grain = table.unfold(0, images[0].numel(), 1)[noise.place].view(images.shape)
+        images.addcmul_(noise.std.view(-1, 1, 1, 1), grain)
+    return images.clamp_(0, 255)
+
+
+def _density(scale: Tensor, shift: Tensor) -> Density:
+    """Scale and shift the amounts of both stains, each (B, 2).
+
+    The density d = -ln(pixel / 255) becomes M d + t, so log2(pixel) becomes
+    M log2(pixel) + log2(255) (1 - M 1) - t / ln 2.
+    """
+    stains = torch.from_numpy(STAINS)  # density = stains^T @ amounts
+    scale = torch.cat([scale, torch.ones(len(scale), 1)], 1)
+    matrix = stains.T @ (scale[:, :, None] * torch.linalg.inv(stains.T))
+    white = math.log2(255) * (1 - matrix.sum(2, keepdim=True))
+    return Density(matrix.float(), (white - stains[:2].T @ shift[:, :, None] / math.log(2)).float())
+
+
+def _gaussian(sigma: Tensor, radius: int) -> Tensor:
+    """Weights of Gaussians at the distances 0 to `radius`, (B, radius + 1); both sides together sum to 1."""
+    distance = torch.arange(radius + 1)
+    weight = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-3)[:, None]) ** 2)
+    return weight / (2 * weight.sum(1, keepdim=True) - weight[:, :1])
+
+
+def _blur(images: Tensor, kernel: Tensor) -> None:
+    """Convolve columns and rows of images (B, 3, H, W) with a symmetric kernel each, mirrored at the borders."""
+    radius = kernel.shape[1] - 1
+    center, *others = kernel.T[:, :, None, None, None]
+    for axis in (2, 3):
+        side = images.shape[axis]
+        padded = functional.pad(images, (0, 0, radius, radius) if axis == 2 else (radius, radius, 0, 0), mode="reflect")
+        torch.mul(padded.narrow(axis, radius, side), center, out=images)
+        for distance, weight in enumerate(others, 1):
+            images.addcmul_(padded.narrow(axis, radius - distance, side), weight)
+            images.addcmul_(padded.narrow(axis, radius + distance, side), weight)
+
+
+@functools.lru_cache(maxsize=2)
+def _noise_table(length: int, device: torch.device) -> Tensor:
+    """Normal random numbers, float32 (length,), the same on every device. The noise of an image is a random part of it.
+
+    A batch draws its places only: new random numbers would depend on the device, and cost more than all other changes.
+    """
+    return torch.randn(length, generator=torch.Generator().manual_seed(0)).to(device)

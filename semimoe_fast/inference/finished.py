@@ -1,0 +1,42 @@
+"""Which images of a folder are predicted, so that the same call after an interruption goes on with the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+NAME = ".predict.jsonl"
+
+
+class Finished:
+    """The images that calls with the same settings have predicted, in a file in the folder of the outputs.
+
+    The first line of the file holds the settings, JSON values; a file with others is replaced. Every further line is an
+    image: its name, size in bytes and time of change. `forget` removes the file once all images are predicted.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.path = folder / NAME
+        first = json.dumps(settings, sort_keys=True)
+        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        if lines[:1] != [first]:
+            self.path.write_text(first + "\n")
+        self._lines = set(lines[1:] if lines[:1] == [first] else [])
+
+    def __contains__(self, image: Path) -> bool:
+        return image.exists() and _line(image) in self._lines
+
+    def add(self, image: Path) -> None:
+        """Call it when all outputs of an image are in place."""
+        with self.path.open("a") as file:
+            file.write(_line(image) + "\n")
+
+    def forget(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def _line(image: Path) -> str:
+    status = image.stat()
+    return json.dumps([image.name, status.st_size, status.st_mtime_ns])

@@ -1,0 +1,227 @@
+"""`python -m semimoe_fast.predict` in tiles: scales, streamed outputs, what it refuses, how it goes on."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+from semimoe_fast import checkpoint, predict
+from semimoe_fast.data.folders import read_mask
+from semimoe_fast.errors import UserError, explain
+from semimoe_fast.inference import open_for, predict_image
+from semimoe_fast.model import SemiMoE
+
+pytest.importorskip("tyro", reason="commands read their options with tyro")
+
+Run = Callable[..., Path]
+
+
+def save_model(path: Path, **changes: object) -> Path:
+    """A checkpoint with random weights, for crops; changes: of its preprocessing."""
+    torch.manual_seed(1)
+    values = {"sampling": "crops", "antialias": True} | changes
+    preprocessing = checkpoint.Preprocessing(32, (0.5,) * 3, (0.2,) * 3, **values)._asdict()
+    checkpoint.save(path, SemiMoE(width=2), {"preprocessing": preprocessing})
+    return path
+
+
+def save_image(path: Path, height: int, width: int, **options: object) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
+    tifffile.imwrite(path, pixels, photometric="rgb", tile=(64, 64), **options)
+    return path
+
+
+def fields_of(model: Path, image: Path | np.ndarray, *scale: float | None) -> list[torch.Tensor]:
+    """probability, sdf and boundary of an image as the library gives them."""
+    loaded, metadata, _ = checkpoint.load(model)
+    preprocessing = checkpoint.Preprocessing.of(model, metadata)
+    with open_for(image, preprocessing, *scale) as reader:
+        fields = ("probability", "sdf", "boundary")
+        pieces = [piece for _, piece in predict_image(loaded, reader, preprocessing, fields=fields, tile=64)]
+    return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
+
+
+def call(model: Path, images: Path, out: Path, *more: str) -> Path:
+    words = ["--checkpoint", model, "--input", images, "--out", out, "--device", "cpu", "--tile-size", "64", *more]
+    predict.main([str(word) for word in words])
+    return out
+
+
+def refused(*arguments: object) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_fields_are_those_of_the_library(tmp_path: Path) -> None:
+    model, image = save_model(tmp_path / "model"), save_image(tmp_path / "image.tif", 100, 150)
+    out = call(model, image, tmp_path / "out", "--probability", "--fields")
+    probability, sdf, boundary = fields_of(model, image)
+    assert np.array_equal(read_mask(out / "image.png"), (probability > 0.5).numpy())
+    for name, field in (("probability", probability), ("sdf", sdf), ("boundary", boundary)):
+        assert np.array_equal(tifffile.imread(out / name / "image.ome.tif"), field.half().numpy())
+    assert sorted(path.name for path in out.iterdir()) == ["boundary", "image.png", "probability", "sdf"]
+    turned = call(model, image, tmp_path / "tta", "--tta", "--probability")
+    assert not np.array_equal(tifffile.imread(turned / "probability" / "image.ome.tif"), probability.half().numpy())
+
+
+def test_scale_decides_and_the_mask_has_the_size_of_the_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    micron = {"resolution": (1e4, 1e4), "resolutionunit": "CENTIMETER"}
+    image = save_image(tmp_path / "image.tif", 130, 150, **micron)
+    squares = save_model(tmp_path / "squares", sampling="resize", scale=0.5)
+    crops, known = save_model(tmp_path / "crops"), save_model(tmp_path / "known", mpp=2.0)
+    half = fields_of(crops, image, 0.5)[0]
+    assert torch.equal(half, fields_of(crops, tifffile.imread(image), 0.5)[0])  # pixels in memory
+    for model, options in ((squares, ["--scale", "0.5"]), (crops, ["--mpp", "2"]), (known, [])):
+        mask = read_mask(call(model, image, tmp_path / "out", *options) / "image.png")
+        assert np.array_equal(mask, (half > 0.5).numpy())
+        assert capsys.readouterr().err.count(f"{image} has 1 microns a pixel and is read at 2") == (model != squares)
+    for model, scale in ((crops, 1.0), (squares, None)):  # its own scale; squashed
+        mask = read_mask(call(model, image, tmp_path / "out") / "image.png")
+        assert np.array_equal(mask, (fields_of(model, image, scale)[0] > 0.5).numpy())
+    assert refused(crops, save_image(tmp_path / "plain.tif", 70, 70), tmp_path / "out", "--mpp", "1").startswith(
+        f"{tmp_path / 'plain.tif'} does not say how large its pixels are"
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "scale", "warned"),
+    [
+        ((32, 32), None, 0),
+        ((60, 60), None, 0),
+        ((32, 52), None, 1),  # long
+        ((70, 70), None, 1),  # large
+        ((70, 90), 0.4, 0),
+        ((70, 130), 0.4, 1),
+        ((40, 70), 0.4, 1),  # 40 * 0.4 pixels become 32
+    ],
+)
+def test_squashed_images_far_from_the_training_images_are_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture, size: tuple[int, int], scale: float | None, warned: int
+) -> None:
+    for name in ("a.tif", "b.tif"):
+        save_image(tmp_path / "images" / name, *size)
+    call(save_model(tmp_path / "model", sampling="resize", scale=scale), tmp_path / "images", tmp_path / "out")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(lines) == warned
+    for line in lines:
+        assert f"{tmp_path}/images/a.tif is {size[1]} x {size[0]} pixels and squashed to the 32 x 32" in line
+        assert ("give --scale 0.4, " if scale else "give --scale, ") in line
+
+
+def test_large_masks_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, image = save_model(tmp_path / "model"), save_image(tmp_path / "images" / "a.tif", 100, 150)
+    out = call(model, image, tmp_path / "out")
+    ordinary = read_mask(out / "a.png")
+    monkeypatch.setattr(predict, "MOST_PIXELS", 149)
+    call(model, image, out)
+    assert [path.name for path in out.iterdir()] == ["a.tif"]  # of one stem, as evaluate needs it
+    assert np.array_equal(read_mask(out / "a.tif"), ordinary)
+    assert tifffile.TiffFile(out / "a.tif").pages[0].is_tiled
+    call(model, image, out, "--overlay")
+    assert (out / "overlay" / "a.png").exists()
+    monkeypatch.setattr(predict, "MOST_IN_MEMORY", 14_999)
+    assert refused(model, image, out, "--overlay") == (
+        f"{image} is 150 x 100 pixels, and --overlay takes images of up to 0.015 megapixels: leave it out, or cut the "
+        "image"
+    )
+    monkeypatch.setattr(predict, "is_slide", lambda path: True)  # skips its background
+    tifffile.imwrite(image, np.full((100, 150, 3), 240, np.uint8))
+    for option, level in (("auto", 0), ("on", 0), ("off", 1)):
+        call(model, image, out, "--skip-background", option, "--threshold", "0", "--tile-size", "64")
+        assert read_mask(out / "a.tif").max() == level
+
+
+def test_slides_and_large_images_are_not_squashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from semimoe_fast.inference import image as module
+
+    model, image = save_model(tmp_path / "m", sampling="resize"), save_image(tmp_path / "a.tif", 70, 90)
+    monkeypatch.setattr(module, "MOST_PIXELS", 80)
+    message = refused(model, image, tmp_path / "out")
+    assert message.startswith(f"{image} is 90 x 70 pixels, too large to be squashed")
+    assert "--scale" in message
+    call(model, image, tmp_path / "out", "--scale", "1")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--scale 0", "--scale is 0.0: give a positive number"),
+        ("--mpp nan", "--mpp is nan: give a positive number"),
+        ("--mpp 1 --scale 1", "--scale and --mpp: both given; give one of them"),
+        ("--tile-size 100", "--tile-size is 100: give a positive multiple of 16"),
+    ],
+)
+def test_bad_values_are_refused(tmp_path: Path, given: str, message: str) -> None:
+    image = save_image(tmp_path / "a.tif", 20, 20)
+    assert refused(tmp_path / "none", image, tmp_path / "out", *given.split()) == message
+
+
+def test_an_interrupted_folder_goes_on_with_the_missing_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A truncated file ends the call. Images that are done count only for the same checkpoint, options and files."""
+    model, images, out = save_model(tmp_path / "model"), tmp_path / "images", tmp_path / "out"
+    for name in ("a.tif", "b.tif", "c.tif"):
+        save_image(images / name, 70, 90)
+    whole = (images / "b.tif").read_bytes()
+    (images / "b.tif").write_bytes(whole[:-4000])
+    opened: list[str] = []
+    open_one = predict.open_for
+    monkeypatch.setattr(predict, "open_for", lambda path, *rest: opened.append(path.name) or open_one(path, *rest))
+
+    def names() -> list[str]:
+        found, opened[:] = list(opened), []
+        return found
+
+    assert str(images / "b.tif") in refused(model, images, out, "--probability")
+    assert names() == ["a.tif", "b.tif"]
+    assert sorted(path.name for path in out.rglob("*.*") if path.is_file()) == [".predict.jsonl", "a.ome.tif", "a.png"]
+    (images / "b.tif").write_bytes(whole)
+    (images / "c.tif").rename(tmp_path / "c.tif")  # vanishes after the list was made
+    plan = predict.plan
+    monkeypatch.setattr(predict, "plan", lambda config: plan(config) | {images / "c.tif": {"mask": out / "c.png"}})
+    assert (
+        refused(model, images, out, "--probability") == f"{images / 'c.tif'}: no such image file; give a regular file"
+    )
+    assert names() == ["b.tif", "c.tif"]
+    (tmp_path / "c.tif").rename(images / "c.tif")
+    monkeypatch.setattr(predict, "plan", plan)
+    capsys.readouterr()
+    call(model, images, out, "--probability")
+    assert names() == ["c.tif"]
+    assert "predicted: 2; going on with the others\nmasks written to" in capsys.readouterr().out
+    assert not (out / ".predict.jsonl").exists()
+    call(model, images, out, "--probability")
+    assert names() == ["a.tif", "b.tif", "c.tif"]  # existing files are replaced
+
+    (images / "c.tif").write_bytes(whole[:-4000])
+    refused(model, images, out)
+    names()
+    refused(model, images, out, "--threshold", "0.4")
+    assert names() == ["a.tif", "b.tif", "c.tif"]
+    save_image(images / "a.tif", 80, 90)
+    refused(model, images, out, "--threshold", "0.4")
+    assert names() == ["a.tif", "c.tif"]
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """Here a limit on the size of files; a full disk is the same error of the same call."""
+    model, image = save_model(tmp_path / "model"), save_image(tmp_path / "a.tif", 200, 200)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            call(model, image, tmp_path / "out", "--probability")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert explain(caught.value).endswith("out/probability/.a.ome.tif.part: File too large; give another path")
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["probability"]

@@ -1,0 +1,121 @@
+"""Random crops: where they are, how often images give one, and their pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from semimoe_fast.data import augment
+from semimoe_fast.data.crops import FOREGROUND, JITTER, Crops, Foreground, crops_in
+from semimoe_fast.data.ragged import Ragged, starts_of
+
+CPU = torch.device("cpu")
+SIZE = 32
+
+
+def ragged(*sizes: tuple[int, int], foreground: float = 0.3) -> Ragged:
+    random = torch.Generator().manual_seed(1)
+    sides = torch.tensor(sizes)
+    count = int(sides.prod(1).sum())
+    return Ragged(
+        pixels=torch.randint(256, (count, 3), dtype=torch.uint8, generator=random),
+        masks=(torch.rand(count, generator=random) < foreground).int() * 7,
+        starts=starts_of(sides),
+        sizes=sides,
+        names=[str(index) for index in range(len(sizes))],
+    )
+
+
+def draw(images: Ragged, rows: list[int]) -> tuple[Tensor, augment.Augmentation]:
+    return Crops(images, SIZE, CPU).draw(torch.tensor(rows), torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("shape", [(100, 60), (40, 33), (20, 50), (5, 3)])
+def test_crops_lie_inside_large_images_and_hold_small_ones(shape: tuple[int, int]) -> None:
+    corner, augmentation = draw(ragged(shape), [0] * 2000)
+    assert not augmentation.corner.any()
+    extent = augmentation.extent
+    assert extent.min() == round(SIZE / JITTER)
+    assert extent.max() == round(SIZE * JITTER)
+    below, above = (extent < SIZE).float().mean(), (extent > SIZE).float().mean()
+    assert abs(below - above) < 0.1  # uniform in the logarithm
+    for axis, side in enumerate(shape):
+        start, end = corner[:, axis], corner[:, axis] + extent
+        fits = extent <= side
+        assert ((start >= 0) & (end <= side))[fits].all()
+        assert ((start <= 0) & (end >= side))[~fits].all()
+        if fits.any() and side > SIZE * JITTER:
+            assert start.min() == 0
+            assert (end == side).any()
+
+
+def test_half_of_the_labeled_crops_hold_a_chosen_foreground_pixel() -> None:
+    """A single foreground pixel at the corner of a large image, which a uniform crop nearly never holds."""
+    images = ragged((400, 500), foreground=0)
+    images.masks[500 * 399 + 499] = 1
+    corner, augmentation = draw(images, [0] * 1000)
+    held = (corner + augmentation.extent[:, None] == torch.tensor([400, 500])).all(1)
+    assert abs(held.float().mean() - FOREGROUND) < 0.05  # 3 standard deviations
+    images.masks.zero_()
+    corner, augmentation = draw(images, [0] * 1000)  # an image without glands: uniform crops
+    assert (corner + augmentation.extent[:, None] == torch.tensor([400, 500])).all(1).float().mean() < 0.01
+
+
+def test_every_foreground_pixel_is_found_once() -> None:
+    images = ragged((9, 14), (6, 5), (3, 4))
+    images.masks[images.starts[1] : images.starts[2]] = 0
+    find = Foreground(images).find
+    for index in (0, 2):
+        expected = images.mask(index).nonzero()
+        count = len(expected)
+        where = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+        pixels, found = find(torch.full((count,), index), where)
+        assert found.all()
+        assert torch.equal(pixels, expected)
+    assert find(torch.tensor([1, 2]), torch.tensor([0.5, 0.0]).double())[1].tolist() == [False, True]
+
+
+def test_images_give_crops_by_their_area_and_small_ones_one_each() -> None:
+    images = ragged((10, 10), (64, 64), (32, 64), (8, 100))
+    assert crops_in(images, SIZE) == 1 + 4 + 2 + 1
+    crops = Crops(images, SIZE, CPU)
+    for seed in range(5):
+        order = crops.order(8, torch.Generator().manual_seed(seed))
+        assert order.bincount(minlength=4).tolist() == [1, 4, 2, 1]
+        counts = crops.order(12, torch.Generator().manual_seed(seed)).bincount(minlength=4)
+        assert ((counts - torch.tensor([1.5, 6, 3, 1.5])).abs() < 1).all()
+    assert not torch.equal(order, order.sort().values)
+
+
+def test_crop_is_a_bilinear_resize_of_a_square_of_the_mirrored_image() -> None:
+    images = ragged((50, 70), (20, 25))
+    crops = Crops(images, SIZE, CPU)
+    rows = torch.tensor([0, 1, 0, 1])
+    corner, augmentation = crops.draw(rows, torch.Generator().manual_seed(3))
+    still = augmentation._replace(
+        flip=torch.zeros_like(augmentation.flip), transpose=torch.zeros_like(augmentation.transpose)
+    )
+    windows, masks = crops.cut(rows, corner)
+    found, labels = augment.resample(windows, masks, still, SIZE)
+    turned, turned_labels = augment.resample(windows, masks, augmentation, SIZE)
+    margin = 40
+    for i, (row, (top, left), extent) in enumerate(
+        zip(rows.tolist(), (corner + margin).tolist(), augmentation.extent.tolist(), strict=True)
+    ):
+        padded = np.pad(images.image(row), ((margin, margin), (margin, margin), (0, 0)), mode="symmetric")
+        square = torch.from_numpy(padded[top : top + extent, left : left + extent]).permute(2, 0, 1).double()
+        expected = functional.interpolate(square[None], (SIZE, SIZE), mode="bilinear", align_corners=False)[0]
+        # Two float32 coordinates, each off by up to 40 * 2^-23 pixels, on slopes of up to 255 per pixel.
+        torch.testing.assert_close(found[i].double(), expected, rtol=1e-6, atol=2 * 255 * 40 * 2**-23)
+        nearest = np.arange(SIZE) * extent // SIZE
+        padded = np.pad(images.mask(row), margin, mode="symmetric")[top : top + extent, left : left + extent]
+        np.testing.assert_array_equal(labels[i], padded[nearest[:, None], nearest])
+        axes = [axis - 2 for axis, flip in enumerate(augmentation.flip[i].tolist()) if flip]
+        for plain, moved in ((found[i], turned[i]), (labels[i], turned_labels[i])):
+            expected = plain.flip(axes)
+            expected = expected.mT if augmentation.transpose[i] else expected
+            # other coordinates are rounded, as above
+            torch.testing.assert_close(moved.double(), expected.double(), rtol=0, atol=4 * 255 * 40 * 2**-23)
