@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -280,6 +281,27 @@ def test_second_interrupt_still_says_how_to_continue(
     assert exit_.value.code == 130
     hint = f"interrupted; continue with: python -m semimoe_fast.train --resume {tmp_path / 'run'}"
     assert capsys.readouterr().err.splitlines()[-1] == hint
+
+
+def test_full_disk_at_a_checkpoint_is_one_line_and_the_run_resumes(
+    tiny_config: config.TrainConfig, finished: Path, tmp_path: Path, capsys
+) -> None:
+    """The limit of a file's size stands for the disk: safetensors reports both in the same way."""
+    folder, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            run_command(lambda: start(tiny_config, folder))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: {folder / run_folder.BEST}: File too large; free space on its disk; "
+        f"continue with: python -m semimoe_fast.train --resume {folder}"
+    )
+    assert not [*folder.glob("*.safetensors"), *folder.glob(".*.part")]
+    resume(folder)
+    assert_same_run(folder, finished)
 
 
 def test_interrupt_during_imports_is_silent() -> None:
