@@ -12,9 +12,11 @@ import math
 import os
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -30,7 +32,10 @@ from .mask_values import stored_values
 from .pages import check_pages
 
 BITS_PER_SAMPLE = 258  # a tag of TIFF
+LARGE = 2**24  # pixels of an image that is decoded while no other large one is
 MOST_IDS = 2**16 - 1  # an image with more values, such as a depth map, is no instance map
+
+_one_at_a_time = Lock()
 
 A, B = TypeVar("A"), TypeVar("B")
 
@@ -114,10 +119,20 @@ def read_pairs(
 def read_pair(pair: Pair, size: int, instances: bool = False, antialias: bool = False) -> tuple[Tensor, Tensor | None]:
     """The resized image, uint8 (3, size, size), and its mask (size, size), or None without a mask file.
 
-    The mask is uint8 0/1, or int32 ids with `instances`. Raises UserError as `read_whole` does.
+    The mask is uint8 0/1, or int32 ids with `instances`. Threads decode large images one after another, so that
+    memory holds one of them. Raises UserError as `read_whole` does.
     """
-    image, mask = read_whole(pair, instances)
-    return resize_image(image, size, antialias), None if mask is None else resize_mask(mask, size)
+    with _one_at_a_time if _is_large(pair.image) else nullcontext():
+        image, mask = read_whole(pair, instances)
+        return resize_image(image, size, antialias), None if mask is None else resize_mask(mask, size)
+
+
+def _is_large(path: Path) -> bool:
+    try:
+        header = read_header(path)
+    except UserError:  # decoding raises the clear error
+        return False
+    return header.height * header.width > LARGE
 
 
 def read_whole(pair: Pair, instances: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
@@ -194,7 +209,7 @@ def read_image(path: Path) -> np.ndarray:
     image, deep = _decode(path)
     if deep:
         raise too_deep(path, f"mode {image.mode}")
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def too_deep(path: Path, depth: str) -> UserError:
@@ -261,11 +276,14 @@ def resize_image(image: np.ndarray | Tensor, size: int, antialias: bool = False)
     reading the two input pixels next to each center. The published results used OpenCV's INTER_LINEAR, which has no
     antialiasing; it rounds its weights to 11 bits, so values differ by at most 1.
     """
-    pixels = torch.as_tensor(image).permute(2, 0, 1).contiguous()
+    pixels = torch.as_tensor(image).permute(2, 0, 1)
     if pixels.shape[1:] == (size, size):
-        return pixels
+        return pixels.contiguous()
     options = {"mode": "bilinear", "align_corners": False, "antialias": antialias}
-    return functional.interpolate(pixels[None].float(), (size, size), **options)[0].round().to(torch.uint8)
+    resized = [  # one by one, because a large image has four times as many bytes in float32
+        functional.interpolate(channel.float()[None, None], (size, size), **options)[0, 0] for channel in pixels
+    ]
+    return torch.stack(resized).round().to(torch.uint8)
 
 
 def resize_mask(mask: np.ndarray, size: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from semimoe_fast.data import folders
 from semimoe_fast.data.folders import (
     NORMALIZATION,
     channel_statistics,
@@ -424,3 +426,28 @@ def test_statistics_of_glas(glas_folder):
     # The published values are of the whole set; this part has 68 of its images, resized.
     np.testing.assert_allclose(mean, NORMALIZATION["glas"][0], atol=0.02)
     np.testing.assert_allclose(std, (0.168, 0.248, 0.132), atol=0.02)
+
+
+# ---------------------------------------------------------------------------------------------------- memory of large
+
+
+def test_large_images_are_decoded_one_at_a_time(root, monkeypatch):
+    """A PNG of 20 KB may have 13,000 x 13,000 pixels, and threads would decode several of them together."""
+    at_once, most, decode = [0], [0], folders.read_image
+
+    def counted(path):
+        at_once[0] += 1
+        most[0] = max(most[0], at_once[0])
+        time.sleep(0.05)
+        image = decode(path)
+        at_once[0] -= 1
+        return image
+
+    monkeypatch.setattr(folders, "read_image", counted)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    load_part(root, "train", 16, with_masks=True)
+    assert most[0] > 1
+    monkeypatch.setattr(folders, "LARGE", 20 * 30 - 1)
+    most[0] = 0
+    load_part(root, "train", 16, with_masks=True)
+    assert most[0] == 1
