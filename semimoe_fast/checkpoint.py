@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -109,7 +110,17 @@ def save(
     header = {"format": FORMAT, "model": arguments, **metadata}
     tensors = {f"model.{key}": value for key, value in model.state_dict().items()} | state
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    write_atomically(Path(path), lambda part: save_file(tensors, part, {METADATA_KEY: json.dumps(header)}))
+    write_atomically(Path(path), lambda part: _save_file(tensors, part, {METADATA_KEY: json.dumps(header)}))
+
+
+def _save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """safetensors' save_file, which hides the OSError of a full disk in a SafetensorError."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
@@ -125,6 +136,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     for key, expected in model.state_dict().items():
         if key in weights and weights[key].dtype != expected.dtype:
             raise UserError(f"{path}: {key} is {weights[key].dtype}, not {expected.dtype}; {REMEDY}")
+    if (name := first_non_finite(weights)) is not None:
+        raise UserError(f"{path}: {name} has values that are not finite; take a checkpoint that has not diverged")
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
@@ -133,17 +146,29 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     return Checkpoint(model.to(memory_format=torch.channels_last).eval(), metadata, state)
 
 
+def first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first floating-point tensor that has NaN or inf, or None. Waits for the device once."""
+    checked = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if not checked:
+        return None
+    finite = torch.stack([tensor.isfinite().all() for tensor in checked.values()]).tolist()
+    return next((name for name, is_finite in zip(checked, finite, strict=True) if not is_finite), None)
+
+
 def read(path: str | Path, device: str | torch.device = "cpu") -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read metadata and all tensors of a checkpoint without building the model. Raises UserError as `load` does."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; give the best.safetensors or last.safetensors of a run folder")
+        what = "is no file" if path.exists() else "no such checkpoint"
+        raise UserError(f"{path}: {what}; give the best.safetensors or last.safetensors of a run folder")
     try:
         with path.open("rb") as opened, safe_open(_utf8(path, opened), framework="pt", device=str(device)) as file:
             header = (file.metadata() or {}).get(METADATA_KEY)
             if header is None:
                 raise UserError(f"{path}: a safetensors file, but not a checkpoint of semimoe_fast; {REMEDY}")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
+    except PermissionError as error:
+        raise UserError(f"{path}: you may not read it; change its permissions, or give another checkpoint") from error
     except (SafetensorError, OSError, AttributeError) as error:  # AttributeError: this torch lacks the dtype
         raise UserError(
             f"{path}: not a readable checkpoint ({first_sentence(error)}); it is damaged, or another kind of file"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +18,11 @@ from tqdm import tqdm
 # Messages of the RuntimeErrors of the CUDA driver, cuBLAS and cuDNN, which torch.OutOfMemoryError does not cover.
 GPU_OUT_OF_MEMORY = r"CUDA error: out of memory|CU\w+_STATUS_ALLOC_FAILED"
 
-LINE_BREAK = r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"  # those of str.splitlines
+OUT_OF_MEMORY = r"DefaultCPUAllocator: can't allocate memory|std::bad_alloc"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a used up quota, and the limit of a file's size
+
+# Line breaks, and what changes the terminal or the order of the letters: file names may contain them.
+CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
 
 
 class UserError(Exception):
@@ -30,31 +37,37 @@ def run_command(main: Callable[[], None]) -> None:
     # File names that are not UTF-8 contain surrogates, which stdout cannot encode by default.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # so that Ctrl-C ended the imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    previous, threading.excepthook = threading.excepthook, _explain_in_thread
     try:
         main()
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         sys.stderr.close()
         sys.exit(1)
-    except KeyboardInterrupt:
-        _leave("interrupted", 130)
+    except KeyboardInterrupt as interrupt:
+        _leave(one_line(str(interrupt) or "interrupted"), 130)
     except Exception as error:
         if (line := explain(error)) is None:
             raise
         _leave(f"error: {line}", 2)
+    finally:
+        threading.excepthook = previous
 
 
 def explain(error: BaseException) -> str | None:
     """One line for an error that the user or the system caused; None for a bug, which needs its traceback."""
     if isinstance(error, UserError):
         line = str(error)
-    elif isinstance(error, OSError):
-        line = f"{error.filename or 'the system'}: {error.strerror or error}; give another path"
+    elif isinstance(error, OSError) and error.errno != errno.ENOMEM:
+        remedy = "free space on its disk" if error.errno in FULL else "give another path"
+        line = f"{error.filename or 'the system'}: {error.strerror or error}; {remedy}"
     elif isinstance(error, torch.OutOfMemoryError) or re.search(GPU_OUT_OF_MEMORY, str(error)):
         wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
         line = f"the GPU is out of memory{f' for {wanted[1]} more' if wanted else ''}; use smaller batches "
         line += "(in training also --recompute or --accumulate), "
         line += "a smaller --image-size, --tile-size or --width, or --device cpu"
-    elif isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
+    elif isinstance(error, MemoryError | OSError) or re.search(OUT_OF_MEMORY, str(error)):
         line = "this machine is out of memory; use smaller batches, a smaller --image-size, --tile-size or --width"
     else:
         return None
@@ -72,6 +85,14 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def _explain_in_thread(failure: threading.ExceptHookArgs) -> None:
+    """One line for an error in a helper thread, such as that of TensorBoard when the disk is full."""
+    if (line := None if failure.exc_value is None else explain(failure.exc_value)) is None:
+        threading.__excepthook__(failure)
+    else:
+        warn(line)
+
+
 def first_sentence(error: BaseException) -> str:
     """The first sentence of an error message, at most 200 characters; the type of the error if it has no message."""
     text = " ".join(str(error).split()) or type(error).__name__
@@ -85,8 +106,8 @@ def warn(text: str) -> None:
 
 
 def one_line(text: str) -> str:
-    """The text without line breaks and without characters that UTF-8 cannot encode; file names may contain both."""
-    return re.sub(LINE_BREAK, lambda found: found[0].encode("unicode_escape").decode(), printable(text))
+    """The text with a backslash sequence for each control character, and each that UTF-8 cannot encode."""
+    return re.sub(CONTROL, lambda found: found[0].encode("unicode_escape").decode(), printable(text))
 
 
 def printable(name: str) -> str:

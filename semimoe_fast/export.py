@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import checkpoint
 from .checkpoint import Preprocessing
-from .errors import UserError, run_command
+from .errors import UserError, one_line, run_command
 from .inference.exporting import Format, export, require_onnx
 from .inference.predictor import require_mask
 from .options import read_options
@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     preprocessing = Preprocessing.of(config.checkpoint, metadata)
     difference = export(model, preprocessing, config.out, config.format)
     size = config.out.stat().st_size / 1e6
-    print(f"{config.out}: {size:.1f} MB, outputs within {difference:.1g} of the checkpoint's on random images")
+    path = one_line(str(config.out))
+    print(f"{path}: {size:.1f} MB, outputs within {difference:.1g} of the checkpoint's on random images")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ Masks and class targets may be (B, 1, H, W) and may be floating-point if they ho
 The check of a floating-point tensor waits for the device on CUDA; integer tensors are never read for a check. Under
 torch.compile(fullgraph=True) use bool or integers.
 
-Errors: TypeError if an argument other than such a mask is not a tensor, ValueError if devices or shapes disagree.
+Errors: TypeError if an argument other than such a mask is not a dense tensor, or is not floating-point where the
+result depends on it continuously, ValueError if devices or shapes disagree.
 
 Source of the formulas: Semi-MoE, arXiv 2509.13834.
 """
@@ -116,7 +117,7 @@ def project_experts(
     predictions A_e X_e + b_e, E tensors (B, O_e, H, W), in the dtype of the features. Differentiable once in all
     arguments.
     """
-    _arguments.check_tensors(
+    _arguments.check_floats(
         ("features", features),
         ("head_weights", head_weights),
         ("own_weights", own_weights),
@@ -238,7 +239,7 @@ def adaptive_loss(
 
     terms, log_vars (s): (T,); coefficients (c): T numbers -> scalar.
     """
-    _arguments.check_tensors(terms=terms, log_vars=log_vars)
+    _arguments.check_floats(terms=terms, log_vars=log_vars)
     if terms.ndim != 1 or terms.shape != log_vars.shape or len(coefficients) != terms.shape[0]:
         raise ValueError(
             f"adaptive_loss needs as many terms as log_vars and coefficients, got {tuple(terms.shape)}, "
@@ -274,7 +275,7 @@ def batch_norm_relu(
     not divide B, in training if a run has at most one value per channel, and in evaluation without running statistics.
     """
     _arguments.check_batch_norm(
-        x, weight, bias, running_mean, running_var, momentum, groups, training, num_batches_tracked
+        x, weight, bias, running_mean, running_var, momentum, eps, groups, training, num_batches_tracked
     )
     compute = ops.implementation("batch_norm_relu", x.device)
     return compute(x, weight, bias, running_mean, running_var, momentum, eps, groups, training, num_batches_tracked)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +23,7 @@ from .checkpoint import MOST_PIXELS, Preprocessing, replacing, write_atomically
 from .data.folders import list_images
 from .data.readers import SLIDES, Reader, open_image
 from .device import Precision, choose_device, keep_freed_memory
-from .errors import UserError, printable, run_command, warn
+from .errors import UserError, one_line, printable, run_command, warn
 from .evaluation.overlay import outline
 from .inference.finished import Finished
 from .inference.folding import folded
@@ -34,6 +36,7 @@ from .inference.tiles import TILE, overlap_of
 from .model import SemiMoE
 from .options import read_options
 
+UNSETTLED = ("checkpoint", "input", "out", "overwrite")  # options that do not decide what the outputs hold
 MOST_IN_MEMORY = 2**26  # pixels of an image for --instances and --overlay, which hold it as a whole
 
 
@@ -46,8 +49,8 @@ class PredictConfig:
     an image with a side above 16384 pixels, or of a whole-slide format, is a tiled TIFF, NAME.tif.
 
     With --instances, glands that touch are separated at valleys of the predicted signed distance field, or of the
-    distance to the background if the checkpoint has no sdf expert. Existing files of the same names are replaced. The
-    same call after an interruption goes on with the images of the folder that are missing.
+    distance to the background if the checkpoint has no sdf expert. The same call after an interruption or a failure
+    goes on with the images of the folder that are missing.
     """
 
     checkpoint: Path
@@ -56,6 +59,8 @@ class PredictConfig:
     """An image, or a folder of images."""
     out: Path
     """Folder for the masks NAME.png; it is created if missing."""
+    overwrite: bool = False
+    """Replace existing files of the same names; images and the checkpoint are never replaced."""
     scale: Annotated[float | None, "FLOAT", "see above"] = None
     """Predict in tiles at so many pixels of the model per pixel of the image, whatever the checkpoint."""
     mpp: Annotated[float | None, "FLOAT", "see above"] = None
@@ -146,6 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     require_mask(config.checkpoint, model)
     preprocessing = Preprocessing.of(config.checkpoint, metadata)
     outputs = {path: of_tasks(files, model.tasks) for path, files in outputs.items()}
+    finished = Finished(config.out, settings(config)) if config.input.is_dir() else None
+    require_free(outputs, config, resumed=finished is not None and finished.resumed)
     kinds = next(iter(outputs.values()))
     for file in kinds.values():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -153,27 +160,55 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fields = [field for field in TASK if field in needed]
     model = folded(model, [TASK[field] for field in fields])
 
-    finished = Finished(config.out, settings(config)) if config.input.is_dir() else None
+    if finished:
+        finished.begin()
     done = [path for path, files in outputs.items() if finished and path in finished and mask_of(files["mask"])]
     missing = [path for path in outputs if path not in done]
     if done:
         print(f"images that an interrupted call has predicted: {len(done)}; going on with the others")
-    warned = False
+    warned, failed = False, []
     with tqdm(desc="predict", unit="px", unit_scale=True) as bar:
         for number, path in enumerate(missing, 1):
             bar.set_description(f"predict {number}/{len(missing)}")
-            with open_for(path, preprocessing, config.scale, config.mpp) as image:
-                bar.total = (bar.total or 0) + math.prod(image.full_size)
-                bar.refresh()
-                if image.note and not (warned and isinstance(image, Squashed)):  # one of many squashed images will do
-                    warn(image.note)
-                    warned |= isinstance(image, Squashed)
-                predict_file(image, outputs[path], model, preprocessing, fields, config, bar.update)
+            try:
+                with open_for(path, preprocessing, config.scale, config.mpp) as image:
+                    bar.total = (bar.total or 0) + math.prod(image.full_size)
+                    bar.refresh()
+                    if image.note and not (warned and isinstance(image, Squashed)):  # one of many squashed ones will do
+                        warn(image.note)
+                        warned |= isinstance(image, Squashed)
+                    predict_file(image, outputs[path], model, preprocessing, fields, config, bar.update)
+            except UserError as error:
+                if finished is None:
+                    raise
+                warn(f"{error}; going on with the other images")
+                failed.append(path)
+                continue
             if finished:
                 finished.add(path)
+    print(one_line(f"masks written to {config.out}: {len(outputs) - len(failed)}"))
+    if failed:
+        names = ", ".join(path.name for path in failed)
+        print(one_line(f"error: {len(failed)} of {len(outputs)} images failed: {names}"), file=sys.stderr)
+        sys.exit(1)
     if finished:
         finished.forget()
-    print(f"masks written to {config.out}: {len(outputs)}")
+
+
+def require_free(outputs: dict[Path, dict[str, Path]], config: PredictConfig, resumed: bool) -> None:
+    """Raise UserError if an output would replace an image or the checkpoint, or without --overwrite any other file.
+
+    resumed: the existing files are those of an interrupted call.
+    """
+    inputs = {path.resolve() for path in (*outputs, config.checkpoint)}
+    for files in outputs.values():
+        for kind, file in files.items():
+            other = [file.with_suffix(".tif")] if kind in ("mask", "instances") else []  # the name of a large one
+            for place in (file, *other):
+                if place.resolve() in inputs:
+                    raise UserError(f"{place} is an input, {place.resolve()}: give another --out")
+                if os.path.lexists(place) and not (config.overwrite or resumed):
+                    raise UserError(f"{place} exists: give another --out, or --overwrite to replace such files")
 
 
 def of_tasks(files: dict[str, Path], tasks: Sequence[str]) -> dict[str, Path]:
@@ -185,7 +220,7 @@ def settings(config: PredictConfig) -> dict[str, str]:
     """All that decides what the outputs hold: the content of the checkpoint, the input and the options."""
     with config.checkpoint.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    options = {name: str(value) for name, value in vars(config).items() if name not in ("checkpoint", "input", "out")}
+    options = {name: str(value) for name, value in vars(config).items() if name not in UNSETTLED}
     return {"checkpoint": digest, "input": printable(str(config.input.resolve())), **options}
 
 

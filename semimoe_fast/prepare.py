@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import UserError, run_command
+from .errors import UserError, one_line, run_command
 from .options import read_options
 
 Pairs = list[tuple[Path, Path]]  # image and mask
@@ -143,8 +143,8 @@ def _copy_file(source: Path, target: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     config = read_options(PrepareConfig, "semimoe_fast.prepare", arguments)
     for part, count in prepare(config).items():
-        print(f"{config.out / part}: {count} images")
-    print(f"train with: python -m semimoe_fast.train --data {config.out}")
+        print(one_line(f"{config.out / part}: {count} images"))
+    print(one_line(f"train with: python -m semimoe_fast.train --data {config.out}"))
 
 
 if __name__ == "__main__":

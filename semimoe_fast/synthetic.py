@@ -13,6 +13,8 @@ from .data.glands import picture
 from .errors import UserError, run_command
 from .options import read_options
 
+MOST_IMAGES, MOST_SIDE = 10**6, 16384
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -45,6 +47,11 @@ def write(folder: Folder) -> None:
         raise UserError(f"{folder.out} exists and is not an empty folder: choose another --out")
     if min(folder.labeled, folder.unlabeled, folder.val, folder.seed) < 0 or folder.size < 16:
         raise UserError(f"counts and --seed must be at least 0 and --size at least 16, but got {folder}")
+    largest = max(folder.size, *(folder.sizes or ()))
+    if max(folder.labeled, folder.unlabeled, folder.val) > MOST_IMAGES or largest > MOST_SIDE:
+        raise UserError(f"counts are at most {MOST_IMAGES:,} and sides at most {MOST_SIDE:,} pixels, but got {folder}")
+    if folder.seed >= 2**63:
+        raise UserError(f"--seed is {folder.seed}: give at most {2**63 - 1}")
     if folder.sizes is not None and not 16 <= folder.sizes[0] <= folder.sizes[1]:
         raise UserError(f"--sizes is {folder.sizes}: give MIN of at least 16 and MAX of at least MIN")
     parts = [

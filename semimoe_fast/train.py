@@ -18,7 +18,7 @@ import torch
 
 from .data.cache import Cache
 from .device import configure
-from .errors import run_command
+from .errors import UserError, explain, naming, one_line, run_command
 from .training import distributed
 from .training.config import TrainConfig, parse
 from .training.distributed import World
@@ -55,9 +55,16 @@ def train(arguments: Sequence[str] | TrainConfig | None, lock: FolderLock) -> Ru
             print(f"{settings}; {run.trainer.settings}", flush=True)
         remedy = f"continue with: {world.command} --resume {run.folder}"
         with Interruption(world) as interruption, world.exit_on_lost_rank(remedy):
-            if not run.train(interruption):
+            try:
+                with naming(run.folder):  # TensorBoard's errors name no file
+                    finished = run.train(interruption)
+            except KeyboardInterrupt:  # the second Ctrl-C
+                raise KeyboardInterrupt(f"interrupted; {remedy}") from None
+            except OSError as error:
+                raise UserError(f"{explain(error)}; {remedy}") from error
+            if not finished:
                 if world.is_main:
-                    print(f"interrupted by {interruption.name}; {remedy}", flush=True)
+                    print(one_line(f"interrupted by {interruption.name}; {remedy}"), flush=True)
                 sys.exit(128 + interruption.received)
     return run
 

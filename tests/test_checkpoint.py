@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -70,7 +71,7 @@ def rewritten(path: Path, changes: dict) -> None:
     ("write", "message"),
     [
         (lambda path: None, "no such checkpoint"),
-        (lambda path: path.mkdir(), "no such checkpoint"),
+        (lambda path: path.mkdir(), "is no file"),
         (lambda path: write_bytes(path, b""), "not a readable checkpoint"),
         (lambda path: write_bytes(path, b"\x80\x04 pickle?"), "not a readable checkpoint"),
         (lambda path: damaged(path, 0.5), "not a readable checkpoint"),
@@ -361,3 +362,17 @@ def test_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
     (tmp_path / "other").touch()
     save(tmp_path / "c.safetensors", SemiMoE(width=1))
     assert (tmp_path / "c.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_checkpoint_that_may_not_be_read_is_not_called_damaged(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path, *_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(UserError, match="you may not read it; change its permissions"):
+        checkpoint.read(finished / "last.safetensors")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: is no file; give the best"):
+        checkpoint.read(tmp_path / "pipe")

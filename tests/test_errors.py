@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from semimoe_fast.errors import UserError, explain, naming, printable, run_command, warn
+from semimoe_fast.errors import UserError, explain, naming, one_line, printable, run_command, warn
 
 GPU = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB.\nSee documentation"
 CPU = (
@@ -30,6 +31,8 @@ CPU = (
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(h)`"), "the GPU is out of me"),
         (RuntimeError(CPU), "this machine is out of memory; use smaller batches"),
         (MemoryError(), "this machine is out of memory; use smaller batches"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "this machine is out of memory; use smaller batches"),
+        (RuntimeError("std::bad_alloc"), "this machine is out of memory; use smaller batches"),
     ],
 )
 def test_user_and_system_errors_are_one_line(error: Exception, line: str, capsys) -> None:
@@ -54,6 +57,19 @@ def test_gpu_memory_error_names_the_options(capsys) -> None:
     assert all(option in told for option in ("--recompute", "--accumulate", "--image-size", "--width", "--device cpu"))
 
 
+def test_error_of_a_helper_thread_is_one_line(capsys) -> None:
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "events")
+
+    def main() -> None:
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+
+    run_command(main)
+    assert capsys.readouterr().err == "warning: events: No space left on device; free space on its disk\n"
+
+
 def test_bugs_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 / 0)
@@ -68,10 +84,16 @@ def test_names_that_are_not_utf8_are_printed(capfd) -> None:
     assert printable(f"ü{name}") == "üa\\udce9"
 
 
+def test_control_characters_of_names_are_shown_escaped() -> None:
+    """A name may not clear the terminal, start a line or turn the order of the letters round."""
+    assert one_line("a\x1b[2J\nb\x9b\u202egnp.exe\t") == "a\\x1b[2J\\nb\\x9b\\u202egnp.exe\\t"
+    assert one_line("Größe 1 µm") == "Größe 1 µm"
+
+
 def test_errors_of_writing_name_the_file() -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
     for error, line in (
-        (full, "out.tif: No space left on device; give another path"),
+        (full, "out.tif: No space left on device; free space on its disk"),
         (OSError(errno.EACCES, "Permission denied", "other"), "other: Permission denied; give another path"),
         (OSError("encoder error -2"), "the system: encoder error -2; give another path"),
     ):

@@ -2,17 +2,24 @@
 
 CACHE/KEY.safetensors holds the result of `folders.load_part` or of `ragged.load_whole`. KEY is a digest of everything
 that the result depends on, such as the names and bytes of the image files. So a cached file never becomes stale, and
-moved images find it again. The tensors are memory-mapped: processes share the memory, and a part may be larger than
-memory.
+moved images find it again.
+
+A part of up to 1 GiB is read into memory, so that nothing that happens to its file afterwards reaches the run. A larger
+part is memory-mapped: processes share the memory, and it may be larger than memory. Leave its file alone while a run
+uses it: a program that writes into it changes the images, and one that truncates it kills the run by a bus error.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import mmap
+import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,8 +35,10 @@ from ..errors import UserError, warn
 from .folders import Dataset, Pair, in_threads, list_pairs, read_header, read_pair, read_pairs, read_whole
 from .ragged import Ragged, read_ragged, starts_of
 
-FORMAT = 2  # increase it when the decoded values or the file format change
+FORMAT = 3  # increase it when the decoded values or the file format change
 DTYPES = {torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64"}  # as safetensors names them
+MOST_IN_MEMORY = 2**30  # bytes of a part that is not mapped
+ABANDONED = 3600  # seconds without change after which an unfinished file is that of a killed process
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # older Pythons do not name this Linux flag
 
 
@@ -46,12 +55,12 @@ class Cache:
     def load_part(
         self, root: Path, part: str, size: int, with_masks: bool, instances: bool = False, antialias: bool = False
     ) -> Dataset:
-        """Same values and errors as `folders.load_part`; the tensors are memory-mapped from the cache."""
+        """Same values and errors as `folders.load_part`."""
         pairs = list_pairs(root, part, with_masks)
         return self._load(Entry(pairs, size, "", instances and with_masks, antialias), part)
 
     def load_whole(self, root: Path, part: str, with_masks: bool, instances: bool = False) -> Ragged:
-        """Same values and errors as `ragged.load_whole`; the tensors are memory-mapped from the cache."""
+        """Same values and errors as `ragged.load_whole`."""
         return self._load(RaggedEntry(list_pairs(root, part, with_masks), None, "", instances and with_masks), part)
 
     def _load(self, entry: Entry, part: str) -> Any:
@@ -66,12 +75,20 @@ class Cache:
         if dataset is None and self.writes:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
+                self._remove_abandoned()
                 write_atomically(path, lambda unfinished: entry.write(unfinished, part), shared=True)
                 dataset = entry.read(path)
             except OSError as error:
                 self.writes = False
                 warn(f"{error.filename or path}: {error.strerror or error}; decoded images are not kept")
         return entry.decode(part) if dataset is None else dataset
+
+    def _remove_abandoned(self) -> None:
+        """Remove unfinished files that killed processes have left behind."""
+        for part in self.folder.glob(".*.safetensors.*.part"):
+            with suppress(FileNotFoundError):  # another process removes or finishes it
+                if time.time() - part.stat().st_mtime > ABANDONED:
+                    part.unlink()
 
     def _find(self, entry: Entry, path: Path) -> Any:
         """The cached part, or None, with a warning if its file exists but is unusable."""
@@ -199,14 +216,22 @@ class Entry:
         return len(text).to_bytes(8, "little") + text
 
     def map(self, path: Path) -> Any:
-        """Map the tensors of the file. Writing to them changes a private copy in memory, never the file.
+        """Read the tensors of the file, or map them. Writing to them changes a private copy, never the file.
 
         safe_open maps files too, but it reserves memory for private copies, and Linux refuses to reserve more than
         there is.
         """
         with path.open("rb") as file:
+            if (size := os.fstat(file.fileno()).st_size) <= MOST_IN_MEMORY:
+                memory = bytearray(size)
+                if file.readinto(memory) < size:
+                    raise OSError(errno.EIO, "truncated while it was read", str(path))
+                return self._tensors(memory)
             protection = mmap.PROT_READ | mmap.PROT_WRITE
             memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | NO_RESERVE, prot=protection)
+        return self._tensors(memory)
+
+    def _tensors(self, memory: bytearray | mmap.mmap) -> Any:
         pixels = torch.frombuffer(memory, dtype=torch.uint8, offset=len(self.header()))
         return self.dataset(
             {

@@ -12,9 +12,11 @@ import math
 import os
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -26,8 +28,14 @@ from tqdm import tqdm
 
 from ..errors import UserError, first_sentence, warn
 from .components import split_mask
+from .mask_values import stored_values
+from .pages import check_pages
 
+BITS_PER_SAMPLE = 258  # a tag of TIFF
+LARGE = 2**24  # pixels of an image that is decoded while no other large one is
 MOST_IDS = 2**16 - 1  # an image with more values, such as a depth map, is no instance map
+
+_one_at_a_time = Lock()
 
 A, B = TypeVar("A"), TypeVar("B")
 
@@ -111,10 +119,20 @@ def read_pairs(
 def read_pair(pair: Pair, size: int, instances: bool = False, antialias: bool = False) -> tuple[Tensor, Tensor | None]:
     """The resized image, uint8 (3, size, size), and its mask (size, size), or None without a mask file.
 
-    The mask is uint8 0/1, or int32 ids with `instances`. Raises UserError as `read_whole` does.
+    The mask is uint8 0/1, or int32 ids with `instances`. Threads decode large images one after another, so that
+    memory holds one of them. Raises UserError as `read_whole` does.
     """
-    image, mask = read_whole(pair, instances)
-    return resize_image(image, size, antialias), None if mask is None else resize_mask(mask, size)
+    with _one_at_a_time if _is_large(pair.image) else nullcontext():
+        image, mask = read_whole(pair, instances)
+        return resize_image(image, size, antialias), None if mask is None else resize_mask(mask, size)
+
+
+def _is_large(path: Path) -> bool:
+    try:
+        header = read_header(path)
+    except UserError:  # decoding raises the clear error
+        return False
+    return header.height * header.width > LARGE
 
 
 def read_whole(pair: Pair, instances: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
@@ -153,7 +171,8 @@ def list_images(folder: Path, kinds: str = "PNG, TIFF, BMP or JPEG", also: Colle
     """The image files of a folder, sorted by path. Hidden files and other files, such as Thumbs.db, are skipped.
 
     kinds: the files that the message for an empty folder recommends. also: suffixes beside those of Pillow. Raises
-    UserError if the folder is missing, has no image, or has two images with the same stem.
+    UserError if the folder is missing, has no image, two images with the same stem, or an image name that is not a
+    regular file.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: create it or correct the path")
@@ -166,12 +185,19 @@ def list_images(folder: Path, kinds: str = "PNG, TIFF, BMP or JPEG", also: Colle
         raise UserError(f"{folder} holds no image: put {kinds} files there or correct the path")
     by_stem: dict[str, Path] = {}
     for path in paths:
+        if not path.is_file():  # reading a named pipe would wait forever
+            raise UserError(f"{path} is not a file but a {_kind(path)}: remove or rename it")
         other = by_stem.setdefault(path.stem, path)
         if other != path:
             raise UserError(
                 f"{other} and {path.name} have the same stem: remove or rename one, images and masks are paired by stem"
             )
     return paths
+
+
+def _kind(path: Path) -> str:
+    kinds = {"folder": path.is_dir(), "broken link": not path.exists(), "named pipe": path.is_fifo()}
+    return next((kind for kind, applies in kinds.items() if applies), "device or a socket")
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -183,7 +209,7 @@ def read_image(path: Path) -> np.ndarray:
     image, deep = _decode(path)
     if deep:
         raise too_deep(path, f"mode {image.mode}")
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def too_deep(path: Path, depth: str) -> UserError:
@@ -217,21 +243,10 @@ def read_labels(path: Path) -> np.ndarray:
     """Read the stored values of a mask, of a palette image the indices: (H, W) of an integer dtype; bool if 1-bit.
 
     The file may have any integer type, and RGB with three equal channels. Raises UserError for unreadable files, other
-    color images, floating-point values and JPEG.
+    color images, floating-point values, lossy compression such as JPEG, and where it is unclear what is foreground:
+    white for 0, values in the alpha channel.
     """
-    image, deep = _decode(path)
-    remedy = "save it as a PNG of one channel with class or instance numbers, 0 for background"
-    if image.format == "JPEG":
-        raise UserError(f"{path} is a JPEG, and JPEG compression adds non-zero values around each gland: {remedy}")
-    if image.mode == "F":
-        raise UserError(f"{path} holds floating-point values: {remedy}")
-    values = np.array(image)
-    if values.ndim == 3:
-        values = values[..., : len(image.getbands()) - ("A" in image.getbands())]  # without alpha
-        if deep or (values != values[..., :1]).any():  # Pillow keeps only the high bytes of deep colors
-            raise UserError(f"{path} is a color image (mode {image.mode}): {remedy}")
-        values = values[..., 0]
-    return values
+    return stored_values(path, *_decode(path))
 
 
 def read_instances(path: Path) -> np.ndarray:
@@ -261,11 +276,14 @@ def resize_image(image: np.ndarray | Tensor, size: int, antialias: bool = False)
     reading the two input pixels next to each center. The published results used OpenCV's INTER_LINEAR, which has no
     antialiasing; it rounds its weights to 11 bits, so values differ by at most 1.
     """
-    pixels = torch.as_tensor(image).permute(2, 0, 1).contiguous()
+    pixels = torch.as_tensor(image).permute(2, 0, 1)
     if pixels.shape[1:] == (size, size):
-        return pixels
+        return pixels.contiguous()
     options = {"mode": "bilinear", "align_corners": False, "antialias": antialias}
-    return functional.interpolate(pixels[None].float(), (size, size), **options)[0].round().to(torch.uint8)
+    resized = [  # one by one, because a large image has four times as many bytes in float32
+        functional.interpolate(channel.float()[None, None], (size, size), **options)[0, 0] for channel in pixels
+    ]
+    return torch.stack(resized).round().to(torch.uint8)
 
 
 def resize_mask(mask: np.ndarray, size: int) -> Tensor:
@@ -329,7 +347,7 @@ def match(images: Sequence[Path], folder: Path, kind: str, otherwise: str = "rem
 def _decode(path: Path) -> tuple[Image.Image, bool]:
     """Decode the first page of a file, apply the EXIF orientation, and say if it has more than 8 bits per channel.
 
-    Further pages cause a warning. Raises UserError if Pillow cannot decode the first page.
+    Further pages cause a warning. Raises UserError if Pillow cannot decode the first page, or it is not the image.
     """
     try:
         # Pass an open file: Pillow maps a named file to memory, and then scrambles rotated gray TIFFs.
@@ -337,17 +355,30 @@ def _decode(path: Path) -> tuple[Image.Image, bool]:
             # Pillow silently reduces 16-bit colors to 8 bits. Only the decoder's raw mode, such as RGB;16B, shows it.
             # BGR;16 means 16 bits per pixel, not per channel.
             raw_modes = str([tile[3] for tile in image.tile]).replace("BGR;16", "")
+            bits = max(getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8,)))  # of a TIFF with separate planes
+            _refuse_misread_bmp(path, image)
             image.load()
             _turn_upright(image, path)
     except UnidentifiedImageError as error:
         raise UserError(
             f"{path} cannot be read as an image (unknown or damaged header): replace or remove it"
         ) from error
+    except UserError:
+        raise
     except Exception as error:  # for a damaged file Pillow's decoders raise almost any exception
         reason = str(error) or type(error).__name__
         raise UserError(f"{path} cannot be read as an image ({reason}): replace or remove it") from error
-    _warn_of_further_pages(path)
-    return image, image.mode[0] in "IF" or ";16" in raw_modes
+    check_pages(path)
+    return image, image.mode[0] in "IF" or ";16" in raw_modes or bits > 8
+
+
+def _refuse_misread_bmp(path: Path, image: Image.Image) -> None:
+    """Raise UserError for a BMP of 8 bits whose palette is black and white: Pillow reads it as if it had 1 bit."""
+    if image.format == "BMP" and image.mode == "1":
+        with path.open("rb") as file:
+            header = file.read(30)
+        if header[14] >= 40 and header[28] != 1:  # a header of Windows, and its bits per pixel
+            raise UserError(f"{path} is a BMP of {header[28]} bits that Pillow misreads: save it as a PNG")
 
 
 def _turn_upright(image: Image.Image, path: Path) -> None:
@@ -356,20 +387,3 @@ def _turn_upright(image: Image.Image, path: Path) -> None:
         ImageOps.exif_transpose(image, in_place=True)
     except Exception as error:  # for damaged EXIF data Pillow raises almost any exception; the pixels are complete
         warn(f"{path}: its EXIF data cannot be read ({error}); its orientation is ignored")
-
-
-def _warn_of_further_pages(path: Path) -> None:
-    """Warn if a file has more than one page. Counting them reads the headers of all pages, which may be damaged."""
-    try:
-        with path.open("rb") as file, Image.open(file) as image:
-            pages = getattr(image, "n_frames", 1)
-    except Exception as error:  # for a damaged header Pillow raises almost any exception
-        warn(f"{path}: pages after the first cannot be read ({error}); only the first page is used")
-        return
-    if pages > 1:
-        warn_of_pages(path, pages)
-
-
-def warn_of_pages(path: Path, pages: int | str) -> None:
-    """Warn of a file with several pages."""
-    warn(f"{path} has {pages} pages, and only the first is used: save the others as separate files")

@@ -18,7 +18,8 @@ import tifffile
 from tifffile import TiffPage
 
 from ..errors import UserError, first_sentence, warn
-from .folders import too_deep, warn_of_pages
+from .folders import too_deep
+from .pages import require_channels, require_largest, warn_of_pages
 from .regions import Reader, plausible_mpp
 
 KEPT_BYTES = 128 * 2**20  # of decoded tiles, for each open file; a row of 256 x 256 tiles of a slide has about 80 MB
@@ -49,10 +50,12 @@ def open_levels(path: Path) -> list[Reader]:
         with tifffile.TiffFile(path) as tiff:
             first = tiff.pages[0]
             _check(path, first)
+            require_channels(path, first.description, first.samplesperpixel)
             mpp = resolution(first)
             levels = [PageReader(file, first, mpp)]
             others = 0
-            for page in _further_pages(path, tiff):
+            for number, page in enumerate(_further_pages(path, tiff), 2):
+                require_largest(path, levels[0].size[::-1], (page.imagewidth, page.imagelength), number)
                 if not _is_level(first, page):
                     others += not page.is_subifd
                 elif page.imagewidth < levels[-1].size[1]:

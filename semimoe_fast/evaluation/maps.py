@@ -25,6 +25,8 @@ def array_pair(prediction: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _array(name: str, x: Any) -> np.ndarray:
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, which would lose its mask: give {name}.filled(0)")
     if isinstance(x, np.ndarray):
         if x.dtype.kind not in "biu":
             raise TypeError(_ambiguous(name, x.dtype))

@@ -31,7 +31,7 @@ def count_set(
     """Counts of every predictor on a labeled set of N images, int64 (N, 45, 3) on the CPU, by predictor name.
 
     batch: images per batch, if they have one size; otherwise they are predicted one by one by `predict_whole`. The
-    model is in eval mode afterwards.
+    model is in eval mode afterwards. Raises FloatingPointError for NaN in predictions.
     """
     model.eval()
     predict = _squares if isinstance(dataset, Dataset) else _whole
@@ -39,6 +39,8 @@ def count_set(
     for probabilities, masks in predict(model, dataset, preprocessing, device, precision, batch):
         _, ring = F.distance_targets(masks, preprocessing.ring_radius, instances=preprocessing.instances)
         for name, probability in probabilities.items():
+            if not probability.isfinite().all():
+                raise FloatingPointError(f"the prediction {name!r} has values that are not finite")
             truth = ring if is_boundary(name) else masks
             counts.setdefault(name, []).append(metrics.count(probability, truth))
     return {name: torch.cat(parts).cpu() for name, parts in counts.items()}

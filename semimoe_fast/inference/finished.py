@@ -19,11 +19,15 @@ class Finished:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.path = folder / NAME
-        first = json.dumps(settings, sort_keys=True)
+        self._first = json.dumps(settings, sort_keys=True)
         lines = self.path.read_text().splitlines() if self.path.is_file() else []
-        if lines[:1] != [first]:
-            self.path.write_text(first + "\n")
-        self._lines = set(lines[1:] if lines[:1] == [first] else [])
+        self.resumed = lines[:1] == [self._first]  # such a call was interrupted
+        self._lines = set(lines[1:] if self.resumed else [])
+
+    def begin(self) -> None:
+        """Start the file, unless it is that of an interrupted call."""
+        if not self.resumed:
+            self.path.write_text(self._first + "\n")
 
     def __contains__(self, image: Path) -> bool:
         return image.exists() and _line(image) in self._lines

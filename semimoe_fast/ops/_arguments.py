@@ -5,13 +5,15 @@ Every error is one line: TypeError for a wrong type or dtype, ValueError for a w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INT32_MAX = 2**31 - 1
 MAX_SIDE = 46_340  # the largest integer whose square int32 holds
 SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
@@ -43,11 +45,14 @@ def label_batch(labels: Any, instances: bool) -> tuple[Tensor, Callable[[Tensor]
 
 def _label_tensor(labels: Any, instances: bool) -> Tensor:
     if isinstance(labels, Tensor):
+        check_tensors(mask=labels)
         if labels.is_floating_point() or labels.is_complex():
             _require_labels(labels, instances, real=not labels.is_complex())
             return labels != 0
         # equal bits stay equal, and PyTorch has more operators for signed integers
         return labels.view(SIGNED.get(labels.dtype, labels.dtype))
+    if isinstance(labels, np.ma.MaskedArray):
+        raise TypeError("a masked array would lose its mask: give mask.filled(0)")
     if isinstance(labels, np.ndarray):
         if labels.dtype.kind not in "biu":
             _require_labels(labels, instances, real=labels.dtype.kind == "f")
@@ -80,20 +85,37 @@ def is_binary(values: Tensor | np.ndarray) -> bool:
     return bool(((values == 0) | (values == 1)).all())
 
 
-def check_tensors(*sequences: tuple[str, Any], **tensors: Any) -> None:
-    """Raise TypeError for arguments or items of sequences that are not tensors, ValueError if devices differ."""
-    every = [(name, x) for name, items in sequences for x in (items if isinstance(items, Iterable) else [items])]
-    every += tensors.items()
+def check_tensors(*sequences: tuple[str, Any], **tensors: Any) -> list[tuple[str, Tensor]]:
+    """The names and values of all arguments and of the items of sequences, which are dense tensors on one device.
+
+    Raises TypeError for arguments or items that are not dense tensors, ValueError if devices differ.
+    """
+    every = [(name, x) for name, items in sequences for x in _items(name, items)] + list(tensors.items())
     for name, x in every:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: a tensor is needed, got {type(x).__name__}; use torch.as_tensor")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name}: a dense tensor is needed, got {x.layout}; use .to_dense()")
         first, expected = every[0][0], every[0][1].device
         if x.device != expected:
             raise ValueError(f"{name} is on {x.device}, {first} on {expected}: move them to one device with .to()")
+    return every
+
+
+def _items(name: str, sequence: Any) -> Iterable[Any]:
+    if isinstance(sequence, Iterator):
+        raise TypeError(f"{name}: a sequence of tensors is needed, got {type(sequence).__name__}; use list({name})")
+    return sequence if isinstance(sequence, Iterable) else [sequence]
+
+
+def check_floats(*sequences: tuple[str, Any], **tensors: Any) -> None:
+    """As `check_tensors`; also raise TypeError for tensors that are not floating-point."""
+    for name, x in check_tensors(*sequences, **tensors):
+        _check_floating(name, x)
 
 
 def _check_floating(name: str, x: Tensor) -> None:
-    if not x.is_floating_point():
+    if x.dtype not in FLOATS:
         raise TypeError(f"{name}: floating-point numbers are needed, got dtype {x.dtype}; use .float()")
 
 
@@ -101,7 +123,7 @@ def gate_matrices(
     features: Sequence[Tensor], gate_weights: Tensor, head_weights: Sequence[Tensor], head_biases: Sequence[Tensor]
 ) -> list[Tensor]:
     """Check the arguments of `multi_gate`; the head weights as (O_k, C) matrices."""
-    check_tensors(
+    check_floats(
         ("features", features),
         ("head_weights", head_weights),
         ("head_biases", head_biases),
@@ -121,7 +143,6 @@ def check_features(features: Sequence[Tensor]) -> None:
         raise ValueError(f"features are E tensors of one shape (B, C, H, W), got {[tuple(x.shape) for x in features]}")
     if any(x.dtype != features[0].dtype for x in features):
         raise TypeError(f"features are E tensors of one dtype, got {[x.dtype for x in features]}")
-    _check_floating("features", features[0])
 
 
 def _check_weights(gate_weights: Tensor, expected: tuple[int, int, int]) -> None:
@@ -145,8 +166,7 @@ def check_biases(name: str, biases: Sequence[Tensor], matrices: Sequence[Tensor]
 
 
 def check_projections(projections: Tensor, gate_weights: Tensor, head_biases: Sequence[Tensor]) -> None:
-    check_tensors(("head_biases", head_biases), projections=projections, gate_weights=gate_weights)
-    _check_floating("projections", projections)
+    check_floats(("head_biases", head_biases), projections=projections, gate_weights=gate_weights)
     rows = [len(bias) for bias in head_biases]
     if projections.ndim != 5 or projections.shape[2] != sum(rows):
         raise ValueError(f"projections are (B, E, {sum(rows)}, H, W) for these biases, got {tuple(projections.shape)}")
@@ -214,7 +234,7 @@ def class_target(name: str, logits: Tensor, target: Tensor) -> Tensor:
 
 def check_sdf(raw: Tensor, sdf: Tensor) -> None:
     _check_floating("the raw sdf", raw)
-    if sdf.is_complex():
+    if sdf.is_complex() or sdf.dtype == torch.bool:
         raise TypeError(f"the sdf is of dtype {sdf.dtype}: give real numbers")
     per_image = (raw.shape[0], *raw.shape[2:])
     if raw.ndim != 4 or raw.shape[1] != 1 or tuple(sdf.shape) not in (tuple(raw.shape), per_image):
@@ -230,10 +250,15 @@ def check_batch_norm(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     momentum: float | None,
+    eps: float,
     groups: int,
     training: bool,
     num_batches_tracked: Tensor | None,
 ) -> None:
+    if not isinstance(groups, int) or not isinstance(training, bool):
+        raise TypeError(f"groups is {groups!r} and training {training!r}: give an integer, and True or False")
+    if not isinstance(eps, Real) or not isinstance(momentum, Real | None):
+        raise TypeError(f"eps is {eps!r} and momentum {momentum!r}: give numbers, for momentum also None")
     tensors = {"x": x, "weight": weight, "bias": bias}
     running = {"running_mean": running_mean, "running_var": running_var}
     if running_mean is not None or running_var is not None:
@@ -241,9 +266,8 @@ def check_batch_norm(
     elif not training:
         raise ValueError("evaluation needs running_mean and running_var, got None: give them, or training=True")
     counter = {} if num_batches_tracked is None else {"num_batches_tracked": num_batches_tracked}
-    check_tensors(**tensors, **counter)
-    for name, tensor in tensors.items():
-        _check_floating(name, tensor)
+    check_floats(**tensors)
+    check_tensors(x=x, **counter)
     shapes = [tuple(tensor.shape) for tensor in tensors.values()]
     if x.ndim != 4 or any(shape != (x.shape[1],) for shape in shapes[1:]):
         raise ValueError(f"x is (B, C, H, W), and {', '.join([*tensors][1:])} are (C,), got {shapes}")
@@ -265,13 +289,11 @@ def check_batch_norm(
 
 
 def check_fold_upsampling(weights: Sequence[Tensor], dtype: torch.dtype | None) -> None:
-    check_tensors(("weights", weights))
+    check_floats(("weights", weights))
     if isinstance(weights, Tensor) or any(weight.ndim != 4 or weight.shape[2:] != (3, 3) for weight in weights):
         got = tuple(weights.shape) if isinstance(weights, Tensor) else [tuple(weight.shape) for weight in weights]
         raise ValueError(f"weights is a sequence of tensors (O, C, 3, 3), got {got}")
     if any(weight.dtype != weights[0].dtype for weight in weights):
         raise TypeError(f"weights have one dtype, got {[weight.dtype for weight in weights]}: convert them with .to()")
-    for weight in weights[:1]:
-        _check_floating("weights", weight)
-    if dtype is not None and not dtype.is_floating_point:
+    if dtype is not None and dtype not in FLOATS:
         raise TypeError(f"dtype is {dtype}: give a floating-point type, such as torch.bfloat16")

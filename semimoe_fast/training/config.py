@@ -27,7 +27,7 @@ REMEDY = "restore the file as the run wrote it, or start a new run"
 LARGEST = {  # other integers: 2**31 - 1
     "width": 4096,
     "image_size": MOST_PIXELS,
-    "threads": 4096,
+    "threads": 1024,
     "seed": 2**63 - 1,
 }
 ADDED = {  # options that older runs do not store: the value with which they ran
@@ -42,6 +42,7 @@ ADDED = {  # options that older runs do not store: the value with which they ran
 }
 MOST_STRENGTHS = {"stain": 1, "brightness": 1, "blur": 5, "noise": 1}
 REMOVED = {"joint_forward": False}  # options that only older runs store: the value with which all runs run now
+MOST_LOG_VAR = 20  # exp(20) is 5e8; the losses are at most about 1
 MUTABLE = ("data", "device", "threads", "data_device", "cuda_graph", "recompute", "profile")  # --resume may change them
 
 
@@ -224,6 +225,12 @@ class TrainConfig(  # fields and help start with the last base
         for name in "momentum weight_decay warmup_epochs unsupervised_weight regularizer ring_radius seed".split():
             if not getattr(self, name) >= 0:
                 raise UserError(f"{flag(name)} is {getattr(self, name)}: give 0 or more")
+        if min(self.coefficients) < 0 or max(self.coefficients) == 0:
+            raise UserError(f"--coefficients is {self.coefficients}: give numbers of 0 or more, not all of them 0")
+        if abs(self.initial_log_var) > MOST_LOG_VAR:
+            raise UserError(
+                f"--initial-log-var is {self.initial_log_var}: give a number from -{MOST_LOG_VAR} to {MOST_LOG_VAR}"
+            )
         for name, most in MOST_STRENGTHS.items():
             if not 0 <= getattr(self, name) <= most:
                 raise UserError(f"{flag(name)} is {getattr(self, name)}: give a number from 0 to {most:g}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import write_atomically
-from ..errors import UserError, warn
+from ..errors import UserError, naming, warn
 from ..validation import matches
 
 Three = tuple[float, float, float]
@@ -30,7 +30,7 @@ VAL = dict[str, dict[str, float]]  # type of "val", which only records of valida
 
 def append(path: Path, record: dict[str, Any]) -> None:
     """Append a record and sync it to the disk; the run writes the checkpoint of the epoch afterwards."""
-    with path.open("a") as file:
+    with naming(path), path.open("a") as file:
         file.write(json.dumps(record) + "\n")
         file.flush()
         os.fsync(file.fileno())

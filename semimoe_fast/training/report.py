@@ -14,7 +14,7 @@ from ..checkpoint import Preprocessing
 from ..data import augment
 from ..data.folders import Dataset
 from ..data.ragged import Ragged
-from ..errors import printable, warn
+from ..errors import one_line, warn
 from ..evaluation.overlay import outline
 from ..inference.predictor import GATED, gated_foreground
 from ..model import SemiMoE
@@ -92,7 +92,7 @@ def draw_overlays(
         axis.set_title(title)
     for row, index in enumerate(chosen.tolist()):
         image = images[row].permute(1, 2, 0).numpy()
-        axes[row, 0].set_ylabel(printable(val.names[index]), fontsize=7, parse_math=False)
+        axes[row, 0].set_ylabel(one_line(val.names[index]), fontsize=7, parse_math=False)
         axes[row, 0].imshow(image)
         for axis, mask in ((axes[row, 1], masks[row] != 0), (axes[row, 2], predicted[row])):
             axis.imshow(outline(image, mask))
@@ -165,5 +165,5 @@ def summary(records: Records, folder: Path) -> str:
     lines.append(
         f"best: epoch {best['epoch'] + 1} of {records[-1]['epoch'] + 1}; curves.png, overlays.png, metrics.jsonl,"
     )
-    lines.append(f"best.safetensors and last.safetensors are in {folder}")
+    lines.append(f"best.safetensors and last.safetensors are in {one_line(str(folder))}")
     return "\n".join(lines)

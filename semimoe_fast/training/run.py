@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ from tqdm import tqdm
 
 from .. import checkpoint
 from ..checkpoint import REMEDY, Preprocessing
-from ..errors import UserError, warn
+from ..errors import UserError, one_line, warn
 from ..evaluation.scoring import count_set, score_set
 from ..inference.predictor import GATED
 from ..validation import check_types
-from . import records, report
+from . import divergence, records, report
 from .batches import TrainingData
 from .config import CONFIG_FILE, MUTABLE, NONE, TrainConfig, of_this_version
 from .distributed import World
@@ -86,7 +85,8 @@ class Run:
         except StateMismatch as error:
             raise UserError(f"{path}: its tensors are not those of this run ({error}); {REMEDY}") from error
         if (before := len(states_of_ranks(tensors))) != world.size and world.is_main:
-            print(f"{path}: saved by {before} processes, resumed by {world.size}: dropout draws other random numbers")
+            line = f"{path}: saved by {before} processes, resumed by {world.size}: dropout draws other random numbers"
+            print(one_line(line))
         run.best_dice = metadata["best_dice"]
         return run
 
@@ -108,6 +108,7 @@ class Run:
 
             while trainer.epoch < self.config.epochs:
                 if not trainer.train_epoch(interruption, advance):
+                    self._require_finite(trainer.epoch_means())
                     self.save(LAST)
                     return False
                 with record_function(PAUSE):
@@ -119,16 +120,15 @@ class Run:
     def _finish_epoch(self) -> dict[str, Any]:
         """Validate, record and save the epoch; in this order, a run killed at any point resumes bitwise."""
         trainer, config = self.trainer, self.config
-        speed = trainer.speed()
+        speed, losses = trainer.speed(), trainer.epoch_means()
+        self._require_finite(losses)
         record = {
             "epoch": trainer.epoch,
             "lr": trainer.learning_rate,
             "unsupervised_weight": trainer.unsupervised_weight if trainer.semi_supervised else 0.0,
-            **trainer.epoch_means(),
+            **losses,
             "speed": speed,
         }
-        if not math.isfinite(record["total"]):
-            raise UserError(f"the loss became {record['total']} in epoch {trainer.epoch}; restart with a smaller --lr")
         last = trainer.epoch == config.epochs - 1
         if last or trainer.epoch % config.val_every == config.val_every - 1:
             record["val"] = self._validate()
@@ -142,12 +142,17 @@ class Run:
             self.save(LAST)
         return record
 
+    def _require_finite(self, losses: dict[str, Any]) -> None:
+        divergence.require_finite(losses, self.trainer.model.state_dict(), self.trainer.epoch, self.folder)
+
     def _validate(self) -> dict[str, dict[str, float]]:
         """Scores over all pixels of the validation set; each rank counts a part of the images."""
         mine = self.val[self.world.rank :: self.world.size]
-        counts = count_set(
-            self.trainer.eval_model, mine, self._preprocessing, self.trainer.device, self.config.precision
-        )
+        trainer = self.trainer
+        try:
+            counts = count_set(trainer.eval_model, mine, self._preprocessing, trainer.device, self.config.precision)
+        except FloatingPointError as error:
+            divergence.stop(f"{error}", trainer.epoch, divergence.OF_STEPS, self.folder)
         total = {name: self.world.sum(images.sum(0, keepdim=True)) for name, images in counts.items()}
         return {name: scores._asdict() for name, scores in score_set(total).items()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def test_instances_follow_the_predicted_field(glands_folder: Path, tmp_path: Pat
     monkeypatch.setattr(predict, "instances_of", spy)
     size = (48, 32, 3)
     Image.fromarray(np.array(Image.open(image).resize((size[1], size[0])))).save(tmp_path / "image.png")
-    arguments = (tmp_path / "image.png", tmp_path / "out", "--instances", "--seed-level", "0.2")
+    arguments = (tmp_path / "image.png", tmp_path / "out", "--instances", "--seed-level", "0.2", "--overwrite")
 
     path = save_model(tmp_path / "model")
     predict.main(options(path, *arguments))
@@ -152,7 +153,8 @@ def test_bad_values_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("head", ["mask", "sdf"])
 def test_checkpoint_that_predicts_nan_is_refused(glands_folder: Path, tmp_path: Path, head: str) -> None:
     model = SemiMoE(width=2)
-    model.gating.heads[model.tasks.index(head)].bias.data.fill_(float("nan"))
+    weight = model.gating.heads[model.tasks.index(head)].weight.data
+    weight.copy_(torch.tensor([3e38, -3e38]).view(1, 2, 1, 1).expand_as(weight))  # the sum overflows
     path = save_model(tmp_path / "model")
     _, metadata, _ = checkpoint.load(path)
     del metadata["format"], metadata["model"]
@@ -161,6 +163,41 @@ def test_checkpoint_that_predicts_nan_is_refused(glands_folder: Path, tmp_path: 
     message = refused(options(path, image, tmp_path / "out", "--instances"))
     assert message == f"{path} predicts NaN or inf on {image}: give a checkpoint that has not diverged"
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_existing_files_are_replaced_only_with_overwrite(glands_folder: Path, tmp_path: Path) -> None:
+    """The true masks, those of an earlier call, and tables; a call that is refused changes nothing."""
+    model, part = save_model(tmp_path / "model"), tmp_path / "val"
+    shutil.copytree(glands_folder / "val", part)
+    arguments = options(model, part / "image", part / "mask")
+    before = {path: path.read_bytes() for path in part.rglob("*.png")}
+    for _ in range(2):  # a refused call is not one that was interrupted
+        message = refused(arguments)
+        first = part / "mask" / "0000.png"
+        assert message == f"{first} exists: give another --out, or --overwrite to replace such files"
+    assert {path: path.read_bytes() for path in part.rglob("*") if path.is_file()} == before
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "0001.tif").touch()  # predict removes a mask of this name when it writes 0001.png
+    assert refused(options(model, part / "image", tmp_path / "out")).startswith(
+        f"{tmp_path / 'out' / '0001.tif'} exist"
+    )
+    predict.main([*arguments, "--overwrite"])
+    assert (part / "mask" / "0000.png").read_bytes() != before[part / "mask" / "0000.png"]
+
+
+def test_images_behind_links_are_never_replaced(glands_folder: Path, tmp_path: Path) -> None:
+    model, store, links = save_model(tmp_path / "model"), tmp_path / "store", tmp_path / "links"
+    shutil.copytree(glands_folder / "val" / "image", store)
+    for folder in (links, tmp_path / "out"):
+        folder.mkdir()
+    (links / "0000.png").symlink_to(store / "0000.png")
+    (tmp_path / "out" / "0000.png").symlink_to(store / "0000.png")
+    before = (store / "0000.png").read_bytes()
+    for out in (store, tmp_path / "out"):
+        message = refused(options(model, links, out, "--overwrite"))
+        assert message == f"{out / '0000.png'} is an input, {store / '0000.png'}: give another --out"
+    assert (store / "0000.png").read_bytes() == before
+    assert (tmp_path / "out" / "0000.png").is_symlink()
 
 
 def test_scikit_image_is_asked_for_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

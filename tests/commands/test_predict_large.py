@@ -49,7 +49,9 @@ def fields_of(model: Path, image: Path | np.ndarray, *scale: float | None) -> li
 
 
 def call(model: Path, images: Path, out: Path, *more: str) -> Path:
+    """Predict, and replace the files of earlier calls."""
     words = ["--checkpoint", model, "--input", images, "--out", out, "--device", "cpu", "--tile-size", "64", *more]
+    words.append("--overwrite")
     predict.main([str(word) for word in words])
     return out
 
@@ -165,10 +167,18 @@ def test_bad_values_are_refused(tmp_path: Path, given: str, message: str) -> Non
     assert refused(tmp_path / "none", image, tmp_path / "out", *given.split()) == message
 
 
-def test_an_interrupted_folder_goes_on_with_the_missing_images(
+def failing(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    """Call predict on a folder with files that cannot be read: what it says on stderr."""
+    with pytest.raises(SystemExit) as caught:
+        call(*arguments)
+    assert caught.value.code == 1
+    return capsys.readouterr().err
+
+
+def test_damaged_images_fail_alone_and_the_same_call_goes_on_with_them(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A truncated file ends the call. Images that are done count only for the same checkpoint, options and files."""
+    """Images that are done count only for the same checkpoint, options and files."""
     model, images, out = save_model(tmp_path / "model"), tmp_path / "images", tmp_path / "out"
     for name in ("a.tif", "b.tif", "c.tif"):
         save_image(images / name, 70, 90)
@@ -182,20 +192,22 @@ def test_an_interrupted_folder_goes_on_with_the_missing_images(
         found, opened[:] = list(opened), []
         return found
 
-    assert str(images / "b.tif") in refused(model, images, out, "--probability")
-    assert names() == ["a.tif", "b.tif"]
-    assert sorted(path.name for path in out.rglob("*.*") if path.is_file()) == [".predict.jsonl", "a.ome.tif", "a.png"]
+    error = failing(capsys, model, images, out, "--probability")
+    assert f"warning: {images / 'b.tif'} is " in error
+    assert error.splitlines()[-1] == "error: 1 of 3 images failed: b.tif"
+    assert names() == ["a.tif", "b.tif", "c.tif"]
+    assert sorted(path.name for path in out.iterdir()) == [".predict.jsonl", "a.png", "c.png", "probability"]
+    assert {path.name for path in (out / "probability").iterdir()} == {"a.ome.tif", "c.ome.tif"}
     (images / "b.tif").write_bytes(whole)
     (images / "c.tif").rename(tmp_path / "c.tif")  # vanishes after the list was made
     plan = predict.plan
     monkeypatch.setattr(predict, "plan", lambda config: plan(config) | {images / "c.tif": {"mask": out / "c.png"}})
-    assert (
-        refused(model, images, out, "--probability") == f"{images / 'c.tif'}: no such image file; give a regular file"
-    )
+    error = failing(capsys, model, images, out, "--probability")
+    assert f"warning: {images / 'c.tif'}: no such image file; give a regular file; going on with" in error
     assert names() == ["b.tif", "c.tif"]
     (tmp_path / "c.tif").rename(images / "c.tif")
+    (images / "c.tif").touch()
     monkeypatch.setattr(predict, "plan", plan)
-    capsys.readouterr()
     call(model, images, out, "--probability")
     assert names() == ["c.tif"]
     assert "predicted: 2; going on with the others\nmasks written to" in capsys.readouterr().out
@@ -204,12 +216,12 @@ def test_an_interrupted_folder_goes_on_with_the_missing_images(
     assert names() == ["a.tif", "b.tif", "c.tif"]  # existing files are replaced
 
     (images / "c.tif").write_bytes(whole[:-4000])
-    refused(model, images, out)
+    failing(capsys, model, images, out)
     names()
-    refused(model, images, out, "--threshold", "0.4")
+    failing(capsys, model, images, out, "--threshold", "0.4")
     assert names() == ["a.tif", "b.tif", "c.tif"]
     save_image(images / "a.tif", 80, 90)
-    refused(model, images, out, "--threshold", "0.4")
+    failing(capsys, model, images, out, "--threshold", "0.4")
     assert names() == ["a.tif", "c.tif"]
 
 
@@ -223,5 +235,5 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
             call(model, image, tmp_path / "out", "--probability")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert explain(caught.value).endswith("out/probability/.a.ome.tif.part: File too large; give another path")
+    assert explain(caught.value).endswith("out/probability/.a.ome.tif.part: File too large; free space on its disk")
     assert [path.name for path in (tmp_path / "out").rglob("*")] == ["probability"]

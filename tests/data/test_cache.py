@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -167,7 +168,10 @@ def test_file_is_safetensors(root: Path, cached: Cache) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_tensors_are_mapped_and_the_file_is_safe_from_them(root: Path, cached: Cache) -> None:
+def test_tensors_of_a_large_part_are_mapped_and_the_file_is_safe_from_them(
+    root: Path, cached: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "MOST_IN_MEMORY", 0)
     dataset = cached.load_part(root, "train", SIZE, True)
     (path,) = files(cached)
     before = path.read_bytes()
@@ -202,6 +206,32 @@ def test_file_larger_than_memory_is_mapped(root: Path, cached: Cache) -> None:
     except OSError as error:
         pytest.skip(f"the file system does not take such a large file: {error}")
     assert entry.map(path).images[-1, -1, -1, -1] == 0
+
+
+def test_file_that_changes_during_a_run_does_not_change_its_images(root: Path, cached: Cache) -> None:
+    """Truncation under a mapping would kill the process, and so would a mapping here."""
+    expected = load_part(root, "train", SIZE, True)
+    for _ in ("decoded", "found"):
+        dataset = cached.load_part(root, "train", SIZE, True)
+        (path,) = files(cached)
+        before = path.read_bytes()
+        with path.open("r+b") as file:
+            file.write(bytes(len(before)))
+        assert_same(dataset, expected)
+        os.truncate(path, 0)
+        assert_same(dataset, expected)
+        path.write_bytes(before)
+
+
+def test_unfinished_files_of_killed_processes_are_removed(root: Path, cached: Cache) -> None:
+    cached.folder.mkdir(parents=True)
+    abandoned, fresh = (cached.folder / f".{name}.safetensors.0123abcd.part" for name in ("abandoned", "fresh"))
+    for part in (abandoned, fresh):
+        part.touch()
+    os.utime(abandoned, (0, time.time() - cache.ABANDONED - 60))
+    cached.load_part(root, "train", SIZE, True)
+    assert not abandoned.exists()
+    assert fresh.exists()  # another process may be writing it
 
 
 def cut(path: Path) -> None:

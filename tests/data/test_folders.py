@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from semimoe_fast.data import folders
 from semimoe_fast.data.folders import (
     NORMALIZATION,
     channel_statistics,
@@ -59,6 +61,7 @@ def test_part_pairs_by_stem(root):
     for name in (".DS_Store", ".hidden.png", "Thumbs.db", "notes"):
         (root / "train" / "image" / name).write_bytes(b"nothing to see")
     (root / "train" / "image" / "folder").mkdir()
+    os.mkfifo(root / "train" / "image" / "pipe")
     save(np.zeros_like(IDS), root / "train" / "mask" / "2.png")
     part = load_part(root, "train", 16, with_masks=True)
     assert len(part) == 3
@@ -117,6 +120,33 @@ def test_bad_part(root, case):
     with pytest.raises(UserError) as caught:
         load_part(root, "train", 16, with_masks=True)
     assert_one_line(caught, [str(root), *parts])
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (os.mkfifo, "named pipe"),
+        (Path.mkdir, "folder"),
+        (lambda path: path.symlink_to("nowhere"), "broken link"),
+        (lambda path: path.symlink_to("/dev/zero"), "device or a socket"),
+    ],
+)
+def test_only_regular_files_are_read(root, make, kind):
+    """Reading a named pipe would wait forever."""
+    path = root / "train" / "image" / "9.png"
+    make(path)
+    with pytest.raises(UserError) as caught:
+        load_part(root, "train", 16, with_masks=True)
+    assert str(caught.value) == f"{path} is not a file but a {kind}: remove or rename it"
+
+
+def test_image_of_one_pixel(root):
+    for path in (root / "train" / "image").iterdir():
+        save(COLORS[:1, :1], path)
+        save(IDS[:1, :1] * 0 + 1, root / "train" / "mask" / f"{path.stem}.png")
+    part = load_part(root, "train", 16, with_masks=True)
+    assert (part.images == torch.from_numpy(COLORS[0, 0])[:, None, None]).all()
+    assert part.masks.all()
 
 
 def test_unknown_part_names_the_others(root):
@@ -249,13 +279,6 @@ def test_float_mask_is_refused(tmp_path):
     assert_one_line(caught, [str(path), "floating-point", "one channel"])
 
 
-def test_jpeg_mask_is_refused(tmp_path):
-    path = save(IDS, tmp_path / "a.jpg")
-    with pytest.raises(UserError) as caught:
-        read_mask(path)
-    assert_one_line(caught, [str(path), "JPEG", "save it as a PNG"])
-
-
 ORIENTATIONS = {  # EXIF tag -> function that turns the stored pixels upright
     1: lambda pixels: pixels,
     2: np.fliplr,
@@ -280,7 +303,7 @@ def test_turned_jpeg_mask_is_still_refused(tmp_path):
     exif = Image.Exif()
     exif[0x112] = 6
     Image.fromarray(IDS).save(tmp_path / "a.jpg", exif=exif)
-    with pytest.raises(UserError, match="is a JPEG"):
+    with pytest.raises(UserError, match="is compressed as JPEG"):
         read_mask(tmp_path / "a.jpg")
 
 
@@ -403,3 +426,28 @@ def test_statistics_of_glas(glas_folder):
     # The published values are of the whole set; this part has 68 of its images, resized.
     np.testing.assert_allclose(mean, NORMALIZATION["glas"][0], atol=0.02)
     np.testing.assert_allclose(std, (0.168, 0.248, 0.132), atol=0.02)
+
+
+# ---------------------------------------------------------------------------------------------------- memory of large
+
+
+def test_large_images_are_decoded_one_at_a_time(root, monkeypatch):
+    """A PNG of 20 KB may have 13,000 x 13,000 pixels, and threads would decode several of them together."""
+    at_once, most, decode = [0], [0], folders.read_image
+
+    def counted(path):
+        at_once[0] += 1
+        most[0] = max(most[0], at_once[0])
+        time.sleep(0.05)
+        image = decode(path)
+        at_once[0] -= 1
+        return image
+
+    monkeypatch.setattr(folders, "read_image", counted)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    load_part(root, "train", 16, with_masks=True)
+    assert most[0] > 1
+    monkeypatch.setattr(folders, "LARGE", 20 * 30 - 1)
+    most[0] = 0
+    load_part(root, "train", 16, with_masks=True)
+    assert most[0] == 1

@@ -192,3 +192,18 @@ def test_sizes_out_of_range_are_refused(tmp_path, sizes):
     with pytest.raises(UserError, match="--sizes is"):
         write(Folder(tmp_path / "a", sizes=sizes))
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labeled": 10**9}, "counts are at most 1,000,000 and sides at most 16,384 pixels"),
+        ({"size": 10**6}, "counts are at most 1,000,000 and sides at most 16,384 pixels"),
+        ({"sizes": (20, 10**6)}, "counts are at most 1,000,000 and sides at most 16,384 pixels"),
+        ({"seed": 2**64}, f"--seed is {2**64}: give at most {2**63 - 1}"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_is_drawn(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        write(Folder(tmp_path / "a", **changes))
+    assert not (tmp_path / "a").exists()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from semimoe_fast import functional as F
+from semimoe_fast.evaluation import object_scores
 
 LOSSES = ("squared_dice_loss", "soft_dice_loss")
 
@@ -111,10 +113,50 @@ def test_only_tensors_on_one_device_are_taken(name: str) -> None:
                 operation(*arguments)
 
 
-@pytest.mark.parametrize("name", ["multi_gate", "mix_projections", "squared_dice_loss", "tanh_mse_loss"])
-def test_integer_predictions_are_refused(name: str) -> None:
-    with pytest.raises(TypeError, match=r"floating-point numbers are needed, got dtype torch.int64; use .float\(\)"):
-        getattr(F, name)(*torch.utils._pytree.tree_map(Tensor.long, TENSORS[name]))
+CLASSES_AND_TARGETS = {  # of the losses: leaves that may be integers
+    **dict.fromkeys((*LOSSES, "tanh_mse_loss"), 1),
+    **dict.fromkeys(("objective_terms", "joint_objective_terms"), 3),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_only_dense_floating_point_tensors_are_taken(name: str) -> None:
+    """Integers, complex numbers, float8 and sparse tensors, where the result is a function of real numbers."""
+    leaves, structure = torch.utils._pytree.tree_flatten(TENSORS[name])
+    for i, leaf in enumerate(leaves[: CLASSES_AND_TARGETS.get(name)]):
+        for wrong in (leaf.long(), leaf.cfloat(), leaf.to(torch.float8_e4m3fn), leaf.to_sparse()):
+            arguments = torch.utils._pytree.tree_unflatten([*leaves[:i], wrong, *leaves[i + 1 :]], structure)
+            needed = "a dense tensor is" if wrong.is_sparse else "floating-point numbers are"
+            with pytest.raises(TypeError, match=rf"{needed} needed, got [^\n]*; use \.(float|to_dense)\(\)$"):
+                getattr(F, name)(*arguments)
+
+
+@pytest.mark.parametrize("name", ["multi_gate", "project_experts", "fold_upsampling"])
+def test_iterators_are_refused(name: str) -> None:
+    """They could be read only once."""
+    first, *others = TENSORS[name]
+    with pytest.raises(
+        TypeError, match=r"a sequence of tensors is needed, got generator; use list\((features|weights)\)"
+    ):
+        getattr(F, name)((x for x in first), *others)
+
+
+def test_masked_arrays_are_refused() -> None:
+    masked = np.ma.masked_array(np.ones((4, 4), np.uint8), mask=np.eye(4))
+    for call in (F.squared_distance, F.distance_targets, lambda x: object_scores(x, x)):
+        with pytest.raises(TypeError, match=r"would lose its mask: give \w+\.filled\(0\)"):
+            call(masked)
+
+
+@pytest.mark.parametrize("change", [{"eps": None}, {"momentum": "x"}, {"groups": 1.0}, {"training": None}])
+def test_wrong_settings_of_batch_normalization_are_refused(change: dict) -> None:
+    with pytest.raises(TypeError, match=rf"{next(iter(change))} (is )?({next(iter(change.values()))!r}|.*'x').*: give"):
+        F.batch_norm_relu(*TENSORS["batch_norm_relu"], **change)
+
+
+def test_dtype_that_is_none_is_refused() -> None:
+    with pytest.raises(TypeError, match="dtype is float32: give a floating-point type"):
+        F.fold_upsampling(*TENSORS["fold_upsampling"], dtype="float32")
 
 
 def test_complex_targets_are_refused() -> None:

@@ -10,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -58,9 +60,34 @@ def test_folder_filled_after_the_first_check_is_refused(tiny_config: TrainConfig
         run_folder.new_folder(dataclasses.replace(tiny_config, out=tmp_path), lock)
 
 
+@pytest.mark.parametrize("out", [True, False])
+def test_runs_that_start_at_once_never_share_a_folder(
+    tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: bool
+) -> None:
+    """With --out one of them gets the folder; without it each gets its own."""
+    monkeypatch.setattr(run_folder, "RUNS", tmp_path / "runs")
+    count, rounds = 8, 10
+    barrier = Barrier(count)
+
+    def start(attempt: int) -> Path | None:
+        folder = tmp_path / f"run{attempt}" if out else None
+        with FolderLock() as lock:
+            barrier.wait()
+            try:
+                return run_folder.new_folder(dataclasses.replace(tiny_config, out=folder), lock)
+            except UserError:
+                return None
+
+    with ThreadPoolExecutor(count) as pool:
+        for attempt in range(rounds):
+            folders = [folder for folder in pool.map(start, [attempt] * count) if folder is not None]
+            assert len(folders) == len(set(folders)) == (1 if out else count)
+
+
 KILLED_OWNER = """
 import os, signal, sys
 from pathlib import Path
+from threading import Barrier
 from semimoe_fast.training.lock import FolderLock
 
 with FolderLock() as lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import torch
 
 from semimoe_fast import checkpoint, train
 from semimoe_fast.data.folders import read_image
+from semimoe_fast.errors import run_command
 from semimoe_fast.training import config, interruption, run, run_folder
 
 TRAIN = [sys.executable, "-m", "semimoe_fast.train"]
@@ -262,6 +264,55 @@ def test_signals(tiny: list[str], tmp_path: Path, number: signal.Signals) -> Non
         assert f"continue with: python -m semimoe_fast.train --resume {folder}" in output
     metadata, _ = contents(folder / run_folder.LAST)
     assert metadata["epoch"] >= 1
+
+
+def test_second_interrupt_still_says_how_to_continue(
+    tiny_config: config.TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """The first Ctrl-C waits for the end of the step, and the second does not."""
+
+    def twice(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(run.Trainer, "train_step", twice)
+    with pytest.raises(SystemExit) as exit_:
+        run_command(lambda: start(tiny_config, tmp_path / "run"))
+    assert exit_.value.code == 130
+    hint = f"interrupted; continue with: python -m semimoe_fast.train --resume {tmp_path / 'run'}"
+    assert capsys.readouterr().err.splitlines()[-1] == hint
+
+
+def test_full_disk_at_a_checkpoint_is_one_line_and_the_run_resumes(
+    tiny_config: config.TrainConfig, finished: Path, tmp_path: Path, capsys
+) -> None:
+    """The limit of a file's size stands for the disk: safetensors reports both in the same way."""
+    folder, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            run_command(lambda: start(tiny_config, folder))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: {folder / run_folder.BEST}: File too large; free space on its disk; "
+        f"continue with: python -m semimoe_fast.train --resume {folder}"
+    )
+    assert not [*folder.glob("*.safetensors"), *folder.glob(".*.part")]
+    resume(folder)
+    assert_same_run(folder, finished)
+
+
+def test_interrupt_during_imports_is_silent() -> None:
+    process = subprocess.Popen([sys.executable, "-X", "importtime", *TRAIN[1:]], stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "numpy" in line:  # while torch is imported
+            process.send_signal(signal.SIGINT)
+            break
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
+    assert "Traceback" not in error
 
 
 @pytest.mark.slow
