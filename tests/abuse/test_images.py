@@ -21,7 +21,7 @@ from semimoe_fast.data.readers import open_image
 from semimoe_fast.errors import UserError
 
 CUTS = 20
-LOSSY_ERROR = 12  # mean over the pixels, of 255
+LOSSY_ERROR = 16  # mean over the pixels, of 255; for unequal pixels 70 and more
 
 
 def read_region(path: Path) -> np.ndarray:

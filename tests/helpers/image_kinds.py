@@ -16,12 +16,13 @@ COLORS = np.stack([5 * ROWS, 4 * COLUMNS, 255 - 2 * ROWS - COLUMNS], -1).astype(
 MASK = ((ROWS - 20) ** 2 + (COLUMNS - 20) ** 2 < 150) | (COLUMNS > 48)
 
 # of each format that is exact: what makes it so
-EXACT = {name: {} for name in "PNG BMP DIB PPM TGA PCX SGI IM TIFF ICO MSP XBM QOI".split()} | {
+EXACT = {name: {} for name in "PNG BMP DIB PPM TGA PCX SGI IM MSP XBM QOI".split()} | {
     "WEBP": {"lossless": True},
+    "ICO": {"sizes": [(WIDTH, HEIGHT)]},
     "JPEG2000": {"irreversible": False},
 }
 LOSSY = "JPEG JPEG2000 WEBP AVIF GIF".split()
-LOSSY_OPTIONS = {"JPEG2000": {"irreversible": True, "quality_layers": [40]}}
+LOSSY_OPTIONS = {"JPEG2000": {"irreversible": True, "quality_layers": [10]}}
 PILLOW_TIFF = "raw packbits tiff_lzw tiff_adobe_deflate group3 group4 jpeg lzma zstd".split()
 DEEP = ("I", "I;16", "F")
 
@@ -49,7 +50,7 @@ def pillow_files(folder: Path) -> Iterator[File]:
     """Every format, compression and mode that Pillow writes and reads, and every orientation."""
     Image.init()
     for name, picture, mask in [*pictures(), *masks()]:
-        kinds = [(kind, options, True) for kind, options in EXACT.items() if kind != "TIFF"]
+        kinds = [(kind, options, True) for kind, options in EXACT.items()]
         kinds += [(kind, LOSSY_OPTIONS.get(kind, {}), False) for kind in LOSSY]
         kinds += [("TIFF", {"compression": how}, how != "jpeg") for how in PILLOW_TIFF]
         for kind, options, exact in kinds:
@@ -61,7 +62,7 @@ def pillow_files(folder: Path) -> Iterator[File]:
                 path.unlink(missing_ok=True)
                 continue
             shown = None if picture.mode in DEEP else np.array(picture.convert("RGB"))
-            yield File(path, shown, mask, exact)
+            yield File(path, shown, mask, exact and picture.mode != "YCbCr")  # libtiff rounds its colors otherwise
     for orientation in range(1, 9):
         for kind in ("PNG", "TIFF", "JPEG", "WEBP"):
             for mode in ("L", "RGB"):
