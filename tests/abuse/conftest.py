@@ -28,7 +28,7 @@ import torch
 from runs import Lost, finish
 
 from semimoe_fast import synthetic
-from semimoe_fast.errors import explain
+from semimoe_fast.errors import UserError
 from semimoe_fast.training.config import SYNTHETIC, TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -57,8 +57,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def attempt(request: pytest.FixtureRequest) -> Iterator[Attempt]:
     """Function (class, name, case, *arguments) that calls case(*arguments) and counts its outcome in the table.
 
-    A case returns the name of a column, or None if it worked. An error that a user can fix counts as "one line", Lost
-    as "lost" and any other exception as "failed". The test fails after its last case, with a command for each failure.
+    A case returns the name of a column, or None if it worked. It raises Lost, UserError or OSError if files of a run
+    are lost, and any other exception if it failed otherwise. The test fails after its last case, with a command for each failure.
     """
     config, failures = request.config, []
 
@@ -70,12 +70,10 @@ def attempt(request: pytest.FixtureRequest) -> Iterator[Attempt]:
         reason = ""
         try:
             outcome = case(*arguments) or "worked"
-        except Lost as error:
+        except (Lost, UserError, OSError) as error:  # the files of a run, which nobody has touched, cannot be read
             outcome, reason = "lost", str(error)
         except Exception as error:
-            line = explain(error)
-            outcome = "one line" if line is not None and "\n" not in str(error) else "failed"
-            reason = f"{type(error).__name__}: {error}"
+            outcome, reason = "failed", f"{type(error).__name__}: {error}"
         row[outcome] += 1
         if outcome in ("failed", "lost"):
             test = f"{Path(request.node.path).name} -k {request.node.name}"

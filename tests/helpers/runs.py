@@ -60,15 +60,13 @@ def finish(config: TrainConfig, run: Path, processes: int = 1) -> None:
 
 
 def require_same(run: Path, expected: Path) -> None:
-    """Compare checkpoints, records and pictures of two finished runs. Raises Lost."""
+    """Compare checkpoints, records and pictures of two finished runs. Raises Lost, UserError and OSError."""
     for name in (LAST, BEST):
-        (metadata, tensors), (expected_metadata, expected_tensors) = (
-            checkpoint.read(f / name) for f in (run, expected)
-        )
-        if metadata != expected_metadata or tensors.keys() != expected_tensors.keys():
+        (metadata, tensors), (right_metadata, right) = (checkpoint.read(folder / name) for folder in (run, expected))
+        if metadata != right_metadata or tensors.keys() != right.keys():
             raise Lost(f"{name} has other metadata or tensors")
         for key, value in tensors.items():
-            if not torch.equal(value, expected_tensors[key]):
+            if not torch.equal(value, right[key]):
                 raise Lost(f"{key} of {name} differs")
     if records(run) != records(expected):
         raise Lost(f"{METRICS_FILE} differs")
