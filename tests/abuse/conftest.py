@@ -58,7 +58,8 @@ def attempt(request: pytest.FixtureRequest) -> Iterator[Attempt]:
     """Function (class, name, case, *arguments) that calls case(*arguments) and counts its outcome in the table.
 
     A case returns the name of a column, or None if it worked. It raises Lost, UserError or OSError if files of a run
-    are lost, and any other exception if it failed otherwise. The test fails after its last case, with a command for each failure.
+    are lost, and any other exception if it failed otherwise. The test fails after its last case, with a command for
+    each failure.
     """
     config, failures = request.config, []
 
