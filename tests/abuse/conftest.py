@@ -193,9 +193,6 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The short hash of HEAD, with "and changes" if tracked files differ from it."""
-
-    def git(*command: str) -> str:
-        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    return git("rev-parse", "--short", "HEAD") + (" and changes" if git("status", "--porcelain", "-uno") else "")
+    """The short hash of HEAD, with -dirty if tracked files differ from it; "unknown" outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
