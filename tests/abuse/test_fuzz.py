@@ -50,7 +50,7 @@ def corpora(uninterrupted, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("target", READERS)
 def test_fuzz(table, attempt, corpora: Path, everything: bool, tmp_path: Path, target: str) -> None:
-    seconds = 60 if everything else 12
+    seconds = 60 if everything else 8
     crashes = Path("build", "abuse").absolute()
     crashes.mkdir(parents=True, exist_ok=True)
     title = f"fuzz: {READERS[target]}"

@@ -33,7 +33,7 @@ def test_native_fuzzers(table, attempt, everything: bool, tmp_path: Path, saniti
     title = f"native code, random cases, {sanitizer}"
 
     def case(program: str) -> None:
-        command = [tmp_path / program, "60" if everything else "5", str(time.time_ns())]
+        command = [tmp_path / program, "60" if everything else "3", str(time.time_ns())]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise AssertionError(f"{program}: {done.stderr}")
