@@ -79,8 +79,9 @@ class Watch:
 
     def __init__(self, seconds: float) -> None:
         self.counts: Counter[str] = Counter()
-        self.warm, self.memory, self.written = time.monotonic() + seconds / 3, 0, 0.0
+        self.warm, self.memory = time.monotonic() + seconds / 3, 0
         self.call = globals()[TARGET]
+        self.write(0.0)
 
     def __call__(self, data: bytes) -> None:
         PATH.write_bytes(data)
@@ -92,9 +93,12 @@ class Watch:
                 raise
             self.counts["one line"] += 1
         if (now := time.monotonic()) > self.written + 1:
-            self.written = now
-            (FOLDER / "counts.json").write_text(json.dumps(self.counts))
+            self.write(now)
             self.check_memory(now)
+
+    def write(self, now: float) -> None:
+        self.written = now
+        (FOLDER / "counts.json").write_text(json.dumps(self.counts))
 
     def check_memory(self, now: float) -> None:
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
