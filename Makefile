@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 NATIVE := setup.py CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: help train test lint fuzz bench tables gpu-check clean
+.PHONY: help train test lint fuzz abuse bench tables gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo 'make test       run the tests; ARGS goes to pytest'
 	@echo 'make lint       check the style of the Python and the C++ code'
 	@echo 'make fuzz       compare the C++ code with its definition on random cases, under sanitizers, for $$(FUZZ_SECONDS) s each'
+	@echo 'make abuse      try hostile cases and count them in benchmarks/results/abuse.md, in ten minutes; ARGS="--all" tries all'
 	@echo 'make bench      benchmark the operations and the training step against other libraries; ARGS goes to pytest'
 	@echo 'make tables     write the tables of the Markdown pages from benchmarks/results/*.json'
 	@echo 'make gpu-check  run tests and benchmarks on this machine'"'"'s GPU with the PyTorch of $$(PYTHON); results go to $$(OUT);'
@@ -46,6 +47,10 @@ fuzz: $(VENV)/fuzz.done
 	build/fuzz/fuzz_objective $(FUZZ_SECONDS) $$(date +%s%N)
 	build/fuzz/fuzz_batch_norm $(FUZZ_SECONDS) $$(date +%s%N)
 
+# Kills, power cuts, full disks, damaged images, fuzzing. A failure prints the command that repeats it.
+abuse: $(VENV)/abuse.done
+	$(RUN) -m pytest tests/abuse --quiet $(ARGS); status=$$?; $(RUN) benchmarks/tables.py; exit $$status
+
 bench: $(VENV)/bench.done
 	$(RUN) -m pytest benchmarks --benchmark-only --benchmark-sort=name --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
@@ -66,6 +71,10 @@ $(VENV)/train.done: $(NATIVE) | $(VENV)
 $(VENV)/test.done: $(NATIVE) | $(VENV)
 	$(INSTALL) --editable '.[test]'
 	@touch $@ $(VENV)/train.done
+
+$(VENV)/abuse.done: $(NATIVE) | $(VENV)
+	$(INSTALL) --editable '.[test,abuse]'
+	@touch $@ $(VENV)/test.done $(VENV)/train.done
 
 $(VENV)/bench.done: $(NATIVE) | $(VENV)
 	$(INSTALL) --editable '.[test,bench]'

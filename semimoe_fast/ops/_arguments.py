@@ -293,6 +293,8 @@ def check_fold_upsampling(weights: Sequence[Tensor], dtype: torch.dtype | None) 
     if isinstance(weights, Tensor) or any(weight.ndim != 4 or weight.shape[2:] != (3, 3) for weight in weights):
         got = tuple(weights.shape) if isinstance(weights, Tensor) else [tuple(weight.shape) for weight in weights]
         raise ValueError(f"weights is a sequence of tensors (O, C, 3, 3), got {got}")
+    if any(weight.numel() == 0 for weight in weights):
+        raise ValueError(f"weights have outputs and channels, got {[tuple(weight.shape) for weight in weights]}")
     if any(weight.dtype != weights[0].dtype for weight in weights):
         raise TypeError(f"weights have one dtype, got {[weight.dtype for weight in weights]}: convert them with .to()")
     if dtype is not None and dtype not in FLOATS:

@@ -207,16 +207,19 @@ def adaptive_loss(
 
 
 def fold_upsampling(weights: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """kernel[c, o] = S weight[o, c] S^T, where S adds up the taps (before, here, after) that meet the same pixel.
+    """Per axis, the taps (before, here, after) give (after, here + after, before + here, before).
 
     Weights (O, C, 3, 3) -> kernels (C, O, 4, 4); in float32 for bfloat16 and float16, then cast.
     """
-    s = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+
+    def folded(taps: Tensor, dim: int) -> Tensor:
+        before, here, after = taps.unbind(dim)
+        return torch.stack((after, here + after, before + here, before), dim)
+
     kernels = []
     for weight in weights:
         precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        sums = s.to(precise)
-        kernels.append(torch.einsum("ay,ocyx,bx->coab", sums, precise, sums).to(dtype or weight.dtype))
+        kernels.append(folded(folded(precise, 2), 3).transpose(0, 1).to(dtype or weight.dtype))
     return kernels
 
 

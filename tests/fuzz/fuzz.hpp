@@ -17,6 +17,7 @@
 
 // The sanitizers call abort() on an error, so that every failure prints its case.
 extern "C" const char* __asan_default_options() { return "abort_on_error=1"; }
+extern "C" const char* __tsan_default_options() { return "abort_on_error=1:halt_on_error=1"; }
 extern "C" const char* __ubsan_default_options() { return "abort_on_error=1:print_stacktrace=1"; }
 
 namespace {

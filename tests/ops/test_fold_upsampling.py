@@ -194,6 +194,7 @@ def test_no_weights() -> None:
     [
         ([torch.zeros(2, 3, 3, 3), torch.zeros(2, 3, 5, 5)], None, ValueError, r"tensors \(O, C, 3, 3\), got \[\(2"),
         (torch.zeros(2, 2, 3, 3), None, ValueError, r"weights is a sequence .*, got \(2, 2, 3, 3\)"),
+        ([torch.zeros(2, 0, 3, 3)], None, ValueError, r"weights have outputs and channels, got \[\(2, 0, 3, 3\)\]"),
         ([torch.zeros(1, 1, 3, 3), torch.zeros(1, 1, 3, 3).half()], None, TypeError, "weights have one dtype"),
         ([torch.zeros(1, 1, 3, 3).int()], None, TypeError, "floating-point numbers are needed"),
         ([torch.zeros(1, 1, 3, 3)], torch.int32, TypeError, "dtype is torch.int32: give a floating-point type"),
@@ -203,3 +204,14 @@ def test_bad_arguments(weights: list[Tensor], dtype: torch.dtype | None, error: 
     with pytest.raises(error, match=message) as caught:
         F.fold_upsampling(weights, dtype)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["reference", "portable"])
+def test_nan_stays_in_the_sums_of_its_tap(name: str) -> None:
+    weight = torch.zeros(1, 1, 3, 3)
+    weight[..., 0, 0] = torch.nan
+    with semimoe_fast.backend(name):
+        (kernel,) = F.fold_upsampling([weight])
+    expected = torch.zeros(4, 4, dtype=torch.bool)
+    expected[2:, 2:] = True
+    assert torch.equal(kernel[0, 0].isnan(), expected)

@@ -1,0 +1,198 @@
+"""`make abuse`: hostile and clumsy cases, counted by class in benchmarks/results/abuse.json.
+
+    make abuse                               # at most ten minutes
+    make abuse ARGS=--all                    # everything
+    make abuse ARGS="-k disk_full --case 7"  # one case
+
+A run of some cases leaves the table as it is. A failure prints the command that repeats it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # a forked child has no pool of threads
+
+import numpy
+import PIL
+import pytest
+import tifffile
+import torch
+from runs import Lost, finish
+
+from semimoe_fast import synthetic
+from semimoe_fast.errors import UserError
+from semimoe_fast.training.config import SYNTHETIC, TrainConfig
+
+ROOT = Path(__file__).parents[2]
+COLUMNS = ("tried", "one line", "worked", "failed", "lost")
+COMMIT = pytest.StashKey[str]()  # at the start of the session
+TABLE = pytest.StashKey[dict[str, dict[str, int]]]()
+
+Attempt = Callable[..., None]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="abuse: all cases, for hours")
+    parser.addoption("--case", help="abuse: only the case of this name")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TABLE] = {}
+    config.stash[COMMIT] = commit()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.abuse)
+
+
+@pytest.fixture
+def attempt(request: pytest.FixtureRequest) -> Iterator[Attempt]:
+    """Function (class, name, case, *arguments) that calls case(*arguments) and counts its outcome in the table.
+
+    A case returns the name of a column, or None if it worked. It raises Lost, UserError or OSError if files of a run
+    are lost, and any other exception if it failed otherwise. The test fails after its last case, with a command for
+    each failure.
+    """
+    config, failures = request.config, []
+
+    def call(title: str, name: object, case: Callable[..., str | None], *arguments: object) -> None:
+        if config.getoption("--case") not in (None, str(name)):
+            return
+        row = config.stash[TABLE].setdefault(title, dict.fromkeys(COLUMNS, 0))
+        row["tried"] += 1
+        reason = ""
+        try:
+            outcome = case(*arguments) or "worked"
+        except (Lost, UserError, OSError) as error:  # the files of a run, which nobody has touched, cannot be read
+            outcome, reason = "lost", str(error)
+        except Exception as error:
+            outcome, reason = "failed", f"{type(error).__name__}: {error}"
+        row[outcome] += 1
+        if outcome in ("failed", "lost"):
+            command = shlex.join(["pytest", request.node.nodeid, "--case", str(name)])
+            failures.append(f"{outcome}: {command}\n    {reason[-1500:]}")
+
+    yield call
+    if failures:
+        pytest.fail("\n".join(failures), pytrace=False)
+
+
+@pytest.fixture
+def table(request: pytest.FixtureRequest) -> Callable[[str], dict[str, int]]:
+    """Function (class) -> its row of the table, for tests that count their cases themselves."""
+    return lambda title: request.config.stash[TABLE].setdefault(title, dict.fromkeys(COLUMNS, 0))
+
+
+@pytest.fixture(scope="session")
+def everything(request: pytest.FixtureRequest) -> bool:
+    """Whether --all is given."""
+    return request.config.getoption("--all")
+
+
+# ------------------------------------------------------------------------------------------------- an uninterrupted run
+
+
+@dataclass(frozen=True)
+class Uninterrupted:
+    """A finished run of two labeled, four unlabeled and two validation images, three epochs of two steps."""
+
+    config: TrainConfig
+    folder: Path
+    seconds: float
+
+
+@pytest.fixture(scope="session", params=[1, 2], ids=["one process", "two processes"])
+def processes(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    data = tmp_path_factory.mktemp("data") / "glands"
+    synthetic.write(synthetic.Folder(data, labeled=2, unlabeled=4, val=2, size=40))
+    return dataclasses.replace(
+        SYNTHETIC,
+        data=data,
+        image_size=32,
+        width=2,
+        epochs=3,
+        labeled_batch=2,
+        unlabeled_batch=2,
+        warmup_epochs=1,
+        lr=0.1,
+        val_every=1,
+        device="cpu",
+        seed=3,
+    )
+
+
+def train_undisturbed(config: TrainConfig, parent: Path, processes: int) -> Uninterrupted:
+    started = time.monotonic()
+    finish(config, parent / "run", processes)
+    return Uninterrupted(config, parent / "run", time.monotonic() - started)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
+    return train_undisturbed(config, tmp_path_factory.mktemp("uninterrupted"), 1)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted_by(processes: int, config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
+    """The run of as many processes as `processes`."""
+    return train_undisturbed(config, tmp_path_factory.mktemp("uninterrupted"), processes)
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the table, unless -k or --case have left out cases."""
+    config = session.config
+    rows = config.stash[TABLE]
+    for title, row in rows.items():
+        print(f"\n{title}: {', '.join(f'{count} {column}' for column, count in row.items())}", end="")
+    if config.getoption("--case") or config.getoption("keyword") or config.args != ["tests/abuse"] or not rows:
+        return
+    table = {
+        "machine": f"{machine()}, {len(os.sched_getaffinity(0))} cores",
+        "versions": {
+            "Python": platform.python_version(),
+            "torch": torch.__version__,
+            "NumPy": numpy.__version__,
+            "Pillow": PIL.__version__,
+            "tifffile": tifffile.__version__,
+        },
+        "commit": config.stash[COMMIT],
+        "date": date.today().isoformat(),
+        "command": "make abuse ARGS=--all" if config.getoption("--all") else "make abuse",
+        "tables": {
+            "cases": {"columns": ["class", *COLUMNS], "rows": [[title, *row.values()] for title, row in rows.items()]}
+        },
+    }
+    (ROOT / "benchmarks" / "results" / "abuse.json").write_text(json.dumps(table, indent=2) + "\n")
+
+
+def machine() -> str:
+    """The name of the processor."""
+    names = [line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return names[0] if names else platform.machine()
+
+
+def commit() -> str:
+    """The short hash of HEAD, with -dirty if tracked files differ from it; "unknown" outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
