@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal
@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     if finished:
         finished.begin()
-    done = [path for path, files in outputs.items() if finished and path in finished and mask_of(files["mask"])]
+    done = [path for path, files in outputs.items() if finished and path in finished and complete(files.values())]
     missing = [path for path in outputs if path not in done]
     if done:
         print(f"images that an interrupted call has predicted: {len(done)}; going on with the others")
@@ -224,9 +224,9 @@ def settings(config: PredictConfig) -> dict[str, str]:
     return {"checkpoint": digest, "input": printable(str(config.input.resolve())), **options}
 
 
-def mask_of(file: Path) -> Path | None:
-    """The mask that was written for a file NAME.png, if any: that of a large image is NAME.tif."""
-    return next((path for path in (file, file.with_suffix(".tif")) if path.exists()), None)
+def complete(files: Iterable[Path]) -> bool:
+    """Whether all files have been written. For NAME.png of a large image that is NAME.tif."""
+    return all(file.exists() or (file.suffix == ".png" and file.with_suffix(".tif").exists()) for file in files)
 
 
 def predict_file(

@@ -20,7 +20,7 @@ class Finished:
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.path = folder / NAME
         self._first = json.dumps(settings, sort_keys=True)
-        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.is_file() else []
         self.resumed = lines[:1] == [self._first]  # such a call was interrupted
         self._lines = set(lines[1:] if self.resumed else [])
 

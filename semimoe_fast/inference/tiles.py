@@ -64,7 +64,7 @@ def is_empty(pixels: Tensor) -> bool:
     Every channel of every block of 8 x 8 pixels has a mean of at least 220. Blocks make the rule blind to noise of the
     camera and of JPEG, and any stained spot of their size counts.
     """
-    blocks = functional.avg_pool2d(pixels.float(), (min(BLOCK, pixels.shape[1]), min(BLOCK, pixels.shape[2])), BLOCK)
+    blocks = functional.avg_pool2d(pixels.float(), BLOCK, ceil_mode=True)  # the last ones may be smaller
     return bool(blocks.min() >= BRIGHT)
 
 
