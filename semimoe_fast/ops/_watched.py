@@ -8,13 +8,14 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 
 def watched(*tensors: Tensor) -> bool:
-    """Whether torch.compile, a dispatch mode (such as FakeTensorMode) or a tensor subclass must see the operation.
+    """Whether torch.compile, torch.jit.trace, a dispatch mode such as FakeTensorMode or a tensor subclass must see it.
 
     If not, the plain functions of an operation are called, because on a CPU a custom op and its autograd take longer
     than the computation of small feature maps: 70 us more, forward and backward.
     """
     return (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or _len_torch_dispatch_stack() > 0
         or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
     )

@@ -37,18 +37,23 @@ def batch_norm_relu(
         )
     weight, bias = weight.float(), bias.float()
     as_op = watched(x, weight, bias)
+    evaluate = _evaluate if as_op else _forward_with
     if not training:
-        evaluate = _evaluate if as_op else _forward_with
         return evaluate(x, weight, bias, running_mean.float(), torch.rsqrt(running_var.float() + eps))
     y, mean, inverse_deviation = (_normalize if as_op else _BatchNormReLU.apply)(x, weight, bias, eps, groups)
-    recomputation.remember(y, _forward_with, x, weight, bias, mean, inverse_deviation)
+    recomputation.remember(y, evaluate, x, weight, bias, mean, inverse_deviation)
     if running_mean is not None:
         values = x.numel() // x.shape[1] // groups
         statistics = running_mean, running_var, mean, inverse_deviation
-        if momentum is None or running_mean.dtype != torch.float32 or running_var.dtype != torch.float32:
+        plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in (running_mean, running_var))
+        if momentum is None or not plain:
             batch_norm_portable.update_running(*statistics, momentum, eps, values, num_batches_tracked)
         else:
-            (_update_running if as_op else _move_running)(*statistics, momentum, eps, values)
+            if as_op:
+                _update_running(*statistics, momentum, eps, values)
+            else:
+                _move_running(*statistics, momentum, eps, values)
+                torch.autograd.graph.increment_version((running_mean, running_var))  # as the op does
             if num_batches_tracked is not None:
                 num_batches_tracked.add_(groups)
     return y
@@ -149,7 +154,9 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Te
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_output is None:
+        return (None,) * 5
     as_op = torch.is_grad_enabled() or watched(grad_output)  # the op refuses second derivatives
     compute = _gradients if as_op else _differentiate
     return *compute(grad_output, *ctx.saved_tensors, *ctx.statistics, ctx.groups), None, None

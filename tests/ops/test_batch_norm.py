@@ -346,6 +346,40 @@ def test_compiles_without_graph_breaks(momentum: float | None) -> None:
         torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_a_trace_holds_the_operation() -> None:
+    """torch.jit.trace sees no plain function: it would record uninitialized memory."""
+    x, weight, bias, *statistics = draw(2, 3, 4, 4)[:5]
+    evaluate = lambda x: F.batch_norm_relu(x, weight, bias, *statistics, training=False)  # noqa: E731
+    traced = torch.jit.trace(evaluate, x, check_trace=False)
+    assert torch.equal(traced(x + 1), evaluate(x + 1))
+
+
+def test_running_statistics_count_their_changes() -> None:
+    """Autograd relies on it. Strided statistics are updated too."""
+    x, weight, bias, *statistics = draw(2, 3, 4, 4)[:5]
+    strided = [torch.stack([t, t], 1)[:, 0] for t in statistics]
+    for running in (statistics, strided):
+        before = [t._version for t in running]
+        F.batch_norm_relu(x, weight, bias, *running)
+        assert all(t._version > version for t, version in zip(running, before, strict=True))
+    assert all(torch.allclose(a, b) for a, b in zip(statistics, strided, strict=True))
+
+
+def test_no_gradient_from_above() -> None:
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad_output: Tensor) -> None:
+            return None
+
+    x, weight, bias = (t.requires_grad_() for t in draw(2, 3, 4, 4)[:3])
+    Nothing.apply(F.batch_norm_relu(x, weight, bias, None, None)).sum().backward()
+    assert x.grad is None
+
+
 # arguments
 
 

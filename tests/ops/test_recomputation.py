@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from semimoe_fast.model import AdaptiveMultiObjectiveLoss, SemiMoE
 from semimoe_fast.objective import objective
@@ -109,3 +110,12 @@ def test_other_tensors_are_kept_as_they_are() -> None:
         y = remember(x * 2, lambda x: x * 3, x)
         z = y.square().sum()
     assert torch.equal(torch.autograd.grad(z, x)[0], 12 * x)  # 2 * 2 (3 x): the recipe is what the backward pass uses
+
+
+def test_fake_tensors() -> None:
+    """What makes a tensor again under a dispatch mode is the custom op, which the mode sees."""
+    norm, convolution = batch_norm_of(3), nn.Conv2d(3, 2, 3)
+    with FakeTensorMode(allow_non_fake_inputs=True), recompute():
+        z = convolution(norm(torch.randn(2, 3, 8, 8, requires_grad=True)))
+        (gradient,) = torch.autograd.grad(z.sum(), convolution.weight)
+    assert gradient.shape == convolution.weight.shape
