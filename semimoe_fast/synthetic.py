@@ -47,7 +47,7 @@ def write(folder: Folder) -> None:
         raise UserError(f"{folder.out} exists and is not an empty folder: choose another --out")
     if min(folder.labeled, folder.unlabeled, folder.val, folder.seed) < 0 or folder.size < 16:
         raise UserError(f"counts and --seed must be at least 0 and --size at least 16, but got {folder}")
-    largest = max(folder.size, *(folder.sizes or (0,)))
+    largest = max([folder.size, *(folder.sizes or ())])
     if max(folder.labeled, folder.unlabeled, folder.val) > MOST_IMAGES or largest > MOST_SIDE:
         raise UserError(f"counts are at most {MOST_IMAGES:,} and sides at most {MOST_SIDE:,} pixels, but got {folder}")
     if folder.seed >= 2**63:
