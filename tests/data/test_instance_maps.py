@@ -178,10 +178,10 @@ def test_cache_keeps_masks_and_instance_maps_apart(root: Path, tmp_path: Path) -
 
 
 def test_caches_of_masks_keep_their_key(root: Path) -> None:
-    """Caches that were written before there were instance maps are still found."""
+    """Instance maps add something to the key, masks do not."""
     pairs = list_pairs(root, "train", True)
     files = [[p.image.stem, *(hashlib.sha256(path.read_bytes()).hexdigest() for path in p)] for p in pairs]
-    content = json.dumps([2, PIL.__version__, torch.__version__, 16, files])
+    content = json.dumps([cache.FORMAT, PIL.__version__, torch.__version__, 16, files])
     assert cache.Entry(pairs, 16, "").key_of_files("key") == hashlib.sha256(content.encode()).hexdigest()
 
 
