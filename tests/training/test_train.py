@@ -280,7 +280,7 @@ def test_second_interrupt_still_says_how_to_continue(
         run_command(lambda: start(tiny_config, tmp_path / "run"))
     assert exit_.value.code == 130
     hint = f"interrupted; continue with: python -m semimoe_fast.train --resume {tmp_path / 'run'}"
-    assert capsys.readouterr().err.splitlines()[-1] == hint
+    assert hint in capsys.readouterr().err.splitlines()  # the progress bar may clear itself after it
 
 
 def test_full_disk_at_a_checkpoint_is_one_line_and_the_run_resumes(
@@ -305,9 +305,10 @@ def test_full_disk_at_a_checkpoint_is_one_line_and_the_run_resumes(
 
 
 def test_interrupt_during_imports_is_silent() -> None:
-    process = subprocess.Popen([sys.executable, "-X", "importtime", *TRAIN[1:]], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-X", "importtime", *TRAIN[1:], "--help"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     for line in process.stderr:
-        if "numpy" in line:  # while torch is imported
+        if "torch.nn.modules" in line:  # while torch is imported, but not in its C code, which ignores errors of NumPy
             process.send_signal(signal.SIGINT)
             break
     _, error = process.communicate(timeout=60)
