@@ -48,14 +48,14 @@ def batch_norm_relu(
         plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in (running_mean, running_var))
         if momentum is None or not plain:
             batch_norm_portable.update_running(*statistics, momentum, eps, values, num_batches_tracked)
+            return y
+        if as_op:
+            _update_running(*statistics, momentum, eps, values)
         else:
-            if as_op:
-                _update_running(*statistics, momentum, eps, values)
-            else:
-                _move_running(*statistics, momentum, eps, values)
-                torch.autograd.graph.increment_version((running_mean, running_var))  # as the op does
-            if num_batches_tracked is not None:
-                num_batches_tracked.add_(groups)
+            _move_running(*statistics, momentum, eps, values)
+            torch.autograd.graph.increment_version((running_mean, running_var))  # as the op does
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(groups)
     return y
 
 
