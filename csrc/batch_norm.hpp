@@ -8,7 +8,6 @@
 
 #include "feature_maps.hpp"
 #include "memory.hpp"
-#include "parallel.hpp"
 
 namespace semimoe {
 
@@ -97,8 +96,8 @@ class PieceNormalization {
   std::vector<float> memory_;
 };
 
-inline void normalize_all(const BatchNormKernels& kernels, const FeatureMaps& maps, Workers& workers, const void* x,
-                          const Statistics& statistics, void* y) {
+inline void normalize_all(const BatchNormKernels& kernels, const FeatureMaps& maps, const Workers& workers,
+                          const void* x, const Statistics& statistics, void* y) {
   const std::vector<float> scale = statistics.scale(maps);
   prefer_large_pages(y, maps.bytes());
   workers.each(maps.pieces, [&](std::int64_t number) {
@@ -118,7 +117,7 @@ inline void normalize_all(const BatchNormKernels& kernels, const FeatureMaps& ma
 // With given mean and inverse deviation.
 inline void batch_norm_relu_eval(const BatchNormKernels* kernels, const FeatureMaps& maps, int threads, const void* x,
                                  const Statistics& statistics, void* y) {
-  Workers workers(maps.threads(threads));
+  const Workers workers = maps.workers(threads);
   normalize_all(kernels[maps.element], maps, workers, x, statistics, y);
 }
 
@@ -126,7 +125,7 @@ inline void batch_norm_relu_eval(const BatchNormKernels* kernels, const FeatureM
 inline void batch_norm_relu_forward(const BatchNormKernels* kernels, const FeatureMaps& maps, int threads,
                                     const void* x, const float* weight, const float* bias, double eps, float* mean,
                                     float* inverse_deviation, void* y) {
-  Workers workers(maps.threads(threads));
+  const Workers workers = maps.workers(threads);
   std::vector<Moments> parts(maps.pieces * maps.interleaved);
   workers.each(maps.pieces, [&](std::int64_t number) {
     const Piece piece = maps.piece(number);
@@ -200,7 +199,7 @@ inline void batch_norm_relu_backward(const BatchNormKernels* kernels, const Feat
                                      float* grad_weight, float* grad_bias) {
   const BatchNormKernels& kernel = kernels[maps.element];
   const std::vector<float> scale = statistics.scale(maps);
-  Workers workers(maps.threads(threads));
+  const Workers workers = maps.workers(threads);
   std::vector<GradientSums> parts(maps.pieces * maps.interleaved);
   workers.each(maps.pieces, [&](std::int64_t number) {
     const Piece piece = maps.piece(number);

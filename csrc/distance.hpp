@@ -49,7 +49,7 @@ struct Labels {
 
 // Calls body(begin, end) for strips that cover [0, length).
 template <class Body>
-void for_each_strip(int length, int strip, Workers& workers, const Body& body) {
+void for_each_strip(int length, int strip, const Workers& workers, const Body& body) {
   workers.each((length + strip - 1) / strip, [&](std::int64_t i) {
     const int begin = static_cast<int>(i) * strip;
     body(begin, std::min(begin + strip, length));
@@ -65,7 +65,8 @@ struct Image {
 };
 
 // Writes the squared distances of an image with several labels, and returns the largest ones.
-inline Deepest squared_distance(const Kernels& kernels, const Image& image, Workers& workers, std::int32_t* squared) {
+inline Deepest squared_distance(const Kernels& kernels, const Image& image, const Workers& workers,
+                                std::int32_t* squared) {
   std::vector<Deepest> deepest(image.height);  // by row
   {
     const std::unique_ptr<std::uint8_t[]> gaps(new std::uint8_t[image.row(image.height)]);
@@ -109,16 +110,12 @@ template <class Body>
 void for_each_image(const Kernels& kernels, const Labels& labels, int threads, const Body& body) {
   const std::int64_t pixels = labels.pixels();
   if (labels.batch * pixels == 0) return;
-  // Threads first get whole images, which need no barrier; if threads remain, several share an image.
-  const auto useful = [](std::int64_t threads_wanted, std::int64_t work) {
-    return static_cast<int>(
-        std::clamp<std::int64_t>(work / kPixelsPerThread, 1, std::max<std::int64_t>(threads_wanted, 1)));
-  };
-  const int across = useful(std::min<std::int64_t>(threads, labels.batch), labels.batch * pixels);
-  const int within = useful(threads / across, pixels);
+  // Threads take whole images, which need no barrier, unless there are too few: then all share one after another.
+  const bool across = labels.batch >= threads || pixels < 2 * kPixelsPerThread;
+  const Workers images(across ? threads : 1, labels.batch * pixels, kPixelsPerThread);
+  const Workers workers(across ? 1 : threads, pixels, kPixelsPerThread);
   const int height = static_cast<int>(labels.height), width = static_cast<int>(labels.width);
-  Workers(across).each(labels.batch, [&](std::int64_t i) {
-    Workers workers(within);
+  images.each(labels.batch, [&](std::int64_t i) {
     const std::unique_ptr<std::uint8_t[]> marks(new std::uint8_t[pixels]);
     std::atomic<bool> differs{false};
     for_each_strip(height, kStripRows, workers, [&](int begin, int end) {
@@ -135,7 +132,7 @@ void for_each_image(const Kernels& kernels, const Labels& labels, int threads, c
 inline void squared_distance(const Kernels& kernels, const Labels& labels, std::int32_t* out, int threads) {
   check_size(labels.batch, labels.height, labels.width);
   prefer_large_pages(out, labels.batch * labels.pixels() * 4);
-  for_each_image(kernels, labels, threads, [&](std::int64_t i, const Image* image, Workers& workers) {
+  for_each_image(kernels, labels, threads, [&](std::int64_t i, const Image* image, const Workers& workers) {
     std::int32_t* squared = out + i * labels.pixels();
     if (image)
       squared_distance(kernels, *image, workers, squared);
@@ -150,7 +147,7 @@ inline void distance_targets(const Kernels& kernels, const Labels& labels, std::
   check_size(labels.batch, labels.height, labels.width);
   prefer_large_pages(sdf, labels.batch * labels.pixels() * 4);
   prefer_large_pages(boundary, labels.batch * labels.pixels());
-  for_each_image(kernels, labels, threads, [&](std::int64_t i, const Image* image, Workers& workers) {
+  for_each_image(kernels, labels, threads, [&](std::int64_t i, const Image* image, const Workers& workers) {
     const std::int64_t first = i * labels.pixels();
     if (!image) {
       std::fill_n(sdf + first, labels.pixels(), labels.starts_with_foreground(i) ? 1.0f : -1.0f);

@@ -8,11 +8,12 @@
 #include <vector>
 
 #include "batch_norm_kernels.hpp"
+#include "parallel.hpp"
 
 namespace semimoe {
 
 constexpr std::int64_t kPieceElements = 1 << 16;      // about as many as a core's caches hold
-constexpr std::int64_t kElementsPerThread = 1 << 17;  // fewer do not pay for a thread
+constexpr std::int64_t kElementsPerThread = 1 << 15;  // fewer do not pay for a thread
 
 // A part of the feature maps that is contiguous: rows of `columns` elements, and a last row of only `rest` elements.
 struct Piece {
@@ -54,10 +55,7 @@ class FeatureMaps {
   std::int64_t element_size() const { return element == kFloat32 ? 4 : 2; }
   std::int64_t bytes() const { return batch * channels * pixels * element_size(); }
 
-  // The threads that pay, of at most `most`.
-  std::int64_t threads(int most) const {
-    return std::clamp<std::int64_t>(batch * channels * pixels / kElementsPerThread, 1, std::max(most, 1));
-  }
+  Workers workers(int most) const { return Workers(most, batch * channels * pixels, kElementsPerThread); }
 
   Piece piece(std::int64_t number) const {
     const std::int64_t run = number / pieces_of_run, start = number % pieces_of_run * piece_size();

@@ -61,7 +61,7 @@ struct Block {
 template <class Body>
 void for_each_block(const Objective& objective, int threads, const Body& body) {
   const std::int64_t pixels = objective.sets.size() * objective.batch * objective.pixels;
-  Workers workers(std::clamp<std::int64_t>(pixels / kObjectivePixelsPerThread, 1, std::max(threads, 1)));
+  const Workers workers(threads, pixels, kObjectivePixelsPerThread);
   workers.each(objective.batch * objective.blocks(), [&](std::int64_t number) {
     const std::int64_t first = number % objective.blocks() * kBlockPixels;
     const int pixels = static_cast<int>(std::min<std::int64_t>(kBlockPixels, objective.pixels - first));
