@@ -53,15 +53,19 @@ def backward(
     grad_features, grad_own_rows, grad_biases = [], [], []
     grad_heads = torch.zeros_like(weights[:head_rows], dtype=dtype)
     for e, (feature, rows) in enumerate(zip(features, _stacks(weights, own_rows), strict=True)):
-        dy = x.new_zeros(batch, len(rows), height * width)
+        # A last row of ones takes the gradient of the means along in the product, which saves a pass over the features.
+        dy = x.new_zeros(batch, len(rows) + 1, height * width)
+        dy[:, -1] = 1
         if grad_projections is not None:
             dy[:, :head_rows] = grad_projections[:, e].flatten(2)
         if grad_own is not None:
-            dy[:, head_rows:] = grad_own[e].flatten(2)
-        grad_mean = x.new_zeros(batch, channels, 1)
+            dy[:, head_rows:-1] = grad_own[e].flatten(2)
+        stack = x.new_zeros(batch, len(rows) + 1, channels)
+        stack[:, :-1] = rows
         if grad_means is not None:
-            grad_mean = (grad_means[:, e, :, None] / (height * width)).to(x.dtype)
-        grad_features.append(_pixelwise(rows.to(x.dtype), dy, grad_mean, feature))
+            stack[:, -1] = grad_means[:, e] / (height * width)
+        grad_features.append(_pixelwise(stack, dy, feature))
+        dy = dy[:, :-1]
         grad_rows = (dy @ feature.flatten(2).mT).sum(0, dtype=dtype)
         grad_heads += grad_rows[:head_rows]
         grad_own_rows.append(grad_rows[head_rows:])
@@ -75,16 +79,15 @@ def _stacks(weights: Tensor, own_rows: Sequence[int]) -> Iterator[Tensor]:
     return (torch.cat([heads, rows]) for rows in own)
 
 
-def _pixelwise(rows: Tensor, dy: Tensor, grad_mean: Tensor, like: Tensor) -> Tensor:
-    """rows^T dy + grad_mean for every pixel: (B, C, H, W) in the memory layout of `like`."""
+def _pixelwise(rows: Tensor, dy: Tensor, like: Tensor) -> Tensor:
+    """rows^T dy for every pixel: (B, C, H, W) in the memory layout of `like`."""
     result = torch.empty_like(like)
     if result.is_contiguous():
-        torch.baddbmm(grad_mean, rows.mT.expand(len(dy), -1, -1), dy, out=result.view(like.shape[0], like.shape[1], -1))
+        torch.bmm(rows.mT, dy, out=result.view(like.shape[0], like.shape[1], -1))
     elif result.is_contiguous(memory_format=torch.channels_last):
-        pixels = result.permute(0, 2, 3, 1).view(like.shape[0], -1, like.shape[1])
-        torch.baddbmm(grad_mean.mT, dy.mT, rows.expand(len(dy), -1, -1), out=pixels)
+        torch.bmm(dy.mT, rows, out=result.permute(0, 2, 3, 1).view(like.shape[0], -1, like.shape[1]))
     else:
-        result.copy_((rows.mT @ dy + grad_mean).view_as(like))
+        result.copy_((rows.mT @ dy).view_as(like))
     return result
 
 
