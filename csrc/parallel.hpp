@@ -78,8 +78,8 @@ class Workers {
     const Body& body;
     const std::int64_t count;
     std::atomic<std::int64_t> next{0};
-    std::mutex mutex;
-    std::exception_ptr failure;
+    std::mutex mutex{};
+    std::exception_ptr failure{};
 
     void run() {
       try {
