@@ -227,6 +227,12 @@ class Turned(Reader):
         self.stored.close()
 
 
+def mpp_of(path: Path) -> float | None:
+    """Microns per pixel of the first image of a TIFF. Damaged tags raise almost any exception."""
+    with tifffile.TiffFile(path) as file:
+        return resolution(file.pages[0])
+
+
 def resolution(page: TiffPage) -> float | None:
     """Microns per pixel, of OME-XML, of Aperio's description or of the tags; None if they say nothing plausible."""
     description = page.description

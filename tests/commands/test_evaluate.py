@@ -132,19 +132,20 @@ def test_options_of_the_model_need_a_checkpoint() -> None:
     arguments = ["--predictions", "none", "--data", "none"]
     assert refused([*arguments, "--device", "cpu"]) == "--device is cpu, but --predictions needs no model: leave it out"
     assert "--precision is bf16, but" in refused([*arguments, "--precision", "bf16"])
+    assert "--mpp is 0.5, but" in refused([*arguments, "--mpp", "0.5"])
 
 
 def test_options_reach_the_model(of_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     class Reached(Exception):
         pass
 
-    def scored(_, __, ___, device, precision, source):
-        raise Reached(device.type, precision, source)
+    def scored(_, __, ___, device, *options):
+        raise Reached(device.type, *options)
 
     monkeypatch.setattr(evaluate, "evaluate_model", scored)
     with pytest.raises(Reached) as caught:
-        evaluate.main([*of_run, "--precision", "bf16"])
-    assert caught.value.args == ("cpu", "bf16", Path(of_run[1]))
+        evaluate.main([*of_run, "--precision", "bf16", "--scale", "0.5"])
+    assert caught.value.args == ("cpu", "bf16", Path(of_run[1]), 0.5, None)
 
 
 def test_exactly_one_source_is_given() -> None:
