@@ -28,7 +28,7 @@ from PIL import Image
 
 from semimoe_fast.data import tiff
 from semimoe_fast.data.folders import read_image
-from semimoe_fast.data.readers import Resampled, open_image
+from semimoe_fast.data.readers import Resampled, mpp_of, open_image
 from semimoe_fast.errors import UserError
 
 # -------------------------------------------------------------------------------------------------------------- layouts
@@ -174,8 +174,16 @@ def test_further_pages_are_levels_only_if_the_file_says_so(tmp_path, capfd, desc
     ],
 )
 def test_resolution_of_a_tiff(tmp_path, options, mpp):
-    with open_image(write(tmp_path / "image.tif", **options)) as reader:
-        assert reader.mpp == (mpp and pytest.approx(mpp))
+    path = write(tmp_path / "image.tif", **options)
+    with open_image(path) as reader:
+        assert reader.mpp == mpp_of(path) == (mpp and pytest.approx(mpp))
+
+
+def test_resolution_of_a_tiff_that_pillow_decodes(tmp_path):
+    """One bit per channel, which is not read by region."""
+    description = "Aperio Image Library|AppMag = 40|MPP = 0.2520"
+    path = write(tmp_path / "image.tif", GRAYS > 99, photometric="minisblack", metadata=None, description=description)
+    assert open_image(path).mpp == mpp_of(path) == 0.252
 
 
 # --------------------------------------------------------------------------------------------------------------- damage
