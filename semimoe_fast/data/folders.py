@@ -30,6 +30,7 @@ from ..errors import UserError, first_sentence, warn
 from .components import split_mask
 from .mask_values import stored_values
 from .pages import check_pages
+from .slides import each_once
 
 BITS_PER_SAMPLE = 258  # a tag of TIFF
 LARGE = 2**24  # pixels of an image that is decoded while no other large one is
@@ -171,9 +172,9 @@ def in_threads(call: Callable[[A], B], items: Sequence[A], title: str) -> list[B
 def list_images(folder: Path, kinds: str = "PNG, TIFF, BMP or JPEG", also: Collection[str] = frozenset()) -> list[Path]:
     """The image files of a folder, sorted by path. Hidden files and other files, such as Thumbs.db, are skipped.
 
-    kinds: the files that the message for an empty folder recommends. also: suffixes beside those of Pillow. Raises
-    UserError if the folder is missing, has no image, two images with the same stem, or an image name that is not a
-    regular file.
+    kinds: the files that the message for an empty folder recommends. also: suffixes beside those of Pillow, such as
+    those of slides; a slide of several files is listed once, as `slides.each_once` says. Raises UserError if the
+    folder is missing, has no image, two images with the same stem, or an image name that is not a regular file.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: create it or correct the path")
@@ -182,6 +183,7 @@ def list_images(folder: Path, kinds: str = "PNG, TIFF, BMP or JPEG", also: Colle
     paths = sorted(
         path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith(".")
     )
+    paths = each_once(paths)
     if not paths:
         raise UserError(f"{folder} holds no image: put {kinds} files there or correct the path")
     by_stem: dict[str, Path] = {}
