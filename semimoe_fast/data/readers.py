@@ -92,24 +92,6 @@ def open_image(path: Path, scale: float | None = None, mpp: float | None = None)
         raise
 
 
-def mpp_of(path: Path) -> float | None:
-    """Microns per pixel that an image file says, slides apart; None if it says nothing plausible. Decodes no pixels."""
-    try:
-        if _is_tiff(path):
-            from . import tiff
-
-            return tiff.mpp_of(path)
-        with Image.open(path) as image:
-            return plausible_mpp(25400 / image.info["dpi"][0])
-    except Exception:  # no resolution, or 0; or the file is damaged, and reading it raises the clear error
-        return None
-
-
-def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """Sides times `scale`, in whole pixels, at least 1."""
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-
-
 def _levels(path: Path) -> Sequence[Reader]:
     """The image of a file and its smaller copies, largest first. They share the file: closing the first closes it."""
     if path.suffix.lower() in SLIDES:
@@ -132,6 +114,24 @@ def _is_tiff(path: Path) -> bool:
             return file.read(4) in TIFF_SIGNATURES
     except OSError:  # decoding raises the clear error
         return False
+
+
+def mpp_of(path: Path) -> float | None:
+    """Microns per pixel that an image file says, slides apart; None if it says nothing plausible. Decodes no pixels."""
+    try:
+        if _is_tiff(path):
+            from . import tiff
+
+            return tiff.mpp_of(path)
+        with Image.open(path) as image:
+            return plausible_mpp(25400 / image.info["dpi"][0])
+    except Exception:  # no resolution, or 0; or the file is damaged, and reading it raises the clear error
+        return None
+
+
+def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Sides times `scale`, in whole pixels, at least 1."""
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def _decoded(path: Path, reason: str = "") -> ArrayReader:

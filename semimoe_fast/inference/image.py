@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checkpoint import MOST_PIXELS, Preprocessing
 from ..data import augment
 from ..data.folders import resize_image
-from ..data.readers import SLIDES, ArrayReader, Reader, Resampled, open_image, scaled_size
+from ..data.readers import SLIDES, ArrayReader, Reader, Resampled, open_image
 from ..device import Precision, autocast
 from ..errors import UserError
 from ..model import STRIDE, SemiMoE
@@ -113,7 +113,7 @@ def open_for(
     if full.path is None:
         if scale is None:
             raise ValueError("pixels in memory have no microns per pixel: give scale")
-        resampled = Resampled(full, scaled_size(full.size, scale))
+        resampled = Resampled(full, tuple(max(1, round(side * scale)) for side in full.size))
         resampled.full_size = full.size
         return resampled
     full.close()

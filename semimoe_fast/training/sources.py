@@ -89,25 +89,30 @@ def scale_of(config: TrainConfig, parts: Parts) -> Scale:
     labeled files in the median, None unless all of them say theirs. The validation images are read at them, as
     `predict` reads images. Raises UserError for a file that does not say its resolution, with --mpp.
     """
-    files = {part: [pair.image for pair in list_pairs(config.data, part, with_masks=False)] for part in parts if part}
-    microns = {path: mpp_of(path) for part in files for path in files[part]}
-    labeled = [microns[path] for path in files[parts.labeled]]
+    labeled = microns_of(config.data, parts.labeled)
     if config.mpp is not None:
-        for path, own in microns.items():
-            if own is None:
-                raise UserError(
-                    f"{path} does not say how large its pixels are, which --mpp needs: save it with its resolution "
-                    "(TIFF tags, OME-XML, dpi of a PNG), or leave out --mpp"
-                )
-        return Scale(
-            statistics.median(own / config.mpp for own in labeled), config.mpp, note(microns.values(), config.mpp)
-        )
+        every = [own for part in parts if part for own in microns_of(config.data, part, required=True)]
+        return Scale(statistics.median(labeled) / config.mpp, config.mpp, note(every, config.mpp))
     known = None if None in labeled else statistics.median(labeled)
     if config.sampling == "crops":
-        return Scale(1.0, known, note((microns[path] for path in files[parts.val]), known))
-    sides = (side for path in files[parts.labeled] for side in read_header(path))
+        return Scale(1.0, known, note(microns_of(config.data, parts.val), known))
+    sides = [
+        side for pair in list_pairs(config.data, parts.labeled, with_masks=False) for side in read_header(pair.image)
+    ]
     scale = statistics.median(config.image_size / side for side in sides)
     return Scale(scale, known and known / scale)
+
+
+def microns_of(root: Path, part: str, required: bool = False) -> list[float | None]:
+    """Microns per pixel of each image of a part. required: raise UserError for the first one that does not say so."""
+    microns = {pair.image: mpp_of(pair.image) for pair in list_pairs(root, part, with_masks=False)}
+    for path, own in microns.items() if required else ():
+        if own is None:
+            raise UserError(
+                f"{path} does not say how large its pixels are, which --mpp needs: save it with its resolution (TIFF "
+                "tags, OME-XML, dpi of a PNG), or leave out --mpp"
+            )
+    return list(microns.values())
 
 
 def note(microns: Iterable[float | None], mpp: float | None) -> str | None:
