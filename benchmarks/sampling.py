@@ -22,11 +22,11 @@ from torch import Tensor
 
 from semimoe_fast import checkpoint, synthetic, train
 from semimoe_fast.checkpoint import Preprocessing
-from semimoe_fast.data.folders import list_pairs, read_image, read_instances, resize_image
+from semimoe_fast.data.folders import list_pairs, read_instances
 from semimoe_fast.evaluation import object_scores
-from semimoe_fast.evaluation.whole import predict_whole
-from semimoe_fast.inference import instances_of
-from semimoe_fast.inference.predictor import GATED, foreground, predict, resize_field
+from semimoe_fast.evaluation.whole import at_full_size, predict_whole
+from semimoe_fast.inference import instances_of, open_for
+from semimoe_fast.inference.predictor import GATED
 from semimoe_fast.model import SemiMoE
 from semimoe_fast.training.config import SYNTHETIC, TrainConfig
 from semimoe_fast.training.run_folder import LAST
@@ -59,13 +59,11 @@ def configuration(data: Path, out: Path, image_size: int, steps: int, seed: int,
     )
 
 
-def probabilities(model: SemiMoE, image: np.ndarray, preprocessing: Preprocessing) -> dict[str, Tensor]:
-    """Foreground probabilities (H, W) of each predictor at the size of the image."""
-    if preprocessing.sampling == "crops":
-        return predict_whole(model, torch.from_numpy(image), preprocessing, CPU)
-    square = resize_image(image, preprocessing.image_size, preprocessing.antialias)
-    fields = foreground(predict(model, square.permute(1, 2, 0).numpy(), preprocessing, CPU), model.expert_tasks)
-    return {name: resize_field(field, image.shape[:2])[0] for name, field in fields.items()}
+def probabilities(model: SemiMoE, path: Path, preprocessing: Preprocessing) -> dict[str, Tensor]:
+    """Foreground probabilities (H, W) of each predictor at the size of an image."""
+    with open_for(path, preprocessing) as image:
+        fields = predict_whole(model, image, preprocessing, CPU)
+        return {name: at_full_size(image, field[None])[0] for name, field in fields.items()}
 
 
 def score(path: Path, data: Path) -> tuple[float, float]:
@@ -76,7 +74,7 @@ def score(path: Path, data: Path) -> tuple[float, float]:
     f1 = []
     for pair in list_pairs(data, "val", with_masks=True):
         truth = read_instances(pair.mask)
-        found = probabilities(model, read_image(pair.image), preprocessing)
+        found = probabilities(model, pair.image, preprocessing)
         mask, sdf = (found[GATED] > 0.5).numpy(), (2 * found["sdf expert"] - 1).numpy()
         common += 2 * int((mask & (truth != 0)).sum())
         total += int(mask.sum()) + int((truth != 0).sum())

@@ -58,8 +58,8 @@ class Preprocessing(NamedTuple):
     std: Channels
     ring_radius: float = 2.0  # in pixels
     instances: bool = False  # the masks are instance maps; older checkpoints do not store it
-    sampling: Sampling = "resize"  # of training images: whole ones as squares, or crops at their own scale
-    antialias: bool = False  # images are shrunk with antialiasing
+    sampling: Sampling = "resize"  # of training images: whole ones as squares, or crops at their own scale or at mpp
+    antialias: bool = False  # training images are shrunk with antialiasing
     scale: float | None = None  # pixels of the model per pixel of a training file, median of both sides
     mpp: float | None = None  # microns per pixel of the model's images, if the training files say so
 

@@ -20,6 +20,7 @@ from .evaluation.files import Evaluation, evaluate_files, evaluate_model, match_
 from .evaluation.page import page
 from .evaluation.tables import as_csv, as_json, as_text, notes, tables
 from .inference.predictor import require_mask
+from .inference.scale import check_scale
 from .options import read_options
 from .training.config import CONFIG_FILE, read_config
 from .training.run_folder import METRICS_FILE
@@ -59,6 +60,10 @@ class ComputingOptions:
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
     """auto: bf16 autocast on CUDA, fp32 on the CPU."""
+    scale: Annotated[float | None, "FLOAT", "that of the checkpoint"] = None
+    """Predict in tiles at so many pixels of the model per pixel of the image."""
+    mpp: Annotated[float | None, "MICRONS", "that of the checkpoint"] = None
+    """Predict in tiles at so many microns per pixel; the files must say their resolution."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +74,10 @@ class EvaluateConfig(ComputingOptions, OutputOptions, InputOptions):  # fields a
     are compared at the size of the images' files. A file with several values in its foreground is an instance map,
     and each value is an object; a file with one value is a mask, and its objects are its 8-connected components.
 
-    A checkpoint is scored at threshold 0.5 and, as the published code reports it, at the swept threshold: the one with
-    the best Jaccard on these same images. Its experts' own masks get pixel scores (of the sdf expert, pixels with a
-    positive distance; of the boundary expert, its ring against the true ring).
+    A checkpoint predicts at the scale at which `predict` does. It is scored at threshold 0.5 and, as the published
+    code reports it, at the swept threshold: the one with the best Jaccard on these same images. Its experts' own masks
+    get pixel scores (of the sdf expert, pixels with a positive distance; of the boundary expert, its ring against the
+    true ring).
     """
 
 
@@ -84,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for field in dataclasses.fields(ComputingOptions):
             if (value := getattr(config, field.name)) != field.default:
                 raise UserError(f"--{field.name} is {value}, but --predictions needs no model: leave it out")
+    check_scale(config.scale, config.mpp)
     outputs = {"--csv": config.csv, "--json": config.json, "--report": config.report}
     outputs = {option: path for option, path in outputs.items() if path is not None}
     for option, path in outputs.items():
@@ -102,7 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         require_mask(config.checkpoint, model)
         preprocessing = Preprocessing.of(config.checkpoint, metadata)
         curves = None if config.report is None else curves_of(config.checkpoint, metadata, model.tasks)
-        evaluation = evaluate_model(model, pairs, preprocessing, device, config.precision, config.checkpoint)
+        evaluation = evaluate_model(
+            model, pairs, preprocessing, device, config.precision, config.checkpoint, config.scale, config.mpp
+        )
 
     for option, path in outputs.items():
         text = text_of(option, config, evaluation, curves)
@@ -143,6 +152,7 @@ def text_of(option: str, config: EvaluateConfig, evaluation: Evaluation, curves:
     kind = "checkpoint" if config.checkpoint else "predictions"
     about = {kind: source, "data": config.data, "part": config.part}
     about = {name: one_line(str(value)) for name, value in about.items()}
+    about |= {name: value for name in ("scale", "mpp") if (value := getattr(config, name)) is not None}
     return json.dumps(about | as_json(evaluation), indent=2, allow_nan=False) + "\n"
 
 

@@ -52,7 +52,7 @@ def train(arguments: Sequence[str] | TrainConfig | None, lock: FolderLock) -> Ru
         else:
             run = Run.start(config, data, val, device, world, lock)
         if world.is_main:
-            print(f"{settings}; {run.trainer.settings}", flush=True)
+            print(f"{settings}; {run.trainer.settings}", *filter(None, [data.note]), sep="\n", flush=True)
         remedy = f"continue with: {world.command} --resume {run.folder}"
         with Interruption(world) as interruption, world.exit_on_lost_rank(remedy):
             try:

@@ -32,7 +32,7 @@ class Strengths:
     """The largest change of each kind; 0 is none."""
 
     stain: float = 0.0  # relative change of the amounts of both stains, and shift in units of optical density
-    brightness: float = 0.0  # relative change, below 1
+    brightness: float = 0.0  # relative change, up to 1
     blur: float = 0.0  # standard deviation of the Gaussian in pixels
     noise: float = 0.0  # standard deviation in units of the full range 255
 

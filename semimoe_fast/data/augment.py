@@ -46,15 +46,16 @@ def apply(
 
 
 def resample(
-    images: Tensor, masks: Tensor | None, augmentation: Augmentation, size: int
+    images: Tensor, masks: Tensor | None, augmentation: Augmentation, size: int, centered: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Crop, resize, transpose and flip images, uint8 (B, 3, L, L), and masks (B, L, L) of any dtype on their device.
 
     Images are resized as by OpenCV's INTER_LINEAR (bilinear, half-pixel centers, clamped to the crop, no antialiasing)
-    and masks as by INTER_NEAREST (pixel i takes pixel floor(i * extent / size)). size: S, side of the results in
-    pixels. Returns images, float32 (B, 3, S, S) in [0, 255], and masks (B, S, S) of the given dtype, or None without
-    masks. Does not synchronize with the device. Raises ValueError if images are not square or do not match masks or
-    augmentation.
+    and masks as by INTER_NEAREST: pixel i takes pixel floor(i * extent / size), which lies about half a pixel before
+    its image. centered: pixel i of a mask takes the pixel that holds its center, floor((i + 1/2) * extent / size).
+    size: S, side of the results in pixels. Returns images, float32 (B, 3, S, S) in [0, 255], and masks (B, S, S) of the
+    given dtype, or None without masks. Does not synchronize with the device. Raises ValueError if images are not square
+    or do not match masks or augmentation.
     """
     batch, _, side, width = images.shape
     if side != width:
@@ -69,7 +70,7 @@ def resample(
     grid = torch.stack([column, row], -1) * (2 / side) + (1 / side - 1)  # grid_sample's units: -1 and 1 are the edges
     sampled = functional.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     if masks is not None:
-        row, column = _sources(augmentation, _nearest(augmentation.extent, size))
+        row, column = _sources(augmentation, _nearest(augmentation.extent, size, centered))
         masks = masks[torch.arange(batch, device=masks.device)[:, None, None], row, column]
     return sampled, masks
 
@@ -96,9 +97,10 @@ def _linear(extent: Tensor, size: int) -> Tensor:
     return position.clamp(min=0).minimum(extent - 1)
 
 
-def _nearest(extent: Tensor, size: int) -> Tensor:
+def _nearest(extent: Tensor, size: int, centered: bool) -> Tensor:
     """Indices in a crop of side `extent` (B,) that the pixels of the resized crop copy, int64 (B, size)."""
-    return torch.arange(size, device=extent.device) * extent[:, None] // size
+    position = 2 * torch.arange(size, device=extent.device) + int(centered)  # in half pixels
+    return position * extent[:, None] // (2 * size)
 
 
 def _sources(augmentation: Augmentation, position: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,8 +32,10 @@ from torch import Tensor
 
 from ..checkpoint import write_atomically
 from ..errors import UserError, warn
-from .folders import Dataset, Pair, in_threads, list_pairs, read_header, read_pair, read_pairs, read_whole
+from .folders import Dataset, Pair, in_threads, list_pairs, read_header, read_pair, read_pairs
 from .ragged import Ragged, read_ragged, starts_of
+from .readers import mpp_of
+from .scaled import read_scaled, size_at
 
 FORMAT = 3  # increase it when the decoded values or the file format change
 DTYPES = {torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64"}  # as safetensors names them
@@ -59,9 +61,12 @@ class Cache:
         pairs = list_pairs(root, part, with_masks)
         return self._load(Entry(pairs, size, "", instances and with_masks, antialias), part)
 
-    def load_whole(self, root: Path, part: str, with_masks: bool, instances: bool = False) -> Ragged:
+    def load_whole(
+        self, root: Path, part: str, with_masks: bool, instances: bool = False, mpp: float | None = None
+    ) -> Ragged:
         """Same values and errors as `ragged.load_whole`."""
-        return self._load(RaggedEntry(list_pairs(root, part, with_masks), None, "", instances and with_masks), part)
+        pairs = list_pairs(root, part, with_masks)
+        return self._load(RaggedEntry(pairs, None, "", instances and with_masks, mpp=mpp), part)
 
     def _load(self, entry: Entry, part: str) -> Any:
         """The decoded images of an entry whose key is yet unknown."""
@@ -121,6 +126,7 @@ class Entry:
     key: str
     instances: bool = False
     antialias: bool = False
+    mpp: float | None = None  # microns a pixel at which images of any size are read
 
     def read(self, path: Path) -> Any:
         """Map the file; None if any bit differs from what `write` wrote. Raises OSError.
@@ -190,7 +196,7 @@ class Entry:
             return [pair.image.stem, *(None if path is None else _digest(path) for path in pair)]
 
         decoders = [PIL.__version__, torch.__version__]  # pixels of JPEGs and resized images may differ by version
-        variants = {"instance maps": self.instances, "antialias": self.antialias}
+        variants = {"instance maps": self.instances, "antialias": self.antialias, f"{self.mpp} microns": self.mpp}
         content = [FORMAT, *decoders, self.size, in_threads(digests, self.pairs, title)]
         content += [name for name, wanted in variants.items() if wanted]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -250,7 +256,9 @@ class RaggedEntry(Entry):
 
     @cached_property
     def header_sizes(self) -> Tensor:
-        return torch.tensor([read_header(pair.image)[:2] for pair in self.pairs])
+        if self.mpp is None:
+            return torch.tensor([read_header(pair.image) for pair in self.pairs])
+        return torch.tensor([size_at(read_header(image), mpp_of(image), self.mpp) for image, _ in self.pairs])
 
     @cached_property
     def starts(self) -> Tensor:
@@ -266,11 +274,11 @@ class RaggedEntry(Entry):
         }
 
     def decode(self, title: str) -> Ragged:
-        return read_ragged(self.pairs, title, self.instances)
+        return read_ragged(self.pairs, title, self.instances, self.mpp)
 
     def decoded(self, row: int) -> Iterator[tuple[str, int, np.ndarray]]:
         pair, first = self.pairs[row], int(self.starts[row])
-        image, mask = read_whole(pair, self.instances)
+        image, mask = read_scaled(pair, self.instances, self.mpp)
         height, width = image.shape[:2]
         if height * width != (area := int(self.header_sizes[row].prod())):
             raise UserError(f"{pair.image} has {height * width} pixels but its header says {area}: save it as a PNG")

@@ -12,12 +12,12 @@ import math
 import os
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from ..errors import UserError, first_sentence, warn
 from .components import split_mask
 from .mask_values import stored_values
 from .pages import check_pages
+from .slides import each_once
 
 BITS_PER_SAMPLE = 258  # a tag of TIFF
 LARGE = 2**24  # pixels of an image that is decoded while no other large one is
@@ -122,17 +123,18 @@ def read_pair(pair: Pair, size: int, instances: bool = False, antialias: bool = 
     The mask is uint8 0/1, or int32 ids with `instances`. Threads decode large images one after another, so that
     memory holds one of them. Raises UserError as `read_whole` does.
     """
-    with _one_at_a_time if _is_large(pair.image) else nullcontext():
+    with alone_if_large(pair.image):
         image, mask = read_whole(pair, instances)
         return resize_image(image, size, antialias), None if mask is None else resize_mask(mask, size)
 
 
-def _is_large(path: Path) -> bool:
+def alone_if_large(path: Path) -> AbstractContextManager[Any]:
+    """A block in which a thread decodes a large image while no other thread does; small images have company."""
     try:
-        header = read_header(path)
+        height, width = read_header(path)
     except UserError:  # decoding raises the clear error
-        return False
-    return header.height * header.width > LARGE
+        return nullcontext()
+    return _one_at_a_time if height * width > LARGE else nullcontext()
 
 
 def read_whole(pair: Pair, instances: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
@@ -145,13 +147,13 @@ def read_whole(pair: Pair, instances: bool = False) -> tuple[np.ndarray, np.ndar
     if pair.mask is None:
         return image, None
     mask = read_instances(pair.mask) if instances else read_mask(pair.mask)
-    require_size(pair.mask, mask, pair.image, image)
+    require_size(pair.mask, mask, pair.image, image.shape[:2])
     return image, mask
 
 
-def require_size(path: Path, labels: np.ndarray, image_path: Path, image: np.ndarray) -> None:
-    """Raise UserError if labels (H, W) do not have the size of their image (H, W, 3)."""
-    (height, width), (rows, columns) = image.shape[:2], labels.shape
+def require_size(path: Path, labels: np.ndarray, image_path: Path, size: tuple[int, int]) -> None:
+    """Raise UserError if labels do not have the size (H, W) of their image."""
+    (height, width), (rows, columns) = size, labels.shape
     if (height, width) != (rows, columns):
         raise UserError(
             f"{image_path} is {width} x {height} pixels but {path} is {columns} x {rows}: give it the size of its image"
@@ -170,9 +172,9 @@ def in_threads(call: Callable[[A], B], items: Sequence[A], title: str) -> list[B
 def list_images(folder: Path, kinds: str = "PNG, TIFF, BMP or JPEG", also: Collection[str] = frozenset()) -> list[Path]:
     """The image files of a folder, sorted by path. Hidden files and other files, such as Thumbs.db, are skipped.
 
-    kinds: the files that the message for an empty folder recommends. also: suffixes beside those of Pillow. Raises
-    UserError if the folder is missing, has no image, two images with the same stem, or an image name that is not a
-    regular file.
+    kinds: the files that the message for an empty folder recommends. also: suffixes beside those of Pillow, such as
+    those of slides; a slide of several files is listed once, as `slides.each_once` says. Raises UserError if the
+    folder is missing, has no image, two images with the same stem, or an image name that is not a regular file.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: create it or correct the path")
@@ -181,6 +183,7 @@ def list_images(folder: Path, kinds: str = "PNG, TIFF, BMP or JPEG", also: Colle
     paths = sorted(
         path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith(".")
     )
+    paths = each_once(paths)
     if not paths:
         raise UserError(f"{folder} holds no image: put {kinds} files there or correct the path")
     by_stem: dict[str, Path] = {}
@@ -217,19 +220,14 @@ def too_deep(path: Path, depth: str) -> UserError:
     return UserError(f"{path} has more than 8 bits per channel ({depth}): save it as 8-bit RGB")
 
 
-class Header(NamedTuple):
-    """What the header of an image file says, without its EXIF orientation."""
+def read_header(path: Path) -> tuple[int, int]:
+    """Height and width of an image file of any format of Pillow, without its EXIF orientation.
 
-    height: int
-    width: int
-    dpi: float | None  # horizontal resolution, None or 0 if unknown
-
-
-def read_header(path: Path) -> Header:
-    """The header of an image file of any format of Pillow. Raises UserError if Pillow cannot read it."""
+    Raises UserError if Pillow cannot read it.
+    """
     try:
         with path.open("rb") as file, Image.open(file) as image:
-            return Header(image.height, image.width, image.info.get("dpi", [None])[0])
+            return image.height, image.width
     except Exception as error:  # for a damaged file Pillow's decoders raise almost any exception
         raise UserError(f"{path} cannot be read as an image ({first_sentence(error)}): replace or remove it") from error
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .folders import Dataset, Pair, in_threads, list_pairs, read_whole
+from .folders import Dataset, Pair, in_threads, list_pairs
+from .scaled import read_scaled
 
 
 @dataclass
@@ -100,14 +101,17 @@ def starts_of(sizes: Tensor) -> Tensor:
     return areas.cumsum(0) - areas
 
 
-def load_whole(root: Path, part: str, with_masks: bool, instances: bool = False) -> Ragged:
-    """Read ROOT/PART as it is, without resizing. Options and errors are those of `folders.load_part`."""
-    return read_ragged(list_pairs(root, part, with_masks), part, instances)
+def load_whole(root: Path, part: str, with_masks: bool, instances: bool = False, mpp: float | None = None) -> Ragged:
+    """Read ROOT/PART as it is, or at `mpp` microns a pixel as `read_scaled` does.
+
+    The other options and the errors are those of `folders.load_part`.
+    """
+    return read_ragged(list_pairs(root, part, with_masks), part, instances, mpp)
 
 
-def read_ragged(pairs: Sequence[Pair], title: str, instances: bool = False) -> Ragged:
+def read_ragged(pairs: Sequence[Pair], title: str, instances: bool = False, mpp: float | None = None) -> Ragged:
     """Decode files in memory and show a progress bar. Raises UserError as `folders.read_whole` does."""
-    images, masks = zip(*in_threads(lambda pair: read_whole(pair, instances), pairs, title), strict=True)
+    images, masks = zip(*in_threads(lambda pair: read_scaled(pair, instances, mpp), pairs, title), strict=True)
     sizes = torch.tensor([image.shape[:2] for image in images])
     return Ragged(
         pixels=torch.from_numpy(np.concatenate([image.reshape(-1, 3) for image in images])),

@@ -116,20 +116,36 @@ def _is_tiff(path: Path) -> bool:
         return False
 
 
+def mpp_of(path: Path) -> float | None:
+    """Microns per pixel that an image file says, slides apart; None if it says nothing plausible. Decodes no pixels."""
+    try:
+        if _is_tiff(path):
+            from . import tiff
+
+            return tiff.mpp_of(path)
+        with Image.open(path) as image:
+            return plausible_mpp(25400 / image.info["dpi"][0])
+    except Exception:  # no resolution, or 0; or the file is damaged, and reading it raises the clear error
+        return None
+
+
+def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Sides times `scale`, in whole pixels, at least 1."""
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
 def _decoded(path: Path, reason: str = "") -> ArrayReader:
     """An image that Pillow decodes as a whole, because its format or the reason in parentheses leaves no other way."""
-    mpp = None
     try:
-        with Image.open(path) as image:
-            mpp = plausible_mpp(25400 / image.info["dpi"][0])
+        Image.open(path).close()
     except Image.DecompressionBombError as error:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise UserError(
             f"{path} has more than {most:,} pixels and cannot be read by region{reason}: save it as a tiled TIFF"
         ) from error
-    except Exception:  # no resolution, or 0; or Pillow cannot read the file, and read_image raises the clear error
+    except Exception:  # Pillow cannot read the file, and read_image raises the clear error
         pass
-    return ArrayReader(read_image(path), path, mpp)
+    return ArrayReader(read_image(path), path, mpp_of(path))
 
 
 def _at_scale(levels: Sequence[Reader], scale: float | None, mpp: float | None) -> Reader:
@@ -144,7 +160,7 @@ def _at_scale(levels: Sequence[Reader], scale: float | None, mpp: float | None) 
         scale = full.mpp / mpp
     if scale is None:
         return full
-    size = tuple(max(1, round(side * scale)) for side in full.size)
+    size = scaled_size(full.size, scale)
     enough = [level for level in levels if min(np.divide(level.size, size)) > 1 - SAME]
     reader = enough[-1] if enough else full
     same = reader.size == size if mpp is None else abs(reader.mpp / mpp - 1) < SAME

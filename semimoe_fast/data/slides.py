@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +13,8 @@ from ..errors import UserError, first_sentence
 from .regions import Reader, plausible_mpp
 
 MOST_TILE_PIXELS = 2**28
+INDEXES = ".vms", ".vmu"  # suffixes of files that name the images of their slide
+MOST_INDEX_BYTES = 2**20
 
 
 def library() -> ModuleType:
@@ -24,6 +26,41 @@ def library() -> ModuleType:
             f"slides need OpenSlide ({first_sentence(error)}): pip install openslide-python openslide-bin"
         ) from error
     return openslide
+
+
+def each_once(paths: Sequence[Path]) -> list[Path]:
+    """The files of a folder without those that belong to the slide of another one.
+
+    A .vms or .vmu file names the images that belong to its slide. The .dcm files of a series are one slide, for which
+    the first one stands. Other formats have one file a slide beside a folder, or alone. Raises UserError for several
+    .dcm files without OpenSlide, which tells their series.
+    """
+    parts = set[str]().union(*(_named_in(path) for path in paths if path.suffix.lower() in INDEXES and path.is_file()))
+    dicom = [path for path in paths if path.suffix.lower() == ".dcm" and path.is_file()]
+    found: set[str] = set()
+    for path in dicom if len(dicom) > 1 else ():
+        series = _series_of(path)
+        if series in found:
+            parts.add(path.name)
+        found.add(series or path.name)
+    return [path for path in paths if path.name not in parts]
+
+
+def _named_in(index: Path) -> set[str]:
+    """The values of a .vms or .vmu file, lines of key=value, among which are the names of the files of its slide."""
+    with index.open("rb") as file:
+        lines = file.read(MOST_INDEX_BYTES).decode("utf-8", "surrogateescape").splitlines()
+    return {line.partition("=")[2].strip() for line in lines}
+
+
+def _series_of(path: Path) -> str | None:
+    """What the .dcm files of a slide have in common; None if the file cannot be read, which opening it explains."""
+    openslide = library()
+    try:
+        with openslide.OpenSlide(path) as slide:
+            return slide.properties.get("dicom.SeriesInstanceUID")
+    except Exception:  # OpenSlideError, OSError, and others of damaged files
+        return None
 
 
 def open_levels(path: Path) -> list[Reader]:

@@ -1,6 +1,7 @@
 """Read 8-bit TIFF files by region: only the tiles or strips that a region touches are read and decoded.
 
-tifffile reads the tags and decodes single tiles. Pyramids are the reduced copies in SubIFDs or in further pages.
+tifffile reads the tags and decodes single tiles. Pyramids are the reduced copies in SubIFDs or in further pages that
+say so; Aperio's pages do not, but are known by the description of the first one.
 """
 
 from __future__ import annotations
@@ -226,6 +227,12 @@ class Turned(Reader):
         self.stored.close()
 
 
+def mpp_of(path: Path) -> float | None:
+    """Microns per pixel of the first image of a TIFF. Damaged tags raise almost any exception."""
+    with tifffile.TiffFile(path) as file:
+        return resolution(file.pages[0])
+
+
 def resolution(page: TiffPage) -> float | None:
     """Microns per pixel, of OME-XML, of Aperio's description or of the tags; None if they say nothing plausible."""
     description = page.description
@@ -307,7 +314,12 @@ def _further_pages(path: Path, tiff: tifffile.TiffFile) -> Iterator[TiffPage]:
 
 
 def _is_level(first: TiffPage, page: TiffPage) -> bool:
-    """Whether a page is a smaller copy of the first: of its kind and of its shape, to a pixel of rounding."""
+    """Whether a page is a smaller copy of the first: of its kind and of its shape, to a pixel of rounding.
+
+    A further page must be flagged as reduced, or be Aperio's. Other pages of a smaller size may show anything.
+    """
+    if not (page.is_subifd or page.is_reduced or first.is_svs):
+        return False
     kind = ("dtype", "photometric", "samplesperpixel", "compression", "is_tiled")
     smaller = 0 < page.imagewidth < first.imagewidth and page.imagelength > 0
     if not smaller or any(getattr(page, name) != getattr(first, name) for name in kind):

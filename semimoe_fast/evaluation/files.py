@@ -16,14 +16,17 @@ from .. import functional as F
 from ..checkpoint import Preprocessing
 from ..data.components import components
 from ..data.folders import Pair, match, read_image, read_instances, require_size, resize_mask
+from ..data.readers import Reader
+from ..data.resampling import nearest
 from ..device import Precision
 from ..errors import UserError, one_line, warn
-from ..inference.predictor import GATED, foreground, is_boundary, predict, resize_field
+from ..inference.image import Squashed, open_for
+from ..inference.predictor import GATED, is_boundary
 from ..model import SemiMoE
 from . import metrics
 from .images import ImageScores, score_images
 from .summary import Summary, summarize
-from .whole import predict_whole
+from .whole import at_full_size, predict_whole
 
 FILES = "predictions"  # name of the predictor whose masks are read from files
 MOST_PARTS = 3  # of an object; more are rare, even where an image cuts it or resizing tears it
@@ -63,40 +66,44 @@ def evaluate_model(
     device: torch.device,
     precision: Precision = "auto",
     source: Path | str = "the model",
+    scale: float | None = None,
+    mpp: float | None = None,
 ) -> Evaluation:
     """Score the gated mask at threshold 0.5 and at the swept threshold, and count the pixels of all predictors.
 
-    Probabilities are resized to the size of the image, as predict does it. Only the boundary expert is compared
-    at the training size, at which the width of its ring is defined. A model of crops predicts the image at its own
-    scale in tiles, and nothing is resized. The model is in eval mode afterwards.
+    Images are predicted as `predict` does it, which takes the same scale and mpp, and the probabilities are resized to
+    the size of the image. Only the boundary expert is compared at the size at which the model works, where the width of
+    its ring is defined. Warns of images that are resampled. The model is in eval mode afterwards.
     Raises UserError, which names the `source` of the model, for probabilities that are not finite; for files that
     cannot be read, and for masks that differ in size from their image.
     """
     model.eval()
-    truths, levels, counts = [], [], {}
+    truths, levels, counts, remarks = [], [], {}, []
     for pair in tqdm(pairs, "evaluate"):
-        image, truth = read_image(pair.image), read_instances(pair.mask)
-        require_size(pair.mask, truth, pair.image, image)
-        for name, probability in _probabilities(model, image, preprocessing, device, precision).items():
+        truth = read_instances(pair.mask)
+        with open_for(pair.image, preprocessing, scale, mpp) as image:
+            require_size(pair.mask, truth, pair.image, image.full_size)
+            probabilities = predict_whole(model, image, preprocessing, device, precision)
+        remarks += [image.note] if image.note else []
+        for name, probability in probabilities.items():
             if not probability.isfinite().all():
                 raise UserError(
                     f"{source} gives {pair.image} probabilities that are not finite ({name}): take the checkpoint of "
                     "an earlier epoch, or try --precision fp32"
                 )
             if is_boundary(name):
-                labels = torch.from_numpy(truth)
-                if preprocessing.sampling == "resize":
-                    labels = resize_mask(truth, preprocessing.image_size)
-                _, mask = F.distance_targets(labels[None], preprocessing.ring_radius, instances=preprocessing.instances)
+                labels, field = _labels_for(image, truth)[None], probability[None]
+                _, mask = F.distance_targets(labels, preprocessing.ring_radius, instances=preprocessing.instances)
             else:
-                mask = torch.from_numpy(truth != 0)[None]
-                probability = resize_field(probability, truth.shape)
-            exceeded = metrics.levels(probability)
+                mask, field = torch.from_numpy(truth != 0)[None], at_full_size(image, probability[None])
+            exceeded = metrics.levels(field.to(device))
             counts.setdefault(name, []).append(metrics.count_levels(exceeded, mask.to(device)).cpu())
             if name == GATED:
                 levels.append(exceeded[0].to(torch.uint8).cpu().numpy())
         truths.append(truth)
     _warn_of_gray_values((pair.mask for pair in pairs), truths)
+    if remarks:
+        warn(f"{remarks[0]}{_and_more(remarks)}")
     counts = {name: torch.cat(parts) for name, parts in counts.items()}
     best = metrics.score(counts[GATED].sum(0)).swept_threshold
     variants = []
@@ -107,14 +114,11 @@ def evaluate_model(
     return Evaluation(list(pairs), [image > metrics.HALF for image in levels], truths, variants, counts)
 
 
-def _probabilities(
-    model: SemiMoE, image: np.ndarray, preprocessing: Preprocessing, device: torch.device, precision: Precision
-) -> dict[str, Tensor]:
-    """Foreground probabilities (1, H, W) of all predictors, at the size of the image or at the training size."""
-    if preprocessing.sampling == "resize":
-        return foreground(predict(model, image, preprocessing, device, precision), model.expert_tasks)
-    whole = predict_whole(model, torch.from_numpy(image), preprocessing, device, precision)
-    return {name: probability[None].to(device) for name, probability in whole.items()}
+def _labels_for(image: Reader, truth: np.ndarray) -> Tensor:
+    """The truth at the size at which an image is predicted, resized as the masks of training are."""
+    if isinstance(image, Squashed):
+        return resize_mask(truth, image.size[0])
+    return torch.from_numpy(nearest(truth, image.size))
 
 
 def evaluate_files(pairs: Sequence[Pair], folder: Path) -> Evaluation:
@@ -126,8 +130,8 @@ def evaluate_files(pairs: Sequence[Pair], folder: Path) -> Evaluation:
     for pair, path in zip(tqdm(pairs, "evaluate"), paths, strict=True):
         truth, prediction = read_instances(pair.mask), read_instances(path)
         image = read_image(pair.image)
-        require_size(pair.mask, truth, pair.image, image)
-        require_size(path, prediction, pair.image, image)
+        require_size(pair.mask, truth, pair.image, image.shape[:2])
+        require_size(path, prediction, pair.image, image.shape[:2])
         truths.append(truth)
         predictions.append(prediction)
     _warn_of_gray_values((pair.mask for pair in pairs), truths)
@@ -145,8 +149,12 @@ def _warn_of_gray_values(paths: Iterable[Path], maps: Sequence[np.ndarray]) -> N
     """Warn of the first map whose values are scattered: they are gray values or classes rather than ids of objects."""
     found = [path for path, labels in zip(paths, maps, strict=True) if _scattered(labels)]
     if found:
-        number = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        warn(f"{found[0]}{number} looks like gray values or classes, not ids of objects: threshold it first")
+        warn(f"{found[0]}{_and_more(found)} looks like gray values or classes, not ids of objects: threshold it first")
+
+
+def _and_more(found: Sequence[object]) -> str:
+    """What follows the first of several things in a message."""
+    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
 
 
 def _scattered(labels: np.ndarray) -> bool:

@@ -12,6 +12,7 @@ from ..checkpoint import Preprocessing
 from ..data import augment
 from ..data.folders import Dataset
 from ..data.ragged import Ragged
+from ..data.readers import ArrayReader
 from ..device import Precision, autocast
 from ..inference.predictor import foreground, is_boundary
 from ..model import STRIDE, SemiMoE
@@ -69,7 +70,8 @@ def _whole(
     if not len(dataset):  # a process without images still takes part in the sums of all predictors
         yield from _squares(model, dataset.centers(STRIDE), preprocessing, device, precision, 1)
     for index in range(len(dataset)):
-        probabilities = predict_whole(model, dataset.image(index), preprocessing, device, precision)
+        image = ArrayReader(dataset.image(index).numpy())
+        probabilities = predict_whole(model, image, preprocessing, device, precision)
         yield (
             {name: field[None].to(device) for name, field in probabilities.items()},
             dataset.mask(index)[None].to(device),

@@ -1,4 +1,4 @@
-"""Foreground probabilities of all predictors for an image at its own size, in tiles."""
+"""Foreground probabilities of all predictors for an image of any size, in tiles."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from torch import Tensor
 
 from ..checkpoint import Preprocessing
 from ..data import augment
-from ..data.readers import ArrayReader
+from ..data.readers import Reader
 from ..device import Precision, autocast
+from ..inference.image import side_of_tiles
 from ..inference.predictor import foreground
-from ..inference.tiles import in_tiles
+from ..inference.tiles import TILE, in_tiles, resized
 from ..model import SemiMoE
 
 
 def predict_whole(
-    model: SemiMoE, image: Tensor, preprocessing: Preprocessing, device: torch.device, precision: Precision = "auto"
+    model: SemiMoE, image: Reader, preprocessing: Preprocessing, device: torch.device, precision: Precision = "auto"
 ) -> dict[str, Tensor]:
     """Foreground probabilities, float32 (H, W) on the CPU, of each predictor of `foreground` for one image.
 
-    image: uint8 (H, W, 3) on the CPU, predicted at its own scale in overlapping tiles. The model is in eval mode.
+    (H, W) is the size at which the reader reads. A squashed image is one tile, others are predicted in overlapping
+    tiles, as by `predict_image`. The model is in eval mode.
     """
     names: list[str] = []
 
@@ -31,6 +33,12 @@ def predict_whole(
         return torch.stack([*probabilities.values()], 1)
 
     background = [0.0] * (1 + len(model.expert_tasks))
-    pieces = in_tiles(ArrayReader(image.numpy()), forward, background, device, batch=8 if device.type == "cuda" else 1)
+    side, batch = side_of_tiles(image, TILE), 8 if device.type == "cuda" else 1
+    pieces = in_tiles(image, forward, background, device, side, batch)
     fields = torch.cat([piece for _, piece in pieces], 1)
     return dict(zip(names, fields, strict=True))
+
+
+def at_full_size(image: Reader, field: Tensor) -> Tensor:
+    """A field (1, h, w) of an image at the size (H, W) of its file, as `predict_image` resizes it -> (1, H, W)."""
+    return torch.cat([rows for _, rows in resized([(0, field)], image.size, image.full_size)], 1)

@@ -16,7 +16,7 @@ from ..data.folders import resize_image
 from ..data.readers import SLIDES, ArrayReader, Reader, Resampled, open_image
 from ..device import Precision, autocast
 from ..errors import UserError
-from ..model import SemiMoE
+from ..model import STRIDE, SemiMoE
 from .folding import folded
 from .predictor import not_background
 from .tiles import TILE, Forward, in_tiles, resized
@@ -78,12 +78,17 @@ def predict_image(
         image = open_for(image, preprocessing)
     device = torch.device(device)
     forward = _forward(model, fields, preprocessing, device, precision)
-    side = -(-max(image.size) // 16) * 16 if isinstance(image, Squashed) else tile
+    side = side_of_tiles(image, tile)
     empty = [EMPTY[name] for name in fields]
     batch = 4 if device.type == "cuda" else 1  # on the CPU, larger batches only leave the caches
     pieces = in_tiles(image, eightfold(forward) if tta else forward, empty, device, side, batch, skip_background)
     for row, values in resized(pieces, image.size, image.full_size):
         yield row, Fields(**dict(zip(fields, values, strict=True)))
+
+
+def side_of_tiles(image: Reader, tile: int) -> int:
+    """Side of the tiles in which an image is predicted, in pixels: `tile`, but a squashed image is one tile."""
+    return -(-max(image.size) // STRIDE) * STRIDE if isinstance(image, Squashed) else tile
 
 
 def open_for(

@@ -1,18 +1,12 @@
-"""Foreground probabilities of a trained model's predictors, at the training size of the model."""
+"""Foreground probabilities of a trained model's predictors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from ..checkpoint import Preprocessing
-from ..data import augment
-from ..data.folders import resize_image
-from ..device import Precision, autocast
 from ..errors import UserError
 from ..model import Output, SemiMoE
 
@@ -41,21 +35,6 @@ def is_boundary(name: str) -> bool:
 def not_background(logits: Tensor) -> Tensor:
     """Probability (B, H, W), float32, that the class of logits (B, K, H, W) is not 0."""
     return logits.float().softmax(1)[:, 1:].sum(1)
-
-
-@torch.no_grad()
-def predict(
-    model: SemiMoE, image: np.ndarray, preprocessing: Preprocessing, device: torch.device, precision: Precision = "auto"
-) -> Output:
-    """Output of the model for one image, uint8 (H, W, 3), at the training size of the model; B = 1."""
-    pixels = resize_image(image, preprocessing.image_size, preprocessing.antialias)[None].to(device)
-    with autocast(precision, device):
-        return model(augment.normalize(pixels, preprocessing.mean, preprocessing.std))
-
-
-def resize_field(field: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize (B, h, w) bilinearly to the size (H, W) of an image -> (B, H, W)."""
-    return torch.nn.functional.interpolate(field[:, None], size, mode="bilinear", align_corners=False)[:, 0]
 
 
 def require_mask(path: Path, model: SemiMoE) -> None:

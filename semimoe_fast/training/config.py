@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from ..checkpoint import MOST_PIXELS, Sampling
 from ..data.appearance import Strengths
+from ..data.regions import PLAUSIBLE_MPP
 from ..device import Compile, Precision
 from ..errors import UserError, first_sentence
 from ..model import STRIDE
@@ -35,6 +36,7 @@ ADDED = {  # options that older runs do not store: the value with which they ran
     "recompute": False,
     "sampling": "resize",
     "antialias": False,
+    "mpp": None,
     "stain": 0.0,
     "brightness": 0.0,
     "blur": 0.0,
@@ -66,6 +68,8 @@ class DataOptions:
     """Whole images as squares, or random crops at their own scale."""
     antialias: bool = False
     """Shrink images with antialiasing; for --sampling resize."""
+    mpp: Annotated[float | None, "MICRONS", "that of the files"] = None
+    """Microns per pixel of crops: images are resampled to it."""
     normalization: Literal["measured", "glas", "crag"] = "measured"
     """Mean and std: of the training images, or published."""
     ring_radius: float = 2.0
@@ -234,12 +238,7 @@ class TrainConfig(  # fields and help start with the last base
         for name, most in MOST_STRENGTHS.items():
             if not 0 <= getattr(self, name) <= most:
                 raise UserError(f"{flag(name)} is {getattr(self, name)}: give a number from 0 to {most:g}")
-        if self.sampling == "crops" and self.data is None:
-            raise UserError(
-                "--sampling crops needs --data: write images with `python -m semimoe_fast.synthetic --sizes MIN MAX`"
-            )
-        if self.sampling == "crops" and self.antialias:
-            raise UserError("--antialias shrinks images, which --sampling crops does not: leave out one of the two")
+        self._check_sampling()
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout is {self.dropout}: give a number from 0 to below 1")
         if self.ema is not None and not 0 < self.ema < 1:
@@ -258,6 +257,27 @@ class TrainConfig(  # fields and help start with the last base
         self._check_shares(processes)
         if self.data is None and (min(self.synthetic) < 0 or min(self.synthetic[0], self.synthetic[2]) < 1):
             raise UserError(f"--synthetic is {self.synthetic}: give at least one labeled and one validation image")
+
+    def _check_sampling(self) -> None:
+        """Raise UserError for options that the kind of sampling does not take."""
+        if self.sampling == "crops" and self.data is None:
+            raise UserError(
+                "--sampling crops needs --data: write images with `python -m semimoe_fast.synthetic --sizes MIN MAX`"
+            )
+        if self.sampling == "crops" and self.antialias:
+            raise UserError(
+                "--antialias is for --sampling resize: leave it out; images that --mpp shrinks are always antialiased"
+            )
+        if self.mpp is None:
+            return
+        if self.sampling == "resize":
+            raise UserError(
+                f"--mpp is {self.mpp}, but --sampling resize scales images by their sides: leave it out, or give "
+                "--sampling crops"
+            )
+        low, high = PLAUSIBLE_MPP
+        if not low <= self.mpp <= high:
+            raise UserError(f"--mpp is {self.mpp}: give microns per pixel from {low:g} to {high:g}")
 
     def _check_shares(self, processes: int) -> None:
         """Raise UserError unless every part of a batch on every process has the same number of images, and enough."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from torch import Tensor
 
@@ -14,7 +15,8 @@ from ..data.crops import crops_in
 from ..data.folders import NORMALIZATION, Dataset, channel_statistics, list_pairs, load_part, read_header
 from ..data.glands import glands
 from ..data.ragged import Ragged, load_whole
-from ..data.readers import plausible_mpp
+from ..data.readers import mpp_of
+from ..data.scaled import differs
 from ..errors import UserError
 from .batches import TrainingData
 from .config import NONE, TrainConfig
@@ -22,12 +24,33 @@ from .config import NONE, TrainConfig
 Part = Dataset | Ragged  # of the data
 
 
+class Parts(NamedTuple):
+    """Names of the parts of a data folder."""
+
+    labeled: str
+    unlabeled: str | None  # None for the supervised baseline
+    val: str
+
+
+class Scale(NamedTuple):
+    """The scale at which a model works."""
+
+    scale: float | None = None  # pixels of the model per pixel of a labeled file, the median over both sides
+    mpp: float | None = None  # microns per pixel of the model
+    note: str | None = None  # what a run says about files that are resampled, in one line
+
+
 def load_data(config: TrainConfig, cache: Cache | None = None) -> tuple[TrainingData, Part]:
     """The training data and the validation set of a configuration.
 
     cache: store of decoded images for data folders. Raises UserError if the data cannot be read or are too few.
     """
-    labeled, unlabeled, val = synthetic_data(config) if config.data is None else folder_data(config, cache)
+    if config.data is None:
+        (labeled, unlabeled, val), scale = synthetic_data(config), Scale()
+    else:
+        parts = parts_of(config)
+        scale = scale_of(config, parts)
+        labeled, unlabeled, val = folder_data(config, parts, scale.mpp, cache)
     if unlabeled is not None and config.unlabeled_batch > (count := images_in_epoch(unlabeled, config)):
         _refuse_batch("unlabeled", config.unlabeled_batch, count)
     if unlabeled is None and config.labeled_batch > (count := images_in_epoch(labeled, config)):
@@ -36,7 +59,6 @@ def load_data(config: TrainConfig, cache: Cache | None = None) -> tuple[Training
         mean, std = channel_statistics(*(pixels_of(part) for part in (labeled, unlabeled) if part is not None))
     else:
         mean, std = NORMALIZATION[config.normalization]
-    scale, mpp = resolution(config)
     preprocessing = Preprocessing(
         config.image_size,
         tuple(mean),
@@ -44,11 +66,11 @@ def load_data(config: TrainConfig, cache: Cache | None = None) -> tuple[Training
         config.ring_radius,
         config.instances,
         config.sampling,
-        antialias=config.antialias or config.sampling == "crops",  # crops see images at their own scale, unaliased
-        scale=scale,
-        mpp=mpp,
+        antialias=config.antialias or config.mpp is not None,
+        scale=scale.scale,
+        mpp=scale.mpp,
     )
-    return TrainingData(labeled, unlabeled, preprocessing), val
+    return TrainingData(labeled, unlabeled, preprocessing, scale.note), val
 
 
 def images_in_epoch(part: Part, config: TrainConfig) -> int:
@@ -60,20 +82,46 @@ def pixels_of(part: Part) -> Tensor:
     return part.pixels if isinstance(part, Ragged) else part.images
 
 
-def resolution(config: TrainConfig) -> tuple[float | None, float | None]:
-    """Pixels of the model per pixel of a labeled file, the median over both sides, and microns per pixel of the model.
+def scale_of(config: TrainConfig, parts: Parts) -> Scale:
+    """The scale at which the model of a run works, from the headers of the files.
 
-    The microns are those of the labeled files in the median, None unless all of them say a plausible resolution. None
-    for synthetic images.
+    Crops are cut at --mpp, else at the scale of the files. Without --mpp, the microns per pixel are those of the
+    labeled files in the median, None unless all of them say theirs. The validation images are read at them, as
+    `predict` reads images. Raises UserError for a file that does not say its resolution, with --mpp.
     """
-    if config.data is None:
-        return None, None
-    files = [read_header(pair.image) for pair in list_pairs(config.data, labeled_part(config), with_masks=False)]
-    scale = 1.0
-    if config.sampling == "resize":
-        scale = statistics.median(config.image_size / side for file in files for side in (file.height, file.width))
-    microns = [plausible_mpp(25400 / file.dpi) if file.dpi else None for file in files]
-    return scale, None if None in microns else statistics.median(microns) / scale
+    labeled = microns_of(config.data, parts.labeled)
+    if config.mpp is not None:
+        every = [own for part in parts if part for own in microns_of(config.data, part, required=True)]
+        return Scale(statistics.median(labeled) / config.mpp, config.mpp, note(every, config.mpp))
+    known = None if None in labeled else statistics.median(labeled)
+    if config.sampling == "crops":
+        return Scale(1.0, known, note(microns_of(config.data, parts.val), known))
+    sides = [
+        side for pair in list_pairs(config.data, parts.labeled, with_masks=False) for side in read_header(pair.image)
+    ]
+    scale = statistics.median(config.image_size / side for side in sides)
+    return Scale(scale, known and known / scale)
+
+
+def microns_of(root: Path, part: str, required: bool = False) -> list[float | None]:
+    """Microns per pixel of each image of a part. required: raise UserError for the first one that does not say so."""
+    microns = {pair.image: mpp_of(pair.image) for pair in list_pairs(root, part, with_masks=False)}
+    for path, own in microns.items() if required else ():
+        if own is None:
+            raise UserError(
+                f"{path} does not say how large its pixels are, which --mpp needs: save it with its resolution (TIFF "
+                "tags, OME-XML, dpi of a PNG), or leave out --mpp"
+            )
+    return list(microns.values())
+
+
+def note(microns: Iterable[float | None], mpp: float | None) -> str | None:
+    """One line about the files, of so many microns a pixel, that are resampled to `mpp`; None if there are none."""
+    if not (resampled := sorted(own for own in microns if differs(own, mpp))):
+        return None
+    low, high = (f"{own:.3g}" for own in (resampled[0], resampled[-1]))
+    spread = low if low == high else f"{low} to {high}"
+    return f"{len(resampled)} images of {spread} microns a pixel are resampled to {mpp:.3g}"
 
 
 def _refuse_batch(kind: str, batch: int, images: int) -> NoReturn:
@@ -92,29 +140,33 @@ def synthetic_data(config: TrainConfig) -> tuple[Dataset, Dataset | None, Datase
     return labeled, unlabeled if config.semi_supervised and len(unlabeled) else None, val
 
 
-def folder_data(config: TrainConfig, cache: Cache | None = None) -> tuple[Part, Part | None, Part]:
-    """Labeled, unlabeled and validation part of a data folder; unlabeled is None for the supervised baseline."""
+def folder_data(
+    config: TrainConfig, parts: Parts, mpp: float | None, cache: Cache | None = None
+) -> tuple[Part, Part | None, Part]:
+    """The parts of a data folder. mpp: microns a pixel at which validation images are read, with --mpp all images."""
 
-    def load(part: str, with_masks: bool = True) -> Part:
+    def load(part: str, with_masks: bool = True, mpp: float | None = config.mpp) -> Part:
         if config.sampling == "crops":
             read = load_whole if cache is None else cache.load_whole
-            return read(config.data, part, with_masks, instances=config.instances)
+            return read(config.data, part, with_masks, instances=config.instances, mpp=mpp)
         read = load_part if cache is None else cache.load_part
         return read(
             config.data, part, config.image_size, with_masks, instances=config.instances, antialias=config.antialias
         )
 
+    unlabeled = None if parts.unlabeled is None else load(parts.unlabeled, with_masks=False)
+    return load(parts.labeled), unlabeled, load(parts.val, mpp=mpp)
+
+
+def parts_of(config: TrainConfig) -> Parts:
+    """The parts that the options choose. Raises UserError if there is no folder, or no part to choose."""
     if not config.data.is_dir():
         raise UserError(f"--data is {config.data}, which is not a folder: give the path of a folder")
-    labeled = labeled_part(config)
+    labeled = config.labeled or only_part(config.data, "train_sup_", "--labeled")
     unlabeled = None
     if config.semi_supervised:
-        unlabeled = load(config.unlabeled or only_part(config.data, "train_unsup_", "--unlabeled"), with_masks=False)
-    return load(labeled), unlabeled, load(config.val)
-
-
-def labeled_part(config: TrainConfig) -> str:
-    return config.labeled or only_part(config.data, "train_sup_", "--labeled")
+        unlabeled = config.unlabeled or only_part(config.data, "train_unsup_", "--unlabeled")
+    return Parts(labeled, unlabeled, config.val)
 
 
 def only_part(root: Path, prefix: str, flag: str) -> str:

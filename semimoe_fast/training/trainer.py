@@ -198,7 +198,9 @@ class Trainer:
 
     def _augmented(self, batch: Images) -> tuple[Tensor, Tensor | None]:
         with record_function("augmentation"):
-            images, masks = augment.resample(batch.images, batch.masks, batch.augmentation, self.config.image_size)
+            images, masks = augment.resample(
+                batch.images, batch.masks, batch.augmentation, self.config.image_size, self.config.sampling == "crops"
+            )
             if batch.appearance is not None:
                 images = appearance.apply(images, batch.appearance)
             images = augment.standardize(images, self.mean, self.std)

@@ -6,9 +6,13 @@ import csv
 import errno
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
+import torch
 
 from semimoe_fast import checkpoint, evaluate, predict
 from semimoe_fast.errors import UserError
@@ -68,6 +72,58 @@ def test_files_of_predict_score_as_their_checkpoint(of_run: list[str], tmp_path:
     assert of_files["variants"][0]["means"] == of_checkpoint["variants"][0]["means"]
     assert of_files["variants"][0]["pooled"] == of_checkpoint["variants"][0]["pooled"]
     assert "data:image/png" not in (tmp_path / "report.html").read_text()  # no run, no curves
+
+
+def folder_of_known_resolution(root: Path, shapes: Sequence[tuple[int, int]] = ((60, 90), (45, 33))) -> Path:
+    """ROOT/val of images of one micron a pixel, and masks with ids."""
+    random = np.random.default_rng(0)
+    for kind in ("image", "mask"):
+        (root / "val" / kind).mkdir(parents=True)
+    for name, shape in enumerate(shapes):
+        pixels, ids = random.integers(0, 256, (*shape, 3), np.uint8), random.integers(0, 4, shape, np.uint8)
+        known = {"resolution": (1e4, 1e4), "resolutionunit": "CENTIMETER"}
+        tifffile.imwrite(root / "val" / "image" / f"{name}.tif", pixels, photometric="rgb", **known)
+        tifffile.imwrite(root / "val" / "mask" / f"{name}.tif", ids)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("stored", "options", "note"),
+    [
+        ({"sampling": "crops", "mpp": 2.0}, [], "has 1 microns a pixel and is read at 2 (and 1 more)"),
+        ({"sampling": "crops"}, ["--mpp", "0.5"], "has 1 microns a pixel and is read at 0.5 (and 1 more)"),
+        ({"sampling": "resize"}, ["--scale", "0.5"], None),
+        ({"sampling": "resize"}, [], "is 90 x 60 pixels and squashed to the 32 x 32 of the checkpoint"),
+    ],
+)
+def test_a_checkpoint_is_scored_at_the_scale_at_which_it_predicts(
+    tmp_path: Path, capsys: pytest.CaptureFixture, stored: dict, options: list[str], note: str | None
+) -> None:
+    """The masks that predict writes have the same scores, at the size of the files."""
+    data, model = folder_of_known_resolution(tmp_path / "data"), tmp_path / "model"
+    torch.manual_seed(1)
+    preprocessing = checkpoint.Preprocessing(32, (0.5,) * 3, (0.2,) * 3, **stored)
+    checkpoint.save(model, SemiMoE(width=2), {"preprocessing": preprocessing._asdict()})
+    using = ["--checkpoint", str(model), "--device", "cpu", *options]
+    predict.main([*using, "--input", str(data / "val" / "image"), "--out", str(tmp_path / "masks")])
+    capsys.readouterr()
+    scores = []
+    for source in (using, ["--predictions", str(tmp_path / "masks")]):
+        evaluate.main([*source, "--data", str(data), "--json", str(tmp_path / "scores.json")])
+        scores.append(json.loads((tmp_path / "scores.json").read_text()))
+    assert scores[0]["variants"][0]["pooled"] == scores[1]["variants"][0]["pooled"]
+    assert 0.1 < scores[0]["variants"][0]["pooled"]["dice"]["value"] < 0.9
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line and "ids" not in line]
+    assert len(warnings) == (note is not None)
+    assert all(note in line for line in warnings)
+    given = dict(zip([option[2:] for option in options[::2]], map(float, options[1::2]), strict=True))
+    assert {name: scores[0][name] for name in ("scale", "mpp") if name in scores[0]} == given
+
+
+def test_scales_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    arguments = ["--checkpoint", "none", "--data", "none"]
+    assert refused([*arguments, "--scale", "0"]) == "--scale is 0.0: give a positive number"
+    assert refused([*arguments, "--scale", "1", "--mpp", "1"]) == "--scale and --mpp: both given; give one of them"
 
 
 def test_curves_are_those_of_the_checkpoints_run(finished: Path, tmp_path: Path, capsys) -> None:
@@ -132,19 +188,20 @@ def test_options_of_the_model_need_a_checkpoint() -> None:
     arguments = ["--predictions", "none", "--data", "none"]
     assert refused([*arguments, "--device", "cpu"]) == "--device is cpu, but --predictions needs no model: leave it out"
     assert "--precision is bf16, but" in refused([*arguments, "--precision", "bf16"])
+    assert "--mpp is 0.5, but" in refused([*arguments, "--mpp", "0.5"])
 
 
 def test_options_reach_the_model(of_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     class Reached(Exception):
         pass
 
-    def scored(_, __, ___, device, precision, source):
-        raise Reached(device.type, precision, source)
+    def scored(_, __, ___, device, *options):
+        raise Reached(device.type, *options)
 
     monkeypatch.setattr(evaluate, "evaluate_model", scored)
     with pytest.raises(Reached) as caught:
-        evaluate.main([*of_run, "--precision", "bf16"])
-    assert caught.value.args == ("cpu", "bf16", Path(of_run[1]))
+        evaluate.main([*of_run, "--precision", "bf16", "--scale", "0.5"])
+    assert caught.value.args == ("cpu", "bf16", Path(of_run[1]), 0.5, None)
 
 
 def test_exactly_one_source_is_given() -> None:

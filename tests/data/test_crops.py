@@ -99,8 +99,8 @@ def test_crop_is_a_bilinear_resize_of_a_square_of_the_mirrored_image() -> None:
         flip=torch.zeros_like(augmentation.flip), transpose=torch.zeros_like(augmentation.transpose)
     )
     windows, masks = crops.cut(rows, corner)
-    found, labels = augment.resample(windows, masks, still, SIZE)
-    turned, turned_labels = augment.resample(windows, masks, augmentation, SIZE)
+    found, labels = augment.resample(windows, masks, still, SIZE, centered=True)
+    turned, turned_labels = augment.resample(windows, masks, augmentation, SIZE, centered=True)
     margin = 40
     for i, (row, (top, left), extent) in enumerate(
         zip(rows.tolist(), (corner + margin).tolist(), augmentation.extent.tolist(), strict=True)
@@ -110,7 +110,7 @@ def test_crop_is_a_bilinear_resize_of_a_square_of_the_mirrored_image() -> None:
         expected = functional.interpolate(square[None], (SIZE, SIZE), mode="bilinear", align_corners=False)[0]
         # Two float32 coordinates, each off by up to 40 * 2^-23 pixels, on slopes of up to 255 per pixel.
         torch.testing.assert_close(found[i].double(), expected, rtol=1e-6, atol=2 * 255 * 40 * 2**-23)
-        nearest = np.arange(SIZE) * extent // SIZE
+        nearest = ((np.arange(SIZE) + 0.5) * extent / SIZE).astype(int)
         padded = np.pad(images.mask(row), margin, mode="symmetric")[top : top + extent, left : left + extent]
         np.testing.assert_array_equal(labels[i], padded[nearest[:, None], nearest])
         axes = [axis - 2 for axis, flip in enumerate(augmentation.flip[i].tolist()) if flip]
@@ -119,3 +119,17 @@ def test_crop_is_a_bilinear_resize_of_a_square_of_the_mirrored_image() -> None:
             expected = expected.mT if augmentation.transpose[i] else expected
             # other coordinates are rounded, as above
             torch.testing.assert_close(moved.double(), expected.double(), rtol=0, atol=4 * 255 * 40 * 2**-23)
+
+
+@pytest.mark.parametrize("extent", [26, 31, 32, 40])
+def test_masks_of_crops_lie_on_their_images(extent: int) -> None:
+    """Images whose values are the row of their pixels, and masks that number the rows."""
+    rows = torch.arange(40)[None, :, None].expand(1, 40, 40)
+    square = augment.Augmentation(
+        torch.zeros(1, 2, dtype=torch.int64), torch.tensor([extent]), torch.zeros(1, 2).bool(), torch.zeros(1).bool()
+    )
+    images, masks = augment.resample(rows[:, None].repeat(1, 3, 1, 1).byte(), rows, square, SIZE, centered=True)
+    inside = slice(1, SIZE - 1)  # at the border images are clamped
+    difference = masks[0, inside, 0] - images[0, 0, inside, 0]
+    assert difference.abs().max() <= 0.5 + 1e-4  # float32 coordinates, as above
+    assert difference.mean().abs() < 0.05  # -0.4 to -0.5 by the rule of INTER_NEAREST

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from semimoe_fast.data import cache, folders
 from semimoe_fast.data.cache import Cache
-from semimoe_fast.data.folders import Header, channel_statistics
+from semimoe_fast.data.folders import channel_statistics
 from semimoe_fast.data.ragged import Ragged, load_whole, mirrored, starts_of
 from semimoe_fast.errors import UserError
 
@@ -193,7 +193,7 @@ def test_bad_files_raise_the_same_errors_as_without_a_cache(root: Path, cached: 
 
 
 def test_header_of_another_size_is_refused(root: Path, cached: Cache, monkeypatch) -> None:
-    monkeypatch.setattr(cache, "read_header", lambda path: Header(5, 5, None))
+    monkeypatch.setattr(cache, "read_header", lambda path: (5, 5))
     with pytest.raises(UserError, match=r"1\.png has 600 pixels but its header says 25: save it as a PNG"):
         cached.load_whole(root, "train", True)
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from semimoe_fast.data import readers, resampling, tiff
 from semimoe_fast.data.folders import read_image, resize_image
-from semimoe_fast.data.readers import ArrayReader, Resampled, open_image
+from semimoe_fast.data.readers import ArrayReader, Resampled, mpp_of, open_image
 from semimoe_fast.errors import UserError
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -73,7 +73,7 @@ def test_resolution_of_other_formats(tmp_path, dpi, mpp):
     for suffix in (".png", ".jpg"):
         Image.fromarray(COLORS).save(tmp_path / f"image{suffix}", dpi=(dpi, dpi))
         with open_image(tmp_path / f"image{suffix}") as reader:
-            assert reader.mpp == (mpp and pytest.approx(mpp, rel=1e-3))
+            assert reader.mpp == mpp_of(reader.path) == (mpp and pytest.approx(mpp, rel=1e-3))
 
 
 # ----------------------------------------------------------------------------------------------------------- resampling

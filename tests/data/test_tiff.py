@@ -28,7 +28,7 @@ from PIL import Image
 
 from semimoe_fast.data import tiff
 from semimoe_fast.data.folders import read_image
-from semimoe_fast.data.readers import Resampled, open_image
+from semimoe_fast.data.readers import Resampled, mpp_of, open_image
 from semimoe_fast.errors import UserError
 
 # -------------------------------------------------------------------------------------------------------------- layouts
@@ -141,6 +141,21 @@ def test_missing_levels_and_other_pages(tmp_path, capfd):
     assert "pages.tif has 3 pages, and only the first is used" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("description", ["two sections of one block", "Aperio Image Library v12.0.15"])
+def test_further_pages_are_levels_only_if_the_file_says_so(tmp_path, capfd, description):
+    """A page of half the size, without the flag of a reduced copy: of Aperio a level, of others another image."""
+    path = tmp_path / "pages.tif"
+    with tifffile.TiffWriter(path) as file:
+        for pixels in (COLORS, COLORS[::-2, ::2]):
+            file.write(pixels, **TILES, metadata=None, description=description)
+    is_aperio = description.startswith("Aperio")
+    with open_image(path, scale=0.5) as reader:
+        source = reader.source if isinstance(reader, Resampled) else reader
+        assert source.size == ((62, 79) if is_aperio else (123, 157))
+    warned = "pages.tif has 2 pages, and only the first is used" in capfd.readouterr().err
+    assert warned == (not is_aperio)
+
+
 @pytest.mark.parametrize(
     ("options", "mpp"),
     [
@@ -159,8 +174,16 @@ def test_missing_levels_and_other_pages(tmp_path, capfd):
     ],
 )
 def test_resolution_of_a_tiff(tmp_path, options, mpp):
-    with open_image(write(tmp_path / "image.tif", **options)) as reader:
-        assert reader.mpp == (mpp and pytest.approx(mpp))
+    path = write(tmp_path / "image.tif", **options)
+    with open_image(path) as reader:
+        assert reader.mpp == mpp_of(path) == (mpp and pytest.approx(mpp))
+
+
+def test_resolution_of_a_tiff_that_pillow_decodes(tmp_path):
+    """One bit per channel, which is not read by region."""
+    description = "Aperio Image Library|AppMag = 40|MPP = 0.2520"
+    path = write(tmp_path / "image.tif", GRAYS > 99, photometric="minisblack", metadata=None, description=description)
+    assert open_image(path).mpp == mpp_of(path) == 0.252
 
 
 # --------------------------------------------------------------------------------------------------------------- damage

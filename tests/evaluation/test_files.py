@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional
 
 from semimoe_fast.checkpoint import Preprocessing
-from semimoe_fast.data.folders import list_pairs, load_part, read_image
+from semimoe_fast.data import augment
+from semimoe_fast.data.folders import list_pairs, load_part, read_image, resize_image
 from semimoe_fast.errors import UserError
 from semimoe_fast.evaluation import metrics, score_images
 from semimoe_fast.evaluation.files import Evaluation, evaluate_files, evaluate_model
 from semimoe_fast.evaluation.scoring import count_set
-from semimoe_fast.inference.predictor import GATED, predict, resize_field
+from semimoe_fast.inference.predictor import GATED
 from semimoe_fast.model import SemiMoE
 
 CPU = torch.device("cpu")
@@ -70,9 +72,11 @@ def scored(root: Path) -> Evaluation:
 
 def gated(model: SemiMoE, path: Path) -> np.ndarray:
     """The probability of the gated mask, float32 (H, W), at the size of the file."""
-    image = read_image(path)
-    output = predict(model, image, preprocessing(16), CPU)
-    return resize_field(output.mask.softmax(1)[:, 1], image.shape[:2])[0].numpy()
+    image, (_, mean, std, *_) = read_image(path), preprocessing(16)
+    with torch.no_grad():
+        output = model(augment.normalize(resize_image(image, 16)[None], mean, std))
+    square = output.mask.softmax(1)[:, 1:2]
+    return functional.interpolate(square, image.shape[:2], mode="bilinear", align_corners=False)[0, 0].numpy()
 
 
 def test_predictions_are_compared_at_the_size_of_the_files(model: SemiMoE, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def pyramid(path: Path, levels: int = 3, subifds: bool = True, **options) -> Pat
         file.write(full, **TILES, **QUARTER_MICRON, subifds=levels - 1 if subifds else 0, metadata=None, **options)
         for level in range(1, levels):
             copy = full[:: 2**level, :: 2**level]
-            file.write(copy, **TILES, subfiletype=1 if subifds else 0, metadata=None, **options)
+            file.write(copy, **TILES, subfiletype=1, metadata=None, **options)
     return path
 
 

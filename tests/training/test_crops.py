@@ -20,6 +20,7 @@ from semimoe_fast.checkpoint import Preprocessing
 from semimoe_fast.data import augment
 from semimoe_fast.data.appearance import apply
 from semimoe_fast.data.folders import list_pairs
+from semimoe_fast.data.readers import ArrayReader
 from semimoe_fast.errors import UserError
 from semimoe_fast.evaluation import metrics
 from semimoe_fast.evaluation.files import evaluate_model
@@ -97,7 +98,7 @@ def test_a_step_sees_the_crops_with_the_changes_of_appearance(crops: TrainConfig
     assert images.shape == (2, 3, 32, 32)
     assert masks.shape == (2, 32, 32)
     assert masks.max() > 1  # ids
-    sampled, expected_masks = augment.resample(labeled.images, labeled.masks, labeled.augmentation, 32)
+    sampled, expected_masks = augment.resample(labeled.images, labeled.masks, labeled.augmentation, 32, True)
     expected = augment.standardize(apply(sampled, labeled.appearance), trainer.mean, trainer.std)
     assert torch.equal(images, expected)
     assert torch.equal(masks, expected_masks)
@@ -145,7 +146,7 @@ def test_run_resumes_bitwise_and_stores_its_preprocessing(
     assert records(two) == records(one)
     assert len(list((tmp_path / "cache").iterdir())) == 3
     preprocessing = Preprocessing.of(two, metadata)
-    assert preprocessing[5:] == ("crops", True, 1.0, None)
+    assert preprocessing[5:] == ("crops", False, 1.0, None)  # nothing is shrunk
 
 
 @torch.no_grad()
@@ -154,7 +155,7 @@ def test_validation_scores_whole_images(crops: TrainConfig, data: TrainingData) 
     model, preprocessing = Trainer(crops, data, CPU).model.eval(), data.preprocessing
     counts = count_set(model, val, preprocessing, CPU)
     for index in range(3):
-        found = predict_whole(model, val.image(index), preprocessing, CPU)
+        found = predict_whole(model, ArrayReader(val.image(index).numpy()), preprocessing, CPU)
         expected = metrics.count(found["gated"][None], val.mask(index)[None])
         assert torch.equal(counts["gated"][index], expected[0])
         assert found["gated"].shape == tuple(val.sizes[index].tolist())
@@ -244,8 +245,10 @@ def test_antialiasing_is_in_the_images_and_in_the_checkpoint(tiny_config: TrainC
         ({"brightness": 1.5}, "--brightness is 1.5: give a number from 0 to 1"),
         ({"blur": 6.0}, "--blur is 6.0: give a number from 0 to 5"),
         ({"noise": 2.0}, "--noise is 2.0: give a number from 0 to 1"),
+        ({"mpp": 0.5, "sampling": "resize"}, "--mpp is 0.5, but --sampling resize scales images by their sides"),
+        ({"mpp": 0.0}, "--mpp is 0.0: give microns per pixel from 0.02 to 20"),
         ({"sampling": "crops", "data": None}, "--sampling crops needs --data"),
-        ({"sampling": "crops", "antialias": True}, "--antialias shrinks images, which --sampling crops does not"),
+        ({"sampling": "crops", "antialias": True}, "--antialias is for --sampling resize: leave it out"),
     ],
 )
 def test_options_that_cannot_be_used_are_refused(crops: TrainConfig, changes: dict, message: str) -> None:
