@@ -3,8 +3,9 @@
 An instance depends on nothing but its component of the mask: its seeds have a level of their own, and the watershed
 stays inside. So a window of rows is held that starts where the first open component starts, one that may go on below.
 A component is complete when it does not touch the last row of the window. Then `instances_of` separates it as a whole,
-and it leaves the window. The result for components of at most TALL rows is that of `instances_of` for the whole image,
-bit for bit but for the numbers.
+and it leaves the window. So components of at most TALL rows have the instances that `instances_of` finds in the whole
+image. Only the numbers differ, and pixels of the same field between two instances, which the watershed of scikit-image
+gives to either, depending on all else in its queue.
 
 The window never holds more than TALL rows and a piece, so taller components are separated in parts. When more than TALL
 rows of an open component are held, it is separated as it is, and two kinds of instances leave it: those that end more
