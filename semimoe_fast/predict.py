@@ -71,13 +71,13 @@ class PredictConfig:
     fields: bool = False
     """Also write the signed distance field and the probability of the boundary, sdf/ and boundary/NAME.ome.tif."""
     instances: bool = False
-    """Also separate glands: a label image instances/NAME.png and polygons for QuPath instances/NAME.geojson."""
+    """Also separate glands: a label image instances/NAME.png (NAME.tif if large), and polygons, NAME.geojson."""
     seed_level: float = 0.3
     """With --instances: share of a region's largest sdf above which a pixel is a seed; higher splits more."""
     least_area: int = 100
-    """With --instances: fewest pixels of a gland, at the size of the image; smaller ones are only in NAME.png."""
+    """With --instances: fewest pixels of a gland, at the size of the image; smaller ones are only in the mask."""
     overlay: bool = False
-    """Also write the image with the outlines drawn on it, overlay/NAME.png; with --instances, of each gland."""
+    """Also write the image with the outlines drawn on it, overlay/NAME.png, of images of up to 67 megapixels."""
     threshold: float = 0.5
     """Foreground probability above which a pixel is gland."""
     device: str = "auto"
