@@ -18,7 +18,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import checkpoint
-from . import functional as F
 from .checkpoint import MOST_PIXELS, Preprocessing, replacing, write_atomically
 from .data.folders import list_images
 from .data.readers import SLIDES, Reader, open_image
@@ -28,16 +27,17 @@ from .evaluation.overlay import outline
 from .inference.finished import Finished
 from .inference.folding import folded
 from .inference.image import TASK, Field, Fields, Squashed, is_slide, open_for, predict_image
-from .inference.instances import instances_of, skimage
-from .inference.polygons import geojson
+from .inference.instances import depth, instances_of, skimage
+from .inference.polygons import GeojsonFile, geojson
 from .inference.predictor import require_mask
+from .inference.stitching import Stitcher
 from .inference.tiled_tiff import TiledTiff
 from .inference.tiles import TILE, overlap_of
 from .model import SemiMoE
 from .options import read_options
 
 UNSETTLED = ("checkpoint", "input", "out", "overwrite")  # options that do not decide what the outputs hold
-MOST_IN_MEMORY = 2**26  # pixels of an image for --instances and --overlay, which hold it as a whole
+MOST_IN_MEMORY = 2**26  # pixels of an image that is held as a whole, for instances and overlays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +76,13 @@ class PredictConfig:
     fields: bool = False
     """Also write the signed distance field and the probability of the boundary, sdf/ and boundary/NAME.ome.tif."""
     instances: bool = False
-    """Also separate glands: a label image instances/NAME.png and polygons for QuPath instances/NAME.geojson."""
+    """Also separate glands: a label image instances/NAME.png (NAME.tif if large), and polygons, NAME.geojson."""
     seed_level: float = 0.3
     """With --instances: share of a region's largest sdf above which a pixel is a seed; higher splits more."""
     least_area: int = 100
-    """With --instances: fewest pixels of a gland, at the size of the image; smaller ones are only in NAME.png."""
+    """With --instances: fewest pixels of a gland, at the size of the image; smaller ones are only in the mask."""
     overlay: bool = False
-    """Also write the image with the outlines drawn on it, overlay/NAME.png; with --instances, of each gland."""
+    """Also write the image with the outlines drawn on it, overlay/NAME.png, of images of up to 67 megapixels."""
     threshold: float = 0.5
     """Foreground probability above which a pixel is gland."""
     device: str = "auto"
@@ -243,12 +243,10 @@ def predict_file(
     progress: called with the number of pixels of each piece that is predicted.
     """
     size, path = image.full_size, image.path
-    large = max(size) > MOST_PIXELS or is_slide(path)
-    with_objects = config.instances or config.overlay
-    if with_objects and math.prod(size) > MOST_IN_MEMORY:
-        option = "--instances" if config.instances else "--overlay"
+    large, in_memory = max(size) > MOST_PIXELS or is_slide(path), math.prod(size) <= MOST_IN_MEMORY
+    if config.overlay and not in_memory:
         raise UserError(
-            f"{path} is {size[1]} x {size[0]} pixels, and {option} takes images of up to {MOST_IN_MEMORY / 1e6:.3g} "
+            f"{path} is {size[1]} x {size[0]} pixels, and --overlay takes images of up to {MOST_IN_MEMORY / 1e6:.3g} "
             "megapixels: leave it out, or cut the image"
         )
     mask_file, other = files["mask"], files["mask"].with_suffix(".tif")
@@ -258,25 +256,59 @@ def predict_file(
     skip = is_slide(path) if config.skip_background == "auto" else config.skip_background == "on"
     options = {"fields": fields, "tile": config.tile_size, "tta": config.tta, "skip_background": skip}
     device = next(model.parameters()).device
-    masks, sdfs = [], []
+    stitched = config.instances and (large or not in_memory)
+    masks, sdfs, labels = [], [], []
     with ExitStack() as stack:
         streams = open_streams(image, streamed, stack)
+        instances = open_instances(image, files, config, stack) if stitched else None
         for _, piece in predict_image(model, image, preprocessing, device, **options, precision=config.precision):
             require_finite(piece, config.checkpoint, path)
             mask = (piece.probability > config.threshold).numpy()
             for kind, stream in streams.items():
                 stream.write(mask * np.uint8(255) if kind == "mask" else getattr(piece, kind).numpy())
-            if with_objects or not large:
+            if instances:
+                rows = instances(mask, None if piece.sdf is None else piece.sdf.numpy())
+                labels += [rows] * config.overlay
+            if not large or (config.overlay and not stitched):
                 masks.append(mask)
-            if config.instances:
+            if config.instances and not stitched:
                 sdfs.append(piece.sdf)
             progress(mask.size)
-        if with_objects:
-            sdf = torch.cat(sdfs).numpy() if config.instances and "sdf" in fields else None
-            write_objects(path, np.concatenate(masks), sdf, files, config)
+        if config.instances and not stitched:
+            sdf = torch.cat(sdfs).numpy() if "sdf" in fields else None
+            labels = [write_instances(path, np.concatenate(masks), sdf, files, config)]
+        if config.overlay:
+            write_overlay(path, np.concatenate(labels if config.instances else masks), files["overlay"])
     if not large:
         write_png(mask_file, np.concatenate(masks) * np.uint8(255))
-    other.unlink(missing_ok=True)  # of an earlier call
+    if stitched:
+        files["instances"].unlink(missing_ok=True)  # of an earlier call, as this one
+    other.unlink(missing_ok=True)
+
+
+def open_instances(
+    image: Reader, files: dict[str, Path], config: PredictConfig, stack: ExitStack
+) -> Callable[[np.ndarray, np.ndarray | None], np.ndarray]:
+    """Open label image and polygons of an image that is not held as a whole; they are finished as the stack closes.
+
+    -> a function that takes mask and sdf of the next rows, and returns the rows of the label image that it wrote.
+    """
+    polygons = stack.enter_context(GeojsonFile(stack.enter_context(replacing(files["polygons"])), image.path.name))
+    part = stack.enter_context(replacing(files["instances"].with_suffix(".tif")))
+    stream = stack.enter_context(TiledTiff(part, image.full_size, "uint32", full_mpp(image)))
+    stitcher = Stitcher(image.full_size, polygons.write, config.seed_level, config.least_area)
+
+    def write(mask: np.ndarray, sdf: np.ndarray | None) -> np.ndarray:
+        rows = stitcher.add(mask, sdf)
+        stream.write(rows)
+        return rows
+
+    return write
+
+
+def full_mpp(image: Reader) -> float | None:
+    """Microns per pixel of an image at its full size."""
+    return None if image.mpp is None else image.mpp * image.size[0] / image.full_size[0]
 
 
 def open_streams(image: Reader, files: dict[str, Path], stack: ExitStack) -> dict[str, TiledTiff]:
@@ -284,12 +316,11 @@ def open_streams(image: Reader, files: dict[str, Path], stack: ExitStack) -> dic
 
     They get their final names when the stack closes without an error, the first one last.
     """
-    mpp = None if image.mpp is None else image.mpp * image.size[0] / image.full_size[0]
     streams = {}
     for kind, file in files.items():
         dtype, channel = ("uint8", None) if kind == "mask" else ("float16", kind)
         part = stack.enter_context(replacing(file))
-        streams[kind] = stack.enter_context(TiledTiff(part, image.full_size, dtype, mpp, channel))
+        streams[kind] = stack.enter_context(TiledTiff(part, image.full_size, dtype, full_mpp(image), channel))
     return streams
 
 
@@ -298,23 +329,19 @@ def require_finite(piece: Fields, source: Path, path: Path) -> None:
         raise UserError(f"{source} predicts NaN or inf on {path}: give a checkpoint that has not diverged")
 
 
-def write_objects(
+def write_instances(
     path: Path, mask: np.ndarray, sdf: np.ndarray | None, files: dict[str, Path], config: PredictConfig
-) -> None:
-    """Write label image, polygons and overlay of an image, as far as the options ask for them."""
-    objects = mask
-    if config.instances:
-        objects = instances_of(mask, depth(mask) if sdf is None else sdf, config.seed_level, config.least_area)
-        write_labels(files["instances"], objects)
-        write_text(files["polygons"], geojson(objects, path.name))
-    if config.overlay:
-        with open_image(path) as image:
-            write_png(files["overlay"], outline(image.read(0, 0, *image.size), objects))
+) -> np.ndarray:
+    """Write label image and polygons of an image that is held as a whole; the label image."""
+    labels = instances_of(mask, depth(mask) if sdf is None else sdf, config.seed_level, config.least_area)
+    write_labels(files["instances"], labels)
+    write_text(files["polygons"], geojson(labels, path.name))
+    return labels
 
 
-def depth(mask: np.ndarray) -> np.ndarray:
-    """Distance of the foreground of a mask (H, W) to the background, float32, in pixels; 0 where there is none."""
-    return F.squared_distance(mask).clamp(min=0).sqrt().numpy() * mask
+def write_overlay(path: Path, objects: np.ndarray, file: Path) -> None:
+    with open_image(path) as image:
+        write_png(file, outline(image.read(0, 0, *image.size), objects))
 
 
 def write_labels(path: Path, labels: np.ndarray) -> None:

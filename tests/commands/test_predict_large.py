@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import tifffile
 import torch
 
 from semimoe_fast import checkpoint, predict
-from semimoe_fast.data.folders import read_mask
+from semimoe_fast.data.folders import read_instances, read_mask
 from semimoe_fast.errors import UserError, explain
 from semimoe_fast.inference import open_for, predict_image
 from semimoe_fast.model import SemiMoE
@@ -140,6 +141,33 @@ def test_large_masks_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for option, level in (("auto", 0), ("on", 0), ("off", 1)):
         call(model, image, out, "--skip-background", option, "--threshold", "0", "--tile-size", "64")
         assert read_mask(out / "a.tif").max() == level
+
+
+def test_instances_of_streamed_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same objects as in memory; label image and polygons agree with each other and replace those of before."""
+    pytest.importorskip("skimage", reason="instances need scikit-image")
+    model, image = save_model(tmp_path / "model"), save_image(tmp_path / "images" / "a.tif", 200, 150)
+    out = tmp_path / "out"
+    options = ["--instances", "--least-area", "4", "--tile-size", "64"]
+    call(model, image, out, *options, "--overlay")
+    labels = read_instances(out / "instances" / "a.png")
+    features = json.loads((out / "instances" / "a.geojson").read_text())["features"]
+    overlay = (out / "overlay" / "a.png").read_bytes()
+    assert len(features) == labels.max() > 5
+    for module, name, value in ((predict, "MOST_PIXELS", 199), (predict, "MOST_IN_MEMORY", 29_999)):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, value)
+            call(model, image, out, *options, *(["--overlay"] if name == "MOST_PIXELS" else []))
+        assert sorted(path.name for path in (out / "instances").iterdir()) == ["a.geojson", "a.tif"]
+        found = tifffile.imread(out / "instances" / "a.tif")
+        streamed = json.loads((out / "instances" / "a.geojson").read_text())["features"]
+        assert found.dtype == np.uint32
+        assert len(np.unique(np.stack([found, labels]).reshape(2, -1), axis=1).T) == labels.max() + 1
+        key = lambda feature: feature["id"]  # noqa: E731
+        assert sorted(streamed, key=key) == sorted(features, key=key)
+    assert (out / "overlay" / "a.png").read_bytes() == overlay
+    call(model, image, out, *options)
+    assert sorted(path.name for path in (out / "instances").iterdir()) == ["a.geojson", "a.png"]
 
 
 def test_slides_and_large_images_are_not_squashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
