@@ -38,7 +38,7 @@ UNSETTLED = ("checkpoint", "input", "out", "overwrite")  # options that do not d
 MOST_IN_MEMORY = 2**24  # pixels of an image whose instances are separated at once, which takes 50 bytes a pixel
 MOST_WITH_OVERLAY = 2**26  # pixels of an image for --overlay, which holds it as a whole
 OME = ".ome.tif"  # ending of the files of fields
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total} images [{elapsed}<{remaining}]"
+BAR = "{desc}{percentage:3.0f}%|{bar}| {n:.2f}/{total} images [{elapsed}<{remaining}]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +162,7 @@ def plan(config: PredictConfig) -> dict[Path, dict[str, Path]]:
 
 
 def named(path: Path, ending: str) -> str:
-    """The name of an output: the stem of the image, which evaluate pairs; x.ome.tif of x.ome.tif and of x.png."""
+    """The name of an output: the stem of the image, by which evaluate pairs masks; of fields without another .ome."""
     return (path.stem.removesuffix(".ome") if ending == OME else path.stem) + ending
 
 

@@ -261,6 +261,7 @@ def test_progress_counts_images(tmp_path: Path, capsys: pytest.CaptureFixture, m
     error = failing(capsys, save_model(tmp_path / "model"), tmp_path / "images", tmp_path / "out")
     shown = re.findall(r"([\d.]+)/(\S+) images", error)
     assert {total for _, total in shown} == {"3"}
+    assert "predict 3/3: 100%|" in error
     counts = [float(count) for count, _ in shown]
     assert counts == sorted(counts)
     assert counts[-1] == 3
