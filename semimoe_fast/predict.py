@@ -130,7 +130,8 @@ def require_effect(config: PredictConfig, model: SemiMoE, preprocessing: Preproc
 def plan(config: PredictConfig) -> dict[Path, dict[str, Path]]:
     """The files to write for each image, by what they hold: mask, fields, overlay, instances, polygons.
 
-    Raises UserError if there is no image, or if an output folder is a file or the folder of the images.
+    Raises UserError if there is no image, if an output folder is a file or the folder of the images, or if two images
+    have an output in common.
     """
     paths = list_images(config.input, also=SLIDES) if config.input.is_dir() else [config.input]
     if not paths[0].exists():
