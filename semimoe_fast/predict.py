@@ -225,6 +225,7 @@ def predict_all(
                 finished.add(path)
             except UserError as error:
                 if not config.input.is_dir():
+                    finished.forget()  # there is nothing to go on with
                     raise
                 warn(f"{error}; going on with the other images")
                 failed.append(path)

@@ -227,6 +227,7 @@ def test_a_file_is_opened_once_and_its_scale_has_limits(tmp_path: Path, monkeypa
         f"{image} has 1 microns a pixel and would be read at 1e-06, 1e+06 pixels per pixel of the file: give a scale "
         "from 0.01 to 16.0, or correct its resolution"
     )
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]
 
 
 def test_squashed_images_keep_their_resolution(tmp_path: Path) -> None:
