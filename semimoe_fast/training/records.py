@@ -25,7 +25,7 @@ HINTS = {
     "loss_weights": Three,
     "speed": dict[str, float | None],
 }
-VAL = dict[str, dict[str, float]]  # type of "val", which only records of validated epochs have
+VALIDATED = {"val": dict[str, dict[str, float]], "health": dict[str, Three]}  # which only validated epochs have
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
@@ -74,4 +74,4 @@ def _record(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     whole = isinstance(record, dict) and all(matches(record.get(key), hint) for key, hint in HINTS.items())
-    return record if whole and matches(record.get("val", {}), VAL) else None
+    return record if whole and all(matches(record.get(key, {}), hint) for key, hint in VALIDATED.items()) else None
