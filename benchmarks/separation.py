@@ -26,7 +26,7 @@ from semimoe_fast.checkpoint import Preprocessing
 from semimoe_fast.data.folders import list_pairs, read_image, read_mask
 from semimoe_fast.evaluation import object_scores
 from semimoe_fast.inference import instances_of, predict_image
-from semimoe_fast.predict import depth
+from semimoe_fast.inference.instances import depth
 
 EIGHT = np.ones((3, 3))
 COLUMNS = "method; F1; object Dice; object Hausdorff; right; too much; missed; merged; split".split("; ")

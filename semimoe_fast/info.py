@@ -24,6 +24,7 @@ def versions() -> list[tuple[str, str]]:
         ("CUDA of torch", torch.version.cuda or "none, a CPU build"),
         ("GPU", ", ".join(gpus) or "none"),
         ("CPU threads", str(torch.get_num_threads())),
+        ("predict on a CPU", "normalization folded into the convolutions, channels-last, eager"),
     ]
 
 

@@ -14,30 +14,31 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from . import checkpoint
-from . import functional as F
-from .checkpoint import MOST_PIXELS, Preprocessing, replacing, write_atomically
+from .checkpoint import MOST_PIXELS, Preprocessing
 from .data.folders import list_images
-from .data.readers import SLIDES, Reader, open_image
+from .data.readers import SCALES, SLIDES, Reader
+from .data.regions import PLAUSIBLE_MPP
 from .device import Precision, choose_device, keep_freed_memory
 from .errors import UserError, one_line, printable, run_command, warn
-from .evaluation.overlay import outline
 from .inference.finished import Finished
 from .inference.folding import folded
 from .inference.image import TASK, Field, Fields, Squashed, is_slide, open_for, predict_image
-from .inference.instances import instances_of, skimage
+from .inference.instances import depth, instances_of, skimage
+from .inference.outputs import open_instances, open_streams, write_labels, write_overlay, write_png, write_text
 from .inference.polygons import geojson
 from .inference.predictor import require_mask
-from .inference.tiled_tiff import TiledTiff
 from .inference.tiles import TILE, overlap_of
 from .model import SemiMoE
 from .options import read_options
 
 UNSETTLED = ("checkpoint", "input", "out", "overwrite")  # options that do not decide what the outputs hold
-MOST_IN_MEMORY = 2**26  # pixels of an image for --instances and --overlay, which hold it as a whole
+MOST_IN_MEMORY = 2**24  # pixels of an image whose instances are separated at once, which takes 50 bytes a pixel
+MOST_WITH_OVERLAY = 2**26  # pixels of an image for --overlay, which holds it as a whole
+OME = ".ome.tif"  # ending of the files of fields
+BAR = "{desc}{percentage:3.0f}%|{bar}| {n:.2f}/{total} images [{elapsed}<{remaining}]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class PredictConfig:
 
     With --instances, glands that touch are separated at valleys of the predicted signed distance field, or of the
     distance to the background if the checkpoint has no sdf expert. The same call after an interruption or a failure
-    goes on with the images of the folder that are missing.
+    goes on with the images of the folder that are missing. One call at a time writes into a folder.
     """
 
     checkpoint: Path
@@ -62,9 +63,9 @@ class PredictConfig:
     overwrite: bool = False
     """Replace existing files of the same names; images and the checkpoint are never replaced."""
     scale: Annotated[float | None, "FLOAT", "see above"] = None
-    """Predict in tiles at so many pixels of the model per pixel of the image, whatever the checkpoint."""
+    """Predict in tiles at so many pixels of the model per pixel of the image, 0.01 to 16, whatever the checkpoint."""
     mpp: Annotated[float | None, "FLOAT", "see above"] = None
-    """Predict in tiles at so many microns per pixel; the files must say their resolution."""
+    """Predict in tiles at so many microns per pixel, 0.02 to 20; the files must say their resolution."""
     tile_size: int = TILE
     """Side of the tiles in pixels of the model, a multiple of 16; smaller ones need less memory and more time."""
     skip_background: Literal["auto", "on", "off"] = "auto"
@@ -76,13 +77,13 @@ class PredictConfig:
     fields: bool = False
     """Also write the signed distance field and the probability of the boundary, sdf/ and boundary/NAME.ome.tif."""
     instances: bool = False
-    """Also separate glands: a label image instances/NAME.png and polygons for QuPath instances/NAME.geojson."""
+    """Also separate glands: a label image instances/NAME.png (NAME.tif if large), and polygons, NAME.geojson."""
     seed_level: float = 0.3
     """With --instances: share of a region's largest sdf above which a pixel is a seed; higher splits more."""
     least_area: int = 100
-    """With --instances: fewest pixels of a gland, at the size of the image; smaller ones are only in NAME.png."""
+    """With --instances: fewest pixels of a gland, at the size of the image; smaller ones are only in the mask."""
     overlay: bool = False
-    """Also write the image with the outlines drawn on it, overlay/NAME.png; with --instances, of each gland."""
+    """Also write the image with the outlines drawn on it, overlay/NAME.png, of images of up to 67 megapixels."""
     threshold: float = 0.5
     """Foreground probability above which a pixel is gland."""
     device: str = "auto"
@@ -99,9 +100,13 @@ def check(config: PredictConfig) -> None:
         raise UserError(f"--seed-level is {config.seed_level}: give a number from 0 to below 1")
     if config.least_area < 0:
         raise UserError(f"--least-area is {config.least_area}: give 0 or more")
-    for name, value in (("--scale", config.scale), ("--mpp", config.mpp)):
-        if value is not None and not 0 < value < np.inf:
-            raise UserError(f"{name} is {value}: give a positive number")
+    for name in ("seed_level", "least_area"):
+        value = getattr(config, name)
+        if value != getattr(PredictConfig, name) and not config.instances:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it needs --instances; add that, or leave it out")
+    for name, value, (least, most) in (("--scale", config.scale, SCALES), ("--mpp", config.mpp, PLAUSIBLE_MPP)):
+        if value is not None and not least <= value <= most:
+            raise UserError(f"{name} is {value}: give a number from {least:g} to {most:g}")
     if config.scale is not None and config.mpp is not None:
         raise UserError("--scale and --mpp: both given; give one of them")
     try:
@@ -110,17 +115,30 @@ def check(config: PredictConfig) -> None:
         raise UserError(f"--tile-size is {config.tile_size}: give a positive multiple of 16") from None
 
 
+def require_effect(config: PredictConfig, model: SemiMoE, preprocessing: Preprocessing) -> None:
+    """Raise UserError for an option that changes nothing with this checkpoint."""
+    if config.fields and not {"sdf", "boundary"} & set(model.tasks):
+        raise UserError(f"--fields: {config.checkpoint} has no expert for sdf or boundary; leave it out")
+    if config.tile_size != TILE and preprocessing.sampling == "resize" and config.scale is None and config.mpp is None:
+        square = preprocessing.image_size
+        raise UserError(
+            f"--tile-size is {config.tile_size}, but images are squashed to the {square} x {square} of "
+            f"{config.checkpoint}: add --scale or --mpp to predict in tiles, or leave it out"
+        )
+
+
 def plan(config: PredictConfig) -> dict[Path, dict[str, Path]]:
     """The files to write for each image, by what they hold: mask, fields, overlay, instances, polygons.
 
-    Raises UserError if there is no image, or if an output folder is a file or the folder of the images.
+    Raises UserError if there is no image, if an output folder is a file or the folder of the images, or if two images
+    have an output in common.
     """
     paths = list_images(config.input, also=SLIDES) if config.input.is_dir() else [config.input]
     if not paths[0].exists():
         raise UserError(f"{config.input}: no such file or folder; give an image or a folder of images")
     places = {"mask": (config.out, ".png")}
     kinds = ["probability"] * config.probability + ["sdf", "boundary"] * config.fields
-    places |= {kind: (config.out / kind, ".ome.tif") for kind in kinds}
+    places |= {kind: (config.out / kind, OME) for kind in kinds}
     if config.overlay:
         places["overlay"] = config.out / "overlay", ".png"
     if config.instances:
@@ -133,9 +151,20 @@ def plan(config: PredictConfig) -> dict[Path, dict[str, Path]]:
             raise UserError(f"{folder} is the folder of the images: masks would replace them, give another --out")
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file, not a folder: remove it, or give another --out")
-    return {
-        path: {kind: folder / f"{path.stem}{ending}" for kind, (folder, ending) in places.items()} for path in paths
+    outputs = {
+        path: {kind: folder / named(path, ending) for kind, (folder, ending) in places.items()} for path in paths
     }
+    owner: dict[Path, Path] = {}
+    for path, files in outputs.items():
+        for file in files.values():
+            if (other := owner.setdefault(file, path)) != path:
+                raise UserError(f"{other} and {path.name} would both be written to {file}: remove or rename one")
+    return outputs
+
+
+def named(path: Path, ending: str) -> str:
+    """The name of an output: the stem of the image, by which evaluate pairs masks; of fields without another .ome."""
+    return (path.stem.removesuffix(".ome") if ending == OME else path.stem) + ending
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -151,48 +180,61 @@ def main(arguments: Sequence[str] | None = None) -> None:
     require_mask(config.checkpoint, model)
     preprocessing = Preprocessing.of(config.checkpoint, metadata)
     outputs = {path: of_tasks(files, model.tasks) for path, files in outputs.items()}
-    finished = Finished(config.out, settings(config)) if config.input.is_dir() else None
-    require_free(outputs, config, resumed=finished is not None and finished.resumed)
+    require_effect(config, model, preprocessing)
     kinds = next(iter(outputs.values()))
-    for file in kinds.values():
-        file.parent.mkdir(parents=True, exist_ok=True)
     needed = {"probability", *kinds, *(["sdf"] if config.instances and "sdf" in model.tasks else [])}
     fields = [field for field in TASK if field in needed]
     model = folded(model, [TASK[field] for field in fields])
-
-    if finished:
+    with Finished(config.out, settings(config)) as finished:
+        if finished.others and not config.overwrite:
+            raise UserError(
+                f"{finished.path} counts {finished.others} images of an interrupted call with other options or images: "
+                "repeat that call, give another --out, or --overwrite to forget it"
+            )
+        require_free(outputs, config, finished.resumed)
+        for file in kinds.values():
+            file.parent.mkdir(parents=True, exist_ok=True)
         finished.begin()
-    done = [path for path, files in outputs.items() if finished and path in finished and complete(files.values())]
+        predict_all(outputs, finished, model, preprocessing, fields, config)
+        finished.forget()
+
+
+def predict_all(
+    outputs: dict[Path, dict[str, Path]],
+    finished: Finished,
+    model: SemiMoE,
+    preprocessing: Preprocessing,
+    fields: Sequence[Field],
+    config: PredictConfig,
+) -> None:
+    """Predict the images that are not finished. In a folder, those that cannot be read are listed at the end."""
+    done = [path for path, files in outputs.items() if path in finished and complete(files.values())]
     missing = [path for path in outputs if path not in done]
     if done:
         print(f"images that an interrupted call has predicted: {len(done)}; going on with the others")
     warned, failed = False, []
-    with tqdm(desc="predict", unit="px", unit_scale=True) as bar:
+    with tqdm(total=len(missing), bar_format=BAR) as bar:
         for number, path in enumerate(missing, 1):
             bar.set_description(f"predict {number}/{len(missing)}")
             try:
                 with open_for(path, preprocessing, config.scale, config.mpp) as image:
-                    bar.total = (bar.total or 0) + math.prod(image.full_size)
-                    bar.refresh()
                     if image.note and not (warned and isinstance(image, Squashed)):  # one of many squashed ones will do
                         warn(image.note)
                         warned |= isinstance(image, Squashed)
                     predict_file(image, outputs[path], model, preprocessing, fields, config, bar.update)
+                finished.add(path)
             except UserError as error:
-                if finished is None:
+                if not config.input.is_dir():
+                    finished.forget()  # there is nothing to go on with
                     raise
                 warn(f"{error}; going on with the other images")
                 failed.append(path)
-                continue
-            if finished:
-                finished.add(path)
+            bar.update(number - bar.n)  # the rest of an image that failed
     print(one_line(f"masks written to {config.out}: {len(outputs) - len(failed)}"))
     if failed:
         names = ", ".join(path.name for path in failed)
         print(one_line(f"error: {len(failed)} of {len(outputs)} images failed: {names}"), file=sys.stderr)
         sys.exit(1)
-    if finished:
-        finished.forget()
 
 
 def require_free(outputs: dict[Path, dict[str, Path]], config: PredictConfig, resumed: bool) -> None:
@@ -236,20 +278,18 @@ def predict_file(
     preprocessing: Preprocessing,
     fields: Sequence[Field],
     config: PredictConfig,
-    progress: Callable[[int], object],
+    progress: Callable[[float], object],
 ) -> None:
     """Write the files of an image, its mask last. Each appears under its final name when it is whole.
 
-    progress: called with the number of pixels of each piece that is predicted.
+    progress: called with the share of the image that each piece is.
     """
     size, path = image.full_size, image.path
-    large = max(size) > MOST_PIXELS or is_slide(path)
-    with_objects = config.instances or config.overlay
-    if with_objects and math.prod(size) > MOST_IN_MEMORY:
-        option = "--instances" if config.instances else "--overlay"
+    pixels, large = math.prod(size), max(size) > MOST_PIXELS or is_slide(path)
+    if config.overlay and pixels > MOST_WITH_OVERLAY:
         raise UserError(
-            f"{path} is {size[1]} x {size[0]} pixels, and {option} takes images of up to {MOST_IN_MEMORY / 1e6:.3g} "
-            "megapixels: leave it out, or cut the image"
+            f"{path} is {size[1]} x {size[0]} pixels, and --overlay takes images of up to "
+            f"{MOST_WITH_OVERLAY / 1e6:.3g} megapixels: leave it out, or cut the image"
         )
     mask_file, other = files["mask"], files["mask"].with_suffix(".tif")
     if large:
@@ -258,39 +298,36 @@ def predict_file(
     skip = is_slide(path) if config.skip_background == "auto" else config.skip_background == "on"
     options = {"fields": fields, "tile": config.tile_size, "tta": config.tta, "skip_background": skip}
     device = next(model.parameters()).device
-    masks, sdfs = [], []
+    stitched = config.instances and (large or pixels > MOST_IN_MEMORY)
+    masks, sdfs, labels = [], [], []
     with ExitStack() as stack:
         streams = open_streams(image, streamed, stack)
+        if stitched:
+            tables = files["instances"].with_suffix(".tif"), files["polygons"]
+            add = open_instances(image, *tables, config.seed_level, config.least_area, stack)
         for _, piece in predict_image(model, image, preprocessing, device, **options, precision=config.precision):
             require_finite(piece, config.checkpoint, path)
             mask = (piece.probability > config.threshold).numpy()
             for kind, stream in streams.items():
                 stream.write(mask * np.uint8(255) if kind == "mask" else getattr(piece, kind).numpy())
-            if with_objects or not large:
+            if stitched:
+                rows = add(mask, None if piece.sdf is None else piece.sdf.numpy())
+                labels += [rows] * config.overlay
+            if not large or (config.overlay and not stitched):
                 masks.append(mask)
-            if config.instances:
+            if config.instances and not stitched:
                 sdfs.append(piece.sdf)
-            progress(mask.size)
-        if with_objects:
-            sdf = torch.cat(sdfs).numpy() if config.instances and "sdf" in fields else None
-            write_objects(path, np.concatenate(masks), sdf, files, config)
+            progress(mask.size / pixels)
+        if config.instances and not stitched:
+            sdf = torch.cat(sdfs).numpy() if "sdf" in fields else None
+            labels = [write_instances(path, np.concatenate(masks), sdf, files, config)]
+        if config.overlay:
+            write_overlay(path, np.concatenate(labels if config.instances else masks), files["overlay"])
     if not large:
         write_png(mask_file, np.concatenate(masks) * np.uint8(255))
-    other.unlink(missing_ok=True)  # of an earlier call
-
-
-def open_streams(image: Reader, files: dict[str, Path], stack: ExitStack) -> dict[str, TiledTiff]:
-    """A TIFF file of the size of the image for each file, by what it holds.
-
-    They get their final names when the stack closes without an error, the first one last.
-    """
-    mpp = None if image.mpp is None else image.mpp * image.size[0] / image.full_size[0]
-    streams = {}
-    for kind, file in files.items():
-        dtype, channel = ("uint8", None) if kind == "mask" else ("float16", kind)
-        part = stack.enter_context(replacing(file))
-        streams[kind] = stack.enter_context(TiledTiff(part, image.full_size, dtype, mpp, channel))
-    return streams
+    if stitched:
+        files["instances"].unlink(missing_ok=True)  # of an earlier call, as this one
+    other.unlink(missing_ok=True)
 
 
 def require_finite(piece: Fields, source: Path, path: Path) -> None:
@@ -298,44 +335,14 @@ def require_finite(piece: Fields, source: Path, path: Path) -> None:
         raise UserError(f"{source} predicts NaN or inf on {path}: give a checkpoint that has not diverged")
 
 
-def write_objects(
+def write_instances(
     path: Path, mask: np.ndarray, sdf: np.ndarray | None, files: dict[str, Path], config: PredictConfig
-) -> None:
-    """Write label image, polygons and overlay of an image, as far as the options ask for them."""
-    objects = mask
-    if config.instances:
-        objects = instances_of(mask, depth(mask) if sdf is None else sdf, config.seed_level, config.least_area)
-        write_labels(files["instances"], objects)
-        write_text(files["polygons"], geojson(objects, path.name))
-    if config.overlay:
-        with open_image(path) as image:
-            write_png(files["overlay"], outline(image.read(0, 0, *image.size), objects))
-
-
-def depth(mask: np.ndarray) -> np.ndarray:
-    """Distance of the foreground of a mask (H, W) to the background, float32, in pixels; 0 where there is none."""
-    return F.squared_distance(mask).clamp(min=0).sqrt().numpy() * mask
-
-
-def write_labels(path: Path, labels: np.ndarray) -> None:
-    """Write a label image (H, W) as a PNG of 16 bits, or as a TIFF of 32 bits if it has labels above 65,535."""
-    wide = path.with_suffix(".tif")
-    if labels.max() <= np.iinfo(np.uint16).max:
-        write_png(path, labels.astype(np.uint16))
-        wide.unlink(missing_ok=True)  # of an earlier call
-    else:
-        import tifffile  # scikit-image depends on it
-
-        write_atomically(wide, lambda part: tifffile.imwrite(part, labels.astype(np.uint32)))
-        path.unlink(missing_ok=True)
-
-
-def write_png(path: Path, pixels: np.ndarray) -> None:
-    write_atomically(path, lambda part: Image.fromarray(pixels).save(part, "PNG"))
-
-
-def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda part: part.write_text(text))
+) -> np.ndarray:
+    """Write label image and polygons of an image that is held as a whole; the label image."""
+    labels = instances_of(mask, depth(mask) if sdf is None else sdf, config.seed_level, config.least_area)
+    write_labels(files["instances"], labels)
+    write_text(files["polygons"], geojson(labels, path.name))
+    return labels
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from .regions import Reader, plausible_mpp
 TIFF_SIGNATURES = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"
 SLIDES = frozenset(".svs .ndpi .mrxs .scn .vms .vmu .bif .svslide .czi .dcm".split())  # suffixes that OpenSlide reads
 BAND_BYTES = 2**23  # of the pixels that are resampled at a time
+SCALES = 0.01, 16.0  # smallest and largest scale that makes sense: pixels per pixel of a file
 SAME = 0.02  # scales that differ by less are taken as equal, such as 0.2528 and 0.25 microns a pixel
 
 # Pillow warns above half the size that it refuses. Users who set a filter of their own keep it.
@@ -74,26 +75,19 @@ def open_image(path: Path, scale: float | None = None, mpp: float | None = None)
 
     Sides are rounded to whole pixels, at least 1. The smallest level of a pyramid that has enough resolution is
     resampled, or read as it is if it differs from `mpp` by less than 2 %. `Reader.note` says so, unless the file is
-    read at its own scale. Raises UserError for files that cannot be read and, with `mpp`, do not say their resolution.
+    read at its own scale. Raises UserError for files that cannot be read and, with `mpp`, do not say their resolution
+    or would be read at a scale outside SCALES.
     """
-    if scale is not None and mpp is not None:
-        raise ValueError("give scale or mpp, not both")
-    for name, value in (("scale", scale), ("mpp", mpp)):
-        if value is not None and not 0 < value < np.inf:
-            raise ValueError(f"{name} must be a positive number, not {value}")
-    path = Path(path)
+    return at_scale(open_levels(Path(path)), scale, mpp)
+
+
+def open_levels(path: Path) -> Sequence[Reader]:
+    """The image of a file and its smaller copies, largest first. They share the file: closing the first closes it.
+
+    Raises UserError for files that cannot be read.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such image file; give a regular file")
-    levels = _levels(path)
-    try:
-        return _at_scale(levels, scale, mpp)
-    except BaseException:
-        levels[0].close()
-        raise
-
-
-def _levels(path: Path) -> Sequence[Reader]:
-    """The image of a file and its smaller copies, largest first. They share the file: closing the first closes it."""
     if path.suffix.lower() in SLIDES:
         from . import slides
 
@@ -148,16 +142,24 @@ def _decoded(path: Path, reason: str = "") -> ArrayReader:
     return ArrayReader(read_image(path), path, mpp_of(path))
 
 
+def at_scale(levels: Sequence[Reader], scale: float | None = None, mpp: float | None = None) -> Reader:
+    """The image of `open_levels` at a scale, as `open_image` gives it. An error closes the file."""
+    try:
+        return _at_scale(levels, scale, mpp)
+    except BaseException:
+        levels[0].close()
+        raise
+
+
 def _at_scale(levels: Sequence[Reader], scale: float | None, mpp: float | None) -> Reader:
-    """The first level resampled to a scale, from the smallest level that is large enough."""
+    if scale is not None and mpp is not None:
+        raise ValueError("give scale or mpp, not both")
+    for name, value in (("scale", scale), ("mpp", mpp)):
+        if value is not None and not 0 < value < np.inf:
+            raise ValueError(f"{name} must be a positive number, not {value}")
     full = levels[0]
     if mpp is not None:
-        if full.mpp is None:
-            raise UserError(
-                f"{full.path} does not say how large its pixels are: save it with its resolution (TIFF tags or "
-                "OME-XML), or give the scale instead"
-            )
-        scale = full.mpp / mpp
+        scale = _scale_of(full, mpp)
     if scale is None:
         return full
     size = scaled_size(full.size, scale)
@@ -170,3 +172,19 @@ def _at_scale(levels: Sequence[Reader], scale: float | None, mpp: float | None) 
     if mpp is not None and reader is not full:
         reader.note = f"{full.path} has {full.mpp:.4g} microns a pixel and is read at {reader.mpp:.4g}"
     return reader
+
+
+def _scale_of(full: Reader, mpp: float) -> float:
+    """Pixels at `mpp` microns a pixel per pixel of a file. Raises UserError if it is unknown or outside SCALES."""
+    if full.mpp is None:
+        raise UserError(
+            f"{full.path} does not say how large its pixels are: save it with its resolution (TIFF tags or "
+            "OME-XML), or give the scale instead"
+        )
+    scale = full.mpp / mpp
+    if not SCALES[0] <= scale <= SCALES[1]:
+        raise UserError(
+            f"{full.path} has {full.mpp:.4g} microns a pixel and would be read at {mpp:.4g}, {scale:.3g} pixels per "
+            f"pixel of the file: give a scale from {SCALES[0]} to {SCALES[1]}, or correct its resolution"
+        )
+    return scale

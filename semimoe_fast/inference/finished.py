@@ -1,11 +1,17 @@
-"""Which images of a folder are predicted, so that the same call after an interruption goes on with the others."""
+"""Which images are predicted into a folder, so that the same call after an interruption goes on with the others."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from ..errors import UserError, naming, warn
 
 NAME = ".predict.jsonl"
 
@@ -13,32 +19,71 @@ NAME = ".predict.jsonl"
 class Finished:
     """The images that calls with the same settings have predicted, in a file in the folder of the outputs.
 
-    The first line of the file holds the settings, JSON values; a file with others is replaced. Every further line is an
-    image: its name, size in bytes and time of change. `forget` removes the file once all images are predicted.
+    The first line of the file holds the settings, JSON values. Every further line is an image: its name, size in bytes
+    and time of change. `forget` removes the file once all images are predicted.
+
+    A context manager: the file is locked until the block or the process ends (POSIX flock, which the system releases
+    even if the process is killed), from the start if it exists, else from `begin`. So one process at a time predicts
+    into a folder. Another one raises UserError.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.path = folder / NAME
         self._first = json.dumps(settings, sort_keys=True)
-        lines = self.path.read_text(errors="replace").splitlines() if self.path.is_file() else []
+        self._file = self._open() if self.path.is_file() else None
+        lines = self._file.read().splitlines() if self._file else []
         self.resumed = lines[:1] == [self._first]  # such a call was interrupted
+        self.others = 0 if self.resumed else len(lines[1:])  # images of an interrupted call with other settings
         self._lines = set(lines[1:] if self.resumed else [])
 
     def begin(self) -> None:
-        """Start the file, unless it is that of an interrupted call."""
+        """Create the file, or empty that of a call with other settings."""
+        if self._file is None:
+            self._file = self._open()
         if not self.resumed:
-            self.path.write_text(self._first + "\n")
+            self._file.truncate(0)
+            self._write(self._first)
 
     def __contains__(self, image: Path) -> bool:
         return image.exists() and _line(image) in self._lines
 
     def add(self, image: Path) -> None:
         """Call it when all outputs of an image are in place."""
-        with self.path.open("a") as file:
-            file.write(_line(image) + "\n")
+        self._write(_line(image))
 
     def forget(self) -> None:
         self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._file:
+            self._file.close()
+
+    def _open(self) -> TextIO:
+        """The file, locked; on a file system without locks only a warning."""
+        file = self.path.open("a+", errors="replace")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                file.close()
+                raise UserError(
+                    f"{self.path.parent}: another process is predicting into this folder; wait until it ends, stop it, "
+                    "or give another --out"
+                ) from None
+            warn(f"{self.path} cannot be locked ({error.strerror}); make sure that no other process predicts there")
+        if not self.path.exists() or not os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+            file.close()  # another process has removed it between the two calls
+            return self._open()
+        file.seek(0)
+        return file
+
+    def _write(self, line: str) -> None:
+        with naming(self.path):
+            self._file.write(line + "\n")
+            self._file.flush()
 
 
 def _line(image: Path) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checkpoint import MOST_PIXELS, Preprocessing
 from ..data import augment
 from ..data.folders import resize_image
-from ..data.readers import SLIDES, ArrayReader, Reader, Resampled, open_image
+from ..data.readers import SLIDES, ArrayReader, Reader, at_scale, open_levels
 from ..device import Precision, autocast
 from ..errors import UserError
 from ..model import STRIDE, SemiMoE
@@ -43,7 +43,8 @@ class Squashed(ArrayReader):
     def __init__(self, image: Reader, preprocessing: Preprocessing) -> None:
         pixels = torch.from_numpy(image.read(0, 0, *image.size))
         square = resize_image(pixels, preprocessing.image_size, preprocessing.antialias)
-        super().__init__(square.permute(1, 2, 0).numpy(), image.path)
+        mpp = None if image.mpp is None else image.mpp * image.size[0] / preprocessing.image_size
+        super().__init__(square.permute(1, 2, 0).numpy(), image.path, mpp)
         self.full_size = image.full_size
 
 
@@ -102,22 +103,16 @@ def open_for(
     makes it very different from the training images. `full_size` is the image's own size. Raises UserError for files
     that cannot be read, and for those too large to be squashed.
     """
-    full = ArrayReader(image) if isinstance(image, np.ndarray) else open_image(image)
-    if scale is None and mpp is None and preprocessing.sampling == "resize":
-        with full:
-            return _squashed(full, preprocessing)
-    if scale is None and mpp is None and full.mpp is not None:
-        mpp = preprocessing.mpp
+    levels = [ArrayReader(image)] if isinstance(image, np.ndarray) else open_levels(image)
+    full = levels[0]
     if scale is None and mpp is None:
-        return full
-    if full.path is None:
-        if scale is None:
-            raise ValueError("pixels in memory have no microns per pixel: give scale")
-        resampled = Resampled(full, tuple(max(1, round(side * scale)) for side in full.size))
-        resampled.full_size = full.size
-        return resampled
-    full.close()
-    return open_image(full.path, scale, mpp)
+        if preprocessing.sampling == "resize":
+            with full:
+                return _squashed(full, preprocessing)
+        mpp = None if full.mpp is None else preprocessing.mpp
+    elif mpp is not None and full.path is None:
+        raise ValueError("pixels in memory have no microns per pixel: give scale")
+    return at_scale(levels, scale, mpp)
 
 
 def is_slide(path: Path | None) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from .. import functional as F
 from ..errors import UserError
 
 EIGHT = np.ones((3, 3), bool)  # pixels that touch at an edge or a corner are neighbors
@@ -43,16 +44,21 @@ def instances_of(mask: Any, sdf: Any, seed_level: float = 0.3, least_area: int =
     seeds, seed_count = ndimage.label(mask & (sdf > seed_level * largest[components]), EIGHT)
     seedless = mask & (largest[components] == 0)
     seeds[seedless] = seed_count + components[seedless]
-    return _renumber(segmentation.watershed(-sdf, seeds, connectivity=2, mask=mask), least_area)
+    return renumber(segmentation.watershed(-sdf, seeds, connectivity=2, mask=mask), least_area)
 
 
-def _renumber(labels: np.ndarray, least_area: int) -> np.ndarray:
+def renumber(labels: np.ndarray, least_area: int) -> np.ndarray:
     """Drop labels of fewer than least_area pixels, and number the others in the order of their first pixels."""
     ids, first, area = np.unique(labels, return_index=True, return_counts=True)
     kept = np.flatnonzero((ids > 0) & (area >= least_area))
     numbers = np.zeros(labels.max(initial=0) + 1, np.int32)
     numbers[ids[kept[first[kept].argsort()]]] = np.arange(1, len(kept) + 1)
     return numbers[labels]
+
+
+def depth(mask: np.ndarray) -> np.ndarray:
+    """Distance of the foreground of a mask (H, W) to the background, float32, in pixels; 0 where there is none."""
+    return F.squared_distance(mask).clamp(min=0).sqrt().numpy() * mask
 
 
 def skimage() -> ModuleType:

@@ -9,15 +9,20 @@ import json
 import uuid
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 
+from ..errors import naming
 from .instances import skimage
 
 Polygon = list[np.ndarray]  # rings: the exterior, then the holes; int64 (N, 2), x and y of the corners, the first twice
 
 CLASSIFICATION = {"name": "Gland", "color": [0, 160, 80]}  # QuPath's class of the annotations
+SEPARATORS = ",", ":"
+HEAD, TAIL = '{"type":"FeatureCollection","features":[', "]}"  # of the file
 NAMESPACE = uuid.UUID("b06502ee-f48a-466f-a8b5-260de546b92a")  # of the features' ids
 
 
@@ -46,19 +51,46 @@ def geojson(labels: Any, name: str) -> str:
     QuPath 0.4 and later import it. The ids of the features are UUIDs that depend on `name`, the name of the image, and
     on the coordinates.
     """
-    features = []
+    return HEAD + ",".join(_features(labels, name, 0, 0)) + TAIL
+
+
+class GeojsonFile:
+    """The text of `geojson`, written part by part to a file; a context manager. The memory is that of a part."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path, self.name = path, name
+        self._file = path.open("w")
+        self._between = HEAD
+
+    def write(self, labels: np.ndarray, row: int, column: int) -> None:
+        """Add the instances of a part of the label image: (h, w), whose first pixel is at (row, column)."""
+        with naming(self.path):
+            for feature in _features(labels, self.name, row, column):
+                self._file.write(self._between + feature)
+                self._between = ","
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        with naming(self.path), self._file:
+            if kind is None:
+                self._file.write((HEAD if self._between == HEAD else "") + TAIL)
+
+
+def _features(labels: Any, name: str, row: int, column: int) -> Iterator[str]:
+    """The features of the instances, as JSON, if the first pixel of the labels is at (row, column) of the image."""
+    origin = np.array([column, row])
     for polygons in polygons_of(labels).values():
-        coordinates: list = [[ring.tolist() for ring in polygon] for polygon in polygons]
+        coordinates: list = [[(ring + origin).tolist() for ring in polygon] for polygon in polygons]
         kind = "MultiPolygon" if len(polygons) > 1 else "Polygon"
-        features.append(
-            {
-                "type": "Feature",
-                "id": str(uuid.uuid5(NAMESPACE, json.dumps([name, coordinates]))),
-                "geometry": {"type": kind, "coordinates": coordinates if len(polygons) > 1 else coordinates[0]},
-                "properties": {"objectType": "annotation", "classification": CLASSIFICATION},
-            }
-        )
-    return json.dumps({"type": "FeatureCollection", "features": features}, separators=(",", ":"))
+        feature = {
+            "type": "Feature",
+            "id": str(uuid.uuid5(NAMESPACE, json.dumps([name, coordinates]))),
+            "geometry": {"type": kind, "coordinates": coordinates if len(polygons) > 1 else coordinates[0]},
+            "properties": {"objectType": "annotation", "classification": CLASSIFICATION},
+        }
+        yield json.dumps(feature, separators=SEPARATORS)
 
 
 def _rings(parts: np.ndarray) -> Iterator[tuple[tuple[int, int], int, np.ndarray]]:

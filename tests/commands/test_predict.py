@@ -19,6 +19,7 @@ from semimoe_fast.data.folders import read_image, read_mask, resize_image
 from semimoe_fast.errors import UserError
 from semimoe_fast.evaluation.overlay import outline
 from semimoe_fast.inference import instances_of, polygons_of
+from semimoe_fast.inference.outputs import write_labels
 from semimoe_fast.model import SemiMoE
 
 pytest.importorskip("tyro", reason="commands read their options with tyro")
@@ -115,7 +116,7 @@ def test_touching_objects_are_outlined_apart() -> None:
 def test_many_labels_are_written_with_32_bits(tmp_path: Path) -> None:
     labels = np.arange(70_000, dtype=np.int32).reshape(200, 350)
     for count, name, dtype in ((65_535, "a.b.png", np.uint16), (65_536, "a.b.tif", np.uint32)):
-        predict.write_labels(tmp_path / "a.b.png", np.minimum(labels, count))
+        write_labels(tmp_path / "a.b.png", np.minimum(labels, count))
         with Image.open(tmp_path / name) as image:
             assert np.array_equal(np.array(image), np.minimum(labels, count).astype(dtype))
 

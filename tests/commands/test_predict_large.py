@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +14,11 @@ import tifffile
 import torch
 
 from semimoe_fast import checkpoint, predict
-from semimoe_fast.data.folders import read_mask
+from semimoe_fast.data import tiff
+from semimoe_fast.data.folders import read_instances, read_mask
 from semimoe_fast.errors import UserError, explain
 from semimoe_fast.inference import open_for, predict_image
+from semimoe_fast.inference.finished import Finished
 from semimoe_fast.model import SemiMoE
 
 pytest.importorskip("tyro", reason="commands read their options with tyro")
@@ -22,12 +26,12 @@ pytest.importorskip("tyro", reason="commands read their options with tyro")
 Run = Callable[..., Path]
 
 
-def save_model(path: Path, **changes: object) -> Path:
+def save_model(path: Path, tasks: tuple[str, ...] = ("mask", "sdf", "boundary"), **changes: object) -> Path:
     """A checkpoint with random weights, for crops; changes: of its preprocessing."""
     torch.manual_seed(1)
     values = {"sampling": "crops", "antialias": True} | changes
     preprocessing = checkpoint.Preprocessing(32, (0.5,) * 3, (0.2,) * 3, **values)._asdict()
-    checkpoint.save(path, SemiMoE(width=2), {"preprocessing": preprocessing})
+    checkpoint.save(path, SemiMoE(width=2, expert_tasks=tasks), {"preprocessing": preprocessing})
     return path
 
 
@@ -48,17 +52,17 @@ def fields_of(model: Path, image: Path | np.ndarray, *scale: float | None) -> li
     return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
 
 
-def call(model: Path, images: Path, out: Path, *more: str) -> Path:
-    """Predict, and replace the files of earlier calls."""
-    words = ["--checkpoint", model, "--input", images, "--out", out, "--device", "cpu", "--tile-size", "64", *more]
-    words.append("--overwrite")
-    predict.main([str(word) for word in words])
+def call(model: Path, images: Path, out: Path, *more: str, tiles: bool = True, overwrite: bool = True) -> Path:
+    """Predict in tiles of 64, and replace the files of earlier calls."""
+    words = ["--checkpoint", model, "--input", images, "--out", out, "--device", "cpu"]
+    words += ["--tile-size", "64"] * tiles + ["--overwrite"] * overwrite
+    predict.main([str(word) for word in [*words, *more]])
     return out
 
 
-def refused(*arguments: object) -> str:
+def refused(*arguments: object, **options: bool) -> str:
     with pytest.raises(UserError) as caught:
-        call(*arguments)
+        call(*arguments, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -87,7 +91,7 @@ def test_scale_decides_and_the_mask_has_the_size_of_the_file(tmp_path: Path, cap
         assert np.array_equal(mask, (half > 0.5).numpy())
         assert capsys.readouterr().err.count(f"{image} has 1 microns a pixel and is read at 2") == (model != squares)
     for model, scale in ((crops, 1.0), (squares, None)):  # its own scale; squashed
-        mask = read_mask(call(model, image, tmp_path / "out") / "image.png")
+        mask = read_mask(call(model, image, tmp_path / "out", tiles=model != squares) / "image.png")
         assert np.array_equal(mask, (fields_of(model, image, scale)[0] > 0.5).numpy())
     assert refused(crops, save_image(tmp_path / "plain.tif", 70, 70), tmp_path / "out", "--mpp", "1").startswith(
         f"{tmp_path / 'plain.tif'} does not say how large its pixels are"
@@ -111,7 +115,8 @@ def test_squashed_images_far_from_the_training_images_are_said_once(
 ) -> None:
     for name in ("a.tif", "b.tif"):
         save_image(tmp_path / "images" / name, *size)
-    call(save_model(tmp_path / "model", sampling="resize", scale=scale), tmp_path / "images", tmp_path / "out")
+    model = save_model(tmp_path / "model", sampling="resize", scale=scale)
+    call(model, tmp_path / "images", tmp_path / "out", tiles=False)
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(lines) == warned
     for line in lines:
@@ -130,7 +135,7 @@ def test_large_masks_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert tifffile.TiffFile(out / "a.tif").pages[0].is_tiled
     call(model, image, out, "--overlay")
     assert (out / "overlay" / "a.png").exists()
-    monkeypatch.setattr(predict, "MOST_IN_MEMORY", 14_999)
+    monkeypatch.setattr(predict, "MOST_WITH_OVERLAY", 14_999)
     assert refused(model, image, out, "--overlay") == (
         f"{image} is 150 x 100 pixels, and --overlay takes images of up to 0.015 megapixels: leave it out, or cut the "
         "image"
@@ -142,12 +147,39 @@ def test_large_masks_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert read_mask(out / "a.tif").max() == level
 
 
+def test_instances_of_streamed_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same objects as in memory; label image and polygons agree with each other and replace those of before."""
+    pytest.importorskip("skimage", reason="instances need scikit-image")
+    model, image = save_model(tmp_path / "model"), save_image(tmp_path / "images" / "a.tif", 200, 150)
+    out = tmp_path / "out"
+    options = ["--instances", "--least-area", "4", "--tile-size", "64"]
+    call(model, image, out, *options, "--overlay")
+    labels = read_instances(out / "instances" / "a.png")
+    features = json.loads((out / "instances" / "a.geojson").read_text())["features"]
+    overlay = (out / "overlay" / "a.png").read_bytes()
+    assert len(features) == labels.max() > 5
+    for module, name, value in ((predict, "MOST_PIXELS", 199), (predict, "MOST_IN_MEMORY", 29_999)):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, value)
+            call(model, image, out, *options, "--overlay")
+        assert sorted(path.name for path in (out / "instances").iterdir()) == ["a.geojson", "a.tif"]
+        found = tifffile.imread(out / "instances" / "a.tif")
+        streamed = json.loads((out / "instances" / "a.geojson").read_text())["features"]
+        assert found.dtype == np.uint32
+        assert len(np.unique(np.stack([found, labels]).reshape(2, -1), axis=1).T) == labels.max() + 1
+        key = lambda feature: feature["id"]  # noqa: E731
+        assert sorted(streamed, key=key) == sorted(features, key=key)
+        assert (out / "overlay" / "a.png").read_bytes() == overlay
+    call(model, image, out, *options)
+    assert sorted(path.name for path in (out / "instances").iterdir()) == ["a.geojson", "a.png"]
+
+
 def test_slides_and_large_images_are_not_squashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from semimoe_fast.inference import image as module
 
     model, image = save_model(tmp_path / "m", sampling="resize"), save_image(tmp_path / "a.tif", 70, 90)
     monkeypatch.setattr(module, "MOST_PIXELS", 80)
-    message = refused(model, image, tmp_path / "out")
+    message = refused(model, image, tmp_path / "out", tiles=False)
     assert message.startswith(f"{image} is 90 x 70 pixels, too large to be squashed")
     assert "--scale" in message
     call(model, image, tmp_path / "out", "--scale", "1")
@@ -156,8 +188,12 @@ def test_slides_and_large_images_are_not_squashed(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("--scale 0", "--scale is 0.0: give a positive number"),
-        ("--mpp nan", "--mpp is nan: give a positive number"),
+        ("--scale 0", "--scale is 0.0: give a number from 0.01 to 16"),
+        ("--scale 1e-9", "--scale is 1e-09: give a number from 0.01 to 16"),
+        ("--mpp 1e9", "--mpp is 1000000000.0: give a number from 0.02 to 20"),
+        ("--mpp nan", "--mpp is nan: give a number from 0.02 to 20"),
+        ("--seed-level 0.5", "--seed-level is 0.5: it needs --instances; add that, or leave it out"),
+        ("--least-area 9", "--least-area is 9: it needs --instances; add that, or leave it out"),
         ("--mpp 1 --scale 1", "--scale and --mpp: both given; give one of them"),
         ("--tile-size 100", "--tile-size is 100: give a positive multiple of 16"),
     ],
@@ -165,6 +201,105 @@ def test_slides_and_large_images_are_not_squashed(tmp_path: Path, monkeypatch: p
 def test_bad_values_are_refused(tmp_path: Path, given: str, message: str) -> None:
     image = save_image(tmp_path / "a.tif", 20, 20)
     assert refused(tmp_path / "none", image, tmp_path / "out", *given.split()) == message
+
+
+def test_options_without_effect_are_refused(tmp_path: Path) -> None:
+    image, crops = save_image(tmp_path / "a.tif", 70, 90), save_model(tmp_path / "crops", ("mask",))
+    assert refused(crops, image, tmp_path / "out", "--fields") == (
+        f"--fields: {crops} has no expert for sdf or boundary; leave it out"
+    )
+    squares = save_model(tmp_path / "squares", sampling="resize")
+    assert refused(squares, image, tmp_path / "out") == (
+        f"--tile-size is 64, but images are squashed to the 32 x 32 of {squares}: add --scale or --mpp to predict in "
+        "tiles, or leave it out"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_is_opened_once_and_its_scale_has_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = save_image(tmp_path / "a.tif", 70, 90, resolution=(1e4, 1e4), resolutionunit="CENTIMETER")
+    opened: list[Path] = []
+    open_levels = tiff.open_levels
+    monkeypatch.setattr(tiff, "open_levels", lambda path: opened.append(path) or open_levels(path))
+    call(save_model(tmp_path / "known", mpp=2.0), image, tmp_path / "out")
+    assert opened == [image]
+    assert refused(save_model(tmp_path / "odd", mpp=1e-6), image, tmp_path / "out") == (
+        f"{image} has 1 microns a pixel and would be read at 1e-06, 1e+06 pixels per pixel of the file: give a scale "
+        "from 0.01 to 16.0, or correct its resolution"
+    )
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]
+
+
+def test_squashed_images_keep_their_resolution(tmp_path: Path) -> None:
+    image = save_image(tmp_path / "a.tif", 40, 60, resolution=(2e4, 2e4), resolutionunit="CENTIMETER")
+    model = save_model(tmp_path / "model", sampling="resize")
+    out = call(model, image, tmp_path / "out", "--probability", tiles=False)
+    with tifffile.TiffFile(out / "probability" / "a.ome.tif") as file:
+        assert 'PhysicalSizeX="0.5" PhysicalSizeY="0.5"' in file.ome_metadata
+        assert file.pages[0].shape == (40, 60)
+
+
+def test_names_of_ome_tiffs(tmp_path: Path) -> None:
+    """Masks have the stem of the image, as evaluate pairs them."""
+    model, image = save_model(tmp_path / "model"), save_image(tmp_path / "images" / "x.ome.tif", 40, 50)
+    out = call(model, image.parent, tmp_path / "out", "--probability")
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == ["probability/x.ome.tif", "x.ome.png"]
+    other = save_image(tmp_path / "images" / "x.tif", 40, 50)
+    assert refused(model, image.parent, tmp_path / "new", "--probability") == (
+        f"{image} and {other.name} would both be written to {tmp_path / 'new' / 'probability' / 'x.ome.tif'}: remove "
+        "or rename one"
+    )
+    call(model, image.parent, tmp_path / "out")
+
+
+def test_progress_counts_images(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged image counts, and the total never changes."""
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    for name, size in (("a.tif", 90), ("b.tif", 200), ("c.tif", 70)):
+        save_image(tmp_path / "images" / name, size, size)
+    damaged = tmp_path / "images" / "b.tif"
+    damaged.write_bytes(damaged.read_bytes()[:-20_000])
+    error = failing(capsys, save_model(tmp_path / "model"), tmp_path / "images", tmp_path / "out")
+    shown = re.findall(r"([\d.]+)/(\S+) images", error)
+    assert {total for _, total in shown} == {"3"}
+    assert "predict 3/3: 100%|" in error
+    counts = [float(count) for count, _ in shown]
+    assert counts == sorted(counts)
+    assert counts[-1] == 3
+
+
+def test_one_call_at_a_time_predicts_into_a_folder(tmp_path: Path) -> None:
+    model, image = save_model(tmp_path / "model"), save_image(tmp_path / "images" / "a.tif", 40, 50)
+    with Finished(tmp_path, {}) as other:
+        other.begin()
+        for given in (image, image.parent):
+            assert refused(model, given, tmp_path) == (
+                f"{tmp_path}: another process is predicting into this folder; wait until it ends, stop it, or give "
+                "another --out"
+            )
+        other.add(image)
+    assert refused(model, image, tmp_path, overwrite=False) == (
+        f"{tmp_path / '.predict.jsonl'} counts 1 images of an interrupted call with other options or images: repeat "
+        "that call, give another --out, or --overwrite to forget it"
+    )
+    call(model, image, tmp_path)
+    assert not (tmp_path / ".predict.jsonl").exists()
+
+
+def test_an_interrupted_call_on_a_single_image_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, image, out = save_model(tmp_path / "model"), save_image(tmp_path / "a.tif", 40, 50), tmp_path / "out"
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(predict, "write_png", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            call(model, image, out, "--probability", overwrite=False)
+    assert sorted(path.name for path in out.rglob("*.*")) == [".predict.jsonl", "a.ome.tif"]
+    assert refused(model, image, out, "--probability", "--tta", overwrite=False).startswith(f"{out}/probability/a.ome")
+    call(model, image, out, "--probability", overwrite=False)
+    assert sorted(path.name for path in out.rglob("*.*")) == ["a.ome.tif", "a.png"]
 
 
 def failing(capsys: pytest.CaptureFixture, *arguments: object) -> str:
@@ -236,4 +371,4 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert explain(caught.value).endswith("out/probability/.a.ome.tif.part: File too large; free space on its disk")
-    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["probability"]
+    assert {path.name for path in (tmp_path / "out").rglob("*")} == {"probability", ".predict.jsonl"}
