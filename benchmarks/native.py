@@ -2,15 +2,15 @@
 
     for size in 96 128; do for seed in 0 1; do for antialias in "" --antialias; do
         python -m semimoe_fast.train --data GlaS256 --width 16 --image-size $size $antialias --normalization glas \\
-            --epochs 60 --warmup-epochs 6 --decay-epochs 15 --val-every 60 --seed $seed --threads 1 \\
+            --epochs 24 --warmup-epochs 3 --decay-epochs 6 --val-every 24 --seed $seed --threads 1 \\
             --out runs/native/$size$antialias-$seed
     done; done; done
     python benchmarks/native.py --runs runs/native/* --data GlaS256 --out benchmarks/results/native.json \\
         --commit COMMIT --machine MACHINE
 
-The Dice of each image at its own size, threshold 0.5, mean over the images: six images of test A at 775 x 522 pixels,
-and all 60 at 256 x 256, the size of the training files, which are resized as the model's training images were. The
-checkpoints are those of the last epoch: nothing was chosen on these images.
+The Dice of each image at its own size, threshold 0.5, mean over the images: six images of test A of 581 x 442 to
+775 x 522 pixels, and all 60 squashed to 256 x 256, the size of the training files, which are resized as the model's
+training images were. The checkpoints are those of the last epoch: nothing was chosen on these images.
 """
 
 from __future__ import annotations
@@ -41,21 +41,17 @@ def squashed(antialias: bool) -> Way:
     return lambda image, trained: open_for(image, trained._replace(antialias=antialias))
 
 
-def as_high(image: np.ndarray, trained: Preprocessing) -> Reader:
-    """As high as a training image, with the image's own ratio of sides."""
-    return open_for(image, trained, scale=trained.image_size / image.shape[0])
+def tiles(side: float) -> Way:
+    """At the scale at which a length of `side` pixels is as long as a side of the training images."""
+    return lambda image, trained: open_for(image, trained, scale=trained.image_size / side)
 
 
-def as_large(image: np.ndarray, trained: Preprocessing) -> Reader:
-    """As many pixels as a training image has."""
-    return open_for(image, trained, scale=trained.image_size / math.sqrt(image[..., 0].size))
-
-
+HEIGHT, WIDTH = 522, 775  # of most images of GlaS, and of four of the six
 WAYS: dict[str, tuple[str, Way]] = {  # part of the data, how its images are read
     "native, squashed, INTER_LINEAR": ("native", squashed(antialias=False)),
     "native, squashed, antialiased": ("native", squashed(antialias=True)),
-    "native, tiles, as high as the square": ("native", as_high),
-    "native, tiles, as many pixels as the square": ("native", as_large),
+    "native, tiles, as high as the square": ("native", tiles(HEIGHT)),
+    "native, tiles, as large as the square": ("native", tiles(math.sqrt(HEIGHT * WIDTH))),
     "256 x 256, squashed as in training": ("val", open_for),
 }
 COLUMNS = ["image size", "antialiased training", "seed", "prediction", "Dice", "Dice, --tta"]
