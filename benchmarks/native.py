@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--commit", required=True, help="of this repository, for the record")
     parser.add_argument("--machine", required=True, help="for the record")
     arguments = parser.parse_args()
-    rows = sorted(row for run in arguments.runs for row in measure(run, arguments.data))
+    rows = sorted((row for run in arguments.runs for row in measure(run, arguments.data)), key=lambda row: row[:3])
     record = {
         "machine": arguments.machine,
         "versions": {"torch": torch.__version__.split("+")[0]},
