@@ -1,10 +1,10 @@
 """Compare ways to predict images at their own size with models that were trained on smaller squares of them.
 
-    for size in 96 128; do for seed in 0 1; do for antialias in "" --antialias; do
-        python -m semimoe_fast.train --data GlaS256 --width 16 --image-size $size $antialias --normalization glas \\
-            --epochs 24 --warmup-epochs 3 --decay-epochs 6 --val-every 24 --seed $seed --threads 1 \\
-            --out runs/native/$size$antialias-$seed
-    done; done; done
+    for run in "96 --seed 0" "96 --seed 1" "128 --seed 0"; do for antialias in "" --antialias; do
+        python -m semimoe_fast.train --data GlaS256 --width 16 --image-size $run $antialias --normalization glas \\
+            --epochs 24 --warmup-epochs 3 --decay-epochs 6 --val-every 24 --threads 1 \\
+            --out "runs/native/$run $antialias"
+    done; done
     python benchmarks/native.py --runs runs/native/* --data GlaS256 --out benchmarks/results/native.json \\
         --commit COMMIT --machine MACHINE
 
