@@ -6,7 +6,8 @@
 Ours changes float32 images, as a step has them after resampling; the other programs get and return uint8 images, as
 their users have them. The results of ours are compared with scikit-image's before anything is timed (noise: its
 standard deviation); albumentations draws its own strengths. The last column is the share of a training step of the
-published recipe (width 64, 256 x 256, 2 labeled and 2 unlabeled images) on the same thread.
+published recipe (width 64, 256 x 256, 2 labeled and 2 unlabeled images) on the same thread. The second table has the
+times of single passes over the same floats, image by image, which the changes cannot do without.
 """
 
 from __future__ import annotations
@@ -39,6 +40,14 @@ STRENGTHS = {
     "noise": Strengths(noise=0.05),
 }
 UNMIXING = np.linalg.inv(STAINS)
+PASSES: dict[str, Callable[[Tensor, Tensor], object]] = {  # over an image, and another one, both (3, SIZE, SIZE)
+    "multiply": lambda image, other: image.mul_(1.001),
+    "add another image": lambda image, other: image.add_(other, alpha=0.001),
+    "3 x 3 matrix product": lambda image, other: torch.mm(torch.eye(3), image.flatten(1), out=other.flatten(1)),
+    "natural logarithm, NumPy": lambda image, other: np.log(image.numpy(), out=image.numpy()),
+    "natural logarithm, torch": lambda image, other: image.log_(),
+    "power of 2": lambda image, other: torch.exp2(image, out=other),
+}
 COLUMNS = ["change", "ours, ms", "scikit-image, ms", "albumentations, ms", "share of a step, %"]
 
 OfImage = Callable[[np.ndarray], np.ndarray]  # uint8 (H, W, 3)
@@ -120,7 +129,8 @@ def step_time() -> float:
     return statistics.median(cpu_time(lambda batch=batch: trainer.train_step(batch)) for batch in trainer.begin_epoch())
 
 
-def measure(kind: str, images: np.ndarray, step: float) -> list[str | float]:
+def measure(kind: str, images: np.ndarray) -> list[float]:
+    """Seconds for the batch: ours, scikit-image, albumentations."""
     batch = torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous()
     changes: Appearance = draw(BATCH, SIZE, STRENGTHS[kind], torch.Generator().manual_seed(SEED))
     skimage, albu = scikit_image(kind), albumentation(kind)
@@ -140,9 +150,17 @@ def measure(kind: str, images: np.ndarray, step: float) -> list[str | float]:
                 cpu_time(lambda: [albu(image) for image in images]),
             ]
         )
-    times = [statistics.median(column) for column in zip(*rounds, strict=True)]
-    share = times[0] * 4 / BATCH / step
-    return [kind, *(round(1000 * seconds, 2) for seconds in times), round(100 * share, 3)]
+    return [statistics.median(column) for column in zip(*rounds, strict=True)]
+
+
+def measure_pass(call: Callable[[Tensor, Tensor], object], images: np.ndarray) -> float:
+    """Milliseconds for the batch."""
+    batch = torch.from_numpy(images).permute(0, 3, 1, 2) / 255 + 1  # no change leaves the range of floats
+    times = []
+    for _ in range(ROUNDS):
+        copy, other = batch.contiguous(), batch[0].contiguous()
+        times.append(cpu_time(lambda copy=copy, other=other: [call(image, other) for image in copy]))
+    return round(1000 * statistics.median(times), 2)
 
 
 def main() -> None:
@@ -152,9 +170,15 @@ def main() -> None:
     parser.add_argument("--machine", required=True, help="for the record")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    images, step = stained_images(), step_time()
-    rows = [measure(kind, images, step) for kind in STRENGTHS]
-    print(f"step: {step:.2f} s", *rows, sep="\n")
+    images = stained_images()
+    times = {kind: measure(kind, images) for kind in STRENGTHS}
+    passes = [[name, measure_pass(call, images)] for name, call in PASSES.items()]
+    step = step_time()
+    rows = [
+        [kind, *(round(1000 * x, 2) for x in seconds), round(100 * seconds[0] * 4 / BATCH / step, 3)]
+        for kind, seconds in times.items()
+    ]
+    print(f"step: {step:.2f} s", *rows, *passes, sep="\n")
     record = {
         "machine": arguments.machine,
         "versions": {
@@ -172,7 +196,8 @@ def main() -> None:
                     "scikit-image / ours": ["scikit-image, ms", "ours, ms"],
                     "albumentations / ours": ["albumentations, ms", "ours, ms"],
                 },
-            }
+            },
+            "passes": {"columns": ["one pass over the floats", "ms"], "rows": passes},
         },
     }
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")

@@ -135,7 +135,30 @@ def separation() -> str:
     return markdown(content["columns"], cells) + source(record)
 
 
-SUMMARIES: dict[str, Callable[[], str]] = {f.__name__: f for f in (accuracy, targets, operations, step, separation)}
+def native() -> str:
+    """Dice by way of prediction and by training: the mean over the seeds, and the range of several."""
+    record = read("native")
+    rows = record["tables"]["scores"]["rows"]
+    trainings = sorted({tuple(row[:2]) for row in rows})
+    ways = dict.fromkeys(row[3] for row in rows)
+
+    def cell(training: tuple, way: str, column: int) -> str:
+        dice = [row[column] for row in rows if tuple(row[:2]) == training and row[3] == way]
+        spread = f" ({min(dice):.3f} to {max(dice):.3f})" if len(dice) > 1 else ""
+        return f"{statistics.mean(dice):.3f}{spread}"
+
+    cells = [
+        [way + suffix, *(cell(training, way, column) for training in trainings)]
+        for way in ways
+        for column, suffix in ((4, ""), (5, ", --tta"))
+    ]
+    columns = ["prediction", *(f"{size} x {size}{', --antialias' * antialias}" for size, antialias in trainings)]
+    return markdown(columns, cells) + source(record)
+
+
+SUMMARIES: dict[str, Callable[[], str]] = {
+    f.__name__: f for f in (accuracy, targets, operations, step, separation, native)
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- pages
