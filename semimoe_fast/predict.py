@@ -19,8 +19,7 @@ from tqdm import tqdm
 from . import checkpoint
 from .checkpoint import MOST_PIXELS, Preprocessing
 from .data.folders import list_images
-from .data.readers import SCALES, SLIDES, Reader
-from .data.regions import PLAUSIBLE_MPP
+from .data.readers import SLIDES, Reader
 from .device import Precision, choose_device, keep_freed_memory
 from .errors import UserError, one_line, printable, run_command, warn
 from .inference.finished import Finished
@@ -30,6 +29,7 @@ from .inference.instances import depth, instances_of, skimage
 from .inference.outputs import open_instances, open_streams, write_labels, write_overlay, write_png, write_text
 from .inference.polygons import geojson
 from .inference.predictor import require_mask
+from .inference.scale import check_scale
 from .inference.tiles import TILE, overlap_of
 from .model import SemiMoE
 from .options import read_options
@@ -104,11 +104,7 @@ def check(config: PredictConfig) -> None:
         value = getattr(config, name)
         if value != getattr(PredictConfig, name) and not config.instances:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it needs --instances; add that, or leave it out")
-    for name, value, (least, most) in (("--scale", config.scale, SCALES), ("--mpp", config.mpp, PLAUSIBLE_MPP)):
-        if value is not None and not least <= value <= most:
-            raise UserError(f"{name} is {value}: give a number from {least:g} to {most:g}")
-    if config.scale is not None and config.mpp is not None:
-        raise UserError("--scale and --mpp: both given; give one of them")
+    check_scale(config.scale, config.mpp)
     try:
         overlap_of(config.tile_size)
     except ValueError:

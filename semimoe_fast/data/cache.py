@@ -258,7 +258,7 @@ class RaggedEntry(Entry):
     def header_sizes(self) -> Tensor:
         if self.mpp is None:
             return torch.tensor([read_header(pair.image) for pair in self.pairs])
-        return torch.tensor([size_at(read_header(image), mpp_of(image), self.mpp) for image, _ in self.pairs])
+        return torch.tensor([size_at(image, read_header(image), mpp_of(image), self.mpp) for image, _ in self.pairs])
 
     @cached_property
     def starts(self) -> Tensor:

@@ -181,10 +181,15 @@ def _scale_of(full: Reader, mpp: float) -> float:
             f"{full.path} does not say how large its pixels are: save it with its resolution (TIFF tags or "
             "OME-XML), or give the scale instead"
         )
-    scale = full.mpp / mpp
+    return scale_between(full.path, full.mpp, mpp)
+
+
+def scale_between(path: Path | None, own: float, mpp: float) -> float:
+    """Pixels at `mpp` microns a pixel per pixel of a file of `own`. Raises UserError outside SCALES."""
+    scale = own / mpp
     if not SCALES[0] <= scale <= SCALES[1]:
         raise UserError(
-            f"{full.path} has {full.mpp:.4g} microns a pixel and would be read at {mpp:.4g}, {scale:.3g} pixels per "
+            f"{path} has {own:.4g} microns a pixel and would be read at {mpp:.4g}, {scale:.3g} pixels per "
             f"pixel of the file: give a scale from {SCALES[0]} to {SCALES[1]}, or correct its resolution"
         )
     return scale

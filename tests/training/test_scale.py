@@ -129,4 +129,9 @@ def test_a_run_says_and_stores_its_scale(crops: TrainConfig, tmp_path: Path, cap
     ],
 )
 def test_sizes(own: float | None, mpp: float | None, size: tuple[int, int]) -> None:
-    assert size_at((90, 50), own, mpp) == size
+    assert size_at(Path("a.tif"), (90, 50), own, mpp) == size
+
+
+def test_absurd_resolution_is_refused() -> None:
+    with pytest.raises(UserError, match="a.tif has 20 microns a pixel and would be read at 0.02, 1e\\+03 pixels per"):
+        size_at(Path("a.tif"), (90, 50), 20.0, 0.02)
