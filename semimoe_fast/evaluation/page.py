@@ -12,8 +12,8 @@ from PIL import Image
 
 from ..data.folders import read_image
 from ..errors import one_line
+from ..inference.overlay import outline
 from .files import Evaluation
-from .overlay import outline
 from .tables import Table, notes, tables
 
 MOST_PICTURES = 20

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..checkpoint import replacing, write_atomically
 from ..data.readers import Reader, open_image
-from ..evaluation.overlay import outline
+from .overlay import outline
 from .polygons import GeojsonFile
 from .stitching import Stitcher
 from .tiled_tiff import TiledTiff

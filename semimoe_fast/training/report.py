@@ -15,7 +15,7 @@ from ..data import augment
 from ..data.folders import Dataset
 from ..data.ragged import Ragged
 from ..errors import one_line, warn
-from ..evaluation.overlay import outline
+from ..inference.overlay import outline
 from ..inference.predictor import GATED, gated_foreground
 from ..model import SemiMoE
 

@@ -122,7 +122,7 @@ def test_a_checkpoint_is_scored_at_the_scale_at_which_it_predicts(
 
 def test_scales_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     arguments = ["--checkpoint", "none", "--data", "none"]
-    assert refused([*arguments, "--scale", "0"]) == "--scale is 0.0: give a positive number"
+    assert refused([*arguments, "--scale", "0"]) == "--scale is 0.0: give a number from 0.01 to 16"
     assert refused([*arguments, "--scale", "1", "--mpp", "1"]) == "--scale and --mpp: both given; give one of them"
 
 

@@ -17,9 +17,9 @@ from semimoe_fast import checkpoint, evaluate, predict
 from semimoe_fast.data import augment
 from semimoe_fast.data.folders import read_image, read_mask, resize_image
 from semimoe_fast.errors import UserError
-from semimoe_fast.evaluation.overlay import outline
 from semimoe_fast.inference import instances_of, polygons_of
 from semimoe_fast.inference.outputs import write_labels
+from semimoe_fast.inference.overlay import outline
 from semimoe_fast.model import SemiMoE
 
 pytest.importorskip("tyro", reason="commands read their options with tyro")

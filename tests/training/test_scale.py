@@ -124,8 +124,8 @@ def test_a_run_says_and_stores_its_scale(crops: TrainConfig, tmp_path: Path, cap
         (0.25, None, (90, 50)),
         (0.496, 0.5, (90, 50)),
         (0.25, 0.5, (45, 25)),
-        (20.0, 0.5, (3600, 2000)),
-        (0.02, 20.0, (1, 1)),
+        (8.0, 0.5, (1440, 800)),
+        (0.15, 15.0, (1, 1)),
     ],
 )
 def test_sizes(own: float | None, mpp: float | None, size: tuple[int, int]) -> None:
@@ -133,5 +133,5 @@ def test_sizes(own: float | None, mpp: float | None, size: tuple[int, int]) -> N
 
 
 def test_absurd_resolution_is_refused() -> None:
-    with pytest.raises(UserError, match="a.tif has 20 microns a pixel and would be read at 0.02, 1e\\+03 pixels per"):
+    with pytest.raises(UserError, match="a.tif has 20 microns a pixel and would be read at 0.02, "):
         size_at(Path("a.tif"), (90, 50), 20.0, 0.02)
