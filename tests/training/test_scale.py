@@ -133,5 +133,5 @@ def test_sizes(own: float | None, mpp: float | None, size: tuple[int, int]) -> N
 
 
 def test_absurd_resolution_is_refused() -> None:
-    with pytest.raises(UserError, match="a.tif has 20 microns a pixel and would be read at 0.02, "):
+    with pytest.raises(UserError, match=r"a.tif has 20 microns a pixel and would be read at 0.02, "):
         size_at(Path("a.tif"), (90, 50), 20.0, 0.02)
