@@ -1,0 +1,79 @@
+"""At which learning rate do the experts of the published recipe die? Short runs by width, seed and learning rate.
+
+    python -m benchmarks.expert_health --data GlaS256 --out benchmarks/results/health.json --commit COMMIT --machine MACHINE
+
+Every run has the published recipe with a warm-up of 10 epochs and, after it, 6 at the full learning rate. A row has the
+share of dead feature channels of each expert at the end, and the learning rate of the first epoch at which half of the
+channels of the sdf expert were dead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import itertools
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from semimoe_fast import train
+from semimoe_fast.options import read_options
+from semimoe_fast.training import records
+from semimoe_fast.training.config import TrainConfig
+from semimoe_fast.training.health import MANY
+from semimoe_fast.training.run_folder import METRICS_FILE
+
+WARM_UP, AFTER = 10, 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Health of the experts by width, seed and learning rate."""
+
+    data: Path
+    """Folder as of `train --data`."""
+    out: Path
+    """JSON file to write."""
+    commit: str
+    """Of this repository, for the record."""
+    machine: str
+    """For the record."""
+    widths: tuple[int, ...] = (8, 16)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    lrs: tuple[float, ...] = (0.5, 0.25, 0.1)
+    image_size: int = 64
+
+
+def main() -> None:
+    options = read_options(Options, "benchmarks.expert_health")
+    rows = []
+    for width, seed, lr in tqdm([*itertools.product(options.widths, options.seeds, options.lrs)], "runs"):
+        epochs = WARM_UP + AFTER
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "run"
+            train.main(
+                TrainConfig(
+                    data=options.data, width=width, image_size=options.image_size, seed=seed, lr=lr, epochs=epochs,
+                    warmup_epochs=WARM_UP, save_every=epochs, threads=1, device="cpu", out=out,
+                )
+            )  # fmt: skip
+            kept = records.read(out / METRICS_FILE)
+        dying = [r["lr"] for r in kept if r["health"]["dead_channels"][1] >= MANY]
+        rows.append([width, seed, lr, *kept[-1]["health"]["dead_channels"], dying[0] if dying else "lives"])
+    columns = ["width", "seed", "--lr", "mask", "sdf", "boundary", "sdf half dead at"]
+    record = {
+        "machine": options.machine,
+        "versions": {"torch": torch.__version__.partition("+")[0]},
+        "commit": options.commit,
+        "date": str(datetime.date.today()),
+        "command": [f"python -m benchmarks.expert_health --data GlaS256 --image-size {options.image_size}"],
+        "tables": {"dead": {"columns": columns, "rows": rows}},
+    }
+    options.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
