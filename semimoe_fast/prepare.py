@@ -110,7 +110,7 @@ DATASETS: dict[str, tuple[str, Callable[[Path], dict[str, Pairs]]]] = {
 
 
 def _paired(images: Sequence[Path], masks: dict[str, Path], expected: Path, mask_name: str) -> Pairs:
-    """Pair images and masks by stem. Raises UserError if one has no partner, or if there are no files."""
+    """Pair images and masks by stem. Raises UserError if one has no partner or is no file, and if there are none."""
     if not images and not masks:
         raise UserError(f"{expected}: there is no such file; unpack the data set again")
     stems = {image.stem for image in images}
@@ -120,6 +120,9 @@ def _paired(images: Sequence[Path], masks: dict[str, Path], expected: Path, mask
     for stem, mask in masks.items():
         if stem not in stems:
             raise UserError(f"{mask} has no image {stem}: unpack the data set again")
+    for path in (*images, *masks.values()):
+        if not path.is_file():  # reading a named pipe would wait forever
+            raise UserError(f"{path} is not a file: remove it, or unpack the data set again")
     return [(image, masks[image.stem]) for image in images]
 
 

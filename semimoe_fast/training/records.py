@@ -9,6 +9,8 @@ from typing import Any
 
 from ..checkpoint import write_atomically
 from ..errors import UserError, naming, warn
+from ..evaluation.metrics import Scores
+from ..inference.predictor import GATED
 from ..validation import matches
 
 Three = tuple[float, float, float]
@@ -47,6 +49,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 def _read(path: Path, fate: str) -> list[dict[str, Any]]:
     """`read`; the warning says what happens to damaged lines: "left out" or "dropped from the file"."""
     try:
+        if path.exists() and not path.is_file():  # reading a named pipe would wait forever
+            raise UserError(f"{path}: is no file; the report needs it; restore the file")
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); the report needs it; restore the file") from error
@@ -74,4 +78,8 @@ def _record(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     whole = isinstance(record, dict) and all(matches(record.get(key), hint) for key, hint in HINTS.items())
-    return record if whole and matches(record.get("val", {}), VAL) else None
+    return record if whole and ("val" not in record or _is_validation(record["val"])) else None
+
+
+def _is_validation(val: Any) -> bool:
+    return matches(val, VAL) and GATED in val and all(scores.keys() >= set(Scores._fields) for scores in val.values())

@@ -45,9 +45,9 @@ def draw_curves(records: Records, tasks: Sequence[str], path: Path | IO[bytes]) 
     validated = [r for r in records if "val" in r]
     for k, name in enumerate(validated[0]["val"]):
         for score, style in (("dice", "-"), ("jaccard", "--")):
-            values = [r["val"][name][score] for r in validated]
+            points = [(r["epoch"], r["val"][name][score]) for r in validated if name in r["val"]]
             label = f"{name}, {score.capitalize()}" if name == GATED or score == "dice" else None
-            scores.plot([r["epoch"] for r in validated], values, style, marker=".", color=f"C{k}", label=label)
+            scores.plot(*zip(*points, strict=True), style, marker=".", color=f"C{k}", label=label)
     titles = {
         losses: "loss",
         supervised: "supervised terms (own + gated)",
