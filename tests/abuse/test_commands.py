@@ -26,7 +26,7 @@ from semimoe_fast.training.run_folder import BEST, LAST, METRICS_FILE
 NUMBERS = ("0", "-1", "1e38", "1e308", "nan", "inf", "1000000000", "18446744073709551616", "0.5", "1e-320")
 OPTIONS = {
     train: "--image-size --width --epochs --labeled-batch --unlabeled-batch --steps-per-epoch --accumulate --lr "
-    "--momentum --weight-decay --ring-radius --seed --threads --dropout --ema --decay --initial-log-var --log-var-lr --stain",
+    "--momentum --weight-decay --ring-radius --seed --threads --dropout --ema --decay --initial-log-var --log-var-lr",
     predict: "--scale --mpp --tile-size --seed-level --least-area --threshold",
 }
 VALUES = (None, "32", -5, 0, 10**6, 10**30, 0.5, 1e39, True, [], [0.5, 0.5], {}, "\ud800", [[]] * 50)
