@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .checkpoint import write_atomically
 from .errors import UserError, one_line, run_command
 from .options import read_options
 
@@ -67,7 +68,8 @@ def prepare(config: PrepareConfig) -> dict[str, int]:
             part: sorted(image.relative_to(folder).as_posix() for image, _ in pairs) for part, pairs in written.items()
         },
     }
-    (config.out / SPLIT_FILE).write_text(json.dumps(split, indent=2) + "\n")
+    text = json.dumps(split, indent=2) + "\n"
+    write_atomically(config.out / SPLIT_FILE, lambda part: part.write_text(text))
     return {part: len(pairs) for part, pairs in written.items()}
 
 
@@ -140,7 +142,7 @@ def _copy(pairs: Pairs, folder: Path, with_masks: bool) -> None:
 
 def _copy_file(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    write_atomically(target, lambda part: shutil.copyfile(source, part))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

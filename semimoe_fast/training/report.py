@@ -66,7 +66,7 @@ def draw_curves(records: Records, tasks: Sequence[str], path: Path | IO[bytes]) 
     gates.legend(title="task: expert", fontsize=7, title_fontsize=7, ncols=3, loc="upper center")
     scores.set_ylim(0, 1)
     pseudo.set_visible(semi_supervised)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, format="png")
 
 
 @torch.no_grad()
@@ -100,7 +100,7 @@ def draw_overlays(
         axes[row, 4].imshow(ring[row], cmap="gray", vmin=0, vmax=1)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, format="png")
 
 
 class TensorBoard:

@@ -72,7 +72,7 @@ def test_options(command, uninterrupted, everything: bool, tmp_path: Path) -> No
     }
     for module, options in OPTIONS.items():
         for number, option in enumerate(options.split()):
-            for value in NUMBERS if everything else NUMBERS[number % 3 :: 3]:
+            for value in NUMBERS if everything else NUMBERS[number % 5 :: 5]:
                 out = tmp_path / f"{option}{value}"
                 command("options", f"{option} {value}", module, *start[module], "--out", out, option, value)
 
@@ -90,7 +90,7 @@ def test_checkpoints(command, uninterrupted, everything: bool, tmp_path: Path) -
 
     read = [place for place in places(metadata) if place[0] in ("format", "model", "preprocessing")]
     for number, place in enumerate(read):
-        for value in VALUES if everything else VALUES[number % 3 :: 3]:
+        for value in VALUES if everything else VALUES[number % 5 :: 5]:
             save_file(tensors, path, {METADATA_KEY: json.dumps(replaced(metadata, place, value))})
             try_file(f"{'.'.join(place)} = {value!r}")
     for name, header in {
@@ -133,12 +133,12 @@ def test_run_folders(command, uninterrupted, everything: bool, tmp_path: Path) -
 
     config = json.loads((uninterrupted.folder / CONFIG_FILE).read_text())
     for number, place in enumerate(places(config)):
-        for value in VALUES if everything else VALUES[number % 4 :: 4]:
+        for value in VALUES if everything else VALUES[number % 7 :: 7]:
             text = json.dumps(replaced(config, place, value))
             try_run("configurations", f"{place[0]} = {value!r}", lambda t=text: (run / CONFIG_FILE).write_text(t))
     record = json.loads((uninterrupted.folder / METRICS_FILE).read_text().splitlines()[-1])
     for number, place in enumerate(places(record)):
-        for value in VALUES if everything else VALUES[number % 7 :: 7]:
+        for value in VALUES if everything else VALUES[number % 14 :: 14]:
             text = json.dumps(replaced(record, place, value)) + "\n"
             try_run("records", f"{'.'.join(place)} = {value!r}", lambda t=text: (run / METRICS_FILE).write_text(t))
     try_run("records", "binary", lambda: (run / METRICS_FILE).write_bytes(os.urandom(10_000)))
