@@ -6,8 +6,11 @@
 // threads.
 #pragma once
 
+#if __has_include(<dlfcn.h>) && __has_include(<unistd.h>)
 #include <dlfcn.h>
 #include <unistd.h>
+#define SEMIMOE_POSIX
+#endif
 
 #include <atomic>
 #include <cstdint>
@@ -19,17 +22,26 @@
 
 namespace semimoe {
 
+// Calls run(argument) on that many threads of OpenMP at once, of which the caller is one, and waits for all. Returns
+// false where there is no OpenMP to ask.
+#ifdef SEMIMOE_POSIX
 inline const pid_t kLoadingProcess = getpid();
 
-// Calls run(argument) on that many threads at once, of which the caller is one, and waits for all.
-inline void on_threads(std::int64_t threads, void (*run)(void*), void* argument) {
+inline bool on_openmp_threads(std::int64_t threads, void (*run)(void*), void* argument) {
   // Of GNU's OpenMP, and for programs compiled by GCC of LLVM's and Intel's.
   using Parallel = void (*)(void (*run)(void*), void* argument, unsigned threads, unsigned flags);
-  static const auto openmp = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  if (openmp != nullptr && getpid() == kLoadingProcess) {
-    openmp(run, argument, static_cast<unsigned>(threads), 0);
-    return;
-  }
+  static const auto parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  if (parallel == nullptr || getpid() != kLoadingProcess) return false;
+  parallel(run, argument, static_cast<unsigned>(threads), 0);
+  return true;
+}
+#else
+inline bool on_openmp_threads(std::int64_t, void (*)(void*), void*) { return false; }
+#endif
+
+// The same on new threads, if need be.
+inline void on_threads(std::int64_t threads, void (*run)(void*), void* argument) {
+  if (on_openmp_threads(threads, run, argument)) return;
   std::vector<std::thread> others;
   others.reserve(threads - 1);
   try {
@@ -43,10 +55,10 @@ inline void on_threads(std::int64_t threads, void (*run)(void*), void* argument)
 
 // Loops on a number of threads.
 //
-// Short loops take one thread, all others the same number: OpenMP ends the threads that a loop does not need.
+// A loop takes one or all: OpenMP ends those threads that a loop leaves out, and the next one would start them again.
 class Workers {
  public:
-  // most: the greatest number of threads; work, of which a thread has to have so much to pay.
+  // most: the greatest number of threads; work: too little for two threads if less than twice work_of_thread.
   Workers(int most, std::int64_t work, std::int64_t work_of_thread) : threads_(work < 2 * work_of_thread ? 1 : most) {}
 
   // Calls body(0) ... body(count - 1), each once, in any order. The first exception stops the loop; this rethrows it.
@@ -66,8 +78,8 @@ class Workers {
     const Body& body;
     const std::int64_t count;
     std::atomic<std::int64_t> next{0};
-    std::mutex mutex;
-    std::exception_ptr failure;
+    std::mutex mutex{};
+    std::exception_ptr failure{};
 
     void run() {
       try {

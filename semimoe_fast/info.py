@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import platform
 
 import torch
@@ -71,7 +73,19 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def as_json() -> str:
+    """The same as one JSON object, for programs: the values by name, and the backends by operation and device."""
+    values = {name.strip(): value for name, value in [*versions(), *native_build()]}
+    choices = {f"{operation}, {device}": [backend, why] for operation, device, backend, why in backends()}
+    return json.dumps({**values, "backends": choices}, indent=2)
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m semimoe_fast.info", description=__doc__.split(":")[0] + ".")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    if parser.parse_args().json:
+        print(as_json())
+        return
     print_table([*versions(), *native_build()])
     print()
     print_table([("operation", "tensors", "backend", "why"), *backends()])

@@ -12,6 +12,7 @@ from ..errors import UserError, naming, warn
 from ..evaluation.metrics import Scores
 from ..inference.predictor import GATED
 from ..validation import matches
+from .health import Health
 
 Three = tuple[float, float, float]
 HINTS = {
@@ -27,7 +28,7 @@ HINTS = {
     "loss_weights": Three,
     "speed": dict[str, float | None],
 }
-VAL = dict[str, dict[str, float]]  # type of "val", which only records of validated epochs have
+VALIDATED = {"val": dict[str, dict[str, float]], "health": dict[str, Three]}  # which only validated epochs have
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
@@ -78,8 +79,12 @@ def _record(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     whole = isinstance(record, dict) and all(matches(record.get(key), hint) for key, hint in HINTS.items())
-    return record if whole and ("val" not in record or _is_validation(record["val"])) else None
+    whole = whole and all(matches(record[key], hint) for key, hint in VALIDATED.items() if key in record)
+    return record if whole and _reportable(record) else None
 
 
-def _is_validation(val: Any) -> bool:
-    return matches(val, VAL) and GATED in val and all(scores.keys() >= set(Scores._fields) for scores in val.values())
+def _reportable(record: dict[str, Any]) -> bool:
+    """Whether the scores and the health of the experts, if a record has them, are those that the report needs."""
+    val, health = record.get("val"), record.get("health")
+    scored = val is None or (GATED in val and all(scores.keys() >= set(Scores._fields) for scores in val.values()))
+    return scored and (health is None or health.keys() >= set(Health._fields))

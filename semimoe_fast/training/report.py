@@ -24,12 +24,12 @@ TITLES = ("image", "truth", "prediction", "signed distance (red: inside)", "boun
 
 
 def draw_curves(records: Records, tasks: Sequence[str], path: Path | IO[bytes]) -> None:
-    """Plot losses, terms, learned loss weights exp(-s), mean gate weights and validation scores over the epochs.
+    """Plot losses, terms, learned loss weights exp(-s), mean gate weights, validation and the experts' health.
 
     At least one record must have validation scores.
     """
-    figure = Figure(figsize=(15, 8), layout="constrained")
-    losses, supervised, pseudo, weights, gates, scores = figure.subplots(2, 3).flat
+    figure = Figure(figsize=(20, 8), layout="constrained")
+    losses, supervised, pseudo, weights, gates, scores, dead, spread = figure.subplots(2, 4).flat
     epochs = [r["epoch"] for r in records]
     semi_supervised = any(r["unsupervised_weight"] for r in records)
     for name in ("total", "supervised_total", "unsupervised_total") if semi_supervised else ("supervised_total",):
@@ -48,6 +48,11 @@ def draw_curves(records: Records, tasks: Sequence[str], path: Path | IO[bytes]) 
             points = [(r["epoch"], r["val"][name][score]) for r in validated if name in r["val"]]
             label = f"{name}, {score.capitalize()}" if name == GATED or score == "dice" else None
             scores.plot(*zip(*points, strict=True), style, marker=".", color=f"C{k}", label=label)
+    examined = [r for r in records if "health" in r]  # older runs have no health
+    for axis, name in ((dead, "dead_channels"), (spread, "spread")):
+        for k, task in enumerate(tasks):
+            values = [r["health"][name][k] for r in examined]
+            axis.plot([r["epoch"] for r in examined], values, marker=".", label=f"{task} expert")
     titles = {
         losses: "loss",
         supervised: "supervised terms (own + gated)",
@@ -55,6 +60,8 @@ def draw_curves(records: Records, tasks: Sequence[str], path: Path | IO[bytes]) 
         weights: "learned loss weights exp(-s)",
         gates: "gate weights, mean over labeled images",
         scores: "validation at threshold 0.5 (dashed: Jaccard)",
+        dead: "feature channels that are 0 everywhere",
+        spread: "standard deviation of the expert's own prediction",
     }
     for axis, title in titles.items():
         axis.set_title(title)
@@ -64,7 +71,8 @@ def draw_curves(records: Records, tasks: Sequence[str], path: Path | IO[bytes]) 
         axis.legend(fontsize=7)
     gates.set_ylim(0, 1.3)
     gates.legend(title="task: expert", fontsize=7, title_fontsize=7, ncols=3, loc="upper center")
-    scores.set_ylim(0, 1)
+    for axis in (scores, dead):
+        axis.set_ylim(-0.02, 1.02)
     pseudo.set_visible(semi_supervised)
     figure.savefig(path, dpi=100, format="png")
 
@@ -144,6 +152,9 @@ class TensorBoard:
         for task, gates in zip(self.tasks, record["gate_weights"], strict=True):
             for expert, value in enumerate(gates, 1):
                 yield f"gates/{task}/expert_{expert}", value
+        for name, values in record.get("health", {}).items():
+            for task, value in zip(self.tasks, values, strict=True):
+                yield f"{name}/{task}", value
         for predictor, scores in record.get("val", {}).items():
             for score, value in scores.items():
                 yield f"val/{predictor.replace(' ', '_')}/{score}", value

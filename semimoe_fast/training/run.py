@@ -22,6 +22,7 @@ from . import divergence, records, report
 from .batches import TrainingData
 from .config import CONFIG_FILE, MUTABLE, NONE, TrainConfig, of_this_version
 from .distributed import World
+from .health import Health, expert_health, warn_of_dead_experts
 from .interruption import Interruption
 from .lock import FolderLock
 from .profile import PAUSE, StepProfile
@@ -41,6 +42,7 @@ class Run:
     val: Part
     world: World
     best_dice: float = -1.0
+    health: Health | None = None  # of the last validated epoch since the start of this process
 
     @classmethod
     def start(
@@ -132,6 +134,7 @@ class Run:
         last = trainer.epoch == config.epochs - 1
         if last or trainer.epoch % config.val_every == config.val_every - 1:
             record["val"] = self._validate()
+            record["health"] = self._examine_experts()._asdict()
         trainer.next_epoch()
         if "val" in record and record["val"][GATED]["dice"] > self.best_dice:
             self.best_dice = record["val"][GATED]["dice"]
@@ -155,6 +158,15 @@ class Run:
             divergence.stop(f"{error}", trainer.epoch, divergence.OF_STEPS, self.folder)
         total = {name: self.world.sum(images.sum(0, keepdim=True)) for name, images in counts.items()}
         return {name: scores._asdict() for name, scores in score_set(total).items()}
+
+    def _examine_experts(self) -> Health:
+        """The health of the experts on labeled images; a warning if one has died since the last call."""
+        trainer, before = self.trainer, self.health
+        labeled, precision = trainer.data.labeled, self.config.precision
+        self.health = expert_health(trainer.eval_model, labeled, self._preprocessing, trainer.device, precision)
+        if self.world.is_main:
+            warn_of_dead_experts(trainer.model.expert_tasks, self.health, before, trainer.epoch, self.folder)
+        return self.health
 
     def save(self, name: str) -> None:
         """Write a checkpoint; all ranks return after it is on the disk."""

@@ -58,6 +58,7 @@ def test_last_record_of_an_epoch_counts(line: dict, tmp_path: Path) -> None:
         {"val": {"gated": 1}},
         {"val": {}},
         {"val": {"gated": {"dice": 1}}},
+        {"health": {"spread": [0, 0, 0]}},
     ],
     ids=lambda damage: str(damage)[:20],
 )

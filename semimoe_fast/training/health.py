@@ -1,0 +1,69 @@
+"""Whether the experts of a run still learn.
+
+A channel of an expert's last feature is dead if it is 0, and so its ReLU, at every pixel of every image: no gradient
+passes it, so it never returns. An expert with many dead channels predicts little more than one number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..checkpoint import Preprocessing
+from ..data import augment
+from ..data.folders import Dataset
+from ..data.ragged import Ragged
+from ..device import Precision, autocast
+from ..errors import warn
+from ..inference.predictor import GATED, foreground
+from ..model import SemiMoE
+
+MOST_IMAGES = 16
+MANY = 0.5  # share of dead channels that is worth a warning
+
+
+class Health(NamedTuple):
+    """For each expert: the share of dead channels, and the standard deviation of its own prediction over the pixels."""
+
+    dead_channels: tuple[float, ...]
+    spread: tuple[float, ...]  # of the foreground probability, of an sdf (sdf + 1) / 2; 0 if the prediction is constant
+
+
+@torch.no_grad()
+def expert_health(
+    model: SemiMoE,
+    images: Dataset | Ragged,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    precision: Precision = "auto",
+) -> Health:
+    """Health of the experts on at most 16 images, evenly chosen; of images of any size the middle counts.
+
+    The model is in eval mode afterwards.
+    """
+    model.eval()
+    if isinstance(images, Ragged):
+        images = images.centers(preprocessing.image_size)
+    chosen = torch.linspace(0, len(images) - 1, min(MOST_IMAGES, len(images))).round().long()
+    alive, predictions = False, []
+    for pixels in images.images[chosen].split(8):
+        with autocast(precision, device):
+            output = model(augment.normalize(pixels.to(device), preprocessing.mean, preprocessing.std))
+        alive = alive | (output.means != 0).any(0)
+        own = {name: p for name, p in foreground(output, model.expert_tasks).items() if name != GATED}
+        predictions.append(torch.stack([*own.values()]).flatten(1))
+    dead = 1 - alive.float().mean(1)
+    return Health(tuple(dead.tolist()), tuple(torch.cat(predictions, 1).std(1, correction=0).tolist()))
+
+
+def warn_of_dead_experts(tasks: Sequence[str], health: Health, before: Health | None, epoch: int, folder: Path) -> None:
+    """Warn once of every expert of which many channels are dead, but were not `before`."""
+    for number, (task, dead) in enumerate(zip(tasks, health.dead_channels, strict=True)):
+        if dead >= MANY and (before is None or before.dead_channels[number] < MANY):
+            warn(
+                f"{folder}: since epoch {epoch + 1}, {dead:.0%} of the features of the {task} expert are 0 everywhere "
+                "and learn no more; start a new run with a smaller --lr or a longer --warmup-epochs"
+            )

@@ -1,0 +1,74 @@
+"""The health of the experts, on experts whose last ReLU was shut."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from semimoe_fast import train
+from semimoe_fast.checkpoint import Preprocessing
+from semimoe_fast.data.folders import Dataset
+from semimoe_fast.inference.predictor import foreground
+from semimoe_fast.model import SemiMoE
+from semimoe_fast.training.config import TrainConfig
+from semimoe_fast.training.health import Health, expert_health, warn_of_dead_experts
+from semimoe_fast.training.run import Run
+
+PREPROCESSING = Preprocessing(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), 2.0)
+TASKS = ("mask", "sdf", "boundary")
+
+
+def images(number: int) -> Dataset:
+    pixels = torch.randint(0, 256, (number, 3, 32, 32), dtype=torch.uint8)
+    return Dataset(pixels, torch.zeros(number, 32, 32, dtype=torch.uint8), [f"{i}.png" for i in range(number)])
+
+
+def shut(model: SemiMoE, expert: int, channels: int) -> None:
+    """Make the last features of an expert 0: BN's weight 0 and bias -1 before the ReLU."""
+    norm = model.experts[expert].decoder[-1][-1]
+    with torch.no_grad():
+        norm.weight[:channels], norm.bias[:channels] = 0.0, -1.0
+
+
+def test_dead_channels_and_spread() -> None:
+    model = SemiMoE(width=4)
+    shut(model, 1, 4)
+    shut(model, 2, 1)
+    dataset = images(11)
+    health = expert_health(model, dataset, PREPROCESSING, torch.device("cpu"))
+    assert health.dead_channels == (0.0, 1.0, 0.25)
+    assert health.spread[1] == 0
+
+    mean, std = (torch.tensor(values)[:, None, None] for values in PREPROCESSING[1:3])
+    with torch.no_grad():
+        output = model((dataset.images / 255 - mean) / std)
+    expected = foreground(output, TASKS)["boundary expert"].double().std(correction=0)
+    torch.testing.assert_close(health.spread[2], expected.item(), rtol=1e-5, atol=0)
+
+
+def test_warns_once_of_an_expert_that_died(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    well, ill = Health((0.0, 0.25, 0.0), (0.3, 0.3, 0.3)), Health((0.0, 0.875, 0.0), (0.3, 0.01, 0.3))
+    for before, now in ((None, well), (well, ill), (ill, ill)):
+        warn_of_dead_experts(TASKS, now, before, 7, tmp_path)
+    assert capsys.readouterr().err.count("since epoch 8, 88% of the features of the sdf expert are 0") == 1
+
+
+def test_run_records_health_and_warns(
+    tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = Run.start
+
+    def with_dead_expert(*arguments: object) -> Run:
+        run = start(*arguments)
+        shut(run.trainer.model, 1, run.config.width)
+        return run
+
+    monkeypatch.setattr(Run, "start", with_dead_expert)
+    train.main(dataclasses.replace(tiny_config, out=tmp_path / "run"))
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [r["health"]["dead_channels"][1] for r in records if "val" in r] == [1.0] * len(records)
+    assert "of the features of the sdf expert are 0 everywhere" in capsys.readouterr().err
