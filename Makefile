@@ -47,9 +47,9 @@ fuzz: $(VENV)/fuzz.done
 	build/fuzz/fuzz_objective $(FUZZ_SECONDS) $$(date +%s%N)
 	build/fuzz/fuzz_batch_norm $(FUZZ_SECONDS) $$(date +%s%N)
 
-# Kills, power cuts, full disks, damaged images, fuzzing. A failure prints the command that repeats it.
+# Kills, power cuts, full disks, damaged images, fuzzing: in two processes, or with ARGS="-n 0" in one. A failure prints the command that repeats it.
 abuse: $(VENV)/abuse.done
-	$(RUN) -m pytest tests/abuse --quiet $(ARGS); status=$$?; $(RUN) benchmarks/tables.py; exit $$status
+	$(RUN) -m pytest tests/abuse --quiet -n 2 --dist worksteal $(ARGS); status=$$?; $(RUN) benchmarks/tables.py; exit $$status
 
 bench: $(VENV)/bench.done
 	$(RUN) -m pytest benchmarks --benchmark-only --benchmark-sort=name --benchmark-columns=min,median,iqr,rounds $(ARGS)

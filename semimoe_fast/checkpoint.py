@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import UserError, first_sentence, naming, printable
+from .errors import UserError, first_sentence, naming, printable, warn
 from .model import SemiMoE
 from .published import export_published, import_published
 from .validation import check_types, shown
@@ -38,6 +38,7 @@ ARGUMENTS = {  # arguments of SemiMoE
 Sampling = Literal["resize", "crops"]
 NOT_IN_OLDER_CHECKPOINTS = ("instances", "sampling", "antialias", "scale", "mpp")  # of the preprocessing
 MOST_PIXELS = 16384  # limit of the side of an image; a network on larger images fits into no memory
+LEAST_STD = 1e-4  # of pixels in [0, 1]; that of images of one color is stored as 1/255
 REMEDY = "take a checkpoint that this package wrote, undamaged"
 
 
@@ -75,8 +76,10 @@ class Preprocessing(NamedTuple):
         size, std, ring_radius = values["image_size"], values["std"], values["ring_radius"]
         if not 1 <= size <= MOST_PIXELS:
             raise UserError(f"{path}: image_size of preprocessing is {size}, not from 1 to {MOST_PIXELS}; {REMEDY}")
-        if min(std) <= 0:
-            raise UserError(f"{path}: std of preprocessing is {shown(std)}, not positive; {REMEDY}")
+        if not 0 <= min(values["mean"]) <= max(values["mean"]) <= 1:
+            raise UserError(f"{path}: mean of preprocessing is {shown(values['mean'])}, not from 0 to 1; {REMEDY}")
+        if not LEAST_STD <= min(std) <= max(std) <= 1:
+            raise UserError(f"{path}: std of preprocessing is {shown(std)}, not from {LEAST_STD:g} to 1; {REMEDY}")
         if ring_radius < 0:
             raise UserError(f"{path}: ring_radius of preprocessing is {shown(ring_radius)}, not 0 or more; {REMEDY}")
         for name in ("scale", "mpp"):
@@ -126,16 +129,15 @@ def _save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str])
 def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     """Read a checkpoint and rebuild its model, in eval mode, channels-last, on the given device.
 
-    Raises UserError if the file is missing, damaged or not a checkpoint of this package.
+    Weights of other floating-point types are cast, with a warning. Raises UserError if the file is missing, damaged or
+    not a checkpoint of this package.
     """
     metadata, tensors = read(path, device)
     weights = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
     arguments = _checked_arguments(Path(path), metadata.get("model"), weights)
     with torch.device("meta"):  # does not initialize weights and draws no random numbers
         model = SemiMoE(**arguments)
-    for key, expected in model.state_dict().items():
-        if key in weights and weights[key].dtype != expected.dtype:
-            raise UserError(f"{path}: {key} is {weights[key].dtype}, not {expected.dtype}; {REMEDY}")
+    weights = _cast(path, weights, {key: tensor.dtype for key, tensor in model.state_dict().items()})
     if (name := first_non_finite(weights)) is not None:
         raise UserError(f"{path}: {name} has values that are not finite; take a checkpoint that has not diverged")
     try:
@@ -144,6 +146,20 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
         raise UserError(f"{path}: {_mismatch(arguments)}; {REMEDY}") from error
     state = {key: value for key, value in tensors.items() if not key.startswith("model.")}
     return Checkpoint(model.to(memory_format=torch.channels_last).eval(), metadata, state)
+
+
+def _cast(path: str | Path, weights: dict[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """The weights in the dtypes of the model, with a warning if other floating-point types were cast."""
+    cast = {}
+    for key, dtype in dtypes.items():
+        if key in weights and (found := weights[key].dtype) != dtype:
+            if not (found.is_floating_point and dtype.is_floating_point):
+                raise UserError(f"{path}: {key} is {found}, not {dtype}; {REMEDY}")
+            cast[key] = weights[key].to(dtype)
+    if cast:
+        found, to = weights[next(iter(cast))].dtype, dtypes[next(iter(cast))]
+        warn(f"{path}: its weights are {found} and are cast to {to}")
+    return weights | cast
 
 
 def first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:

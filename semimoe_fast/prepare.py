@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .checkpoint import write_atomically
 from .errors import UserError, one_line, run_command
 from .options import read_options
 
@@ -67,7 +68,8 @@ def prepare(config: PrepareConfig) -> dict[str, int]:
             part: sorted(image.relative_to(folder).as_posix() for image, _ in pairs) for part, pairs in written.items()
         },
     }
-    (config.out / SPLIT_FILE).write_text(json.dumps(split, indent=2) + "\n")
+    text = json.dumps(split, indent=2) + "\n"
+    write_atomically(config.out / SPLIT_FILE, lambda part: part.write_text(text))
     return {part: len(pairs) for part, pairs in written.items()}
 
 
@@ -110,7 +112,7 @@ DATASETS: dict[str, tuple[str, Callable[[Path], dict[str, Pairs]]]] = {
 
 
 def _paired(images: Sequence[Path], masks: dict[str, Path], expected: Path, mask_name: str) -> Pairs:
-    """Pair images and masks by stem. Raises UserError if one has no partner, or if there are no files."""
+    """Pair images and masks by stem. Raises UserError if one has no partner or is no file, and if there are none."""
     if not images and not masks:
         raise UserError(f"{expected}: there is no such file; unpack the data set again")
     stems = {image.stem for image in images}
@@ -120,6 +122,9 @@ def _paired(images: Sequence[Path], masks: dict[str, Path], expected: Path, mask
     for stem, mask in masks.items():
         if stem not in stems:
             raise UserError(f"{mask} has no image {stem}: unpack the data set again")
+    for path in (*images, *masks.values()):
+        if not path.is_file():  # reading a named pipe would wait forever
+            raise UserError(f"{path} is not a file: remove it, or unpack the data set again")
     return [(image, masks[image.stem]) for image in images]
 
 
@@ -137,7 +142,7 @@ def _copy(pairs: Pairs, folder: Path, with_masks: bool) -> None:
 
 def _copy_file(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    write_atomically(target, lambda part: shutil.copyfile(source, part))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

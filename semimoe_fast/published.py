@@ -86,7 +86,7 @@ def _read_torch_file(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # for a damaged file the unpickler of torch.load raises almost any exception
-        raise UserError(f"{path}: not a torch file of plain tensors ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: not a torch file of plain tensors ({first_sentence(error)})") from error
     if not isinstance(content, Mapping):
         raise UserError(
             f"{path}: holds a {type(content).__name__}; give the dict of four state dicts that the published code wrote"

@@ -9,6 +9,7 @@ from typing import Annotated
 import numpy as np
 from PIL import Image
 
+from .checkpoint import write_atomically
 from .data.glands import picture
 from .errors import UserError, run_command
 from .options import read_options
@@ -66,10 +67,10 @@ def write(folder: Folder) -> None:
         for index in range(count):
             name = f"{index:04d}.png"
             image, ids = picture(_shape(folder, number), folder.size, folder.seed, number, number < folder.labeled)
-            Image.fromarray(image.transpose(1, 2, 0).copy()).save(folder.out / part / "image" / name)
+            _save(image.transpose(1, 2, 0).copy(), folder.out / part / "image" / name)
             if with_masks:
                 mask = ids.astype(np.uint16) if folder.instances else 255 * (ids > 0).astype(np.uint8)
-                Image.fromarray(mask).save(folder.out / part / "mask" / name)
+                _save(mask, folder.out / part / "mask" / name)
             number += 1
 
 
@@ -80,6 +81,10 @@ def _shape(folder: Folder, number: int) -> tuple[int, int]:
     low, high = folder.sizes
     height, width = np.random.default_rng([folder.seed, number, 1]).integers(low, high + 1, 2).tolist()
     return height, width
+
+
+def _save(pixels: np.ndarray, path: Path) -> None:
+    write_atomically(path, lambda part: Image.fromarray(pixels).save(part, "PNG"))
 
 
 def main() -> None:

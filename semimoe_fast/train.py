@@ -24,6 +24,7 @@ from .training.config import TrainConfig, parse
 from .training.distributed import World
 from .training.interruption import Interruption
 from .training.lock import FolderLock
+from .training.memory import require_memory
 from .training.run import Run
 from .training.run_folder import cache_folder, refuse_used
 from .training.sources import load_data
@@ -44,6 +45,7 @@ def train(arguments: Sequence[str] | TrainConfig | None, lock: FolderLock) -> Ru
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         device = world.device(config.device)
+        world.main_first(lambda: require_memory(config, device, world.size))
         settings = configure(device, config.precision, config.deterministic)
         cache = Cache(cache_folder(config), writes=world.is_main)
         data, val = world.main_first(lambda: load_data(config, cache))  # the other ranks read the cache of rank 0

@@ -147,7 +147,8 @@ HOSTILE = {
     ),
     "weight missing": (hostile(weights={STEM: None}), "do not fit its own configuration"),
     "weight of another shape": (hostile(weights={"gating.heads.0.bias": torch.ones(3)}), "do not fit its own"),
-    "weight of another type": (hostile(weights={STEM: WEIGHTS[STEM].half()}), "is torch.float16, not torch.float32"),
+    "weight of another type": (hostile(weights={STEM: WEIGHTS[STEM].int()}), "is torch.int32, not torch.float32"),
+    "weight beyond the range of float32": (hostile(weights={STEM: WEIGHTS[STEM].double() * 1e300}), "not finite"),
     "weight of unknown type": (lambda path: path.write_bytes(tensor_of_type("F6_E2M3")), "not a readable checkpoint"),
 }
 
@@ -178,7 +179,9 @@ def test_hostile_checkpoints_are_refused_in_a_line(tmp_path: Path, case: str) ->
         ({"mean": [0.5]}, "mean of preprocessing is [0.5], not a list of 3, each a finite number"),
         ({"mean": [10**400, 0, 0]}, "not a list of 3, each a finite number"),
         ({"std": [0.1, float("nan"), 0.1]}, "std of preprocessing is [0.1, NaN, 0.1], not a list of 3"),
-        ({"std": [0.1, 0, 0.1]}, "std of preprocessing is [0.1, 0, 0.1], not positive"),
+        ({"std": [0.1, 0, 0.1]}, "std of preprocessing is [0.1, 0, 0.1], not from 0.0001 to 1"),
+        ({"std": [0.1, 1e-320, 0.1]}, "not from 0.0001 to 1"),
+        ({"mean": [0.5, 1e39, 0.5]}, "mean of preprocessing is [0.5, 1e+39, 0.5], not from 0 to 1"),
         ({"ring_radius": -1}, "ring_radius of preprocessing is -1, not 0 or more"),
         ({"scale": 0}, "scale of preprocessing is 0, not positive"),
         ({"sampling": "tiles"}, "sampling of preprocessing is \"tiles\", not 'resize' or 'crops'"),
@@ -199,6 +202,16 @@ def assert_one_line_with_remedy(caught: pytest.ExceptionInfo, path: Path, messag
     assert "; " in text
     assert "\n" not in text
     assert len(text) < 400
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_types_are_cast_and_it_is_said(tmp_path: Path, capsys, dtype: torch.dtype) -> None:
+    path, weight = tmp_path / "c.safetensors", WEIGHTS[STEM].to(dtype)
+    hostile(weights={STEM: weight})(path)
+    loaded = load(path).model.state_dict()[STEM]
+    assert loaded.dtype == torch.float32
+    assert torch.equal(loaded, weight.float())
+    assert capsys.readouterr().err == f"warning: {path}: its weights are {dtype} and are cast to torch.float32\n"
 
 
 def test_names_reserved_for_the_model_are_refused(tmp_path: Path) -> None:

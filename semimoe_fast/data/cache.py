@@ -6,12 +6,14 @@ moved images find it again.
 
 A part of up to 1 GiB is read into memory, so that nothing that happens to its file afterwards reaches the run. A larger
 part is memory-mapped: processes share the memory, and it may be larger than memory. Leave its file alone while a run
-uses it: a program that writes into it changes the images, and one that truncates it kills the run by a bus error.
+uses it: a program that writes into it changes the images, and one that truncates it kills the run by a bus error,
+of which Python then prints the place; the run resumes from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import errno
+import faulthandler
 import hashlib
 import json
 import math
@@ -233,6 +235,8 @@ class Entry:
                 if file.readinto(memory) < size:
                     raise OSError(errno.EIO, "truncated while it was read", str(path))
                 return self._tensors(memory)
+            if not faulthandler.is_enabled():
+                faulthandler.enable()  # a bus error, if the file is truncated later, says where it happened
             protection = mmap.PROT_READ | mmap.PROT_WRITE
             memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | NO_RESERVE, prot=protection)
         return self._tensors(memory)

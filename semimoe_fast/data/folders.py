@@ -29,6 +29,7 @@ from tqdm import tqdm
 from ..errors import UserError, first_sentence, warn
 from .components import split_mask
 from .mask_values import stored_values
+from .misread import refuse_misread
 from .pages import check_pages
 from .slides import each_once
 
@@ -354,7 +355,7 @@ def _decode(path: Path) -> tuple[Image.Image, bool]:
             # BGR;16 means 16 bits per pixel, not per channel.
             raw_modes = str([tile[3] for tile in image.tile]).replace("BGR;16", "")
             bits = max(getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8,)))  # of a TIFF with separate planes
-            _refuse_misread_bmp(path, image)
+            refuse_misread(path, file, image)
             image.load()
             _turn_upright(image, path)
     except UnidentifiedImageError as error:
@@ -368,15 +369,6 @@ def _decode(path: Path) -> tuple[Image.Image, bool]:
         raise UserError(f"{path} cannot be read as an image ({reason}): replace or remove it") from error
     check_pages(path)
     return image, image.mode[0] in "IF" or ";16" in raw_modes or bits > 8
-
-
-def _refuse_misread_bmp(path: Path, image: Image.Image) -> None:
-    """Raise UserError for a BMP of 8 bits whose palette is black and white: Pillow reads it as if it had 1 bit."""
-    if image.format == "BMP" and image.mode == "1":
-        with path.open("rb") as file:
-            header = file.read(30)
-        if header[14] >= 40 and header[28] != 1:  # a header of Windows, and its bits per pixel
-            raise UserError(f"{path} is a BMP of {header[28]} bits that Pillow misreads: save it as a PNG")
 
 
 def _turn_upright(image: Image.Image, path: Path) -> None:

@@ -352,10 +352,10 @@ def parse(arguments: Sequence[str] | None = None, processes: int = 1) -> TrainCo
 def read_config(run: Path) -> TrainConfig:
     """The configuration that a run folder stores. Raises UserError if the file is missing or damaged."""
     path = run / CONFIG_FILE
+    if not path.is_file():  # reading a named pipe would wait forever
+        raise UserError(f"{run}: holds no run to resume ({CONFIG_FILE} is no file there); give the folder of a run")
     try:
         values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{run}: holds no run to resume ({CONFIG_FILE} is missing); give the folder of a run") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON ({first_sentence(error)}); {REMEDY}") from error
     if isinstance(values, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -34,7 +35,9 @@ class FolderLock:
 
         Raises UserError if another process holds the lock, OSError if the lock file cannot be opened.
         """
-        file = self.held.enter_context((folder / LOCK_FILE).open("a"))
+        # O_NONBLOCK: opening a named pipe fails and does not wait for a reader
+        file = os.open(folder / LOCK_FILE, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666)
+        self.held.callback(os.close, file)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

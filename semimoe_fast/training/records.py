@@ -9,7 +9,10 @@ from typing import Any
 
 from ..checkpoint import write_atomically
 from ..errors import UserError, naming, warn
+from ..evaluation.metrics import Scores
+from ..inference.predictor import GATED
 from ..validation import matches
+from .health import Health
 
 Three = tuple[float, float, float]
 HINTS = {
@@ -47,6 +50,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 def _read(path: Path, fate: str) -> list[dict[str, Any]]:
     """`read`; the warning says what happens to damaged lines: "left out" or "dropped from the file"."""
     try:
+        if path.exists() and not path.is_file():  # reading a named pipe would wait forever
+            raise UserError(f"{path}: is no file; the report needs it; restore the file")
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); the report needs it; restore the file") from error
@@ -74,4 +79,12 @@ def _record(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     whole = isinstance(record, dict) and all(matches(record.get(key), hint) for key, hint in HINTS.items())
-    return record if whole and all(matches(record.get(key, {}), hint) for key, hint in VALIDATED.items()) else None
+    whole = whole and all(matches(record[key], hint) for key, hint in VALIDATED.items() if key in record)
+    return record if whole and _reportable(record) else None
+
+
+def _reportable(record: dict[str, Any]) -> bool:
+    """Whether the scores and the health of the experts, if a record has them, are those that the report needs."""
+    val, health = record.get("val"), record.get("health")
+    scored = val is None or (GATED in val and all(scores.keys() >= set(Scores._fields) for scores in val.values()))
+    return scored and (health is None or health.keys() >= set(Health._fields))

@@ -45,9 +45,9 @@ def draw_curves(records: Records, tasks: Sequence[str], path: Path | IO[bytes]) 
     validated = [r for r in records if "val" in r]
     for k, name in enumerate(validated[0]["val"]):
         for score, style in (("dice", "-"), ("jaccard", "--")):
-            values = [r["val"][name][score] for r in validated]
+            points = [(r["epoch"], r["val"][name][score]) for r in validated if name in r["val"]]
             label = f"{name}, {score.capitalize()}" if name == GATED or score == "dice" else None
-            scores.plot([r["epoch"] for r in validated], values, style, marker=".", color=f"C{k}", label=label)
+            scores.plot(*zip(*points, strict=True), style, marker=".", color=f"C{k}", label=label)
     examined = [r for r in records if "health" in r]  # older runs have no health
     for axis, name in ((dead, "dead_channels"), (spread, "spread")):
         for k, task in enumerate(tasks):
@@ -74,7 +74,7 @@ def draw_curves(records: Records, tasks: Sequence[str], path: Path | IO[bytes]) 
     for axis in (scores, dead):
         axis.set_ylim(-0.02, 1.02)
     pseudo.set_visible(semi_supervised)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, format="png")
 
 
 @torch.no_grad()
@@ -108,7 +108,7 @@ def draw_overlays(
         axes[row, 4].imshow(ring[row], cmap="gray", vmin=0, vmax=1)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, format="png")
 
 
 class TensorBoard:

@@ -198,11 +198,11 @@ class Run:
         """Draw curves.png and overlays.png, and print the scores."""
         path = self.folder / METRICS_FILE
         kept = records.read(path)
-        report.draw_overlays(
-            self.trainer.eval_model, self.val, self._preprocessing, self.trainer.device, self.folder / "overlays.png"
-        )
+        overlays = (self.trainer.eval_model, self.val, self._preprocessing, self.trainer.device)
+        checkpoint.write_atomically(self.folder / "overlays.png", lambda part: report.draw_overlays(*overlays, part))
         if any("val" in record for record in kept):
-            report.draw_curves(kept, self.trainer.model.tasks, self.folder / "curves.png")
+            curves = (kept, self.trainer.model.tasks)
+            checkpoint.write_atomically(self.folder / "curves.png", lambda part: report.draw_curves(*curves, part))
             print(report.summary(kept, self.folder))
         else:
             warn(f"{path}: holds no record of a validation; curves.png and the table of scores are left out")

@@ -159,10 +159,22 @@ def uninterrupted_by(processes: int, config: TrainConfig, tmp_path_factory: pyte
 # ------------------------------------------------------------------------------------------------------------ the table
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object) -> None:
+    """Add the counts of a process of pytest-xdist to the table."""
+    for title, counts in getattr(node, "workeroutput", {}).get("abuse", {}).items():
+        row = node.config.stash[TABLE].setdefault(title, dict.fromkeys(COLUMNS, 0))
+        for column, count in counts.items():
+            row[column] += count
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write the table, unless -k or --case have left out cases."""
     config = session.config
-    rows = config.stash[TABLE]
+    rows = dict(sorted(config.stash[TABLE].items()))
+    if hasattr(config, "workeroutput"):  # one of several processes
+        config.workeroutput["abuse"] = rows
+        return
     for title, row in rows.items():
         print(f"\n{title}: {', '.join(f'{count} {column}' for column, count in row.items())}", end="")
     if config.getoption("--case") or config.getoption("keyword") or config.args != ["tests/abuse"] or not rows:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from forks import in_fork
@@ -105,6 +106,40 @@ def test_special_values(attempt, operation: str, device: str) -> None:
     }
     if cases:
         try_all(attempt, "NaN, inf, denormal and huge numbers", operation, cases)
+
+
+OTHERS = {
+    "None": None,
+    "list": [1, 2],
+    "text": "x",
+    "number": 3,
+    "object": object(),
+    "NumPy array": np.full((2, 2), 0.5),
+    "masked array": np.ma.masked_array(np.ones((2, 2)), np.eye(2)),
+    "integers": torch.zeros(1, 2, 4, 4, dtype=torch.int64),
+    "complex numbers": torch.zeros(1, 2, 4, 4, dtype=torch.complex64),
+    "sparse tensor": torch.zeros(2, 2).to_sparse(),
+}
+
+
+@pytest.mark.parametrize("operation", ops.OPERATIONS)
+def test_arguments_of_other_types(attempt, operation: str) -> None:
+    """Anything in place of each argument: TypeError or ValueError of one line."""
+    arguments = draw()[operation]
+
+    def case(name: str, other: object) -> str:
+        try:
+            getattr(F, operation)(**arguments | {name: other})
+        except (TypeError, ValueError) as error:
+            return "one line" if "\n" not in str(error) else f"several lines: {error}"
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return "accepted"
+
+    cases = {
+        f"{kind} as {name}": lambda n=name, o=other: case(n, o) for name in arguments for kind, other in OTHERS.items()
+    }
+    try_all(attempt, "arguments of other types", operation, cases)
 
 
 SHAPES = {

@@ -180,6 +180,12 @@ def test_bad_configurations_are_refused_before_training(
     assert not out.exists()
 
 
+def test_named_pipe_as_configuration_does_not_hang(tiny: list[str], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / config.CONFIG_FILE)
+    message = refused(train.main, ["--resume", str(tmp_path)])
+    assert f"{tmp_path}: holds no run to resume ({config.CONFIG_FILE} is no file there)" in message
+
+
 def test_folder_of_a_run_is_not_overwritten(tiny: list[str], finished: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     message = refused(train.main, [*tiny, "--out", str(finished)])

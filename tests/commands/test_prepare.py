@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -133,3 +134,12 @@ def test_bad_folders_are_refused(glas: Path, crag: Path, tmp_path: Path) -> None
     (crag / "valid" / "Images" / "valid_1.png").unlink()
     assert "valid_1.png has no image valid_1" in refused(PrepareConfig(crag, out))
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["train_1.bmp", "train_1_anno.bmp"])
+def test_a_named_pipe_is_refused_before_anything_is_copied(glas: Path, tmp_path: Path, name: str) -> None:
+    (glas / name).unlink()
+    os.mkfifo(glas / name)
+    with pytest.raises(UserError, match=f"{name} is not a file: remove it"):
+        prepare.prepare(PrepareConfig(glas, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

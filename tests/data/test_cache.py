@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import faulthandler
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import in_fork
 from PIL import Image
 from safetensors import safe_open
 
@@ -221,6 +224,22 @@ def test_file_that_changes_during_a_run_does_not_change_its_images(root: Path, c
         os.truncate(path, 0)
         assert_same(dataset, expected)
         path.write_bytes(before)
+
+
+def test_bus_error_of_a_truncated_large_part_is_not_silent(
+    root: Path, cached: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "MOST_IN_MEMORY", 0)
+
+    def child() -> None:
+        faulthandler.disable()  # that of pytest
+        dataset = cached.load_part(root, "train", SIZE, True)
+        os.truncate(*files(cached), 0)
+        print(dataset.images.max())
+
+    ended = in_fork(child)
+    assert ended.status == -signal.SIGBUS
+    assert "Fatal Python error: Bus error" in ended.output
 
 
 def test_unfinished_files_of_killed_processes_are_removed(root: Path, cached: Cache) -> None:

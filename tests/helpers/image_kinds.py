@@ -22,7 +22,7 @@ EXACT = {name: {} for name in "PNG BMP DIB PPM TGA PCX SGI IM MSP XBM QOI".split
     "JPEG2000": {"irreversible": False},
 }
 LOSSY = "JPEG JPEG2000 WEBP AVIF GIF".split()
-LOSSY_OPTIONS = {"JPEG2000": {"irreversible": True, "quality_layers": [10]}}
+LOSSY_OPTIONS = {"JPEG2000": {"irreversible": True, "quality_layers": [3]}}
 PILLOW_TIFF = "raw packbits tiff_lzw tiff_adobe_deflate group3 group4 jpeg lzma zstd".split()
 DEEP = ("I", "I;16", "F")
 

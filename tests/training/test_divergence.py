@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import start
 
 from semimoe_fast import checkpoint, train
 from semimoe_fast.checkpoint import first_non_finite
@@ -89,3 +90,15 @@ def test_checkpoint_with_non_finite_weights_is_refused(finished: Path, tmp_path:
     checkpoint.save(path, model, {name: metadata[name] for name in metadata if name not in ("format", "model")})
     with pytest.raises(UserError, match=re.escape(f"{path}: gating.heads.1.bias has values that are not finite")):
         checkpoint.load(path)
+
+
+@pytest.mark.slow
+def test_diverged_run_of_two_processes_ends_both_with_one_line(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    batches = {"labeled_batch": 2, "unlabeled_batch": 2, "accumulate": 1}
+    config = dataclasses.replace(tiny_config, **ONE_STEP, **batches, lr=1e38)
+    ended = [child.wait() for child in start(config, tmp_path / "run", 2)]
+    assert [end.status for end in ended] == [2, 2]
+    told = "".join(end.output for end in ended)
+    assert len(re.findall("^error: .* in epoch 0: restart with smaller --lr", told, re.MULTILINE)) == 1
+    assert "Traceback" not in told
+    assert not list((tmp_path / "run").glob("*.safetensors"))

@@ -119,3 +119,9 @@ def test_file_system_without_locks_causes_a_warning(tmp_path: Path, monkeypatch:
         lock.take(tmp_path)
     warning = f"warning: {tmp_path}: cannot be locked ({os.strerror(errno.ENOLCK)}); make sure"
     assert capsys.readouterr().err.startswith(warning)
+
+
+def test_named_pipe_is_no_lock_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / LOCK_FILE)
+    with FolderLock() as lock, pytest.raises(OSError, match="No such device"):
+        lock.take(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -55,6 +56,9 @@ def test_last_record_of_an_epoch_counts(line: dict, tmp_path: Path) -> None:
         {"total": float("nan")},
         {"supervised_terms": [1, 2]},
         {"val": {"gated": 1}},
+        {"val": {}},
+        {"val": {"gated": {"dice": 1}}},
+        {"health": {"spread": [0, 0, 0]}},
     ],
     ids=lambda damage: str(damage)[:20],
 )
@@ -68,6 +72,12 @@ def test_damaged_line_is_left_out_with_a_warning(line: dict, tmp_path: Path, cap
 
 def test_missing_file_raises_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="m: cannot be read"):
+        records.read(tmp_path / "m")
+
+
+def test_named_pipe_raises_user_error(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m")
+    with pytest.raises(UserError, match="m: is no file"):
         records.read(tmp_path / "m")
 
 

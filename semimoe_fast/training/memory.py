@@ -1,0 +1,55 @@
+"""The memory that a training step needs at least: a run that cannot fit stops before it reads images."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from ..device import in_bf16
+from ..errors import UserError
+from ..model import SemiMoE
+from .config import TrainConfig
+
+# Bytes that the forward pass keeps, per image, pixel and channel of --width; `benchmarks.memory` counts them.
+KEPT = {"fp32": 270, "fp32 recompute": 145, "bf16": 140, "bf16 recompute": 80}
+COPIES = 3  # of the weights: themselves, their gradients and SGD's momenta
+GIB = 2**30
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def require_memory(config: TrainConfig, device: torch.device, processes: int) -> None:
+    """Raise UserError if a step needs more memory than the device has altogether."""
+    needed, there = least_bytes(config, device, processes), total_bytes(device)
+    if needed > there:
+        where = device if device.type == "cuda" else "this machine"
+        raise UserError(
+            f"--width {config.width}, --image-size {config.image_size} and {_images(config, processes)} images at once "
+            f"need at least {needed / GIB:,.0f} GiB, and {where} has {there / GIB:,.0f}; make one of them smaller, or "
+            "use --accumulate or --recompute"
+        )
+
+
+def least_bytes(config: TrainConfig, device: torch.device, processes: int) -> int:
+    """Bytes of the weights, gradients and momenta, and of what the forward pass of one part of a batch keeps."""
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in SemiMoE(width=config.width).parameters())
+    recompute = " recompute" if config.recompute or config.compile != "none" else ""  # compilers recompute, too
+    kept = KEPT[("bf16" if in_bf16(config.precision, device) else "fp32") + recompute]
+    return 4 * COPIES * weights + kept * _images(config, processes) * config.width * config.image_size**2
+
+
+def _images(config: TrainConfig, processes: int) -> int:
+    """Images that one process takes at once."""
+    batch = config.labeled_batch + (config.unlabeled_batch if config.semi_supervised else 0)
+    return batch // (processes * config.accumulate)
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory of a GPU, or of this machine or container."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = CONTAINER_LIMIT.read_text().strip() if CONTAINER_LIMIT.is_file() else "max"
+    return machine if limit == "max" else min(machine, int(limit))
