@@ -29,6 +29,8 @@ class Finished:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.path = folder / NAME
+        if self.path.exists() and not self.path.is_file():  # a named pipe, for example
+            raise UserError(f"{self.path} is not a file: remove it, or give another --out")
         self._first = json.dumps(settings, sort_keys=True)
         self._file = self._open() if self.path.is_file() else None
         lines = self._file.read().splitlines() if self._file else []

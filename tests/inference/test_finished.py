@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,9 @@ def test_file_systems_without_locks_get_a_warning(
     with Finished(tmp_path, {"tta": "True"}) as finished:
         assert image not in finished
         assert (finished.resumed, finished.others) == (False, 1)
+
+
+def test_record_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / NAME)
+    with pytest.raises(UserError, match=r"\.predict\.jsonl is not a file: remove it, or give another --out"):
+        Finished(tmp_path, {})
