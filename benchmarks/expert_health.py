@@ -3,8 +3,8 @@
     python -m benchmarks.expert_health --data GlaS256 --out benchmarks/results/health.json --commit C --machine M
 
 Every run has the published recipe with a warm-up of 10 epochs and, after it, 6 at the full learning rate. A row has the
-share of dead feature channels of each expert at the end, and the learning rate of the first epoch at which half of the
-channels of the sdf expert were dead.
+share of dead feature channels of each expert at the end, and the learning rate of the first epoch at which three
+quarters of the channels of the sdf expert were dead.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
             kept = records.read(out / METRICS_FILE)
         dying = [r["lr"] for r in kept if r["health"]["dead_channels"][1] >= MANY]
         rows.append([width, seed, lr, *kept[-1]["health"]["dead_channels"], dying[0] if dying else "lives"])
-    columns = ["width", "seed", "--lr", "mask", "sdf", "boundary", "sdf half dead at"]
+    columns = ["width", "seed", "--lr", "mask", "sdf", "boundary", "sdf dead at --lr"]
     record = {
         "machine": options.machine,
         "versions": {"torch": torch.__version__.partition("+")[0]},

@@ -22,7 +22,7 @@ from ..inference.predictor import GATED, foreground
 from ..model import SemiMoE
 
 MOST_IMAGES = 16
-MANY = 0.5  # share of dead channels that is worth a warning
+MANY = 0.75  # share of dead channels that is worth a warning; up to half of them may come and go
 
 
 class Health(NamedTuple):
@@ -64,6 +64,6 @@ def warn_of_dead_experts(tasks: Sequence[str], health: Health, before: Health | 
     for number, (task, dead) in enumerate(zip(tasks, health.dead_channels, strict=True)):
         if dead >= MANY and (before is None or before.dead_channels[number] < MANY):
             warn(
-                f"{folder}: since epoch {epoch + 1}, {dead:.0%} of the features of the {task} expert are 0 everywhere "
-                "and learn no more; start a new run with a smaller --lr or a longer --warmup-epochs"
+                f"{folder}: since epoch {epoch + 1}, {dead:.0%} of the features of the {task} expert are 0 on labeled "
+                "images, where they learn no more; start a new run with a smaller --lr or a longer --warmup-epochs"
             )

@@ -60,7 +60,7 @@ def draw_curves(records: Records, tasks: Sequence[str], path: Path | IO[bytes]) 
         weights: "learned loss weights exp(-s)",
         gates: "gate weights, mean over labeled images",
         scores: "validation at threshold 0.5 (dashed: Jaccard)",
-        dead: "feature channels that are 0 everywhere",
+        dead: "share of dead feature channels",
         spread: "standard deviation of the expert's own prediction",
     }
     for axis, title in titles.items():

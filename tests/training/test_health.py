@@ -71,4 +71,4 @@ def test_run_records_health_and_warns(
     train.main(dataclasses.replace(tiny_config, out=tmp_path / "run"))
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert [r["health"]["dead_channels"][1] for r in records if "val" in r] == [1.0] * len(records)
-    assert "of the features of the sdf expert are 0 everywhere" in capsys.readouterr().err
+    assert "of the features of the sdf expert are 0 on labeled images" in capsys.readouterr().err
