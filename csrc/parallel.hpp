@@ -16,7 +16,6 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -46,8 +45,8 @@ inline void on_threads(std::int64_t threads, void (*run)(void*), void* argument)
   others.reserve(threads - 1);
   try {
     while (static_cast<std::int64_t>(others.size()) + 1 < threads) others.emplace_back(run, argument);
-  } catch (const std::system_error&) {
-    // The system starts no more threads: there are fewer.
+  } catch (const std::exception&) {
+    // The system starts no more threads (system_error, bad_alloc): there are fewer.
   }
   run(argument);
   for (std::thread& other : others) other.join();

@@ -178,8 +178,8 @@ def _scale_of(full: Reader, mpp: float) -> float:
     """Pixels at `mpp` microns a pixel per pixel of a file. Raises UserError if it is unknown or outside SCALES."""
     if full.mpp is None:
         raise UserError(
-            f"{full.path} does not say how large its pixels are: save it with its resolution (TIFF tags or "
-            "OME-XML), or give the scale instead"
+            f"{full.path} does not say how large its pixels are: save it with its resolution (TIFF tags, OME-XML, "
+            "dpi of a PNG), or give the scale instead"
         )
     return scale_between(full.path, full.mpp, mpp)
 
@@ -190,6 +190,7 @@ def scale_between(path: Path | None, own: float, mpp: float) -> float:
     if not SCALES[0] <= scale <= SCALES[1]:
         raise UserError(
             f"{path} has {own:.4g} microns a pixel and would be read at {mpp:.4g}, {scale:.3g} pixels per "
-            f"pixel of the file: give a scale from {SCALES[0]} to {SCALES[1]}, or correct its resolution"
+            f"pixel of the file: choose microns at which they are {SCALES[0]:g} to {SCALES[1]:g}, or correct its "
+            "resolution"
         )
     return scale

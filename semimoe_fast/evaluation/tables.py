@@ -57,7 +57,7 @@ def notes(evaluation: Evaluation) -> list[str]:
             "their intervals hold the threshold fixed. Those of each image are in the files of --csv and --json."
         )
     if any(map(is_boundary, evaluation.counts)):
-        lines.append("boundary expert: its ring against the true ring, both at the training size.")
+        lines.append("boundary expert: its ring against the true ring, both at the size at which the model works.")
     for variant in evaluation.variants:
         if left_out := variant.summary.images - variant.summary.means["hd95"].images:
             lines.append(

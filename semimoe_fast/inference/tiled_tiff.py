@@ -26,7 +26,7 @@ DEFLATE, UNSIGNED, FLOAT, PER_CENTIMETER, BLACK_IS_ZERO = 8, 1, 3, 3, 1
 
 
 class TiledTiff:
-    """A TIFF file of `size` (H, W) and `dtype`, uint8, float16 or float32; a context manager.
+    """A TIFF file of `size` (H, W) and `dtype`, uint8, uint32, float16 or float32; a context manager.
 
     mpp: microns per pixel. channel: its name; with it the file is an OME-TIFF. Bio-Formats reads float16 as float32,
     which is what its OME-XML says, because OME has no name for float16. The memory is that of SIDE rows.

@@ -186,6 +186,9 @@ def _load() -> tuple[ModuleType | None, str]:
     return native, ""
 
 
+_load()  # not on first use, which may be in a forked child: csrc/parallel.hpp must know the process before
+
+
 @functools.cache
 def _why_no_gpu(archs: str) -> str | None:
     """The reason in one line why kernels built for `archs` cannot serve all GPUs of PyTorch; None if they can."""

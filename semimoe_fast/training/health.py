@@ -40,16 +40,17 @@ def expert_health(
     device: torch.device,
     precision: Precision = "auto",
 ) -> Health:
-    """Health of the experts on at most 16 images, evenly chosen; of images of any size the middle counts.
+    """Health of the experts on 9 to 16 images, evenly chosen, or all if there are fewer; of images of any size, of the
+    middle.
 
     The model is in eval mode afterwards.
     """
     model.eval()
+    images = images[:: -(-len(images) // MOST_IMAGES)]
     if isinstance(images, Ragged):
         images = images.centers(preprocessing.image_size)
-    chosen = torch.linspace(0, len(images) - 1, min(MOST_IMAGES, len(images))).round().long()
     alive, predictions = False, []
-    for pixels in images.images[chosen].split(8):
+    for pixels in images.images.split(8):
         with autocast(precision, device):
             output = model(augment.normalize(pixels.to(device), preprocessing.mean, preprocessing.std))
         alive = alive | (output.means != 0).any(0)
@@ -64,6 +65,6 @@ def warn_of_dead_experts(tasks: Sequence[str], health: Health, before: Health | 
     for number, (task, dead) in enumerate(zip(tasks, health.dead_channels, strict=True)):
         if dead >= MANY and (before is None or before.dead_channels[number] < MANY):
             warn(
-                f"{folder}: since epoch {epoch + 1}, {dead:.0%} of the features of the {task} expert are 0 on labeled "
+                f"{folder}: at epoch {epoch + 1}, {dead:.0%} of the features of the {task} expert are 0 on labeled "
                 "images, where they learn no more; start a new run with a smaller --lr or a longer --warmup-epochs"
             )

@@ -224,8 +224,8 @@ def test_a_file_is_opened_once_and_its_scale_has_limits(tmp_path: Path, monkeypa
     call(save_model(tmp_path / "known", mpp=2.0), image, tmp_path / "out")
     assert opened == [image]
     assert refused(save_model(tmp_path / "odd", mpp=1e-6), image, tmp_path / "out") == (
-        f"{image} has 1 microns a pixel and would be read at 1e-06, 1e+06 pixels per pixel of the file: give a scale "
-        "from 0.01 to 16.0, or correct its resolution"
+        f"{image} has 1 microns a pixel and would be read at 1e-06, 1e+06 pixels per pixel of the file: choose "
+        "microns at which they are 0.01 to 16, or correct its resolution"
     )
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]
 

@@ -216,7 +216,7 @@ def test_large_means_with_an_outlier(instruction_set: str) -> None:
 
 def test_threads_do_not_change_the_result(instruction_set: str, threads: None) -> None:
     for layout in ("NCHW", "channels-last"):
-        case = draw(4, 9, 130, 170, layout=layout)  # enough elements for 6 threads
+        case = draw(4, 9, 130, 170, layout=layout)  # enough elements for threads
         grad_output = torch.randn(case.x.shape)
         results = []
         for number in (1, 2, 3):

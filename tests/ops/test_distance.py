@@ -252,7 +252,7 @@ def test_instruction_sets_are_bitwise_equal(instruction_set: str) -> None:
 @pytest.mark.usefixtures("restore_threads")
 @pytest.mark.parametrize("shape", [(1, 600, 1100), (2, 300, 300), (7, 130, 128)])
 def test_threads_do_not_change_the_result(shape: tuple[int, int, int]) -> None:
-    """Threads share an image, a batch, or both. One thread is checked against SciPy, more threads against one."""
+    """Threads share an image, or take an image each. One thread is checked against SciPy, more threads against one."""
     mask = blobs(*shape)
     torch.set_num_threads(1)
     check(on_device("cpu"), mask)

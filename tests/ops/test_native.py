@@ -110,6 +110,25 @@ def test_unsupported_tensors_are_refused(mask: torch.Tensor, out: torch.Tensor) 
         _native.squared_distance(mask, False, out)
 
 
+FORK = """
+import os, signal, torch
+import semimoe_fast.functional as F
+torch.set_num_threads(2)
+masks = (torch.rand(2, 600, 600) > 0.5).byte()
+torch.rand(1_000_000).exp()  # starts the threads of OpenMP
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    F.squared_distance(masks)  # the first use of the compiled module
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_forked_child_does_not_wait_for_threads_of_its_parent() -> None:
+    run_patiently([sys.executable, "-c", FORK], check=True)
+
+
 @pytest.fixture
 def reloaded() -> Iterator[None]:
     _native._load.cache_clear()

@@ -12,12 +12,14 @@ import torch
 from semimoe_fast import train
 from semimoe_fast.checkpoint import Preprocessing
 from semimoe_fast.data.folders import Dataset
+from semimoe_fast.data.ragged import Ragged, starts_of
 from semimoe_fast.inference.predictor import foreground
 from semimoe_fast.model import SemiMoE
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.health import Health, expert_health, warn_of_dead_experts
 from semimoe_fast.training.run import Run
 
+CPU = torch.device("cpu")
 PREPROCESSING = Preprocessing(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), 2.0)
 TASKS = ("mask", "sdf", "boundary")
 
@@ -39,7 +41,7 @@ def test_dead_channels_and_spread() -> None:
     shut(model, 1, 4)
     shut(model, 2, 1)
     dataset = images(11)
-    health = expert_health(model, dataset, PREPROCESSING, torch.device("cpu"))
+    health = expert_health(model, dataset, PREPROCESSING, CPU)
     assert health.dead_channels == (0.0, 1.0, 0.25)
     assert health.spread[1] == 0
 
@@ -50,11 +52,27 @@ def test_dead_channels_and_spread() -> None:
     torch.testing.assert_close(health.spread[2], expected.item(), rtol=1e-5, atol=0)
 
 
+def test_at_most_16_images_are_cut_and_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of images of any size, too: to cut the middle of all would take more memory than the run."""
+    model, windows, cut, predicted = SemiMoE(width=2), Ragged.windows, [], []
+    model.register_forward_pre_hook(lambda _, inputs: predicted.append(len(inputs[0])))
+    monkeypatch.setattr(
+        Ragged, "windows", lambda self, rows, *rest: cut.append(len(rows)) or windows(self, rows, *rest)
+    )
+    for number, examined in ((1, 1), (16, 16), (17, 9), (100, 15)):
+        sizes = torch.tensor([[20, 50]]).expand(number, 2)
+        pixels = torch.randint(0, 256, (number * 1000, 3), dtype=torch.uint8)
+        expert_health(model, Ragged(pixels, None, starts_of(sizes), sizes, ["a"] * number), PREPROCESSING, CPU)
+        assert sum(cut) == sum(predicted) == examined
+        cut.clear()
+        predicted.clear()
+
+
 def test_warns_once_of_an_expert_that_died(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     well, ill = Health((0.0, 0.25, 0.0), (0.3, 0.3, 0.3)), Health((0.0, 0.875, 0.0), (0.3, 0.01, 0.3))
     for before, now in ((None, well), (well, ill), (ill, ill)):
         warn_of_dead_experts(TASKS, now, before, 7, tmp_path)
-    assert capsys.readouterr().err.count("since epoch 8, 88% of the features of the sdf expert are 0") == 1
+    assert capsys.readouterr().err.count("at epoch 8, 88% of the features of the sdf expert are 0") == 1
 
 
 def test_run_records_health_and_warns(
