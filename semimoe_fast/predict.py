@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{finished.path} counts {finished.others} images of an interrupted call with other options or images: "
                 "repeat that call, give another --out, or --overwrite to forget it"
             )
-        require_free(outputs, config, finished.resumed)
+        require_free(outputs, config, finished)
         for file in kinds.values():
             file.parent.mkdir(parents=True, exist_ok=True)
         finished.begin()
@@ -217,6 +217,7 @@ def predict_all(
                     if image.note and not (warned and isinstance(image, Squashed)):  # one of many squashed ones will do
                         warn(image.note)
                         warned |= isinstance(image, Squashed)
+                    finished.start(path)
                     predict_file(image, outputs[path], model, preprocessing, fields, config, bar.update)
                 finished.add(path)
             except UserError as error:
@@ -233,19 +234,19 @@ def predict_all(
         sys.exit(1)
 
 
-def require_free(outputs: dict[Path, dict[str, Path]], config: PredictConfig, resumed: bool) -> None:
+def require_free(outputs: dict[Path, dict[str, Path]], config: PredictConfig, finished: Finished) -> None:
     """Raise UserError if an output would replace an image or the checkpoint, or without --overwrite any other file.
 
-    resumed: the existing files are those of an interrupted call.
+    Outputs of images that an interrupted call has started are its own.
     """
     inputs = {path.resolve() for path in (*outputs, config.checkpoint)}
-    for files in outputs.values():
+    for path, files in outputs.items():
         for kind, file in files.items():
             other = [file.with_suffix(".tif")] if kind in ("mask", "instances") else []  # the name of a large one
             for place in (file, *other):
                 if place.resolve() in inputs:
                     raise UserError(f"{place} is an input, {place.resolve()}: give another --out")
-                if os.path.lexists(place) and not (config.overwrite or resumed):
+                if os.path.lexists(place) and not (config.overwrite or finished.has_started(path)):
                     raise UserError(f"{place} exists: give another --out, or --overwrite to replace such files")
 
 

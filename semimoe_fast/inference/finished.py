@@ -19,8 +19,9 @@ NAME = ".predict.jsonl"
 class Finished:
     """The images that calls with the same settings have predicted, in a file in the folder of the outputs.
 
-    The first line of the file holds the settings, JSON values. Every further line is an image: its name, size in bytes
-    and time of change. `forget` removes the file once all images are predicted.
+    The first line of the file holds the settings, JSON values. Every further line is an image: its name once it is
+    started, so that its outputs are known to be of such a call; name, size in bytes and time of change once it is
+    predicted. `forget` removes the file once all images are.
 
     A context manager: the file is locked until the block or the process ends (POSIX flock, which the system releases
     even if the process is killed), from the start if it exists, else from `begin`. So one process at a time predicts
@@ -35,7 +36,8 @@ class Finished:
         self._file = self._open() if self.path.is_file() else None
         lines = self._file.read().splitlines() if self._file else []
         self.resumed = lines[:1] == [self._first]  # such a call was interrupted
-        self.others = 0 if self.resumed else len(lines[1:])  # images of an interrupted call with other settings
+        finished = [line for line in lines[1:] if line.startswith("[")]
+        self.others = 0 if self.resumed else len(finished)  # images of an interrupted call with other settings
         self._lines = set(lines[1:] if self.resumed else [])
 
     def begin(self) -> None:
@@ -48,6 +50,14 @@ class Finished:
 
     def __contains__(self, image: Path) -> bool:
         return image.exists() and _line(image) in self._lines
+
+    def has_started(self, image: Path) -> bool:
+        """Whether the outputs of an image may be those of an interrupted call."""
+        return json.dumps(image.name) in self._lines
+
+    def start(self, image: Path) -> None:
+        """Call it before the first output of an image is in place."""
+        self._write(json.dumps(image.name))
 
     def add(self, image: Path) -> None:
         """Call it when all outputs of an image are in place."""

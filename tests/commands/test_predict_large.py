@@ -302,6 +302,27 @@ def test_an_interrupted_call_on_a_single_image_goes_on(tmp_path: Path, monkeypat
     assert sorted(path.name for path in out.rglob("*.*")) == ["a.ome.tif", "a.png"]
 
 
+def test_a_resumed_call_replaces_only_what_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, out = save_model(tmp_path / "model"), tmp_path / "out"
+    image = save_image(tmp_path / "images" / "a.tif", 40, 50)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(predict, "write_png", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            call(model, image.parent, out, overwrite=False)
+    save_image(tmp_path / "images" / "b.tif", 40, 50)
+    (out / "b.png").write_text("of the user")
+    (out / "a.png").write_text("of the interrupted call")
+    assert refused(model, image.parent, out, overwrite=False).startswith(f"{out / 'b.png'} exists: give another --out")
+    (out / "b.png").unlink()
+    call(model, image.parent, out, overwrite=False)
+    assert sorted(path.name for path in out.iterdir()) == ["a.png", "b.png"]
+    assert (out / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
 def failing(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     """Call predict on a folder with files that cannot be read: what it says on stderr."""
     with pytest.raises(SystemExit) as caught:
