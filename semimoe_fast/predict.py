@@ -184,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with Finished(config.out, settings(config)) as finished:
         if finished.others and not config.overwrite:
             raise UserError(
-                f"{finished.path} counts {finished.others} images of an interrupted call with other options or images: "
+                f"{finished.path} counts images of an interrupted call with other options or images ({finished.others}): "
                 "repeat that call, give another --out, or --overwrite to forget it"
             )
         require_free(outputs, config, finished)

@@ -279,7 +279,7 @@ def test_one_call_at_a_time_predicts_into_a_folder(tmp_path: Path) -> None:
             )
         other.add(image)
     assert refused(model, image, tmp_path, overwrite=False) == (
-        f"{tmp_path / '.predict.jsonl'} counts 1 images of an interrupted call with other options or images: repeat "
+        f"{tmp_path / '.predict.jsonl'} counts images of an interrupted call with other options or images (1): repeat "
         "that call, give another --out, or --overwrite to forget it"
     )
     call(model, image, tmp_path)
