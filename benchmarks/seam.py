@@ -53,7 +53,7 @@ def main() -> None:
         ("image", pixels[part, part], {}),
         ("tiles", tiled[part, part], {"vmin": 0, "vmax": 1, "cmap": "gray"}),
         ("one tile", whole[part, part], {"vmin": 0, "vmax": 1, "cmap": "gray"}),
-        ("difference", (tiled - whole)[part, part], {"vmin": -0.2, "vmax": 0.2, "cmap": "RdBu"}),
+        ("difference", (tiled - whole)[part, part], {"vmin": -0.05, "vmax": 0.05, "cmap": "RdBu"}),
     ]
     figure, axes = plt.subplots(1, 4, figsize=(10, 2.9), layout="constrained")
     for axis, (title, values, colors) in zip(axes, panels, strict=True):

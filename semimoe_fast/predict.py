@@ -184,14 +184,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with Finished(config.out, settings(config)) as finished:
         if finished.others and not config.overwrite:
             raise UserError(
-                f"{finished.path} counts images of an interrupted call with other options or images ({finished.others}): "
-                "repeat that call, give another --out, or --overwrite to forget it"
+                f"{finished.path} counts images of an interrupted call with other options or images "
+                f"({finished.others}): repeat that call, give another --out, or --overwrite to forget it"
             )
         require_free(outputs, config, finished)
         for file in kinds.values():
             file.parent.mkdir(parents=True, exist_ok=True)
         finished.begin()
-        predict_all(outputs, finished, model, preprocessing, fields, config)
+        try:
+            predict_all(outputs, finished, model, preprocessing, fields, config)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted; the same command goes on with the images that are missing") from None
         finished.forget()
 
 

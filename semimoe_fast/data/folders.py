@@ -178,7 +178,7 @@ def list_images(folder: Path, kinds: str = "PNG, TIFF, BMP or JPEG", also: Colle
     folder is missing, has no image, two images with the same stem, or an image name that is not a regular file.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: create it or correct the path")
+        raise UserError(f"{folder} is not a folder: correct the path")
     Image.init()
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} | set(also)
     paths = sorted(

@@ -311,7 +311,7 @@ def test_a_resumed_call_replaces_only_what_it_began(tmp_path: Path, monkeypatch:
 
     with monkeypatch.context() as patched:
         patched.setattr(predict, "write_png", interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
             call(model, image.parent, out, overwrite=False)
     save_image(tmp_path / "images" / "b.tif", 40, 50)
     (out / "b.png").write_text("of the user")
