@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -266,6 +267,15 @@ def test_signals(tiny: list[str], tmp_path: Path, number: signal.Signals) -> Non
     assert metadata["epoch"] >= 1
 
 
+@pytest.fixture
+def listening() -> Iterator[None]:
+    """Ctrl-C counts, here and in started processes; in a shell's background it is ignored otherwise."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listening")
 def test_second_interrupt_still_says_how_to_continue(
     tiny_config: config.TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
@@ -304,6 +314,7 @@ def test_full_disk_at_a_checkpoint_is_one_line_and_the_run_resumes(
     assert_same_run(folder, finished)
 
 
+@pytest.mark.usefixtures("listening")
 def test_interrupt_during_imports_is_silent() -> None:
     command = [sys.executable, "-X", "importtime", *TRAIN[1:], "--help"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
