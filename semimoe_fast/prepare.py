@@ -147,9 +147,11 @@ def _copy_file(source: Path, target: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     config = read_options(PrepareConfig, "semimoe_fast.prepare", arguments)
-    for part, count in prepare(config).items():
+    counts = prepare(config)
+    for part, count in counts.items():
         print(one_line(f"{config.out / part}: {count} images"))
-    print(one_line(f"train with: python -m semimoe_fast.train --data {config.out}"))
+    alone = "" if any(part.startswith("train_unsup_") for part in counts) else " --unlabeled none"
+    print(one_line(f"train with: python -m semimoe_fast.train --data {config.out}{alone}"))
 
 
 if __name__ == "__main__":

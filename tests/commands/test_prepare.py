@@ -97,9 +97,11 @@ def test_a_seed_decides_the_split(glas: Path, tmp_path: Path) -> None:
     assert len({tuple(labeled(seed, f"seed{seed}")) for seed in range(4)}) > 1
 
 
-def test_all_may_be_labeled(crag: Path, tmp_path: Path) -> None:
-    assert "train_unsup_0" not in prepare.prepare(PrepareConfig(crag, tmp_path / "out", labeled=4))
-    assert not (tmp_path / "out" / "train_unsup_0").exists()
+def test_all_may_be_labeled(crag: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out"
+    prepare.main(["--source", str(crag), "--out", str(out), "--labeled", "4"])
+    assert not (out / "train_unsup_0").exists()
+    assert capsys.readouterr().out.endswith(f"train with: python -m semimoe_fast.train --data {out} --unlabeled none\n")
 
 
 def refused(config: PrepareConfig) -> str:
