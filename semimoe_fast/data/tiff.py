@@ -250,7 +250,8 @@ def resolution(page: TiffPage) -> float | None:
 
 def _check(path: Path, page: TiffPage) -> None:
     """Raise UserError for more than 8 bits or no pixels, NotByRegion for a layout that this reader does not know."""
-    if 0 in (page.imagewidth, page.imagelength):
+    sides = page.imagewidth, page.imagelength, page.tilewidth, page.tilelength, page.rowsperstrip
+    if 0 in sides[:2] or not all(isinstance(side, int) for side in sides):  # tags may be of any type
         raise UserError(f"{path} has wrong tags: {page.imagewidth} x {page.imagelength} pixels; {REMEDY}")
     if np.max(page.bitspersample) > 8:
         raise too_deep(path, f"{np.max(page.bitspersample)} bits")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -237,6 +238,17 @@ def test_wrong_tags(tmp_path, tag, value, message):
     with pytest.raises(UserError, match=f"image.tif.*({message})") as error:
         whole(open_image(path))
     assert "again" in str(error.value) or "replace" in str(error.value)
+
+
+def test_sides_that_are_no_integers(tmp_path):
+    path = write(tmp_path / "image.tif")
+    with tifffile.TiffFile(path) as file:
+        start = file.pages[0].tags["ImageWidth"].offset
+    data = bytearray(path.read_bytes())
+    data[start + 2 : start + 12] = struct.pack("<HIf", tifffile.DATATYPE.FLOAT, 1, 157.0)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"image.tif has wrong tags: 157.0 x \d+ pixels"):
+        open_image(path)
 
 
 @pytest.mark.filterwarnings("ignore")  # of Pillow
