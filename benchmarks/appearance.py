@@ -1,6 +1,6 @@
 """Time the changes of appearance of a batch beside loops over its images with scikit-image and albumentations.
 
-    OMP_NUM_THREADS=1 python benchmarks/appearance.py --out benchmarks/results/appearance.json --commit C --machine M
+    OMP_NUM_THREADS=1 python -m benchmarks.appearance --out benchmarks/results/appearance.json --commit C --machine M
 
 16 images of 256 x 256 pixels, one thread, CPU time of the thread, median of 15 rounds in which all programs take turns.
 Ours changes float32 images, as a step has them after resampling; the other programs get and return uint8 images, as
@@ -14,12 +14,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +28,8 @@ from semimoe_fast.data.appearance import STAINS, Appearance, Strengths, apply, d
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.sources import load_data
 from semimoe_fast.training.trainer import Trainer
+
+from .record import write_record
 
 BATCH, SIZE, ROUNDS, SEED = 16, 256, 15, 0
 STRENGTHS = {
@@ -179,16 +178,12 @@ def main() -> None:
         for kind, seconds in times.items()
     ]
     print(f"step: {step:.2f} s", *rows, *passes, sep="\n")
-    record = {
-        "machine": arguments.machine,
-        "versions": {
-            "torch": torch.__version__.split("+")[0],
-            **{name: version(name) for name in ("scikit-image", "albumentations")},
-        },
-        "commit": arguments.commit,
-        "date": str(datetime.date.today()),
-        "command": ["OMP_NUM_THREADS=1 python benchmarks/appearance.py --out benchmarks/results/appearance.json"],
-        "tables": {
+    write_record(
+        arguments.out,
+        arguments.machine,
+        arguments.commit,
+        ["OMP_NUM_THREADS=1 python -m benchmarks.appearance --out benchmarks/results/appearance.json"],
+        {
             "changes": {
                 "columns": COLUMNS,
                 "rows": rows,
@@ -199,8 +194,8 @@ def main() -> None:
             },
             "passes": {"columns": ["one pass over the floats", "ms"], "rows": passes},
         },
-    }
-    arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+        ("torch", "scikit-image", "albumentations"),
+    )
 
 
 if __name__ == "__main__":

@@ -10,13 +10,10 @@ channels of the sdf expert were dead.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import itertools
-import json
 import tempfile
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from semimoe_fast import train
@@ -24,6 +21,8 @@ from semimoe_fast.options import read_options
 from semimoe_fast.training import records
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.run_folder import METRICS_FILE
+
+from .record import write_record
 
 WARM_UP, AFTER = 10, 6
 HALF = 0.5
@@ -64,15 +63,13 @@ def main() -> None:
         dying = [r["lr"] for r in kept if r["health"]["dead_channels"][1] >= HALF]
         rows.append([width, seed, lr, *kept[-1]["health"]["dead_channels"], dying[0] if dying else "lives"])
     columns = ["width", "seed", "--lr", "mask", "sdf", "boundary", "sdf half dead at"]
-    record = {
-        "machine": options.machine,
-        "versions": {"torch": torch.__version__.partition("+")[0]},
-        "commit": options.commit,
-        "date": str(datetime.date.today()),
-        "command": [f"python -m benchmarks.expert_health --data GlaS256 --image-size {options.image_size}"],
-        "tables": {"dead": {"columns": columns, "rows": rows}},
-    }
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(
+        options.out,
+        options.machine,
+        options.commit,
+        [f"python -m benchmarks.expert_health --data GlaS256 --image-size {options.image_size}"],
+        {"dead": {"columns": columns, "rows": rows}},
+    )
 
 
 if __name__ == "__main__":

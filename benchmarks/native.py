@@ -5,7 +5,7 @@
             --epochs 24 --warmup-epochs 3 --decay-epochs 6 --val-every 24 --threads 1 \\
             --out "runs/native/$run $antialias"
     done; done
-    python benchmarks/native.py --runs runs/native/* --data GlaS256 --out benchmarks/results/native.json \\
+    python -m benchmarks.native --runs runs/native/* --data GlaS256 --out benchmarks/results/native.json \\
         --commit COMMIT --machine MACHINE
 
 The Dice of each image at its own size, threshold 0.5, mean over the images: six images of test A of 581 x 442 to
@@ -16,8 +16,6 @@ training images were. The checkpoints are those of the last epoch: nothing was c
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +31,8 @@ from semimoe_fast.evaluation import metrics
 from semimoe_fast.inference import folded, open_for, predict_image
 from semimoe_fast.model import SemiMoE
 from semimoe_fast.training.run_folder import LAST
+
+from .record import write_record
 
 Way = Callable[[np.ndarray, Preprocessing], Reader]  # open an image, uint8 (H, W, 3)
 
@@ -89,15 +89,13 @@ def main() -> None:
     parser.add_argument("--machine", required=True, help="for the record")
     arguments = parser.parse_args()
     rows = sorted((row for run in arguments.runs for row in measure(run, arguments.data)), key=lambda row: row[:3])
-    record = {
-        "machine": arguments.machine,
-        "versions": {"torch": torch.__version__.split("+")[0]},
-        "commit": arguments.commit,
-        "date": str(datetime.date.today()),
-        "command": [line.strip() for line in __doc__.splitlines() if line.startswith("    ")],
-        "tables": {"scores": {"columns": COLUMNS, "rows": rows, "format": ".3f"}},
-    }
-    arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+    write_record(
+        arguments.out,
+        arguments.machine,
+        arguments.commit,
+        [line.strip() for line in __doc__.splitlines() if line.startswith("    ")],
+        {"scores": {"columns": COLUMNS, "rows": rows, "format": ".3f"}},
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Compare training on whole images resized to squares with training on crops, on synthetic images of mixed sizes.
 
-    python benchmarks/sampling.py --out benchmarks/results/sampling.json --commit COMMIT --machine MACHINE
+    python -m benchmarks.sampling --out benchmarks/results/sampling.json --commit COMMIT --machine MACHINE
 
 All runs take the same number of steps of the same batches of S x S pixels. The scores are those of the validation
 images at their own size: pixel Dice at threshold 0.5, and F1 of objects, which the sdf expert separates. The prediction
@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
 import tempfile
 from pathlib import Path
 
@@ -30,6 +28,8 @@ from semimoe_fast.inference.predictor import GATED
 from semimoe_fast.model import SemiMoE
 from semimoe_fast.training.config import SYNTHETIC, TrainConfig
 from semimoe_fast.training.run_folder import LAST
+
+from .record import write_record
 
 CPU = torch.device("cpu")
 FOLDER = synthetic.Folder(Path(), labeled=8, unlabeled=32, val=12, size=256, sizes=(400, 1200), instances=True)
@@ -101,18 +101,16 @@ def main() -> None:
                 train.main(configuration(data, run, arguments.image_size, arguments.steps, seed, **changes))
                 rows.append([name, seed, *(round(x, 4) for x in score(run / LAST, data))])
                 print(rows[-1], flush=True)
-    record = {
-        "machine": arguments.machine,
-        "versions": {"torch": torch.__version__.split("+")[0]},
-        "commit": arguments.commit,
-        "date": str(datetime.date.today()),
-        "command": [
-            f"python benchmarks/sampling.py --image-size {arguments.image_size} --steps {arguments.steps} "
+    write_record(
+        arguments.out,
+        arguments.machine,
+        arguments.commit,
+        [
+            f"python -m benchmarks.sampling --image-size {arguments.image_size} --steps {arguments.steps} "
             f"--seeds {' '.join(map(str, arguments.seeds))} --out benchmarks/results/sampling.json"
         ],
-        "tables": {"scores": {"columns": COLUMNS, "rows": rows, "format": ".3f"}},
-    }
-    arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+        {"scores": {"columns": COLUMNS, "rows": rows, "format": ".3f"}},
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Compare glands separated by the predicted signed distance field with 8-connected components of the predicted mask.
 
-    python benchmarks/separation.py --checkpoint RUN/last.safetensors --data GlaS256 --parts train_sup_17 val native \\
+    python -m benchmarks.separation --checkpoint RUN/last.safetensors --data GlaS256 --parts train_sup_17 val native \\
         --commit HASH --machine NAME --out benchmarks/results/separation.json
 
 For each part: means over its images of the object scores against the 8-connected components of the true masks, at the
@@ -11,8 +11,6 @@ The file has the tables as `tables.py` reads them. Choose seed level and least a
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +25,8 @@ from semimoe_fast.data.folders import list_pairs, read_image, read_mask
 from semimoe_fast.evaluation import object_scores
 from semimoe_fast.inference import instances_of, predict_image
 from semimoe_fast.inference.instances import depth
+
+from .record import write_record
 
 EIGHT = np.ones((3, 3))
 COLUMNS = "method; F1; object Dice; object Hausdorff; right; too much; missed; merged; split".split("; ")
@@ -123,20 +123,18 @@ def main() -> None:
         differences.append([f"{part}, {len(images)} images", *map(interval, (separated - whole).T)])
         print(part, *rows, differences[-1], sep="\n")
     tables["differences"] = {"columns": ["part", *COLUMNS[1:4]], "rows": differences}
-    record = {
-        "machine": arguments.machine,
-        "versions": {"torch": torch.__version__.split("+")[0]},
-        "commit": arguments.commit,
-        "date": str(datetime.date.today()),
-        "command": [
+    write_record(
+        arguments.out,
+        arguments.machine,
+        arguments.commit,
+        [
             "python -m semimoe_fast.train --data GlaS256 --width 16 --image-size 128 --epochs 60 --warmup-epochs 6 "
             "--threads 1 --out RUN",
-            "python benchmarks/separation.py --checkpoint RUN/last.safetensors --data GlaS256 "
+            "python -m benchmarks.separation --checkpoint RUN/last.safetensors --data GlaS256 "
             f"--parts {' '.join(arguments.parts)}",
         ],
-        "tables": tables,
-    }
-    arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+        tables,
+    )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ class Output(NamedTuple):
     boundary: Tensor | None  # gated boundary logits (B, 2, H, W)
     own: tuple[Tensor, ...]  # each expert's own prediction, with the shape of its task
     gate_weights: Tensor  # (B, T, E), softmax over the experts
-    means: Tensor  # of the experts' features over the pixels (B, E, C); 0 where a channel is 0 in the whole image
 
 
 class Projected(NamedTuple):
@@ -280,8 +279,7 @@ class SemiMoE(nn.Module):
         means, projections, own = self.run_experts(images)
         *gated, gate_weights = self.gating(Projected(means, projections))
         predictions = dict(zip(self.tasks, gated, strict=True))
-        gated = (predictions.get(task) for task in ("mask", "sdf", "boundary"))
-        return Output(*gated, own, gate_weights, means)
+        return Output(predictions.get("mask"), predictions.get("sdf"), predictions.get("boundary"), own, gate_weights)
 
     def run_experts(self, images: Tensor, groups: int = 1) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Run the experts. Returns means, projections and own predictions as `MultiGating.projections` does.

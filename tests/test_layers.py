@@ -18,7 +18,7 @@ LAYERS = [
     {"published", "validation"},
     {"model"},
     {"functional"},
-    {"device", "ops"},
+    {"device", "locks", "ops"},
     {"kernels", "errors"},
 ]
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -11,7 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from ..errors import UserError, naming, warn
+from ..errors import UserError, naming
+from ..locks import lock
 
 NAME = ".predict.jsonl"
 
@@ -77,15 +76,16 @@ class Finished:
         """The file, locked; on a file system without locks only a warning."""
         file = self.path.open("a+", errors="replace")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                file.close()
-                raise UserError(
-                    f"{self.path.parent}: another process is predicting into this folder; wait until it ends, stop it, "
-                    "or give another --out"
-                ) from None
-            warn(f"{self.path} cannot be locked ({error.strerror}); make sure that no other process predicts there")
+            lock(
+                file.fileno(),
+                self.path,
+                f"{self.path.parent}: another process is predicting into this folder; wait until it ends, stop it, or "
+                "give another --out",
+                "make sure that no other process predicts there",
+            )
+        except UserError:
+            file.close()
+            raise
         if not self.path.exists() or not os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
             file.close()  # another process has removed it between the two calls
             return self._open()

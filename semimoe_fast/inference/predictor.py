@@ -20,8 +20,13 @@ def gated_foreground(output: Output) -> Tensor:
 
 def foreground(output: Output, expert_tasks: Sequence[str]) -> dict[str, Tensor]:
     """Foreground probabilities, float32 (B, H, W), of the gated mask and of each expert's own prediction, by name."""
-    probabilities = {GATED: gated_foreground(output)}
-    for number, (task, own) in enumerate(zip(expert_tasks, output.own, strict=True), 1):
+    return {GATED: gated_foreground(output)} | own_foreground(output.own, expert_tasks)
+
+
+def own_foreground(predictions: Sequence[Tensor], expert_tasks: Sequence[str]) -> dict[str, Tensor]:
+    """Foreground probabilities, float32 (B, H, W), of each expert's own prediction, by name."""
+    probabilities = {}
+    for number, (task, own) in enumerate(zip(expert_tasks, predictions, strict=True), 1):
         name = f"{task} expert" if expert_tasks.count(task) == 1 else f"{task} expert {number}"
         probabilities[name] = (own[:, 0].float().tanh() + 1) / 2 if task == "sdf" else not_background(own)
     return probabilities

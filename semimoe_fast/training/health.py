@@ -18,7 +18,7 @@ from ..data.folders import Dataset
 from ..data.ragged import Ragged
 from ..device import Precision, autocast
 from ..errors import warn
-from ..inference.predictor import GATED, foreground
+from ..inference.predictor import own_foreground
 from ..model import SemiMoE
 
 MOST_IMAGES = 16
@@ -52,10 +52,10 @@ def expert_health(
     alive, predictions = False, []
     for pixels in images.images.split(8):
         with autocast(precision, device):
-            output = model(augment.normalize(pixels.to(device), preprocessing.mean, preprocessing.std))
-        alive = alive | (output.means != 0).any(0)
-        own = {name: p for name, p in foreground(output, model.expert_tasks).items() if name != GATED}
-        predictions.append(torch.stack([*own.values()]).flatten(1))
+            normalized = augment.normalize(pixels.to(device), preprocessing.mean, preprocessing.std)
+            means, _, own = model.run_experts(normalized)
+        alive = alive | (means != 0).any(0)  # a mean of features after ReLU is 0 only if all of them are
+        predictions.append(torch.stack([*own_foreground(own, model.expert_tasks).values()]).flatten(1))
     dead = 1 - alive.float().mean(1)
     return Health(tuple(dead.tolist()), tuple(torch.cat(predictions, 1).std(1, correction=0).tolist()))
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from ..errors import UserError, warn
+from ..locks import lock
 
 LOCK_FILE = ".lock"
 
@@ -38,12 +36,10 @@ class FolderLock:
         # O_NONBLOCK: opening a named pipe fails and does not wait for a reader
         file = os.open(folder / LOCK_FILE, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666)
         self.held.callback(os.close, file)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(
-                    f"{folder}: another process is training in this folder; wait until it ends, stop it, or train in "
-                    "another folder (--out)"
-                ) from None
-            warn(f"{folder}: cannot be locked ({error.strerror}); make sure that no other process trains in it")
+        lock(
+            file,
+            folder,
+            f"{folder}: another process is training in this folder; wait until it ends, stop it, or train in another "
+            "folder (--out)",
+            "make sure that no other process trains in it",
+        )

@@ -117,7 +117,7 @@ def test_file_system_without_locks_causes_a_warning(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(fcntl, "flock", flock)
     with FolderLock() as lock:
         lock.take(tmp_path)
-    warning = f"warning: {tmp_path}: cannot be locked ({os.strerror(errno.ENOLCK)}); make sure"
+    warning = f"warning: {tmp_path} cannot be locked ({os.strerror(errno.ENOLCK)}); make sure"
     assert capsys.readouterr().err.startswith(warning)
 
 
