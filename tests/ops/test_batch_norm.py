@@ -380,60 +380,6 @@ def test_no_gradient_from_above() -> None:
     assert x.grad is None
 
 
-# arguments
-
-
-@pytest.mark.parametrize(
-    ("change", "options", "error", "message"),
-    [
-        ({"x": torch.zeros(4, 3, 5)}, {}, ValueError, r"x is \(B, C, H, W\)"),
-        ({"bias": torch.zeros(4)}, {}, ValueError, r"x is \(B, C, H, W\), and weight, bias, .* are \(C,\)"),
-        ({"running_var": torch.zeros(1, 3)}, {}, ValueError, r"are \(C,\)"),
-        ({"running_var": None}, {}, TypeError, "running_var: a tensor is needed"),
-        ({"x": torch.zeros(4, 3, 5, 5).long()}, {}, TypeError, "x: floating-point numbers are needed"),
-        ({"running_mean": None, "running_var": None}, {"training": False}, ValueError, "evaluation needs running_mean"),
-        ({}, {"groups": 3}, ValueError, "groups is 3, but 4 images are no 3 equal runs"),
-        ({}, {"groups": 0}, ValueError, "groups is 0"),
-        ({"x": torch.zeros(4, 3, 1, 1)}, {"groups": 4}, ValueError, "more than 1 value per channel in each run"),
-        ({"x": torch.zeros(0, 3, 5, 5)}, {}, ValueError, "more than 1 value per channel"),
-        ({}, {"momentum": None}, ValueError, "momentum None averages all runs: give num_batches_tracked"),
-        ({}, {"num_batches_tracked": torch.zeros(2).long()}, ValueError, "num_batches_tracked is one integer"),
-        ({}, {"num_batches_tracked": torch.zeros(())}, ValueError, "num_batches_tracked is one integer"),
-        ({}, {"num_batches_tracked": 3}, TypeError, "num_batches_tracked: a tensor is needed"),
-    ],
-)
-def test_bad_arguments_get_one_clear_line(change, options, error: type[Exception], message: str) -> None:
-    arguments = {k: v for k, v in draw(4, 3, 5, 5)._asdict().items() if k != "counter"} | change
-    with pytest.raises(error, match=message) as caught:
-        F.batch_norm_relu(**arguments, **options)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("index", "change", "message"),
-    [
-        (0, lambda x: x.double(), "in the layout of x"),
-        (0, lambda x: x.contiguous(memory_format=torch.channels_last), "in the layout of x"),
-        (0, lambda x: x[..., :3], "in the layout of x"),
-        (1, lambda x: x.double(), "float32, bfloat16 or float16 on the CPU"),
-        (1, lambda x: x.to("meta"), "on the CPU"),
-        (1, lambda x: x.mT, "contiguous or channels-last"),
-        (1, lambda x: x[0], r"feature maps are \(B, C, H, W\)"),
-        (2, lambda x: x.double(), "expected contiguous torch.float32"),
-        (3, lambda x: x[:2], "expected contiguous torch.float32"),
-        (4, lambda x: x[:1], "expected contiguous torch.float32"),
-        (5, lambda x: x.repeat(1, 2)[:, ::2], "expected contiguous torch.float32"),
-    ],
-)
-def test_unsupported_tensors_are_refused(index: int, change, message: str) -> None:
-    x = torch.randn(4, 3, 4, 5)
-    tensors = [x, x.clone(), torch.ones(3), torch.ones(3), torch.zeros(2, 3), torch.ones(2, 3)]
-    tensors[index] = change(tensors[index])
-    with pytest.raises(ValueError, match=message) as caught:
-        _native_batch_norm.batch_norm_relu_bwd(*tensors, 2)
-    assert "\n" not in str(caught.value)
-
-
 def test_default_backend_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ops.choose("batch_norm_relu", "cpu")[0] == "fused"
     monkeypatch.setattr(_native, "why_unavailable", lambda device_type: "it is missing")

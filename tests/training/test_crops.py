@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from stopping import StopAfter
 
 from semimoe_fast import checkpoint, synthetic, train
 from semimoe_fast.checkpoint import Preprocessing
@@ -27,7 +27,7 @@ from semimoe_fast.evaluation.files import evaluate_model
 from semimoe_fast.evaluation.scoring import count_set
 from semimoe_fast.evaluation.whole import predict_whole
 from semimoe_fast.inference.predictor import gated_foreground
-from semimoe_fast.training import config, interruption, run_folder
+from semimoe_fast.training import config, run_folder
 from semimoe_fast.training.batches import Batches, TrainingData, tensors_of
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.distributed import World
@@ -115,18 +115,6 @@ def test_changes_of_appearance_leave_the_geometry(tiny_config: TrainConfig) -> N
     assert plain.labeled.appearance is None
     for ours, theirs in zip(tensors_of(plain.labeled), tensors_of(changed.labeled), strict=False):
         assert torch.equal(ours, theirs)
-
-
-class StopAfter(interruption.Interruption):
-    """An interruption after a number of steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def __call__(self) -> bool:
-        self.left -= 1
-        self.received = signal.SIGINT if self.left <= 0 else 0
-        return self.left <= 0
 
 
 def test_run_resumes_bitwise_and_stores_its_preprocessing(

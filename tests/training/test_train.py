@@ -16,11 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from stopping import StopAfter
 
 from semimoe_fast import checkpoint, train
 from semimoe_fast.data.folders import read_image
 from semimoe_fast.errors import run_command
-from semimoe_fast.training import config, interruption, run, run_folder
+from semimoe_fast.training import config, run, run_folder
 
 TRAIN = [sys.executable, "-m", "semimoe_fast.train"]
 
@@ -121,18 +122,6 @@ def test_bf16_follows_fp32(tiny_config: config.TrainConfig, tmp_path: Path, devi
     # the learning rate of the first epoch is 0, so the weights are equal; bf16 has 8 bits of mantissa, over 23 layers
     assert ours["supervised_total"] == pytest.approx(theirs["supervised_total"], rel=0.02)
     assert ours["supervised_total"] != theirs["supervised_total"]
-
-
-class StopAfter(interruption.Interruption):
-    """An interruption after a number of steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def __call__(self) -> bool:
-        self.left -= 1
-        self.received = signal.SIGINT if self.left <= 0 else 0
-        return self.left <= 0
 
 
 @pytest.mark.parametrize("steps", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5))])
