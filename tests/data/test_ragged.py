@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from caches import flip
 from PIL import Image
 from safetensors import safe_open
 
@@ -118,15 +119,6 @@ def test_resized_images_have_other_files_by_size_and_antialiasing(root: Path, ca
     assert torch.equal(plain.masks, smooth.masks)
     assert not torch.equal(plain.images, smooth.images)
     assert all(path.read_bytes() == content for path, content in whole.items())
-
-
-def flip(position: int):
-    def flip_bit(path: Path) -> None:
-        content = bytearray(path.read_bytes())
-        content[position] ^= 1
-        path.write_bytes(content)
-
-    return flip_bit
 
 
 MASKS, PIXELS = 20 * 30 + 7 * 3 + 33 * 16, 3 * (20 * 30 + 7 * 3 + 33 * 16)
