@@ -7,6 +7,7 @@
 #include <array>
 
 #include "batch_norm.hpp"
+#include "blur.hpp"
 #include "distance.hpp"
 #ifdef SEMIMOE_CUDA_VERSION
 #include "distance_cuda.hpp"
@@ -17,7 +18,7 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr int kAbi = 5;  // raise it with every change of a signature below, and in semimoe_fast/ops/_native.py
+constexpr int kAbi = 6;  // raise it with every change of a signature below, and in semimoe_fast/ops/_native.py
 
 template <class T>
 T* at(std::uintptr_t address) {
@@ -146,6 +147,17 @@ void batch_norm_relu_backward(const std::array<std::int64_t, 4>& sizes, int elem
                                     at<float>(grad_weight), at<float>(grad_bias));
 }
 
+// sizes: images, channels, rows, columns.
+void blur(const std::array<std::int64_t, 4>& sizes, std::uintptr_t images, std::uintptr_t weights, std::int64_t radius,
+          const std::string& instruction_set, int threads) {
+  const auto [batch, channels, height, width] = sizes;
+  if (radius < 0 || radius >= std::min(height, width))
+    throw std::runtime_error("the radius of a blur, " + std::to_string(radius) + ", is not less than both sides, " +
+                             std::to_string(height) + " and " + std::to_string(width));
+  semimoe::blur(*kernels_named(instruction_set).blur, threads, at<const float>(weights), radius, batch, channels,
+                height, width, at<float>(images));
+}
+
 #ifdef SEMIMOE_CUDA_VERSION
 // If sdf is 0, the squared distances are the result; else the targets are, and `squared` may be the address of sdf.
 void distance_cuda(std::uintptr_t mask, int element_size, bool instances, std::int64_t batch, std::int64_t height,
@@ -208,6 +220,8 @@ PYBIND11_MODULE(_semimoe_fast, module) {
   module.def("batch_norm_relu_backward", &batch_norm_relu_backward, py::arg("sizes"), py::arg("element"),
              py::arg("channels_last"), py::arg("x"), py::arg("grad_output"), py::arg("addresses"), py::arg("grad_x"),
              py::arg("grad_weight"), py::arg("grad_bias"), py::arg("instruction_set"), py::arg("threads"), without_gil);
+  module.def("blur", &blur, py::arg("sizes"), py::arg("images"), py::arg("weights"), py::arg("radius"),
+             py::arg("instruction_set"), py::arg("threads"), without_gil);
 #ifdef SEMIMOE_CUDA_VERSION
   module.def("distance_cuda", &distance_cuda, py::arg("mask"), py::arg("element_size"), py::arg("instances"),
              py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("words"), py::arg("gaps"), py::arg("far"),

@@ -1,11 +1,12 @@
-// A table of the inner loops of the distance targets, of the objective and of batch normalization. csrc/kernels.cpp is
-// compiled once for each supported instruction set; when the module is loaded, it selects the best set that the
-// processor has.
+// A table of the inner loops of the distance targets, of the objective, of batch normalization and of the blur.
+// csrc/kernels.cpp is compiled once for each supported instruction set; when the module is loaded, it selects the best
+// set that the processor has.
 #pragma once
 
 #include <vector>
 
 #include "batch_norm_kernels.hpp"
+#include "blur_kernels.hpp"
 #include "objective_kernels.hpp"
 #include "pixel.hpp"
 
@@ -56,6 +57,7 @@ struct Kernels {
 
   const ObjectiveKernels* objective;
   const BatchNormKernels* batch_norm;  // by Element
+  const BlurKernels* blur;
 };
 
 namespace plain {

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..ops import _native, _native_blur
+
 # Optical densities (red, green, blue) of haematoxylin, eosin and the residual that is perpendicular to both, each of
 # unit length: Ruifrok and Johnston 2001, "Quantification of histochemical staining by color deconvolution".
 _HE = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])
@@ -150,9 +152,17 @@ def _gaussian(sigma: Tensor, radius: int) -> Tensor:
 
 
 def _blur(images: Tensor, kernel: Tensor) -> None:
-    """Convolve columns and rows of images (B, 3, H, W) with a symmetric kernel each, mirrored at the borders."""
+    """Blur images (B, 3, H, W) with a symmetric kernel each; on a CPU by the compiled module, if there is one."""
     if images.is_cpu:  # a GPU would have to wait for the weights
         kernel = kernel[:, : max(1, int((kernel > NEGLIGIBLE).any(0).sum()))]
+        if images.is_contiguous() and _native.module() is not None:
+            _native_blur.convolve_(images, kernel)
+            return
+    _convolve(images, kernel)
+
+
+def _convolve(images: Tensor, kernel: Tensor) -> None:
+    """Convolve columns and rows of images (B, 3, H, W) with a symmetric kernel each, mirrored at the borders."""
     radius = kernel.shape[1] - 1
     center, *others = kernel.T[:, :, None, None, None]
     for axis in (2, 3):

@@ -71,6 +71,15 @@ def test_blur_is_gaussian(images: Tensor) -> None:
         np.testing.assert_allclose(result, expected, rtol=0, atol=22 * 255 * 2**-24)
 
 
+def test_blur_needs_no_compiled_module(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    appearance = drawn(blur=1.5)
+    expected = apply(images.clone(), appearance)
+    monkeypatch.setattr(module._native, "module", lambda: None)
+    monkeypatch.setattr(module._native_blur, "convolve_", None)
+    # sums of at most 22 products in another order
+    torch.testing.assert_close(apply(images.clone(), appearance), expected, rtol=0, atol=2 * 22 * 255 * 2**-24)
+
+
 def test_noise_is_gaussian_and_differs_between_images() -> None:
     size, std = 256, torch.tensor([10.0, 20.0])
     images = torch.full((2, 3, size, size), 128.0)
