@@ -152,8 +152,8 @@ void blur(const std::array<std::int64_t, 4>& sizes, std::uintptr_t images, std::
           const std::string& instruction_set, int threads) {
   const auto [batch, channels, height, width] = sizes;
   if (radius < 0 || radius >= std::min(height, width))
-    throw std::runtime_error("the radius of a blur, " + std::to_string(radius) + ", is not less than both sides, " +
-                             std::to_string(height) + " and " + std::to_string(width));
+    throw std::runtime_error("the radius of a blur is at least 0 and less than both sides, " + std::to_string(height) +
+                             " and " + std::to_string(width) + ", not " + std::to_string(radius));
   semimoe::blur(*kernels_named(instruction_set).blur, threads, at<const float>(weights), radius, batch, channels,
                 height, width, at<float>(images));
 }
