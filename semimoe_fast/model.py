@@ -82,9 +82,7 @@ class ExpertUNet(nn.Module):
             features.append(images)
         return features
 
-    def decode(
-        self, features: list[Tensor], groups: int = 1, kernels: Sequence[Tensor | None] | None = None
-    ) -> Tensor:
+    def decode(self, features: list[Tensor], groups: int = 1, kernels: Sequence[Tensor | None] | None = None) -> Tensor:
         """The last decoder feature (B, width, H, W) from those of `encode`; empties their list to free memory."""
         if kernels is None:
             (kernels,) = upsampling_kernels([self], features[0])
