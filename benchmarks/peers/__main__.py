@@ -123,7 +123,7 @@ def train(path: Path, name: str, config: TrainConfig, splits: Splits, device: to
         "images_per_step": sum(training.images_per_step),
         "parameters": sum(p.numel() for p in training.method.parameters() if p.requires_grad),
         "seconds": round(training.seconds, 1),
-        "seconds_per_step": round(training.seconds / steps, 4),
+        "cpu_seconds": round(training.cpu_seconds, 1),
         "machine": machine(device),
         "torch": torch.__version__,
         "commit": commit(),

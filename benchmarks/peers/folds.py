@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = read_options(Options, "benchmarks.peers.folds", arguments)
     labeled = list_pairs(options.data, only_part(options.data, "train_sup_", "--labeled"), with_masks=True)
     unlabeled_part = only_part(options.data, "train_unsup_", "--unlabeled")
-    unlabeled = list_pairs(options.data, unlabeled_part, with_masks=False)
+    unlabeled = list_pairs(options.data, unlabeled_part, (options.data / unlabeled_part / "mask").is_dir())
     if not 2 <= options.folds <= len(labeled):
         raise UserError(f"--folds is {options.folds}: give 2 to {len(labeled)}, the number of labeled images")
     order = torch.randperm(len(labeled), generator=torch.Generator().manual_seed(options.seed)).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from semimoe_fast.model import STRIDE
@@ -18,11 +19,11 @@ from .unimatch import UniMatch
 def same_flops_width(width: int) -> int:
     """The width of one U-Net whose floating-point operations are next to those of the three experts of a width.
 
-    Convolutions take nearly all of them, and theirs grow with the square of the width, so it is about 1.73 times that.
+    Convolutions take nearly all of them, and theirs grow with the square of the width.
     """
     side = 4 * STRIDE  # the ratio of two widths does not depend on it
-    experts = flops_per_step(width, side, 1)
-    return min(range(width, 2 * width + 1), key=lambda wide: abs(flops_per_step(wide, side, 1) / 3 - experts))
+    experts, about = flops_per_step(width, side, 1), round(math.sqrt(3) * width)
+    return min(range(about - 1, about + 2), key=lambda wide: abs(flops_per_step(wide, side, 1) / 3 - experts))
 
 
 def wide(method: Callable[[int], Method]) -> Callable[[int], Method]:

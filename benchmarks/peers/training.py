@@ -63,8 +63,11 @@ class Splits(NamedTuple):
 def load_splits(config: TrainConfig, cache: Cache, all_labels: bool) -> Splits:
     """The parts of --data. all_labels: read the masks of the unlabeled images too. Raises UserError as `load_data`."""
     data, _ = load_data(config, cache)
-    parts, size = parts_of(config), config.image_size
-    unlabeled = cache.load_part(config.data, parts.unlabeled, size, True) if all_labels else data.unlabeled
+    parts, size, unlabeled = parts_of(config), config.image_size, data.unlabeled
+    if all_labels:
+        if not (masks := config.data / parts.unlabeled / "mask").is_dir():
+            raise UserError(f"{masks} is missing: add it for supervised-all, or choose other methods by --method")
+        unlabeled = cache.load_part(config.data, parts.unlabeled, size, True)
     val = cache.load_part(config.data, parts.val, size, True, instances=True)
     return Splits(data.labeled, unlabeled, val, data.preprocessing)
 
@@ -89,7 +92,7 @@ class Training:
         self.splits, self.device = splits, device
         self.batches = Batches(self.config, splits.of(self.method), device, World())
         self.optimizers = self.method.optimizers(config)
-        self.epoch, self.seconds = 0, 0.0
+        self.epoch, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         self.curve: list[dict[str, float]] = []
 
     @property
@@ -108,7 +111,7 @@ class Training:
 
         Raises UserError if the loss is not finite.
         """
-        started, epochs = time.perf_counter(), self.config.epochs
+        started, cpu_started, epochs = time.perf_counter(), time.process_time(), self.config.epochs
         self.method.train()
         self.optimizers[0].param_groups[0]["lr"] = self.learning_rate
         losses = [self.step(batch, number) for number, batch in enumerate(self._batches(), 1)]
@@ -117,6 +120,7 @@ class Training:
             raise UserError(f"the loss became {loss} in epoch {self.epoch}: give a smaller --lr")
         self.epoch += 1
         self.seconds += time.perf_counter() - started
+        self.cpu_seconds += time.process_time() - cpu_started
         if self.epoch == epochs or self.epoch % max(1, epochs // POINTS) == 0:
             scores = self.score().pixels
             point = {"epoch": self.epoch, "loss": loss, "dice": scores.dice, "swept_dice": scores.swept_dice}
@@ -165,7 +169,7 @@ class Training:
             "method": self.method.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "random": torch.get_rng_state(),
-            "progress": {"epoch": self.epoch, "seconds": self.seconds, "curve": self.curve},
+            "progress": {name: getattr(self, name) for name in ("epoch", "seconds", "cpu_seconds", "curve")},
         }
         write_atomically(path, lambda part: torch.save(state, part))
 

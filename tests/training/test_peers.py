@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from pathlib import Path
@@ -95,6 +96,13 @@ def test_the_upper_bound_alone_sees_all_labels(config: TrainConfig, splits: Spli
     assert all((view - first.unlabeled).abs().mean() < 1 for view in first.strong), "the same images, changed"
 
 
+def test_the_upper_bound_needs_the_masks(glands_folder: Path, config: TrainConfig, tmp_path: Path) -> None:
+    without = dataclasses.replace(config, data=glands_folder)
+    with pytest.raises(UserError, match="mask is missing: add it for supervised-all, or choose"):
+        load_splits(without, Cache(tmp_path), all_labels=True)
+    assert load_splits(without, Cache(tmp_path), all_labels=False).unlabeled.masks is None
+
+
 def test_semi_moe_is_the_step_of_the_trainer(config: TrainConfig, splits: Splits) -> None:
     """Up to rounding: the losses are computed one by one here, in one pass there."""
     training = Training(config, METHODS["semi-moe"], splits, CPU)
@@ -104,7 +112,7 @@ def test_semi_moe_is_the_step_of_the_trainer(config: TrainConfig, splits: Splits
         trainer.train_step(one)
     expected = trainer.model.state_dict()
     for key, value in training.method.model.state_dict().items():
-        torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6, msg=key)
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5, msg=key)  # float32 sums
     torch.testing.assert_close(training.method.adaptive.log_vars, trainer.adaptive.log_vars)
 
 
@@ -255,10 +263,10 @@ def test_collected_scores_are_those_of_the_runs(folder: Path, tmp_path: Path) ->
     collect.main([str(runs), "--out", str(tmp_path / "accuracy" / "tiny.json")])
     tables = json.loads((tmp_path / "accuracy" / "tiny.json").read_text())["tables"]
     dice = [json.loads(path.read_text())["scores"]["at_half"]["dice"] for path in runs.glob("*.json")]
-    ((method, lr, seeds, cell, *_),) = tables["scores"]["rows"]
-    assert (method, lr, seeds) == ("supervised", 0.1, 2)
+    ((method, lr, count, cell, *_),) = tables["scores"]["rows"]
+    assert (method, lr, count) == ("supervised", 0.1, 2)
     assert cell == f"{statistics.mean(dice):.4f} ± {statistics.stdev(dice):.4f}"
-    assert tables["splits"]["rows"][0][:2] == ["labeled", 3]
+    assert tables["splits"]["rows"][0][:3] == ["runs", "labeled", 3]
     command.main(options(folder, runs, "--method", "supervised", "--epochs", "2"))
     with pytest.raises(UserError, match="has another epochs"):
         collect.main([str(runs), "--out", str(tmp_path / "tiny.json")])
@@ -274,6 +282,7 @@ def test_each_labeled_image_is_held_out_once(folder: Path, tmp_path: Path) -> No
         assert kept.name == f"train_sup_{3 - len(mine)}"
         assert not mine & {path.resolve() for path in (kept / "image").iterdir()}
         assert len([*(kept / "mask").iterdir()]) == 3 - len(mine)
+        assert len([*(fold / f"train_unsup_{UNLABELED}" / "mask").iterdir()]) == UNLABELED
         held_out += mine
     assert sorted(held_out) == sorted((folder / "train_sup_3" / "image").iterdir())
     assert not {*held_out} & {*(folder / "val" / "image").iterdir()}
