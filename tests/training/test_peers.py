@@ -72,10 +72,13 @@ def gradients(module: torch.nn.Module, loss: Tensor) -> list[Tensor]:
 def test_all_methods_take_equally_many_steps_and_images(name: str, config: TrainConfig, splits: Splits) -> None:
     training = Training(config, METHODS[name], splits, CPU)
     before = {key: value.clone() for key, value in training.method.state_dict().items()}
-    method, seen = training.method, []
-    loss = method.loss
+    method, seen, steps = training.method, [], []
+    loss, after_step = method.loss, method.after_step
     method.loss = lambda batch, progress: seen.append(batch) or loss(batch, progress)
+    method.after_step = lambda step: steps.append(step) or after_step(step)
+    training.epoch = 1
     training.train_epoch()
+    assert steps == [3, 4]
     images = [(len(b.labeled), 0 if b.unlabeled is None else len(b.unlabeled)) for b in seen]
     assert images == [(4, 0) if name.startswith("supervised") else (2, 2)] * (UNLABELED // 2)
     assert all(len(b.strong) == (2 if "unimatch" in name else 0) for b in seen)
