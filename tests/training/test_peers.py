@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from semimoe_fast import functional as F
 from semimoe_fast import synthetic
@@ -189,8 +190,9 @@ def test_labels_of_unimatch_have_no_gradient(threshold: float, monkeypatch: pyte
     loss = method.loss(data, 1.0)
     assert len(labels) == 3
     assert not any(label.is_floating_point() or label.requires_grad for label in labels)
-    supervised = F.squared_dice_loss(method.network(torch.cat([data.labeled, data.unlabeled]), 2)[1][:2], data.masks)
-    assert (loss.item() == pytest.approx(supervised.item() / 2, rel=1e-5)) == (threshold > 1)
+    labeled = method.network(torch.cat([data.labeled, data.unlabeled]), 2)[1][:2]
+    supervised = F.squared_dice_loss(labeled, data.masks) + cross_entropy(labeled, data.masks.long())
+    assert (loss.item() == pytest.approx(supervised.item() / 4, rel=1e-5)) == (threshold > 1)
 
 
 def test_images_and_labels_are_mixed_alike(monkeypatch: pytest.MonkeyPatch) -> None:
