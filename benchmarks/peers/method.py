@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ class Method(nn.Module):
         return [sgd(self.parameters(), config)]
 
 
-def sgd(parameters, config: TrainConfig) -> torch.optim.SGD:
+def sgd(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.SGD:
     """SGD as in the published recipe, for all methods."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     return torch.optim.SGD(trained, config.lr, config.momentum, weight_decay=config.weight_decay, fused=True)

@@ -81,7 +81,7 @@ def equal_steps(config: TrainConfig, method: Method, splits: Splits) -> TrainCon
 
 
 class Training:
-    """A method in training. `state` and `restore` resume it at an epoch, to the last bit on a CPU."""
+    """A method in training. `save` and `restore` resume it after an epoch, to the last bit on a CPU."""
 
     def __init__(
         self, config: TrainConfig, method: Callable[[int], Method], splits: Splits, device: torch.device
