@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 NATIVE := setup.py CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: help train test lint fuzz abuse bench tables gpu-check clean
+.PHONY: help train test lint fuzz abuse bench accuracy tables gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo 'make fuzz       compare the C++ code with its definition on random cases, under sanitizers, for $$(FUZZ_SECONDS) s each'
 	@echo 'make abuse      try hostile cases and count them in benchmarks/results/abuse.md, in ten minutes; ARGS="--all" tries all'
 	@echo 'make bench      benchmark the operations and the training step against other libraries; ARGS goes to pytest'
+	@echo 'make accuracy   train other methods beside Semi-MoE and score them (docs/accuracy.md); ARGS="--help" lists the options'
 	@echo 'make tables     write the tables of the Markdown pages from benchmarks/results/*.json'
 	@echo 'make gpu-check  run tests and benchmarks on this machine'"'"'s GPU with the PyTorch of $$(PYTHON); results go to $$(OUT);'
 	@echo '                ARGS: stages (build tests sanitize ops step train) and --minutes N, the time limit of each'
@@ -54,6 +55,9 @@ abuse: $(VENV)/abuse.done
 
 bench: $(VENV)/bench.done
 	$(RUN) -m pytest benchmarks --benchmark-only --benchmark-sort=name --benchmark-columns=min,median,iqr,rounds $(ARGS)
+
+accuracy: $(VENV)/train.done
+	$(RUN) -m benchmarks.peers $(ARGS)
 
 tables:
 	$(PYTHON) benchmarks/tables.py

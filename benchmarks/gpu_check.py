@@ -20,7 +20,6 @@ import os
 import platform
 import shutil
 import signal
-import subprocess
 import sys
 import sysconfig
 import time
@@ -33,6 +32,7 @@ if not __package__:  # run by its path
 
 from benchmarks import gpu_stages
 from benchmarks.gpu_stages import BUILT, NEEDS, ROOT, STAGES, TOOLS, UNFINISHED, Record, Work, read
+from benchmarks.record import commit
 
 OUT = ROOT / "benchmarks" / "results" / "gpu_check.json"
 BUILT_FROM = ("csrc", "kernels", "semimoe_fast", "CMakeLists.txt", "pyproject.toml", "setup.py")
@@ -80,15 +80,6 @@ def triton_version() -> str | None:
     except ImportError:
         return None
     return triton.__version__
-
-
-def commit() -> str | None:
-    """The commit's hash, with -dirty if tracked files differ from it; None without git or a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
-    except FileNotFoundError:
-        return None
 
 
 def digest_of(paths: Sequence[str]) -> str:

@@ -177,8 +177,8 @@ def source(record: Record, title: str = "") -> str:
 
 
 def table(name: str) -> str:
-    file, _, part = name.partition("/")
-    return whole(file, part) if part else SUMMARIES[name]()
+    file, _, part = name.rpartition("/")
+    return whole(file, part) if file else SUMMARIES[part]()
 
 
 def render(page: str) -> str:

@@ -69,17 +69,27 @@ class ExpertUNet(nn.Module):
         kernels: those of `upsampling_kernels` for this expert; None computes them here.
         """
         height, width = images.shape[-2:]
-        if kernels is None:
-            (kernels,) = upsampling_kernels([self], images)
-        x = pad_to_stride(images)
-        skips = []
+        return self.decode(self.encode(pad_to_stride(images), groups), groups, kernels)[..., :height, :width]
+
+    def encode(self, images: Tensor, groups: int = 1) -> list[Tensor]:
+        """Features of each level: images (B, in_channels, H, W) -> (B, 2^l width, H / 2^l, W / 2^l) for l = 0 .. 4.
+
+        H and W are multiples of 16.
+        """
+        features = []
         for level, block in enumerate(self.encoder):
-            x = block(nn.functional.max_pool2d(x, 2) if level else x, groups)
-            skips.append(x)
-        skips.pop()
+            images = block(nn.functional.max_pool2d(images, 2) if level else images, groups)
+            features.append(images)
+        return features
+
+    def decode(self, features: list[Tensor], groups: int = 1, kernels: Sequence[Tensor | None] | None = None) -> Tensor:
+        """The last decoder feature (B, width, H, W) from those of `encode`; empties their list to free memory."""
+        if kernels is None:
+            (kernels,) = upsampling_kernels([self], features[0])
+        x = features.pop()
         for upsample, kernel, block in zip(self.upsample, kernels, self.decoder, strict=True):
-            x = block(_cat(skips.pop(), upsample(x, groups, kernel)), groups)
-        return x[..., :height, :width]
+            x = block(_cat(features.pop(), upsample(x, groups, kernel)), groups)
+        return x
 
 
 class BatchNormReLU(nn.BatchNorm2d):

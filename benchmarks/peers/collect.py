@@ -1,0 +1,133 @@
+"""Means over runs: `python -m benchmarks.peers.collect RUNS --out benchmarks/results/accuracy/NAME.json`.
+
+RUNS are the --out of `python -m benchmarks.peers`, of one folder of data each. Several of them are the folds of a
+cross-validation. All runs have the same arguments but for method, seed and learning rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import write_record
+from semimoe_fast.errors import UserError, run_command
+
+from .methods import METHODS
+
+Run = dict[str, Any]
+SCORES: dict[str, tuple[str, str, str]] = {  # column: variant, score, format
+    "Dice": ("at_half", "dice", ".4f"),
+    "Jaccard": ("at_half", "jaccard", ".4f"),
+    "swept Dice": ("swept", "dice", ".4f"),
+    "swept Jaccard": ("swept", "jaccard", ".4f"),
+    "object F1": ("at_half", "object_f1", ".3f"),
+    "object Dice": ("at_half", "object_dice", ".3f"),
+    "object Hausdorff": ("at_half", "object_hausdorff", ".1f"),
+}
+BASE = "semi-moe"  # with which costs are compared
+
+
+def read_runs(folders: Sequence[Path]) -> dict[Path, list[Run]]:
+    """The finished runs of each folder. Raises UserError for none, and for unlike runs."""
+    runs = {path: json.loads(path.read_text()) for folder in folders for path in sorted(folder.glob("*.json"))}
+    found = {folder: [run for path, run in runs.items() if path.parent == folder] for folder in folders}
+    for folder, members in found.items():
+        if not members:
+            raise UserError(f"{folder} has no finished run: give the --out of `python -m benchmarks.peers`")
+    first = next(iter(runs))
+    for path, run in runs.items():
+        same = {name: value for name, value in runs[first]["arguments"].items() if name != "lr"}
+        for name, value in same.items():
+            if run["arguments"][name] != value:
+                raise UserError(f"{path} has another {name} than {first}: keep such runs in other folders")
+        if run["splits"] != found[path.parent][0]["splits"]:
+            raise UserError(f"{path} has other images than the first run beside it: keep such runs in other folders")
+    return found
+
+
+def group(run: Run) -> tuple[int, float]:
+    """Runs with the same one differ in seed or fold."""
+    return [*METHODS].index(run["method"]), run["arguments"]["lr"]
+
+
+def spread(values: Sequence[float | None], form: str) -> str | None:
+    """Mean and sample standard deviation; None if a run has no value."""
+    if None in values:
+        return None
+    mean = format(statistics.mean(values), form)
+    return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
+
+
+def tables(found: dict[Path, list[Run]]) -> dict[str, Any]:
+    runs = sorted((run for members in found.values() for run in members), key=group)
+    groups = [[*members] for _, members in itertools.groupby(runs, group)]
+
+    def scores(members: Sequence[Run]) -> list[Any]:
+        values = [[run["scores"][variant][score] for run in members] for variant, score, _ in SCORES.values()]
+        forms = [form for *_, form in SCORES.values()]
+        return [members[0]["arguments"]["lr"], len(members), *map(spread, values, forms)]
+
+    def cost(members: Sequence[Run]) -> list[Any]:
+        steps = sum(run["steps"] for run in members)
+        seconds = [round(sum(run[name] for run in members) / steps, 3) for name in ("seconds", "cpu_seconds")]
+        return [members[0]["parameters"], *seconds]
+
+    return {
+        "scores": {
+            "columns": ["method", "--lr", "runs", *SCORES],
+            "rows": [[members[0]["method"], *scores(members)] for members in groups],
+        },
+        "cost": {
+            "columns": ["method", "trained parameters", "s a step", "CPU s a step"],
+            "rows": [[members[0]["method"], *cost(members)] for members in groups],
+            "relative_to": BASE,
+        },
+        "runs": {
+            "columns": ["data", "method", "seed", "--lr", "Dice", "swept Dice", "threshold", "commit"],
+            "rows": [[folder.name, *scores_of(run)] for folder, members in found.items() for run in members],
+        },
+        "splits": {
+            "columns": ["data", "part", "images", "SHA-256 of the names"],
+            "rows": [
+                [folder.name, part, images["images"], images["names_sha256"]]
+                for folder, members in found.items()
+                for part, images in members[0]["splits"].items()
+            ],
+        },
+    }
+
+
+def scores_of(run: Run) -> list[Any]:
+    half, swept = run["scores"]["at_half"], run["scores"]["swept"]
+    dice = [round(half["dice"], 4), round(swept["dice"], 4), swept["threshold"]]
+    return [run["method"], run["seed"], run["arguments"]["lr"], *dice, commit_of(run)]
+
+
+def commit_of(run: Run) -> str:
+    """The first 7 digits of the commit, and whether files differed from it."""
+    commit = run["commit"] or "unknown"
+    return commit[:7] + commit[40:]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers.collect", description="Means over finished runs.")
+    parser.add_argument("runs", type=Path, nargs="+", help="folder of finished runs; several are folds")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    given = parser.parse_args(arguments)
+    found = read_runs(given.runs)
+    runs = [run for members in found.values() for run in members]
+    machine = " and ".join(sorted({run["machine"] for run in runs}))
+    commit = " and ".join(sorted(set(map(commit_of, runs))))
+    options = "epochs width image_size normalization".split()
+    chosen = " ".join(f"--{name.replace('_', '-')} {runs[0]['arguments'][name]}" for name in options)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    write_record(given.out, machine, commit, [f"python -m benchmarks.peers --data DATA {chosen}"], tables(found))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,186 @@
+"""The one loop that trains every method: the same data, augmentation, batches, schedule and number of steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from semimoe_fast.checkpoint import Preprocessing, write_atomically
+from semimoe_fast.data import appearance, augment
+from semimoe_fast.data.appearance import Strengths
+from semimoe_fast.data.cache import Cache
+from semimoe_fast.data.folders import Dataset
+from semimoe_fast.device import autocast
+from semimoe_fast.errors import UserError, first_sentence
+from semimoe_fast.training.batches import Batches, Images, TrainingData
+from semimoe_fast.training.config import TrainConfig
+from semimoe_fast.training.distributed import World
+from semimoe_fast.training.schedule import generator, learning_rate
+from semimoe_fast.training.sources import load_data, parts_of
+
+from .method import Batch, Method
+from .scores import Scored, score
+
+STRONG = Strengths(stain=0.2, brightness=0.2, blur=1.0, noise=0.03)  # the usual ones of docs/training.md, at their most
+STRONG_KEY = 3  # of the random streams of an epoch; `batches` has 0 to 2
+POINTS = 20  # of the learning curve
+
+
+class Splits(NamedTuple):
+    """The images of a folder, S x S pixels. All methods normalize by the statistics of all training images."""
+
+    labeled: Dataset
+    unlabeled: Dataset  # with the masks that only the upper bound may see, if the folder has them
+    val: Dataset  # masks are instance maps
+    preprocessing: Preprocessing
+
+    def described(self) -> dict[str, Any]:
+        """How many images each part has, and the SHA-256 of their names."""
+        parts = {name: getattr(self, name).names for name in ("labeled", "unlabeled", "val")}
+        digests = {name: hashlib.sha256("\n".join(names).encode()).hexdigest() for name, names in parts.items()}
+        return {name: {"images": len(names), "names_sha256": digests[name]} for name, names in parts.items()}
+
+    def of(self, method: Method) -> TrainingData:
+        """What a method learns from."""
+        labeled, unlabeled = self.labeled, None
+        if method.learns_from == "labeled and unlabeled":
+            unlabeled = self.unlabeled
+        elif method.learns_from == "labels of all":
+            pairs = ((labeled.images, self.unlabeled.images), (labeled.masks, self.unlabeled.masks))
+            labeled = Dataset(*(torch.cat(pair) for pair in pairs), labeled.names + self.unlabeled.names)
+        return TrainingData(labeled, unlabeled, self.preprocessing)
+
+
+def load_splits(config: TrainConfig, cache: Cache, all_labels: bool) -> Splits:
+    """The parts of --data. all_labels: read the masks of the unlabeled images too. Raises UserError as `load_data`."""
+    data, _ = load_data(config, cache)
+    parts, size, unlabeled = parts_of(config), config.image_size, data.unlabeled
+    if all_labels:
+        if not (masks := config.data / parts.unlabeled / "mask").is_dir():
+            raise UserError(f"{masks} is missing: add it for supervised-all, or choose other methods by --method")
+        unlabeled = cache.load_part(config.data, parts.unlabeled, size, True)
+    val = cache.load_part(config.data, parts.val, size, True, instances=True)
+    return Splits(data.labeled, unlabeled, val, data.preprocessing)
+
+
+def equal_steps(config: TrainConfig, method: Method, splits: Splits) -> TrainConfig:
+    """The batches of a method: as many steps and images as those of the published recipe."""
+    steps = len(splits.unlabeled) // config.unlabeled_batch
+    images = config.labeled_batch + config.unlabeled_batch
+    alone = {} if method.learns_from == "labeled and unlabeled" else {"labeled_batch": images, "unlabeled": "none"}
+    return dataclasses.replace(config, steps_per_epoch=steps, **alone)
+
+
+class Training:
+    """A method in training. `save` and `restore` resume it after an epoch, to the last bit on a CPU."""
+
+    def __init__(
+        self, config: TrainConfig, method: Callable[[int], Method], splits: Splits, device: torch.device
+    ) -> None:
+        torch.manual_seed(config.seed)
+        self.method = method(config.width).to(device, memory_format=torch.channels_last)
+        self.config = equal_steps(config, self.method, splits)
+        self.splits, self.device = splits, device
+        self.batches = Batches(self.config, splits.of(self.method), device, World())
+        self.optimizers = self.method.optimizers(config)
+        self.epoch, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
+        self.curve: list[dict[str, float]] = []
+
+    @property
+    def images_per_step(self) -> tuple[int, int]:
+        """Labeled and unlabeled images."""
+        c = self.config
+        return c.labeled_batch, c.unlabeled_batch if c.semi_supervised else 0
+
+    @property
+    def learning_rate(self) -> float:
+        c = self.config
+        return learning_rate(self.epoch, c.lr, c.warmup_epochs, c.decay_epochs, c.decay)
+
+    def train_epoch(self) -> None:
+        """Train one epoch; the curve gets a point after POINTS of all epochs, and after the last one.
+
+        Raises UserError if the loss is not finite.
+        """
+        started, cpu_started, epochs = time.perf_counter(), time.process_time(), self.config.epochs
+        self.method.train()
+        self.optimizers[0].param_groups[0]["lr"] = self.learning_rate
+        losses = [self.step(batch, number) for number, batch in enumerate(self._batches(), 1)]
+        loss = torch.stack(losses).mean().item()
+        if not math.isfinite(loss):
+            raise UserError(f"the loss became {loss} in epoch {self.epoch}: give a smaller --lr")
+        self.epoch += 1
+        self.seconds += time.perf_counter() - started
+        self.cpu_seconds += time.process_time() - cpu_started
+        if self.epoch == epochs or self.epoch % max(1, epochs // POINTS) == 0:
+            scores = self.score().pixels
+            point = {"epoch": self.epoch, "loss": loss, "dice": scores.dice, "swept_dice": scores.swept_dice}
+            self.curve.append(point)
+
+    def step(self, batch: Batch, number: int) -> Tensor:
+        """The `number`-th step of the epoch, from 1 -> its loss."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        with autocast(self.config.precision, self.device):
+            loss = self.method.loss(batch, (self.epoch + 1) / self.config.epochs)
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.method.after_step(self.epoch * self.batches.steps_per_epoch + number)
+        return loss.detach()
+
+    def score(self) -> Scored:
+        return score(self.method, self.splits.val, self.splits.preprocessing, self.device, self.config.precision)
+
+    def _batches(self) -> Iterator[Batch]:
+        for number, (labeled, unlabeled) in enumerate(self.batches.of_epoch(self.epoch)):
+            images, masks = self._augmented(labeled)
+            if unlabeled is None:
+                yield Batch(images, masks, None)
+                continue
+            random = generator(self.config.seed, self.epoch, STRONG_KEY, number)
+            drawn = [self._draw(unlabeled, random) for _ in range(self.method.strong_views)]
+            strong = tuple(self._augmented(view)[0] for view in drawn)
+            yield Batch(images, masks, self._augmented(unlabeled)[0], strong)
+
+    def _draw(self, images: Images, random: torch.Generator) -> Images:
+        """The same images with strong changes of appearance."""
+        return images._replace(appearance=appearance.draw(len(images.images), self.config.image_size, STRONG, random))
+
+    def _augmented(self, batch: Images) -> tuple[Tensor, Tensor | None]:
+        """Normalized images (B, 3, S, S) and masks (B, S, S), as `semimoe_fast.training.trainer` makes them."""
+        images, masks = augment.resample(batch.images, batch.masks, batch.augmentation, self.config.image_size)
+        if batch.appearance is not None:
+            images = appearance.apply(images, batch.appearance)
+        _, mean, std, *_ = self.splits.preprocessing
+        return augment.standardize(images, mean, std).contiguous(memory_format=torch.channels_last), masks
+
+    def save(self, path: Path) -> None:
+        state = {
+            "method": self.method.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "random": torch.get_rng_state(),
+            "progress": {name: getattr(self, name) for name in ("epoch", "seconds", "cpu_seconds", "curve")},
+        }
+        write_atomically(path, lambda part: torch.save(state, part))
+
+    def restore(self, path: Path) -> None:
+        """Go on from a file that `save` wrote. Raises UserError if it cannot be read."""
+        try:
+            state = torch.load(path, weights_only=True, map_location=self.device)
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            raise UserError(f"{path} cannot be read ({first_sentence(error)}): remove it to train anew") from error
+        self.method.load_state_dict(state["method"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        torch.set_rng_state(state["random"].cpu())
+        vars(self).update(state["progress"])

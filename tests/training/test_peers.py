@@ -1,0 +1,293 @@
+"""The methods of benchmarks/peers: what each learns from, that labels have no gradient, and that runs resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from semimoe_fast import functional as F
+from semimoe_fast import synthetic
+from semimoe_fast.data.cache import Cache
+from semimoe_fast.errors import UserError
+from semimoe_fast.training.config import TrainConfig
+from semimoe_fast.training.speed import flops_per_step
+from semimoe_fast.training.trainer import Trainer
+
+command = pytest.importorskip("benchmarks.peers.__main__", reason="needs the source tree, and tests run from its root")
+from benchmarks.peers import collect, folds, unimatch  # noqa: E402
+from benchmarks.peers.cps import CPS, WEIGHT  # noqa: E402
+from benchmarks.peers.mean_teacher import MeanTeacher  # noqa: E402
+from benchmarks.peers.method import Batch, both  # noqa: E402
+from benchmarks.peers.methods import METHODS, same_flops_width  # noqa: E402
+from benchmarks.peers.training import Splits, Training, load_splits  # noqa: E402
+
+CPU = torch.device("cpu")
+UNLABELED = 4  # two steps an epoch
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Synthetic glands, with masks of the unlabeled images."""
+    out = tmp_path_factory.mktemp("data") / "glands"
+    synthetic.write(synthetic.Folder(out, labeled=3, unlabeled=UNLABELED, val=2, size=32))
+    masks = out / f"train_unsup_{UNLABELED}" / "mask"
+    masks.mkdir()
+    for path in (masks.parent / "image").iterdir():
+        Image.fromarray(np.eye(32, dtype=np.uint8)).save(masks / path.name)
+    return out
+
+
+@pytest.fixture(scope="module")
+def config(folder: Path) -> TrainConfig:
+    return TrainConfig(
+        data=folder, image_size=32, width=4, epochs=2, warmup_epochs=0, lr=0.1, seed=3, device="cpu", threads=1
+    )
+
+
+@pytest.fixture(scope="module")
+def splits(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Splits:
+    return load_splits(config, Cache(tmp_path_factory.mktemp("cache")), all_labels=True)
+
+
+def batch(strong: int = 0) -> Batch:
+    images, others = torch.randn(2, 2, 3, 32, 32)
+    masks = torch.zeros(2, 32, 32, dtype=torch.uint8)
+    masks[:, 8:20, 8:20] = 1
+    return Batch(images, masks, others, tuple(torch.randn(strong, 2, 3, 32, 32)))
+
+
+def gradients(module: torch.nn.Module, loss: Tensor) -> list[Tensor]:
+    return [*torch.autograd.grad(loss, [*module.parameters()], retain_graph=True)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_all_methods_take_equally_many_steps_and_images(name: str, config: TrainConfig, splits: Splits) -> None:
+    training = Training(config, METHODS[name], splits, CPU)
+    before = {key: value.clone() for key, value in training.method.state_dict().items()}
+    method, seen, steps = training.method, [], []
+    loss, after_step = method.loss, method.after_step
+    method.loss = lambda batch, progress: seen.append(batch) or loss(batch, progress)
+    method.after_step = lambda step: steps.append(step) or after_step(step)
+    training.epoch = 1
+    training.train_epoch()
+    assert steps == [3, 4]
+    images = [(len(b.labeled), 0 if b.unlabeled is None else len(b.unlabeled)) for b in seen]
+    assert images == [(4, 0) if name.startswith("supervised") else (2, 2)] * (UNLABELED // 2)
+    assert all(len(b.strong) == (2 if "unimatch" in name else 0) for b in seen)
+    assert training.splits.preprocessing == splits.preprocessing
+    still = {key for key, value in method.named_parameters() if torch.equal(value, before[key])}
+    unused = {"semi-moe-equal-gates": "model.gating.gates.", "semi-moe-fixed-weights": "adaptive."}.get(name, "none")
+    assert all(key.startswith(unused) for key in still), still
+
+
+def test_the_upper_bound_alone_sees_all_labels(config: TrainConfig, splits: Splits) -> None:
+    for name, method in METHODS.items():
+        data = splits.of(method(2))
+        assert len(data.labeled) == len(data.labeled.masks) == 3 + (UNLABELED if name == "supervised-all" else 0)
+        assert (data.unlabeled is None) == name.startswith("supervised")
+    strong = Training(config, METHODS["unimatch"], splits, CPU)
+    (first, *_) = strong._batches()
+    assert not torch.equal(*first.strong)
+    assert all((view - first.unlabeled).abs().mean() < 1 for view in first.strong), "the same images, changed"
+
+
+def test_the_upper_bound_needs_the_masks(glands_folder: Path, config: TrainConfig, tmp_path: Path) -> None:
+    without = dataclasses.replace(config, data=glands_folder)
+    with pytest.raises(UserError, match="mask is missing: add it for supervised-all, or choose"):
+        load_splits(without, Cache(tmp_path), all_labels=True)
+    assert load_splits(without, Cache(tmp_path), all_labels=False).unlabeled.masks is None
+
+
+def test_semi_moe_is_the_step_of_the_trainer(config: TrainConfig, splits: Splits) -> None:
+    """Up to rounding: the losses are computed one by one here, in one pass there."""
+    training = Training(config, METHODS["semi-moe"], splits, CPU)
+    training.train_epoch()
+    trainer = Trainer(config, splits.of(training.method), CPU)  # seeds the random numbers anew
+    for one in trainer.begin_epoch():
+        trainer.train_step(one)
+    expected = trainer.model.state_dict()
+    for key, value in training.method.model.state_dict().items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5, msg=key)  # float32 sums
+    torch.testing.assert_close(training.method.adaptive.log_vars, trainer.adaptive.log_vars)
+
+
+def test_pseudo_labels_of_semi_moe_teach_no_gate() -> None:
+    method = METHODS["semi-moe"](4)
+    data, found = batch(), []
+    for progress in (0.1, 1.0):
+        torch.manual_seed(0)  # the same dropout
+        found.append(gradients(method.model.gating, method.loss(data, progress)))
+    assert any(gradient.abs().sum() > 0 for gradient in found[0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_ablations_leave_out_what_they_say() -> None:
+    means = torch.randn(2, 3, 4)
+    equal, fixed = METHODS["semi-moe-equal-gates"](4), METHODS["semi-moe-fixed-weights"](4)
+    assert torch.equal(equal.model.gating.gate_weights(means), torch.full((2, 3, 3), 1 / 3))
+    assert equal.model(torch.randn(2, 3, 32, 32)).gate_weights.unique().tolist() == [pytest.approx(1 / 3)]
+    terms = torch.rand(3)
+    constant = fixed.adaptive(torch.zeros(3))
+    torch.testing.assert_close(fixed.adaptive(terms) - constant, terms @ torch.tensor([1.0, 0.5, 1.0]))
+    assert METHODS["semi-moe-no-sdf"](4).model.expert_tasks == ("mask", "boundary")
+    assert METHODS["semi-moe-no-sdf"](4).adaptive.coefficients == (1.0, 1.0)
+    assert METHODS["semi-moe-no-boundary"](4).model.expert_tasks == ("mask", "sdf")
+    assert METHODS["semi-moe-no-boundary"](4).adaptive.coefficients == (1.0, 0.5)
+
+
+def test_the_teacher_is_the_average_of_the_student() -> None:
+    method = MeanTeacher(2)
+    method.loss(batch(), 1.0).backward()
+    assert all(parameter.grad is None for parameter in method.teacher.parameters())
+    expected = [parameter.double() for parameter in method.teacher.parameters()]
+    for step in (1, 2, 50, 1000):
+        for parameter in method.student.parameters():
+            parameter.data += torch.randn_like(parameter)
+        method.after_step(step)
+        decay = min(1 - 1 / (step + 1), 0.99)
+        pairs = zip(expected, method.student.parameters(), strict=True)
+        expected = [decay * old + (1 - decay) * new.detach().double() for old, new in pairs]
+        for value, right in zip(method.teacher.parameters(), expected, strict=True):
+            torch.testing.assert_close(value.double(), right, rtol=1e-5, atol=1e-6)  # float32 against float64
+
+
+def test_gradients_of_cross_pseudo_supervision_do_not_cross() -> None:
+    method, data = CPS(4), batch()
+    loss = method.loss(data, 0.5)
+    (unlabeled, labeled), (others, _) = (both(network, data) for network in method.networks)
+    own = F.squared_dice_loss(labeled, data.masks) + WEIGHT * 0.5 * F.squared_dice_loss(unlabeled, others.argmax(1))
+    torch.testing.assert_close(gradients(method.networks[0], loss), gradients(method.networks[0], own))
+    assert not torch.equal(method.networks[0].head.weight, method.networks[1].head.weight)
+
+
+def test_only_confident_pixels_count() -> None:
+    logits = torch.randn(2, 2, 8, 8, requires_grad=True)
+    labels = torch.randint(0, 2, (2, 8, 8))
+    torch.testing.assert_close(unimatch.confident_dice(logits, labels), F.squared_dice_loss(logits, labels))
+    labels[:, :3] = -1
+    (gradient,) = torch.autograd.grad(unimatch.confident_dice(logits, labels), logits)
+    assert (gradient[:, :, :3] == 0).all()
+    assert (gradient[:, :, 3:] != 0).all()
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.1])
+def test_labels_of_unimatch_have_no_gradient(threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a threshold above 1 no pixel is confident, and the supervised loss is left."""
+    monkeypatch.setattr(unimatch, "CONFIDENCE", threshold)
+    method, data = METHODS["unimatch"](4), batch(strong=2)
+    labels = []
+    dice = unimatch.confident_dice
+    monkeypatch.setattr(unimatch, "confident_dice", lambda x, y: labels.append(y) or dice(x, y))
+    loss = method.loss(data, 1.0)
+    assert len(labels) == 3
+    assert not any(label.is_floating_point() or label.requires_grad for label in labels)
+    labeled = method.network(torch.cat([data.labeled, data.unlabeled]), 2)[1][:2]
+    supervised = F.squared_dice_loss(labeled, data.masks) + cross_entropy(labeled, data.masks.long())
+    assert (loss.item() == pytest.approx(supervised.item() / 4, rel=1e-5)) == (threshold > 1)
+
+
+def test_images_and_labels_are_mixed_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unimatch, "MIXED", 1.1)  # always
+    labels = torch.stack([torch.zeros(16, 16), torch.ones(16, 16)]).long()
+    boxes = unimatch.random_boxes(labels)
+    assert all(0.01 <= box.float().mean() <= 0.5 for box in boxes)
+    images = labels[:, None].expand(-1, 3, -1, -1).float()
+    mixed = unimatch.cut_mix(images, boxes[:, None])
+    assert torch.equal(mixed[:, 0].long(), unimatch.cut_mix(labels, boxes))
+    assert torch.equal(mixed[0, 0] == 1, boxes[0])
+    assert torch.equal(mixed[1, 0] == 0, boxes[1])
+
+
+def test_the_wide_network_costs_what_the_experts_cost() -> None:
+    wide = same_flops_width(8)
+    assert flops_per_step(wide, 64, 1) / 3 == pytest.approx(flops_per_step(8, 64, 1), rel=0.07)  # widths are integers
+    assert METHODS["supervised-wide"](8).network.head.in_channels == wide
+
+
+def options(folder: Path, out: Path, *more: str) -> list[str]:
+    return f"--data {folder} --out {out} --image-size 32 --width 4 --epochs 3 --lr 0.1".split() + list(more)
+
+
+def test_runs_resume_and_are_not_repeated(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tyro")
+    method = ["--method", "mean-teacher"]  # has random noise, a teacher, and counts its steps
+    command.main(options(folder, tmp_path / "undisturbed", *method))
+    epoch = Training.train_epoch
+
+    def interrupted(training: Training) -> None:
+        if training.epoch == 2:
+            raise KeyboardInterrupt
+        epoch(training)
+
+    monkeypatch.setattr(Training, "train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(options(folder, tmp_path / "runs", *method))
+    monkeypatch.setattr(Training, "train_epoch", epoch)
+    (state,) = (tmp_path / "runs").glob("*.pt")
+    claim = command.Claim(state.with_suffix(".lock"))
+    command.main(options(folder, tmp_path / "runs", *method))
+    assert "is being trained by another process" in capsys.readouterr().out
+    claim.close()
+    command.main(options(folder, tmp_path / "runs", *method))
+    (resumed,) = (tmp_path / "runs").glob("*.json")
+    record = json.loads(resumed.read_text())
+    right = json.loads((tmp_path / "undisturbed" / resumed.name).read_text())
+    assert record["scores"] == right["scores"]
+    assert record["curve"] == right["curve"]
+    assert [point["epoch"] for point in record["curve"]] == [1, 2, 3]
+    assert record["steps"] == 3 * UNLABELED // 2
+    names = {path.stem for path in folder.rglob("*.png")}
+    assert not any(f'"{name}"' in resumed.read_text() for name in names), "only hashes of names are recorded"
+
+    monkeypatch.setattr(Training, "train_epoch", interrupted)
+    capsys.readouterr()
+    command.main(options(folder, tmp_path / "runs", *method))
+    assert "is finished" in capsys.readouterr().out
+
+    state.write_bytes(state.read_bytes()[:1000])
+    resumed.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        command.main(options(folder, tmp_path / "runs", *method))
+
+
+def test_collected_scores_are_those_of_the_runs(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tyro")
+    runs = tmp_path / "runs"
+    command.main(options(folder, runs, "--method", "supervised", "--seed", "0", "1", "--epochs", "1"))
+    collect.main([str(runs), "--out", str(tmp_path / "accuracy" / "tiny.json")])
+    tables = json.loads((tmp_path / "accuracy" / "tiny.json").read_text())["tables"]
+    dice = [json.loads(path.read_text())["scores"]["at_half"]["dice"] for path in runs.glob("*.json")]
+    ((method, lr, count, cell, *_),) = tables["scores"]["rows"]
+    assert (method, lr, count) == ("supervised", 0.1, 2)
+    assert cell == f"{statistics.mean(dice):.4f} ± {statistics.stdev(dice):.4f}"
+    assert tables["splits"]["rows"][0][:3] == ["runs", "labeled", 3]
+    command.main(options(folder, runs, "--method", "supervised", "--epochs", "2"))
+    with pytest.raises(UserError, match="has another epochs"):
+        collect.main([str(runs), "--out", str(tmp_path / "tiny.json")])
+
+
+def test_each_labeled_image_is_held_out_once(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tyro")
+    folds.main(["--data", str(folder), "--out", str(tmp_path), "--folds", "2"])
+    held_out = []
+    for fold in sorted(tmp_path.iterdir()):
+        mine = {path.resolve() for path in (fold / "val" / "image").iterdir()}
+        (kept,) = fold.glob("train_sup_*")
+        assert kept.name == f"train_sup_{3 - len(mine)}"
+        assert not mine & {path.resolve() for path in (kept / "image").iterdir()}
+        assert len([*(kept / "mask").iterdir()]) == 3 - len(mine)
+        assert len([*(fold / f"train_unsup_{UNLABELED}" / "mask").iterdir()]) == UNLABELED
+        held_out += mine
+    assert sorted(held_out) == sorted((folder / "train_sup_3" / "image").iterdir())
+    assert not {*held_out} & {*(folder / "val" / "image").iterdir()}
