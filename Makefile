@@ -48,6 +48,7 @@ fuzz: $(VENV)/fuzz.done
 	build/fuzz/fuzz_objective $(FUZZ_SECONDS) $$(date +%s%N)
 	build/fuzz/fuzz_batch_norm $(FUZZ_SECONDS) $$(date +%s%N)
 	build/fuzz/fuzz_blur $(FUZZ_SECONDS) $$(date +%s%N)
+	build/fuzz/fuzz_pooling $(FUZZ_SECONDS) $$(date +%s%N)
 
 # Kills, power cuts, full disks, damaged images, fuzzing: in two processes, or with ARGS="-n 0" in one. A failure prints the command that repeats it.
 abuse: $(VENV)/abuse.done

@@ -43,8 +43,9 @@ class Plain(nn.Module):
         self.norm = nn.BatchNorm2d(norm.num_features, norm.eps)
         self.norm.load_state_dict(norm.state_dict())
 
-    def forward(self, x: Tensor, groups: int = 1) -> Tensor:
-        return torch.relu_(self.norm(x))
+    def forward(self, x: Tensor, groups: int = 1, skip: Tensor | None = None) -> Tensor:
+        y = torch.relu_(self.norm(x))
+        return y if skip is None else torch.cat([skip, y], 1)
 
 
 class MaskOnly(nn.Module):

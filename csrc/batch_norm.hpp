@@ -1,6 +1,7 @@
 // relu(batch_norm(x)) with the statistics of each group of images, on the CPU, and its gradients.
 //
-// Forward reads x twice and writes y; backward reads x and dy twice and writes dx. Sums are double, in an order that
+// Forward reads x twice and writes y; backward reads x and dy twice and writes dx. y and dy may be channels of a
+// concatenation. Sums are double, in an order that
 // does not depend on the threads. The second pass goes backward, because the end of x may still be in the caches.
 #pragma once
 
@@ -99,17 +100,17 @@ class PieceNormalization {
 inline void normalize_all(const BatchNormKernels& kernels, const FeatureMaps& maps, const Workers& workers,
                           const void* x, const Statistics& statistics, void* y) {
   const std::vector<float> scale = statistics.scale(maps);
-  prefer_large_pages(y, maps.bytes());
+  prefer_large_pages(y, maps.joined_bytes());
   workers.each(maps.pieces, [&](std::int64_t number) {
     const Piece piece = maps.piece(maps.pieces - 1 - number);
     const PieceNormalization normalization(maps, piece, statistics, scale.data());
     if (piece.rows > 0)
-      kernels.normalize(maps.at(piece, x), piece.rows, maps.columns, normalization.columns(), maps.at(piece, y),
-                        maps.bytes() >= kStreamBytes);
+      kernels.normalize(maps.at(piece, x), piece.rows, maps.columns, normalization.columns(), maps.joined_at(piece, y),
+                        maps.spread(), maps.bytes() >= kStreamBytes);
     if (piece.rest > 0) {
-      PaddedRest rest(maps, piece, x);
-      kernels.normalize(rest.data(), 1, rest.columns(), normalization.columns(), rest.data(), false);
-      rest.write_to(y);
+      PaddedRest rest(maps, piece, x), result(maps, piece, nullptr, true);
+      kernels.normalize(rest.data(), 1, rest.columns(), normalization.columns(), result.data(), result.spread(), false);
+      result.write_to(y);
     }
   });
 }
@@ -182,12 +183,14 @@ inline void add_gradient_sums(const BatchNormKernels& kernels, const FeatureMaps
       for (std::int64_t c = 0; c < interleaved; ++c) result[c].add({sums[j + c], products[j + c]});
   };
   if (piece.rows > 0) {
-    kernels.gradient_sums(maps.at(piece, x), maps.at(piece, dy), piece.rows, columns, normalization, sums, products);
+    kernels.gradient_sums(maps.at(piece, x), maps.joined_at(piece, dy), maps.spread(), piece.rows, columns,
+                          normalization, sums, products);
     add(columns);
   }
   if (piece.rest > 0) {
-    PaddedRest last(maps, piece, x), last_dy(maps, piece, dy);
-    kernels.gradient_sums(last.data(), last_dy.data(), 1, last.columns(), normalization, sums, products);
+    PaddedRest last(maps, piece, x), last_dy(maps, piece, dy, true);
+    kernels.gradient_sums(last.data(), last_dy.data(), last_dy.spread(), 1, last.columns(), normalization, sums,
+                          products);
     add(piece.rest);
   }
 }
@@ -231,12 +234,12 @@ inline void batch_norm_relu_backward(const BatchNormKernels* kernels, const Feat
     const Piece piece = maps.piece(maps.pieces - 1 - number);
     const PieceNormalization normalization(maps, piece, statistics, scale.data(), slope.data(), offset.data());
     if (piece.rows > 0)
-      kernel.differentiate(maps.at(piece, x), maps.at(piece, dy), piece.rows, maps.columns, normalization.columns(),
-                           normalization.slope(), normalization.offset(), maps.at(piece, dx),
+      kernel.differentiate(maps.at(piece, x), maps.joined_at(piece, dy), maps.spread(), piece.rows, maps.columns,
+                           normalization.columns(), normalization.slope(), normalization.offset(), maps.at(piece, dx),
                            maps.bytes() >= kStreamBytes);
     if (piece.rest > 0) {
-      PaddedRest last(maps, piece, x), last_dy(maps, piece, dy);
-      kernel.differentiate(last.data(), last_dy.data(), 1, last.columns(), normalization.columns(),
+      PaddedRest last(maps, piece, x), last_dy(maps, piece, dy, true);
+      kernel.differentiate(last.data(), last_dy.data(), last_dy.spread(), 1, last.columns(), normalization.columns(),
                            normalization.slope(), normalization.offset(), last.data(), false);
       last.write_to(dx);
     }

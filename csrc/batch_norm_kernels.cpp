@@ -20,6 +20,15 @@ inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b
 
 inline bool is_aligned(const void* address) { return reinterpret_cast<std::uintptr_t>(address) % kVectorBytes == 0; }
 
+// Where the vectors of a strip at column j are in a row.
+struct Places {
+  std::int64_t v[kVectors];
+
+  Places(const Spread& spread, std::int64_t j) {
+    for (int i = 0; i < kVectors; ++i, j += kFloatLanes) v[i] = spread.places == nullptr ? j : spread.places[j];
+  }
+};
+
 // kVectors vectors of a row.
 struct Strip {
   Floats v[kVectors];
@@ -42,13 +51,35 @@ struct Strip {
   }
 
   template <class T>
+  static Strip at(const T* row, const Places& places, std::int64_t ahead) {
+    Strip strip;
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      if (i * kFloatLanes * sizeof(T) % 64 == 0) __builtin_prefetch(row + places.v[i] + ahead);
+      strip.v[i] = load(row + places.v[i]);
+    }
+    return strip;
+  }
+
+  template <class T>
   void write_to(T* address, bool streams = false) const {
 #pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i)
-      if (streams)
-        stream(address + i * kFloatLanes, v[i]);
-      else
-        store(address + i * kFloatLanes, v[i]);
+    for (int i = 0; i < kVectors; ++i) write_vector(address + i * kFloatLanes, i, streams);
+  }
+
+  template <class T>
+  void write_to(T* row, const Places& places, bool streams) const {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) write_vector(row + places.v[i], i, streams);
+  }
+
+ private:
+  template <class T>
+  void write_vector(T* address, int i, bool streams) const {
+    if (streams)
+      stream(address, v[i]);
+    else
+      store(address, v[i]);
   }
 };
 
@@ -136,12 +167,13 @@ struct StripNormalization {
 
 template <class T>
 void normalize(const void* memory, std::int64_t rows, std::int64_t columns, const Normalization& normalization,
-               void* result, bool stream) {
+               void* result, const Spread& spread, bool stream) {
   const T* x = static_cast<const T*>(memory);
   T* y = static_cast<T*>(result);
   const bool streams = stream && is_aligned(result);
   for_each_strip(0, rows, 0, columns, [=](std::int64_t row, std::int64_t end, std::int64_t j) {
     const StripNormalization n(normalization, j);
+    const Places places(spread, j);
     for (; row < end; ++row) {
       Strip z = Strip::at(x + row * columns + j, kStepRows * columns);
 #pragma GCC unroll 4
@@ -149,7 +181,7 @@ void normalize(const void* memory, std::int64_t rows, std::int64_t columns, cons
         z.v[i] = (z.v[i] - n.mean.v[i]) * n.scale.v[i] + n.bias.v[i];
         z.v[i] = z.v[i] <= 0.0f ? Floats{} : z.v[i];  // a NaN stays one
       }
-      z.write_to(y + row * columns + j, streams);
+      z.write_to(y + row * spread.row, places, streams);
     }
   });
   if (streams) end_streams();
@@ -161,17 +193,18 @@ inline Floats masked(Floats d, Floats scale, Floats bias, Floats dy) {
 }
 
 template <class T>
-void gradient_sums(const void* memory, const void* gradient, std::int64_t rows, std::int64_t columns,
-                   const Normalization& normalization, double* sums, double* products) {
+void gradient_sums(const void* memory, const void* gradient, const Spread& spread, std::int64_t rows,
+                   std::int64_t columns, const Normalization& normalization, double* sums, double* products) {
   const T *x = static_cast<const T*>(memory), *dy = static_cast<const T*>(gradient);
   for (std::int64_t j = 0; j < columns; ++j) sums[j] = products[j] = 0;
   sum_blocks(
       rows, columns,
       [=](std::int64_t, std::int64_t row, std::int64_t end, std::int64_t j, Strip& sum, Strip& product) {
         const StripNormalization n(normalization, j);
+        const Places places(spread, j);
         for (; row < end; ++row) {
           const Strip here = Strip::at(x + row * columns + j, kStepRows * columns),
-                      grad = Strip::at(dy + row * columns + j, kStepRows * columns);
+                      grad = Strip::at(dy + row * spread.row, places, kStepRows * spread.row);
 #pragma GCC unroll 4
           for (int i = 0; i < kVectors; ++i) {
             const Floats d = here.v[i] - n.mean.v[i], dz = masked(d, n.scale.v[i], n.bias.v[i], grad.v[i]);
@@ -190,18 +223,19 @@ void gradient_sums(const void* memory, const void* gradient, std::int64_t rows, 
 }
 
 template <class T>
-void differentiate(const void* memory, const void* gradient, std::int64_t rows, std::int64_t columns,
-                   const Normalization& normalization, const float* slope, const float* offset, void* result,
-                   bool stream) {
+void differentiate(const void* memory, const void* gradient, const Spread& spread, std::int64_t rows,
+                   std::int64_t columns, const Normalization& normalization, const float* slope, const float* offset,
+                   void* result, bool stream) {
   const T *x = static_cast<const T*>(memory), *dy = static_cast<const T*>(gradient);
   T* dx = static_cast<T*>(result);
   const bool streams = stream && is_aligned(result);
   for_each_strip(0, rows, 0, columns, [=](std::int64_t row, std::int64_t end, std::int64_t j) {
     const StripNormalization n(normalization, j);
     const Strip slopes = Strip::at(slope + j), offsets = Strip::at(offset + j);
+    const Places places(spread, j);
     for (; row < end; ++row) {
       const Strip here = Strip::at(x + row * columns + j, kStepRows * columns);
-      Strip grad = Strip::at(dy + row * columns + j, kStepRows * columns);
+      Strip grad = Strip::at(dy + row * spread.row, places, kStepRows * spread.row);
 #pragma GCC unroll 4
       for (int i = 0; i < kVectors; ++i) {
         const Floats d = here.v[i] - n.mean.v[i], dz = masked(d, n.scale.v[i], n.bias.v[i], grad.v[i]);

@@ -13,12 +13,13 @@
 #include "distance_cuda.hpp"
 #endif
 #include "objective.hpp"
+#include "pooling.hpp"
 
 namespace py = pybind11;
 
 namespace {
 
-constexpr int kAbi = 6;  // raise it with every change of a signature below, and in semimoe_fast/ops/_native.py
+constexpr int kAbi = 7;  // raise it with every change of a signature below, and in semimoe_fast/ops/_native.py
 
 template <class T>
 T* at(std::uintptr_t address) {
@@ -95,13 +96,17 @@ void objective_gradients(const std::array<std::int64_t, 4>& sizes, const std::ve
                                predictions<float>(gradients));
 }
 
-// sizes: images, channels, pixels of an image, groups. element: 0 float32, 1 bfloat16, 2 float16.
-semimoe::FeatureMaps feature_maps(const std::array<std::int64_t, 4>& sizes, int element, bool channels_last) {
-  const auto [batch, channels, pixels, groups] = sizes;
+// sizes: images, channels, pixels of an image, groups, elements from pixel to pixel of y and dy (or `channels`).
+// element: 0 float32, 1 bfloat16, 2 float16.
+semimoe::FeatureMaps feature_maps(const std::array<std::int64_t, 5>& sizes, int element, bool channels_last) {
+  const auto [batch, channels, pixels, groups, joined] = sizes;
   if (element < 0 || element >= semimoe::kElements) throw std::invalid_argument("unknown element type");
   if (std::min({batch, channels, pixels, groups}) < 1 || batch % groups != 0)
     throw std::invalid_argument("batch normalization takes no empty feature maps and only equal groups");
-  return {static_cast<semimoe::Element>(element), channels_last, batch, channels, pixels, groups};
+  if (joined != channels &&
+      (!channels_last || joined < channels || channels % semimoe::kMostLanes != 0 || joined % semimoe::kMostLanes != 0))
+    throw std::invalid_argument("a concatenation joins multiples of 16 channels, which are last");
+  return {static_cast<semimoe::Element>(element), channels_last, batch, channels, pixels, groups, joined};
 }
 
 semimoe::Statistics statistics(const std::array<std::uintptr_t, 4>& addresses) {
@@ -110,7 +115,7 @@ semimoe::Statistics statistics(const std::array<std::uintptr_t, 4>& addresses) {
 }
 
 // Addresses: weight, bias, mean, inverse deviation. The last two are outputs here.
-void batch_norm_relu_forward(const std::array<std::int64_t, 4>& sizes, int element, bool channels_last,
+void batch_norm_relu_forward(const std::array<std::int64_t, 5>& sizes, int element, bool channels_last,
                              std::uintptr_t x, const std::array<std::uintptr_t, 4>& addresses, double eps,
                              std::uintptr_t y, const std::string& instruction_set, int threads) {
   const auto [weight, bias, mean, inverse_deviation] = addresses;
@@ -129,14 +134,14 @@ void batch_norm_update_running(std::int64_t groups, std::int64_t channels, std::
                           eps, at<float>(running_mean), at<float>(running_var));
 }
 
-void batch_norm_relu_eval(const std::array<std::int64_t, 4>& sizes, int element, bool channels_last, std::uintptr_t x,
+void batch_norm_relu_eval(const std::array<std::int64_t, 5>& sizes, int element, bool channels_last, std::uintptr_t x,
                           const std::array<std::uintptr_t, 4>& addresses, std::uintptr_t y,
                           const std::string& instruction_set, int threads) {
   semimoe::batch_norm_relu_eval(kernels_named(instruction_set).batch_norm, feature_maps(sizes, element, channels_last),
                                 threads, at<const void>(x), statistics(addresses), at<void>(y));
 }
 
-void batch_norm_relu_backward(const std::array<std::int64_t, 4>& sizes, int element, bool channels_last,
+void batch_norm_relu_backward(const std::array<std::int64_t, 5>& sizes, int element, bool channels_last,
                               std::uintptr_t x, std::uintptr_t grad_output,
                               const std::array<std::uintptr_t, 4>& addresses, std::uintptr_t grad_x,
                               std::uintptr_t grad_weight, std::uintptr_t grad_bias, const std::string& instruction_set,
@@ -156,6 +161,30 @@ void blur(const std::array<std::int64_t, 4>& sizes, std::uintptr_t images, std::
                              " and " + std::to_string(width) + ", not " + std::to_string(radius));
   semimoe::blur(*kernels_named(instruction_set).blur, threads, at<const float>(weights), radius, batch, channels,
                 height, width, at<float>(images));
+}
+
+// sizes: images, channels, height, width.
+semimoe::PooledMaps pooled_maps(const std::array<std::int64_t, 4>& sizes, int element) {
+  const auto [batch, channels, height, width] = sizes;
+  if (element < 0 || element >= semimoe::kElements) throw std::invalid_argument("unknown element type");
+  if (std::min({batch, channels, height, width}) < 1 || height % 2 != 0 || width % 2 != 0 ||
+      channels % semimoe::kMostLanes != 0)
+    throw std::invalid_argument("pooling takes feature maps of even sides and a multiple of 16 channels");
+  return {static_cast<semimoe::Element>(element), batch, channels, height, width};
+}
+
+void max_pool(const std::array<std::int64_t, 4>& sizes, int element, std::uintptr_t x, std::uintptr_t pooled,
+              const std::string& instruction_set, int threads) {
+  semimoe::max_pool(kernels_named(instruction_set).pooling, pooled_maps(sizes, element), threads, at<const void>(x),
+                    at<void>(pooled));
+}
+
+void max_pool_backward(const std::array<std::int64_t, 4>& sizes, int element, std::uintptr_t x,
+                       std::uintptr_t grad_pooled, std::uintptr_t dy, std::int64_t dy_stride, std::uintptr_t dx,
+                       const std::string& instruction_set, int threads) {
+  semimoe::max_pool_backward(kernels_named(instruction_set).pooling, pooled_maps(sizes, element), threads,
+                             at<const void>(x), at<const void>(grad_pooled), at<const void>(dy), dy_stride,
+                             at<void>(dx));
 }
 
 #ifdef SEMIMOE_CUDA_VERSION
@@ -222,6 +251,11 @@ PYBIND11_MODULE(_semimoe_fast, module) {
              py::arg("grad_weight"), py::arg("grad_bias"), py::arg("instruction_set"), py::arg("threads"), without_gil);
   module.def("blur", &blur, py::arg("sizes"), py::arg("images"), py::arg("weights"), py::arg("radius"),
              py::arg("instruction_set"), py::arg("threads"), without_gil);
+  module.def("max_pool", &max_pool, py::arg("sizes"), py::arg("element"), py::arg("x"), py::arg("pooled"),
+             py::arg("instruction_set"), py::arg("threads"), without_gil);
+  module.def("max_pool_backward", &max_pool_backward, py::arg("sizes"), py::arg("element"), py::arg("x"),
+             py::arg("grad_pooled"), py::arg("dy"), py::arg("dy_stride"), py::arg("dx"), py::arg("instruction_set"),
+             py::arg("threads"), without_gil);
 #ifdef SEMIMOE_CUDA_VERSION
   module.def("distance_cuda", &distance_cuda, py::arg("mask"), py::arg("element_size"), py::arg("instances"),
              py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("words"), py::arg("gaps"), py::arg("far"),

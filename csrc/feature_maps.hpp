@@ -28,6 +28,9 @@ struct Piece {
 //
 // A matrix of them has so many elements in a row that every row starts with the same channel and is a multiple of
 // kStrip. So the kernels need no other form, whatever the number of channels; with channels first it is one channel.
+//
+// Channels that are last may also lie among those of a concatenation, `joined` elements from pixel to pixel; both
+// numbers are then multiples of 16.
 class FeatureMaps {
  public:
   const Element element;
@@ -35,10 +38,11 @@ class FeatureMaps {
   const std::int64_t batch, channels, pixels, groups;
   const std::int64_t images, values;        // of a group; of a channel in a group
   const std::int64_t interleaved, columns;  // channels of a row, and its elements
+  const std::int64_t joined;
   const std::int64_t pieces_of_run, pieces;
 
   FeatureMaps(Element element, bool channels_last, std::int64_t batch, std::int64_t channels, std::int64_t pixels,
-              std::int64_t groups)
+              std::int64_t groups, std::int64_t joined)
       : element(element),
         channels_last(channels_last),
         batch(batch),
@@ -49,11 +53,18 @@ class FeatureMaps {
         values(images * pixels),
         interleaved(channels_last ? channels : 1),
         columns(kStrip / std::gcd<std::int64_t>(kStrip, interleaved) * interleaved),
+        joined(joined),
         pieces_of_run((run_size() + piece_size() - 1) / piece_size()),
-        pieces((channels_last ? groups : batch * channels) * pieces_of_run) {}
+        pieces((channels_last ? groups : batch * channels) * pieces_of_run) {
+    for (std::int64_t j = 0; has_gaps() && j < columns; ++j) places_.push_back(joined_place(j));
+  }
 
   std::int64_t element_size() const { return element == kFloat32 ? 4 : 2; }
   std::int64_t bytes() const { return batch * channels * pixels * element_size(); }
+
+  bool has_gaps() const { return joined != channels; }
+  std::int64_t joined_bytes() const { return bytes() + (batch * pixels - 1) * (joined - channels) * element_size(); }
+  Spread spread() const { return {joined_place(columns), has_gaps() ? places_.data() : nullptr}; }
 
   Workers workers(int most) const { return Workers(most, batch * channels * pixels, kElementsPerThread); }
 
@@ -88,29 +99,64 @@ class FeatureMaps {
   }
   char* at(const Piece& piece, void* memory) const { return static_cast<char*>(memory) + piece.first * element_size(); }
 
+  // The same in a concatenation.
+  const char* joined_at(const Piece& piece, const void* memory) const {
+    return static_cast<const char*>(memory) + joined_place(piece.first) * element_size();
+  }
+  char* joined_at(const Piece& piece, void* memory) const {
+    return static_cast<char*>(memory) + joined_place(piece.first) * element_size();
+  }
+  std::int64_t joined_place(std::int64_t element) const {
+    return has_gaps() ? element / channels * joined + element % channels : element;
+  }
+
  private:
   // A run is a group's memory, or with channels first one plane.
   std::int64_t run_size() const { return channels_last ? values * channels : pixels; }
   std::int64_t piece_size() const { return std::max<std::int64_t>(kPieceElements / columns, 1) * columns; }
+
+  std::vector<std::int64_t> places_;  // in a concatenation, of the elements of a row
 };
 
-// The rest of a piece as a row of a matrix for the kernels, padded with zeros.
+// The rest of a piece as a row of a matrix for the kernels, padded with zeros; `joined` if it lies in a concatenation.
+// Without memory all are zeros.
 class PaddedRest {
  public:
-  PaddedRest(const FeatureMaps& maps, const Piece& piece, const void* memory)
-      : offset_((piece.first + piece.rows * maps.columns) * maps.element_size()),
-        bytes_(piece.rest * maps.element_size()),
-        columns_((piece.rest + kStrip - 1) / kStrip * kStrip),
-        copy_(columns_ * maps.element_size()) {
-    std::memcpy(copy_.data(), static_cast<const char*>(memory) + offset_, bytes_);
+  PaddedRest(const FeatureMaps& maps, const Piece& piece, const void* memory, bool joined = false)
+      : maps_(maps),
+        joined_(joined && maps.has_gaps()),
+        first_(piece.first + piece.rows * maps.columns),
+        size_(piece.rest),
+        copy_(columns() * maps.element_size()) {
+    if (memory == nullptr) return;
+    each_run([=](char* copy, std::int64_t offset, std::int64_t bytes) {
+      std::memcpy(copy, static_cast<const char*>(memory) + offset, bytes);
+    });
   }
 
-  std::int64_t columns() const { return columns_; }
+  std::int64_t columns() const { return (size_ + kStrip - 1) / kStrip * kStrip; }
+  Spread spread() const { return {columns(), nullptr}; }
   char* data() { return copy_.data(); }
-  void write_to(void* memory) const { std::memcpy(static_cast<char*>(memory) + offset_, copy_.data(), bytes_); }
+  void write_to(void* memory) {
+    each_run([=](const char* copy, std::int64_t offset, std::int64_t bytes) {
+      std::memcpy(static_cast<char*>(memory) + offset, copy, bytes);
+    });
+  }
 
  private:
-  std::int64_t offset_, bytes_, columns_;
+  // Calls body(copy, offset in memory, bytes) for all parts without gaps.
+  template <class Body>
+  void each_run(const Body& body) {
+    const std::int64_t run = joined_ ? maps_.channels : size_, bytes = maps_.element_size();
+    for (std::int64_t i = 0; i < size_; i += run) {
+      const std::int64_t place = joined_ ? maps_.joined_place(first_ + i) : first_ + i;
+      body(copy_.data() + i * bytes, place * bytes, run * bytes);
+    }
+  }
+
+  const FeatureMaps& maps_;
+  const bool joined_;
+  const std::int64_t first_, size_;
   std::vector<char> copy_;
 };
 

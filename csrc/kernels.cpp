@@ -331,6 +331,7 @@ void write_targets(const std::uint8_t* marks, std::int64_t count, const Deepest&
 extern const ObjectiveKernels objective_kernels;              // in objective_kernels.cpp
 extern const BatchNormKernels batch_norm_kernels[kElements];  // in batch_norm_kernels.cpp
 extern const BlurKernels blur_kernels;                        // in blur_kernels.cpp
+extern const PoolingKernels pooling_kernels[kElements];       // in pooling_kernels.cpp
 extern const Kernels kernels;
 const Kernels kernels = {
     SEMIMOE_NAME(SEMIMOE_SIMD),
@@ -344,6 +345,7 @@ const Kernels kernels = {
     &objective_kernels,
     batch_norm_kernels,
     &blur_kernels,
+    pooling_kernels,
 };
 
 }  // namespace SEMIMOE_SIMD

@@ -1,4 +1,4 @@
-// A table of the inner loops of the distance targets, of the objective, of batch normalization and of the blur.
+// A table of the inner loops of the distance targets, of the objective, of batch normalization, of pooling and of blur.
 // csrc/kernels.cpp is compiled once for each supported instruction set; when the module is loaded, it selects the best
 // set that the processor has.
 #pragma once
@@ -9,6 +9,7 @@
 #include "blur_kernels.hpp"
 #include "objective_kernels.hpp"
 #include "pixel.hpp"
+#include "pooling_kernels.hpp"
 
 namespace semimoe {
 
@@ -58,6 +59,7 @@ struct Kernels {
   const ObjectiveKernels* objective;
   const BatchNormKernels* batch_norm;  // by Element
   const BlurKernels* blur;
+  const PoolingKernels* pooling;  // by Element
 };
 
 namespace plain {

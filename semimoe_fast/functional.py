@@ -259,6 +259,7 @@ def batch_norm_relu(
     groups: int = 1,
     training: bool = True,
     num_batches_tracked: Tensor | None = None,
+    skip: Tensor | None = None,
 ) -> Tensor:
     """relu(weight (x - mean) / sqrt(variance + eps) + bias), per channel: nn.BatchNorm2d and ReLU in one.
 
@@ -271,14 +272,18 @@ def batch_norm_relu(
     running_mean, running_var: (C,), updated in place; None if none are wanted -> y as x, channels-last if x is.
     momentum: weight of the newest run in the running statistics; None averages all runs and needs num_batches_tracked.
     num_batches_tracked: integer tensor with one element, which counts the runs in place.
-    Differentiable in x, weight and bias; the fused backend once. Raises ValueError for other shapes, if `groups` does
+    skip: (B, S, H, W) -> the result is the concatenation (B, S + C, H, W) of skip and y; on the CPU, y is then written
+    where it stays.
+    Differentiable in x, weight, bias and skip; the fused backend once. Raises ValueError for other shapes, if `groups` does
     not divide B, in training if a run has at most one value per channel, and in evaluation without running statistics.
     """
     _arguments.check_batch_norm(
-        x, weight, bias, running_mean, running_var, momentum, eps, groups, training, num_batches_tracked
+        x, weight, bias, running_mean, running_var, momentum, eps, groups, training, num_batches_tracked, skip
     )
     compute = ops.implementation("batch_norm_relu", x.device)
-    return compute(x, weight, bias, running_mean, running_var, momentum, eps, groups, training, num_batches_tracked)
+    return compute(
+        x, weight, bias, running_mean, running_var, momentum, eps, groups, training, num_batches_tracked, skip
+    )
 
 
 def fold_upsampling(weights: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from . import functional as F
-from .ops.recomputation import remember
+from .ops.skips import pool_and_skip
 
 LEVELS = 5
 STRIDE = 2 ** (LEVELS - 1)  # a U-Net pads both sides of an image to multiples of this
@@ -78,7 +78,9 @@ class ExpertUNet(nn.Module):
         """
         features = []
         for level, block in enumerate(self.encoder):
-            images = block(nn.functional.max_pool2d(images, 2) if level else images, groups)
+            if level:
+                images, features[-1] = pool_and_skip(images)
+            images = block(images, groups)
             features.append(images)
         return features
 
@@ -88,19 +90,19 @@ class ExpertUNet(nn.Module):
             (kernels,) = upsampling_kernels([self], features[0])
         x = features.pop()
         for upsample, kernel, block in zip(self.upsample, kernels, self.decoder, strict=True):
-            x = block(_cat(features.pop(), upsample(x, groups, kernel)), groups)
+            x = block(upsample(x, groups, kernel, features.pop()), groups)
         return x
 
 
 class BatchNormReLU(nn.BatchNorm2d):
-    """Batch normalization and ReLU: (B, C, H, W) -> (B, C, H, W).
+    """Batch normalization and ReLU: (B, C, H, W) -> (B, C, H, W), or the concatenation of `skip` and that.
 
     In training each of `groups` equal runs of consecutive images is normalized with its own statistics, as if it were a
     call of its own. The caller counts the batches (`num_batches_tracked`); momentum None, which needs the count, is not
     supported. For SyncBN use `training.distributed.World.synchronize_batch_norm`, not nn.SyncBatchNorm's conversion.
     """
 
-    def forward(self, x: Tensor, groups: int = 1) -> Tensor:
+    def forward(self, x: Tensor, groups: int = 1, skip: Tensor | None = None) -> Tensor:
         return F.batch_norm_relu(
             x,
             self.weight,
@@ -111,6 +113,7 @@ class BatchNormReLU(nn.BatchNorm2d):
             self.eps,
             groups,
             self.training,
+            skip=skip,
         )
 
 
@@ -125,11 +128,11 @@ class ConvBlock(nn.Sequential):
 
 
 class UpsamplingBlock(nn.Sequential):
-    """UpsamplingConv2d, BN and ReLU: (B, C, H, W) -> (B, O, 2H, 2W)."""
+    """UpsamplingConv2d, BN and ReLU: (B, C, H, W) -> (B, O, 2H, 2W), or the concatenation of `skip` and that."""
 
-    def forward(self, x: Tensor, groups: int = 1, kernel: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, groups: int = 1, kernel: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
         convolution, norm = self
-        return norm(convolution(x, kernel), groups)
+        return norm(convolution(x, kernel), groups, skip)
 
 
 class UpsamplingConv2d(nn.Conv2d):
@@ -343,11 +346,6 @@ class AdaptiveMultiObjectiveLoss(nn.Module):
 
     def forward(self, terms: Tensor) -> Tensor:
         return F.adaptive_loss(terms, self.log_vars, self.coefficients, self.regularizer)
-
-
-def _cat(*parts: Tensor) -> Tensor:
-    """(B, C_i, H, W) -> (B, sum of C_i, H, W), not kept for the backward pass under `recompute`."""
-    return remember(torch.cat(parts, 1), lambda *parts: torch.cat(parts, 1), *parts)
 
 
 def pad_to_stride(images: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from semimoe_fast import functional as F
+from semimoe_fast import model as model_module
 from semimoe_fast.checkpoint import export_published, import_published
 from semimoe_fast.data import glands
 from semimoe_fast.model import AdaptiveMultiObjectiveLoss, BatchNormReLU, MultiGating, SemiMoE, UpsamplingConv2d
@@ -168,12 +169,13 @@ def test_float32_step_equals_the_float64_step_up_to_rounding(
 def make_smooth(model: SemiMoE, monkeypatch: pytest.MonkeyPatch) -> SemiMoE:
     """Replace ReLU and max pooling by smooth functions."""
 
-    def forward(layer: BatchNormReLU, x: Tensor, groups: int = 1) -> Tensor:
+    def forward(layer: BatchNormReLU, x: Tensor, groups: int = 1, skip: Tensor | None = None) -> Tensor:
         parts = [torch.nn.BatchNorm2d.forward(layer, part) for part in x.chunk(groups)]
-        return torch.nn.functional.softplus(torch.cat(parts))
+        y = torch.nn.functional.softplus(torch.cat(parts))
+        return y if skip is None else torch.cat([skip, y], 1)
 
     monkeypatch.setattr(BatchNormReLU, "forward", forward)
-    monkeypatch.setattr(torch.nn.functional, "max_pool2d", torch.nn.functional.avg_pool2d)
+    monkeypatch.setattr(model_module, "pool_and_skip", lambda x: (torch.nn.functional.avg_pool2d(x, 2), x))
     return model
 
 

@@ -13,10 +13,11 @@ from ..model import BatchNormReLU, SemiMoE, UpsamplingConv2d
 
 
 class Block(nn.Sequential):
-    """Layers in place of a ConvBlock or an UpsamplingBlock, whose further arguments have no effect here."""
+    """Layers in place of a ConvBlock or an UpsamplingBlock, of whose further arguments only `skip` has an effect."""
 
-    def forward(self, x: Tensor, *_: object) -> Tensor:
-        return super().forward(x)
+    def forward(self, x: Tensor, groups: int = 1, kernel: None = None, skip: Tensor | None = None) -> Tensor:
+        y = super().forward(x)
+        return y if skip is None else torch.cat([skip, y], 1)
 
 
 def folded(model: SemiMoE, tasks: Sequence[str] | None = None) -> SemiMoE:

@@ -254,6 +254,7 @@ def check_batch_norm(
     groups: int,
     training: bool,
     num_batches_tracked: Tensor | None,
+    skip: Tensor | None,
 ) -> None:
     if not isinstance(groups, int) or not isinstance(training, bool):
         raise TypeError(f"groups is {groups!r} and training {training!r}: give an integer, and True or False")
@@ -275,6 +276,11 @@ def check_batch_norm(
         raise ValueError(
             f"num_batches_tracked is one integer, got {num_batches_tracked.dtype} {tuple(num_batches_tracked.shape)}"
         )
+    if skip is not None:
+        check_floats(skip=skip)
+        check_tensors(x=x, skip=skip)
+        if skip.ndim != 4 or (skip.shape[0], *skip.shape[2:]) != (x.shape[0], *x.shape[2:]):
+            raise ValueError(f"skip is {tuple(skip.shape)} and x {tuple(x.shape)}: give (B, S, H, W) for (B, C, H, W)")
     if not training:
         return
     if groups < 1 or x.shape[0] % groups != 0:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import UserError
 
-ABI = 6  # must equal the ABI of csrc/bindings.cpp
+ABI = 7  # must equal the ABI of csrc/bindings.cpp
 REMEDY = "run `pip install .` in the project's folder"
 INT32_MAX = 2**31 - 1
 SLAB_ROWS, TILE_COLUMNS, PLANES = 32, 256, 5  # must equal those of csrc/distance_cuda.hpp and csrc/general_path.cuh

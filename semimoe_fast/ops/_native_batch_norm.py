@@ -14,26 +14,46 @@ from torch import Tensor
 
 from . import _native
 
+LANES = 16  # the most floats in a vector, kMostLanes in csrc/objective_kernels.hpp
 ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)  # in the order of Element in csrc/batch_norm_kernels.hpp
 
-Maps = tuple[tuple[int, int, int, int], int, bool]  # images, channels, pixels, groups; element type; channels last
+# Images, channels, pixels, groups, elements from pixel to pixel of y and its gradient; element type; channels last.
+Maps = tuple[tuple[int, int, int, int, int], int, bool]
 
 
 def batch_norm_relu_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int, y: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, shaped as x, and mean and inverse deviation 1 / sqrt(variance + eps) of each group, (groups, C).
 
-    weight, bias: (C,). Raises ValueError for other tensors and unequal groups.
+    weight, bias: (C,). y: memory for the result, which `joined_step` accepts; None for new memory. Raises ValueError
+    for other tensors and unequal groups.
     """
-    y = torch.empty_like(x)
+    y = torch.empty_like(x) if y is None else y
     mean, inverse_deviation = (torch.empty(groups, x.shape[1], dtype=torch.float32) for _ in range(2))
     statistics = _statistics(weight, bias, mean, inverse_deviation, groups)
-    maps = _maps(x, groups)
+    maps = _maps(x, groups, y)
     _native.module_for("cpu").batch_norm_relu_forward(
         *maps, x.data_ptr(), statistics, eps, y.data_ptr(), _native.instruction_set(), torch.get_num_threads()
     )
     return y, mean, inverse_deviation
+
+
+def joins(skip: Tensor, x: Tensor) -> bool:
+    """Whether `joined_fwd` takes these."""
+    channels_last = all(t.is_contiguous(memory_format=torch.channels_last) for t in (skip, x))
+    return channels_last and skip.dtype == x.dtype and skip.shape[1] % LANES == x.shape[1] % LANES == 0
+
+
+def joined_fwd(
+    skip: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `batch_norm_relu_fwd`, with the concatenation (B, S + C, H, W) of skip (B, S, H, W) and y instead of y."""
+    batch, skips, height, width = skip.shape
+    joined = x.new_empty(batch, height, width, skips + x.shape[1]).permute(0, 3, 1, 2)
+    _, *statistics = batch_norm_relu_fwd(x, weight, bias, eps, groups, joined[:, skips:])
+    joined[:, :skips] = skip
+    return joined, *statistics
 
 
 def update_running(
@@ -75,11 +95,10 @@ def batch_norm_relu_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, shaped as x, and of weight and bias (C,).
 
-    grad_output: as x, with the same strides; the others as `batch_norm_relu_fwd` takes and returns them.
+    grad_output: as x, with strides that `joined_step` accepts; the others as `batch_norm_relu_fwd` takes and returns
+    them.
     """
-    maps = _maps(x, groups)
-    if (grad_output.shape, grad_output.dtype) != (x.shape, x.dtype) or _maps(grad_output, groups) != maps:
-        raise ValueError(f"grad_output is {x.dtype} {tuple(x.shape)} in the layout of x, got {_describe(grad_output)}")
+    maps = _maps(x, groups, grad_output)
     statistics = _statistics(weight, bias, mean, inverse_deviation, groups)
     gradients = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
     _native.module_for("cpu").batch_norm_relu_backward(
@@ -94,7 +113,23 @@ def batch_norm_relu_bwd(
     return gradients
 
 
-def _maps(x: Tensor, groups: int) -> Maps:
+def joined_step(y: Tensor, x: Tensor) -> int | None:
+    """Elements from pixel to pixel of y, in the layout of x or channels of a channels-last concatenation.
+
+    None for other tensors. Channels in a concatenation are a multiple of 16, and so are all of it.
+    """
+    if (y.shape, y.dtype, y.device) != (x.shape, x.dtype, x.device):
+        return None
+    _, channels, height, width = x.shape
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    if y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format):
+        return channels
+    step = y.stride(3)
+    joined = y.stride() == (height * width * step, 1, width * step, step) and step > channels
+    return step if channels_last and joined and channels % LANES == 0 and step % LANES == 0 else None
+
+
+def _maps(x: Tensor, groups: int, y: Tensor | None = None) -> Maps:
     channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     if x.ndim != 4 or not (channels_last or x.is_contiguous()) or x.dtype not in ELEMENTS or not x.is_cpu:
         raise ValueError(
@@ -102,7 +137,10 @@ def _maps(x: Tensor, groups: int) -> Maps:
             f"got {_describe(x)}"
         )
     batch, channels, height, width = x.shape
-    return (batch, channels, height * width, groups), ELEMENTS.index(x.dtype), channels_last
+    step = channels if y is None else joined_step(y, x)
+    if step is None:
+        raise ValueError(f"y and its gradient are {x.dtype} {tuple(x.shape)} in the layout of x, got {_describe(y)}")
+    return (batch, channels, height * width, groups, step), ELEMENTS.index(x.dtype), channels_last
 
 
 def _statistics(weight: Tensor, bias: Tensor, mean: Tensor, inverse_deviation: Tensor, groups: int) -> Sequence[int]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import _native_batch_norm, _triton, batch_norm_portable, recomputation
 from ._layout import dense
 from ._watched import watched
+from .skips import concatenate
 
 
 def batch_norm_relu(
@@ -28,35 +29,56 @@ def batch_norm_relu(
     groups: int = 1,
     training: bool = True,
     num_batches_tracked: Tensor | None = None,
+    skip: Tensor | None = None,
 ) -> Tensor:
     """See `functional.batch_norm_relu`."""
     wants_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias))
     if x.dtype == torch.float64 or (wants_gradients and not training):
         return batch_norm_portable.batch_norm_relu(
-            x, weight, bias, running_mean, running_var, momentum, eps, groups, training, num_batches_tracked
+            x, weight, bias, running_mean, running_var, momentum, eps, groups, training, num_batches_tracked, skip
         )
     weight, bias = weight.float(), bias.float()
-    as_op = watched(x, weight, bias)
+    as_op = watched(x, weight, bias, *([] if skip is None else [skip]))
     evaluate = _evaluate if as_op else _forward_with
     if not training:
-        return evaluate(x, weight, bias, running_mean.float(), torch.rsqrt(running_var.float() + eps))
-    y, mean, inverse_deviation = (_normalize if as_op else _BatchNormReLU.apply)(x, weight, bias, eps, groups)
-    recomputation.remember(y, evaluate, x, weight, bias, mean, inverse_deviation)
+        y = evaluate(x, weight, bias, running_mean.float(), torch.rsqrt(running_var.float() + eps))
+        return y if skip is None else concatenate(skip, y)
+    if skip is not None and not as_op and _kernels("cpu") is _native_batch_norm and _native_batch_norm.joins(skip, x):
+        result, *statistics = _BatchNormReLU.apply(x, weight, bias, eps, groups, skip)
+        recomputation.remember(result, _after, skip, x, weight, bias, *statistics)
+    else:
+        y, *statistics = (_normalize if as_op else _BatchNormReLU.apply)(x, weight, bias, eps, groups)
+        recomputation.remember(y, evaluate, x, weight, bias, *statistics)
+        result = y if skip is None else concatenate(skip, y)
     if running_mean is not None:
         values = x.numel() // x.shape[1] // groups
-        statistics = running_mean, running_var, mean, inverse_deviation
-        plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in (running_mean, running_var))
-        if momentum is None or not plain:
-            batch_norm_portable.update_running(*statistics, momentum, eps, values, num_batches_tracked)
-            return y
-        if as_op:
-            _update_running(*statistics, momentum, eps, values)
-        else:
-            _move_running(*statistics, momentum, eps, values)
-            torch.autograd.graph.increment_version((running_mean, running_var))  # as the op does
-        if num_batches_tracked is not None:
-            num_batches_tracked.add_(groups)
-    return y
+        _update(as_op, running_mean, running_var, *statistics, momentum, eps, values, num_batches_tracked)
+    return result
+
+
+def _update(
+    as_op: bool,
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    inverse_deviation: Tensor,
+    momentum: float | None,
+    eps: float,
+    values: int,
+    num_batches_tracked: Tensor | None,
+) -> None:
+    """Update running statistics as `batch_norm_portable.update_running` does."""
+    statistics = running_mean, running_var, mean, inverse_deviation
+    if momentum is None or not all(t.dtype == torch.float32 and t.is_contiguous() for t in statistics[:2]):
+        batch_norm_portable.update_running(*statistics, momentum, eps, values, num_batches_tracked)
+        return
+    if as_op:
+        _update_running(*statistics, momentum, eps, values)
+    else:
+        _move_running(*statistics, momentum, eps, values)
+        torch.autograd.graph.increment_version((running_mean, running_var))  # as the op does
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(len(mean))
 
 
 def _kernels(device_type: str) -> ModuleType:
@@ -119,6 +141,11 @@ def _forward_with(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse
     return _kernels(x.device.type).batch_norm_relu_eval(dense(x), *statistics)
 
 
+def _after(skip: Tensor, *arguments: Tensor) -> Tensor:
+    """The concatenation of `skip` and `_forward_with(*arguments)`."""
+    return torch.cat([skip, _forward_with(*arguments)], 1)
+
+
 _evaluate = torch.library.custom_op("semimoe_fast::batch_norm_relu_eval", _forward_with, mutates_args=())
 
 
@@ -132,10 +159,13 @@ def _differentiate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad_output as y, arguments of `_normalize` and its statistics -> gradients of x, weight and bias."""
     x = dense(x)
-    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-    compute = _kernels(x.device.type).batch_norm_relu_bwd
-    grad_output = grad_output.contiguous(memory_format=layout)
-    return compute(grad_output, x, weight.contiguous(), bias.contiguous(), mean, inverse_deviation, groups)
+    kernels = _kernels(x.device.type)
+    if kernels is not _native_batch_norm or _native_batch_norm.joined_step(grad_output, x) is None:
+        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        grad_output = grad_output.contiguous(memory_format=layout)
+    return kernels.batch_norm_relu_bwd(
+        grad_output, x, weight.contiguous(), bias.contiguous(), mean, inverse_deviation, groups
+    )
 
 
 _gradients = torch.library.custom_op("semimoe_fast::batch_norm_relu_gradients", _differentiate, mutates_args=())
@@ -147,7 +177,7 @@ def _(grad_output: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *_: object) 
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, _, ctx.groups = inputs
+    x, weight, bias, _, ctx.groups, *_ = inputs
     _, *ctx.statistics = output
     ctx.mark_non_differentiable(*ctx.statistics)  # so they may be kept as they are: no part of a graph refers to them
     ctx.save_for_backward(x, weight, bias)
@@ -163,15 +193,22 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | 
 
 
 class _BatchNormReLU(torch.autograd.Function):
-    """`_forward` with its gradients, without a custom op; see `watched`."""
+    """`_forward` with its gradients, without a custom op; see `watched`. With `skip` the concatenation of it and y."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        outputs = _forward(*inputs)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int, *skip: Tensor) -> tuple:
+        inputs = x, weight, bias, eps, groups
+        outputs = _native_batch_norm.joined_fwd(*skip, *inputs) if skip else _forward(*inputs)
+        ctx.skips = sum(tensor.shape[1] for tensor in skip)
         _save_for_backward(ctx, inputs, outputs)
         return outputs
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_output is None or ctx.skips == 0:
+            return _backward(ctx, grad_output)
+        grad_skip, grad_y = grad_output[:, : ctx.skips], grad_output[:, ctx.skips :]
+        return *_backward(ctx, grad_y), grad_skip
 
 
 def _refuse(ctx: Any, *_: object) -> None:

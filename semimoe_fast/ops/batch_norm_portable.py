@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._layout import dense
+from .skips import concatenate
 
 
 def batch_norm_relu(
@@ -19,6 +20,7 @@ def batch_norm_relu(
     groups: int = 1,
     training: bool = True,
     num_batches_tracked: Tensor | None = None,
+    skip: Tensor | None = None,
 ) -> Tensor:
     """See `functional.batch_norm_relu`. PyTorch's batch normalization of each group."""
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -26,7 +28,8 @@ def batch_norm_relu(
     x, weight, bias = dense(x), weight.to(dtype), bias.to(dtype)
     if not training:
         statistics = running_mean.to(dtype), running_var.to(dtype)
-        return torch.nn.functional.batch_norm(x, *statistics, weight, bias, eps=eps).relu_()
+        y = torch.nn.functional.batch_norm(x, *statistics, weight, bias, eps=eps).relu_()
+        return y if skip is None else concatenate(skip, y)
     outputs, means, inverse_deviations = zip(
         *(torch.native_batch_norm(run, weight, bias, None, None, True, 0.0, eps) for run in x.chunk(groups)),
         strict=True,
@@ -35,7 +38,8 @@ def batch_norm_relu(
         mean, inverse_deviation = torch.stack(means), torch.stack(inverse_deviations)
         values = x.numel() // x.shape[1] // groups
         update_running(running_mean, running_var, mean, inverse_deviation, momentum, eps, values, num_batches_tracked)
-    return (outputs[0] if groups == 1 else torch.cat(outputs)).relu_()
+    y = (outputs[0] if groups == 1 else torch.cat(outputs)).relu_()
+    return y if skip is None else concatenate(skip, y)
 
 
 @torch.no_grad()

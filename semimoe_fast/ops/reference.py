@@ -234,6 +234,7 @@ def batch_norm_relu(
     groups: int = 1,
     training: bool = True,
     num_batches_tracked: Tensor | None = None,
+    skip: Tensor | None = None,
 ) -> Tensor:
     """relu(weight (x - mean) / sqrt(variance + eps) + bias); in float32 for bfloat16 and float16.
 
@@ -241,13 +242,16 @@ def batch_norm_relu(
     which get the unbiased variance. Evaluation: the statistics are the running ones.
     """
 
+    def after_skip(y: Tensor) -> Tensor:
+        return y if skip is None else torch.cat([skip, y], 1)
+
     def normalized(run: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         mean, deviation, scale, shift = (v[:, None, None] for v in (mean, (variance + eps).sqrt(), weight, bias))
         return ((run - mean) / deviation * scale + shift).relu().to(x.dtype)
 
     precise = x.to(torch.promote_types(x.dtype, torch.float32))
     if not training:
-        return normalized(precise, running_mean, running_var)
+        return after_skip(normalized(precise, running_mean, running_var))
     outputs = []
     for run in precise.chunk(groups):
         mean, variance = run.mean((0, 2, 3)), run.var((0, 2, 3), correction=0)
@@ -260,4 +264,4 @@ def batch_norm_relu(
                 share = 1 / num_batches_tracked.to(running_mean.dtype) if momentum is None else momentum
                 running_mean.copy_((1 - share) * running_mean + share * mean)
                 running_var.copy_((1 - share) * running_var + share * variance * n / (n - 1))
-    return torch.cat(outputs)
+    return after_skip(torch.cat(outputs))

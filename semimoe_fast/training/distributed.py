@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..device import choose_device
 from ..errors import UserError, explain, first_sentence
 from ..model import BatchNormReLU
+from ..ops.skips import concatenate
 
 TIMEOUT = timedelta(minutes=10)  # a rank that does not answer for so long counts as lost
 LONG_TIMEOUT = timedelta(days=1)  # the same while rank 0 decodes images for all ranks
@@ -250,17 +251,19 @@ def _means_lost_rank(error: RuntimeError) -> bool:
 class SyncBatchNormReLU(nn.SyncBatchNorm):
     """BatchNormReLU with the statistics of all ranks, group by group."""
 
-    def forward(self, x: Tensor, groups: int = 1) -> Tensor:
-        return torch.cat([super(SyncBatchNormReLU, self).forward(part) for part in x.chunk(groups)]).relu()
+    def forward(self, x: Tensor, groups: int = 1, skip: Tensor | None = None) -> Tensor:
+        y = torch.cat([super(SyncBatchNormReLU, self).forward(part) for part in x.chunk(groups)]).relu()
+        return y if skip is None else concatenate(skip, y)
 
 
 class CPUSyncBatchNormReLU(BatchNormReLU):
     """SyncBatchNormReLU for CPU tensors. All ranks have equal batch sizes."""
 
-    def forward(self, x: Tensor, groups: int = 1) -> Tensor:
+    def forward(self, x: Tensor, groups: int = 1, skip: Tensor | None = None) -> Tensor:
         if not self.training:
-            return super().forward(x)
-        return torch.cat([self._normalized(part) for part in x.chunk(groups)]).relu()
+            return super().forward(x, skip=skip)
+        y = torch.cat([self._normalized(part) for part in x.chunk(groups)]).relu()
+        return y if skip is None else concatenate(skip, y)
 
     def _normalized(self, x: Tensor) -> Tensor:
         wide = x.float()

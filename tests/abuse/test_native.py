@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = ("fuzz_distance", "fuzz_objective", "fuzz_batch_norm", "fuzz_blur")
+PROGRAMS = ("fuzz_distance", "fuzz_objective", "fuzz_batch_norm", "fuzz_blur", "fuzz_pooling")
 
 
 def tool(name: str) -> str:

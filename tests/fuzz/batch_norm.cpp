@@ -4,43 +4,11 @@
 
 #include <memory>
 
-#include "fuzz.hpp"
+#include "elements.hpp"
 
 namespace {
 
 constexpr double kEps = 1e-5;
-
-// Small integers divided by 16 are exact in every element type.
-constexpr int kMost = 40;
-
-float value(int sixteenths) { return static_cast<float>(sixteenths) / 16; }
-
-// The bits of value(sixteenths) in an element type: of a float32 rounded down, or its exponent moved for float16.
-void write(semimoe::Element element, void* memory, std::int64_t i, float x) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const std::uint32_t moved = bits << 1 == 0 ? 0 : ((bits & 0x7fffffffu) - (112u << 23)) >> 13;
-  const std::uint16_t half =
-      static_cast<std::uint16_t>(element == semimoe::kBfloat16 ? bits >> 16 : (bits >> 31 << 15) | moved);
-  if (element == semimoe::kFloat32)
-    static_cast<float*>(memory)[i] = x;
-  else
-    static_cast<std::uint16_t*>(memory)[i] = half;
-}
-
-double read(semimoe::Element element, const void* memory, std::int64_t i) {
-  if (element == semimoe::kFloat32) return static_cast<const float*>(memory)[i];
-  const std::uint32_t half = static_cast<const std::uint16_t*>(memory)[i];
-  if (element == semimoe::kBfloat16) {
-    const std::uint32_t bits = half << 16;
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-  }
-  const int exponent = static_cast<int>(half >> 10 & 31), fraction = static_cast<int>(half & 1023);
-  const double magnitude = exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, exponent - 25);
-  return half >> 15 ? -magnitude : magnitude;
-}
 
 void compare(const char* what, double got, double expected, double tolerance) {
   if (std::abs(got - expected) <= tolerance) return;
@@ -62,10 +30,14 @@ struct Case {
 Case draw_case(Random& random) {
   const int groups = between(random, 1, 3), images = between(random, 1, 2);
   const bool large = between(random, 0, 9) == 0;
-  const int channels = large ? between(random, 1, 3) : between(random, 0, 9) ? between(random, 1, 70) : 600;
+  const bool joins = !large && between(random, 0, 1) == 1;  // y and dy are channels of a concatenation
+  const int channels = large   ? between(random, 1, 3)
+                       : joins ? 16 * between(random, 1, 9)
+                               : (between(random, 0, 9) ? between(random, 1, 70) : 600);
   const int pixels = large ? between(random, 60000, 140000) / channels : between(random, 2, 300);
-  const semimoe::FeatureMaps maps(static_cast<semimoe::Element>(between(random, 0, 2)), between(random, 0, 1) == 1,
-                                  groups * images, channels, pixels, groups);
+  const semimoe::FeatureMaps maps(static_cast<semimoe::Element>(between(random, 0, 2)),
+                                  joins || between(random, 0, 1) == 1, groups * images, channels, pixels, groups,
+                                  channels + (joins ? 16 * between(random, 1, 5) : 0));
   Case drawn{maps, {}, {}, {}, {}};
   for (std::int64_t i = 0; i < groups * images * std::int64_t{channels} * pixels; ++i) {
     drawn.x.push_back(value(between(random, -kMost, kMost)));
@@ -121,31 +93,31 @@ int check(std::uint64_t seed) {
   const semimoe::FeatureMaps& maps = drawn.maps;
   const std::size_t size = drawn.x.size();
   // memory of exactly the size of the tensors
-  const auto allocate = [&] { return std::make_unique<char[]>(maps.bytes()); };
-  const auto x = allocate(), dy = allocate(), y = allocate(), dx = allocate();
+  const auto allocate = [](std::int64_t bytes) { return std::make_unique<char[]>(bytes); };
+  const auto x = allocate(maps.bytes()), dy = allocate(maps.joined_bytes()), dx = allocate(maps.bytes());
   for (std::size_t i = 0; i < size; ++i) write(maps.element, x.get(), i, drawn.x[i]);
-  for (std::size_t i = 0; i < size; ++i) write(maps.element, dy.get(), i, drawn.dy[i]);
+  for (std::size_t i = 0; i < size; ++i) write(maps.element, dy.get(), maps.joined_place(i), drawn.dy[i]);
   const double unit = std::ldexp(1, maps.element == semimoe::kFloat32    ? -24
                                     : maps.element == semimoe::kBfloat16 ? -8
                                                                          : -11);
   for (const semimoe::Kernels* kernels : semimoe::supported_kernels()) {
     const int threads = between(random, 1, 3);
-    std::snprintf(current, sizeof current, "seed %llu, %lld x %lld x %lld%s, %lld groups, element %d, %s",
+    std::snprintf(current, sizeof current, "seed %llu, %lld x %lld (of %lld) x %lld%s, %lld groups, element %d, %s",
                   static_cast<unsigned long long>(seed), static_cast<long long>(maps.batch),
-                  static_cast<long long>(maps.channels), static_cast<long long>(maps.pixels),
-                  maps.channels_last ? " channels-last" : "", static_cast<long long>(maps.groups), maps.element,
-                  kernels->name);
+                  static_cast<long long>(maps.channels), static_cast<long long>(maps.joined),
+                  static_cast<long long>(maps.pixels), maps.channels_last ? " channels-last" : "",
+                  static_cast<long long>(maps.groups), maps.element, kernels->name);
     std::vector<float> mean(maps.groups * maps.channels), inverse(mean.size()), grad_weight(maps.channels),
         grad_bias(maps.channels);
+    const auto y = allocate(maps.joined_bytes()), again = allocate(maps.joined_bytes());  // filled with zeros
     semimoe::batch_norm_relu_forward(kernels->batch_norm, maps, threads, x.get(), drawn.weight.data(),
                                      drawn.bias.data(), kEps, mean.data(), inverse.data(), y.get());
     const semimoe::Statistics statistics{drawn.weight.data(), drawn.bias.data(), mean.data(), inverse.data()};
     semimoe::batch_norm_relu_backward(kernels->batch_norm, maps, threads, x.get(), dy.get(), statistics, dx.get(),
                                       grad_weight.data(), grad_bias.data());
     // The same statistics give the same bits again.
-    const auto again = allocate();
     semimoe::batch_norm_relu_eval(kernels->batch_norm, maps, threads, x.get(), statistics, again.get());
-    compare("the evaluation with these statistics", std::memcmp(again.get(), y.get(), maps.bytes()), 0, 0);
+    compare("the evaluation with these statistics", std::memcmp(again.get(), y.get(), maps.joined_bytes()), 0, 0);
     // Float32 results of numbers up to 2.5; deviations may be as small as sqrt(eps), or as 1/16 of two numbers.
     for (std::size_t i = 0; i < mean.size(); ++i) {
       compare("a mean", mean[i], expected.mean[i], 1e-6);
@@ -155,7 +127,8 @@ int check(std::uint64_t seed) {
       const std::int64_t c = maps.channels_last ? i % maps.channels : i / maps.pixels % maps.channels;
       const std::int64_t image = i / maps.pixels / maps.channels;
       const double scale = drawn.weight[c] * expected.inverse[image / maps.images * maps.channels + c];
-      compare("a result", read(maps.element, y.get(), i), expected.y[i], unit * expected.y[i] + 2e-6 * (1 + 5 * scale));
+      compare("a result", read(maps.element, y.get(), maps.joined_place(i)), expected.y[i],
+              unit * expected.y[i] + 2e-6 * (1 + 5 * scale));
       compare("a gradient", read(maps.element, dx.get(), i), expected.dx[i],
               unit * std::abs(expected.dx[i]) + std::max(2e-5 * scale, std::ldexp(1, -25)));
     }

@@ -47,7 +47,7 @@ def run(*command: str | Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["fuzz_distance", "fuzz_objective", "fuzz_batch_norm", "fuzz_blur"])
+@pytest.mark.parametrize("program", ["fuzz_distance", "fuzz_objective", "fuzz_batch_norm", "fuzz_blur", "fuzz_pooling"])
 def test_random_cases_under_sanitizers(program: str, build: Path, tmp_path: Path) -> None:
     probe = [*shlex.split(COMPILER), "-fsanitize=address,undefined", "-x", "c++", "-", "-o", tmp_path / "probe"]
     if run_patiently(probe, input=b"int main() {}", capture_output=True).returncode != 0:

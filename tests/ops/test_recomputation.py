@@ -35,11 +35,13 @@ def remade(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return inputs
 
 
-def gradients(dtype: torch.dtype, layout: torch.memory_format, size: tuple[int, int], again: bool) -> list[Tensor]:
+def gradients(
+    dtype: torch.dtype, layout: torch.memory_format, width: int, size: tuple[int, int], again: bool
+) -> list[Tensor]:
     """Gradients and buffers after a step of both batches; dtype bfloat16: autocast."""
     torch.manual_seed(0)
     own = torch.float32 if dtype == torch.bfloat16 else dtype
-    model = SemiMoE(width=4).to(dtype=own, memory_format=layout).train()
+    model = SemiMoE(width=width).to(dtype=own, memory_format=layout).train()
     adaptive = AdaptiveMultiObjectiveLoss().to(own)
     labeled, unlabeled = torch.randn(2, 2, 3, *size, dtype=own).unbind()
     mask = (torch.randn(2, *size) > 0).byte()
@@ -55,23 +57,25 @@ def gradients(dtype: torch.dtype, layout: torch.memory_format, size: tuple[int, 
 
 
 @pytest.mark.parametrize(
-    ("dtype", "layout", "size"),
+    ("dtype", "layout", "width", "size"),
     [
-        (torch.float32, torch.channels_last, (48, 32)),
-        (torch.float32, torch.contiguous_format, (33, 20)),
-        (torch.bfloat16, torch.channels_last, (33, 20)),
-        (torch.bfloat16, torch.contiguous_format, (48, 32)),
-        (torch.float64, torch.channels_last, (33, 20)),
+        (torch.float32, torch.channels_last, 4, (48, 32)),
+        (torch.float32, torch.channels_last, 16, (33, 20)),  # whose normalization writes concatenations
+        (torch.float32, torch.contiguous_format, 4, (33, 20)),
+        (torch.bfloat16, torch.channels_last, 4, (33, 20)),
+        (torch.bfloat16, torch.channels_last, 16, (48, 32)),
+        (torch.bfloat16, torch.contiguous_format, 4, (48, 32)),
+        (torch.float64, torch.channels_last, 4, (33, 20)),
     ],
     ids=str,
 )
 def test_gradients_are_bitwise_equal(
-    dtype: torch.dtype, layout: torch.memory_format, size: tuple[int, int], remade: list[Tensor]
+    dtype: torch.dtype, layout: torch.memory_format, width: int, size: tuple[int, int], remade: list[Tensor]
 ) -> None:
     """Two groups in each normalization. All but the last of an expert, which the gates read, are computed again."""
-    expected = gradients(dtype, layout, size, again=False)
+    expected = gradients(dtype, layout, width, size, again=False)
     assert not remade
-    result = gradients(dtype, layout, size, again=True)
+    result = gradients(dtype, layout, width, size, again=True)
     assert [i for i, (x, y) in enumerate(zip(result, expected, strict=True)) if not torch.equal(x, y)] == []
     layers = {x.data_ptr() for x in remade}
     assert len(layers) == (0 if dtype == torch.float64 else EXPERTS * (NORMS - 1))  # float64 is portable

@@ -1,0 +1,179 @@
+"""Max pooling beside a skip connection, and concatenations that normalization writes, against PyTorch's operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from semimoe_fast import functional as F
+from semimoe_fast.ops import _native, _native_batch_norm, _native_pooling, backend
+from semimoe_fast.ops.skips import concatenate, pool_and_skip
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=["plain", "avx2", "avx512"], autouse=True)
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.param not in _native.module().instruction_sets:
+        pytest.skip(f"the CPU kernels for {request.param} do not run here")
+    monkeypatch.setenv("SEMIMOE_SIMD", request.param)
+    monkeypatch.delenv("SEMIMOE_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def feature_maps(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Channels-last, of few different numbers, so that many are equal."""
+    return torch.randint(-3, 4, shape).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def calls(monkeypatch: pytest.MonkeyPatch, module: object, name: str) -> list[None]:
+    """An element for every later call of a function."""
+    seen: list[None] = []
+    function = getattr(module, name)
+
+    def spy(*arguments: object) -> object:
+        seen.append(None)
+        return function(*arguments)
+
+    monkeypatch.setattr(module, name, spy)
+    return seen
+
+
+def pooled_and_gradient(
+    pool: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, others: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The pooling of x, and the gradient of x, of which the skip connection's is a part of a concatenation's."""
+    x = x.clone().requires_grad_()
+    pooled, skip = pool(x)
+    joined = torch.cat([skip, others], 1)
+    weights = torch.arange(joined.numel()).view(joined.shape).remainder(7)
+    ((joined * weights).sum() + (pooled * weights[:, : x.shape[1], ::2, ::2]).sum()).backward()
+    return pooled.detach(), x.grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 16, 2, 2), (3, 32, 6, 10), (2, 48, 64, 34)], ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_pooling_and_gradients_are_those_of_pytorch(
+    shape: tuple[int, ...], dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: the first of equal numbers gets the gradient, of NaNs the last."""
+    torch.set_num_threads(threads)
+    x = feature_maps(*shape, dtype=dtype)
+    x[0, :5].masked_fill_(torch.rand(x[0, :5].shape) < 0.4, torch.nan)
+    others = feature_maps(shape[0], 16, *shape[2:], dtype=dtype)
+    seen = calls(monkeypatch, _native_pooling, "max_pool_backward")
+    result = pooled_and_gradient(pool_and_skip, x, others)
+    expected = pooled_and_gradient(lambda x: (torch.nn.functional.max_pool2d(x, 2), x), x, others)
+    assert len(seen) == 1
+    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+    assert result[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_pooling_alone_and_skip_alone() -> None:
+    x = feature_maps(2, 16, 4, 4).requires_grad_()
+    pooled, _ = pool_and_skip(x)
+    (expected,) = torch.autograd.grad(torch.nn.functional.max_pool2d(x, 2).sum(), x)
+    assert torch.equal(torch.autograd.grad(pooled.sum(), x)[0], expected)
+    _, skip = pool_and_skip(x)
+    assert torch.equal(torch.autograd.grad(skip.sum(), x)[0], torch.ones_like(x))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        feature_maps(2, 8, 4, 4),
+        feature_maps(2, 16, 5, 4),
+        feature_maps(2, 16, 4, 4).contiguous(),
+        feature_maps(2, 16, 4, 4).double(),
+        feature_maps(0, 16, 4, 4),
+    ],
+    ids=["8 channels", "odd height", "channels first", "float64", "no images"],
+)
+def test_other_feature_maps_are_pooled_by_pytorch(x: Tensor) -> None:
+    assert not _native_pooling.takes(x)
+    pooled, skip = pool_and_skip(x)
+    assert torch.equal(pooled, torch.nn.functional.max_pool2d(x, 2))
+    assert skip is x
+
+
+def test_the_portable_backend_uses_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = calls(monkeypatch, _native_pooling, "max_pool")
+    with backend("portable"):
+        pool_and_skip(feature_maps(2, 16, 4, 4))
+    assert not seen
+
+
+def joined(x: Tensor, skip: Tensor, apart: bool) -> list[Tensor]:
+    """The concatenation, running statistics and gradients; `apart`: normalized, and then concatenated."""
+    tensors = [x, skip, torch.linspace(0.5, 1.5, x.shape[1]), torch.linspace(-1, 1, x.shape[1])]
+    x, skip, weight, bias = (tensor.clone().requires_grad_() for tensor in tensors)
+    running = torch.zeros(x.shape[1]), torch.ones(x.shape[1])
+    y = F.batch_norm_relu(x, weight, bias, *running, groups=2, skip=None if apart else skip)
+    result = concatenate(skip, y) if apart else y
+    weights = torch.arange(result.numel()).view(result.shape).remainder(11)
+    (result * weights).sum().backward()
+    return [result.detach(), *running, x.grad, weight.grad, bias.grad, skip.grad]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("channels", "skips", "size"), [(16, 16, (2, 2)), (64, 16, (7, 5)), (32, 48, (61, 37)), (176, 16, (9, 3))], ids=str
+)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_joined_result_equals_a_concatenation(
+    channels: int, skips: int, size: tuple[int, int], dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, gradients too, without a concatenation. The pieces and rests of both are the same."""
+    torch.set_num_threads(threads)
+    x = torch.randn(4, channels, *size).to(dtype).contiguous(memory_format=torch.channels_last)
+    skip = feature_maps(4, skips, *size, dtype=dtype)
+    expected = joined(x, skip, apart=True)
+    seen = calls(monkeypatch, _native_batch_norm, "joined_fwd")
+    result = joined(x, skip, apart=False)
+    assert len(seen) == 1
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+    assert result[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("x", "skip"),
+    [
+        (torch.randn(4, 8, 6, 6), feature_maps(4, 16, 6, 6)),
+        (torch.randn(4, 16, 6, 6), feature_maps(4, 3, 6, 6)),
+        (torch.randn(4, 16, 6, 6), feature_maps(4, 16, 6, 6).contiguous()),
+    ],
+    ids=["8 channels", "3 skips", "channels first"],
+)
+@pytest.mark.parametrize("name", ["reference", "portable", "fused"])
+def test_other_feature_maps_are_concatenated(x: Tensor, skip: Tensor, name: str) -> None:
+    with backend(name):
+        result, expected = joined(x, skip, apart=False), joined(x, skip, apart=True)
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+def test_evaluation_joins_too() -> None:
+    x, skip, running = torch.randn(2, 16, 4, 4), feature_maps(2, 16, 4, 4), (torch.zeros(16), torch.ones(16))
+    weight, bias = torch.ones(16), torch.zeros(16)
+    result = F.batch_norm_relu(x, weight, bias, *running, training=False, skip=skip)
+    assert torch.equal(result[:, :16], skip)
+    torch.testing.assert_close(result[:, 16:], x.relu() * (1 + 1e-5) ** -0.5)
+
+
+def test_the_skip_has_the_size_of_x() -> None:
+    x, vector = torch.randn(2, 16, 4, 4), torch.ones(16)
+    with pytest.raises(ValueError, match=r"skip is \(2, 16, 4, 5\) and x \(2, 16, 4, 4\)"):
+        F.batch_norm_relu(x, vector, vector, None, None, skip=torch.zeros(2, 16, 4, 5))
+
+
+def test_the_module_refuses_what_it_cannot_address() -> None:
+    x = feature_maps(2, 16, 4, 4)
+    vectors = torch.ones(16), torch.zeros(16)
+    with pytest.raises(ValueError, match="in the layout of x"):
+        _native_batch_norm.batch_norm_relu_fwd(x, *vectors, 1e-5, 1, torch.zeros(2, 24, 4, 4)[:, :16])
