@@ -274,8 +274,9 @@ def batch_norm_relu(
     num_batches_tracked: integer tensor with one element, which counts the runs in place.
     skip: (B, S, H, W) -> the result is the concatenation (B, S + C, H, W) of skip and y; on the CPU, y is then written
     where it stays.
-    Differentiable in x, weight, bias and skip; the fused backend once. Raises ValueError for other shapes, if `groups` does
-    not divide B, in training if a run has at most one value per channel, and in evaluation without running statistics.
+    Differentiable in x, weight, bias and skip; the fused backend once. Raises ValueError for other shapes, if `groups`
+    does not divide B, in training if a run has at most one value per channel, and in evaluation without running
+    statistics.
     """
     _arguments.check_batch_norm(
         x, weight, bias, running_mean, running_var, momentum, eps, groups, training, num_batches_tracked, skip
