@@ -163,9 +163,8 @@ def _differentiate(
     if kernels is not _native_batch_norm or _native_batch_norm.joined_step(grad_output, x) is None:
         layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         grad_output = grad_output.contiguous(memory_format=layout)
-    return kernels.batch_norm_relu_bwd(
-        grad_output, x, weight.contiguous(), bias.contiguous(), mean, inverse_deviation, groups
-    )
+    weight, bias = weight.contiguous(), bias.contiguous()
+    return kernels.batch_norm_relu_bwd(grad_output, x, weight, bias, mean, inverse_deviation, groups)
 
 
 _gradients = torch.library.custom_op("semimoe_fast::batch_norm_relu_gradients", _differentiate, mutates_args=())
