@@ -179,6 +179,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         print(f"\n{title}: {', '.join(f'{count} {column}' for column, count in row.items())}", end="")
     if config.getoption("--case") or config.getoption("keyword") or config.args != ["tests/abuse"] or not rows:
         return
+    command = "make abuse ARGS=--all" if config.getoption("--all") else "make abuse"
     table = {
         "machine": f"{machine()}, {len(os.sched_getaffinity(0))} cores",
         "versions": {
@@ -190,9 +191,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         },
         "commit": config.stash[COMMIT],
         "date": date.today().isoformat(),
-        "command": "make abuse ARGS=--all" if config.getoption("--all") else "make abuse",
+        "command": command,
         "tables": {
-            "cases": {"columns": ["class", *COLUMNS], "rows": [[title, *row.values()] for title, row in rows.items()]}
+            "cases": {
+                "title": f"`{command}`",
+                "columns": ["class", *COLUMNS],
+                "rows": [[title, *row.values()] for title, row in rows.items()],
+            }
         },
     }
     (ROOT / "benchmarks" / "results" / "abuse.json").write_text(json.dumps(table, indent=2) + "\n")
