@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # a forked child has no pool of threads
-
 import numpy
 import PIL
 import pytest
@@ -33,6 +31,9 @@ from runs import Lost, finish
 from semimoe_fast import synthetic
 from semimoe_fast.errors import UserError
 from semimoe_fast.training.config import SYNTHETIC, TrainConfig
+
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)  # a forked child has no pool of threads
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = ("tried", "one line", "worked", "failed", "lost")
