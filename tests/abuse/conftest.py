@@ -4,7 +4,8 @@
     make abuse ARGS=--all                    # everything
     make abuse ARGS="-k disk_full --case 7"  # one case
 
-A run of some cases leaves the table as it is. A failure prints the command that repeats it.
+A run of some cases, or one that is interrupted, leaves the table as it is. A failure prints the command that
+repeats it.
 """
 
 from __future__ import annotations
@@ -169,8 +170,8 @@ def pytest_testnodedown(node: object) -> None:
             row[column] += count
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the table, unless -k or --case have left out cases."""
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Write the table, unless -k, --case or Ctrl-C have left out cases."""
     config = session.config
     rows = dict(sorted(config.stash[TABLE].items()))
     if hasattr(config, "workeroutput"):  # one of several processes
@@ -178,7 +179,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     for title, row in rows.items():
         print(f"\n{title}: {', '.join(f'{count} {column}' for column, count in row.items())}", end="")
-    if config.getoption("--case") or config.getoption("keyword") or config.args != ["tests/abuse"] or not rows:
+    chosen = config.getoption("--case") or config.getoption("keyword") or config.args != ["tests/abuse"]
+    if chosen or not rows or exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         return
     command = "make abuse ARGS=--all" if config.getoption("--all") else "make abuse"
     table = {
