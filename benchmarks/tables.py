@@ -46,7 +46,7 @@ def whole(name: str, table: str) -> str:
     for above, below in content.get("ratios", {}).values():
         for line, row in zip(cells, rows, strict=True):
             line.append(two_digits(row[columns.index(above)] / row[columns.index(below)]))
-    return markdown([*columns, *content.get("ratios", {})], cells) + source(record)
+    return markdown([*columns, *content.get("ratios", {})], cells) + source(record, content.get("title", ""))
 
 
 def text(value: Any, spec: str) -> str:

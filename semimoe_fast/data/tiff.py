@@ -149,6 +149,8 @@ class PageReader(Reader):
                 f"{file.path} has wrong tags: {page.imagewidth} x {page.imagelength} pixels need {tiles} tiles or "
                 f"strips, not {min(len(self.offsets), len(self.counts))}; {REMEDY}"
             )
+        if not all(isinstance(number, int) for number in (*self.offsets, *self.counts)):  # tags may be of any type
+            raise UserError(f"{file.path} has wrong tags: its tiles or strips start or end between bytes; {REMEDY}")
         self.convert = _converter(page)
         self.decompress = page.decode  # a property that threads must not compute together
 

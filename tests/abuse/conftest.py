@@ -4,7 +4,8 @@
     make abuse ARGS=--all                    # everything
     make abuse ARGS="-k disk_full --case 7"  # one case
 
-A run of some cases leaves the table as it is. A failure prints the command that repeats it.
+A run of some cases, or one that is interrupted, leaves the table as it is. A failure prints the command that
+repeats it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # a forked child has no pool of threads
-
 import numpy
 import PIL
 import pytest
@@ -33,6 +32,9 @@ from runs import Lost, finish
 from semimoe_fast import synthetic
 from semimoe_fast.errors import UserError
 from semimoe_fast.training.config import SYNTHETIC, TrainConfig
+
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)  # a forked child has no pool of threads
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = ("tried", "one line", "worked", "failed", "lost")
@@ -168,8 +170,8 @@ def pytest_testnodedown(node: object) -> None:
             row[column] += count
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the table, unless -k or --case have left out cases."""
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Write the table, unless -k, --case or Ctrl-C have left out cases."""
     config = session.config
     rows = dict(sorted(config.stash[TABLE].items()))
     if hasattr(config, "workeroutput"):  # one of several processes
@@ -177,8 +179,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     for title, row in rows.items():
         print(f"\n{title}: {', '.join(f'{count} {column}' for column, count in row.items())}", end="")
-    if config.getoption("--case") or config.getoption("keyword") or config.args != ["tests/abuse"] or not rows:
+    chosen = config.getoption("--case") or config.getoption("keyword") or config.args != ["tests/abuse"]
+    if chosen or not rows or exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         return
+    command = "make abuse ARGS=--all" if config.getoption("--all") else "make abuse"
     table = {
         "machine": f"{machine()}, {len(os.sched_getaffinity(0))} cores",
         "versions": {
@@ -190,9 +194,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         },
         "commit": config.stash[COMMIT],
         "date": date.today().isoformat(),
-        "command": "make abuse ARGS=--all" if config.getoption("--all") else "make abuse",
+        "command": command,
         "tables": {
-            "cases": {"columns": ["class", *COLUMNS], "rows": [[title, *row.values()] for title, row in rows.items()]}
+            "cases": {
+                "title": f"`{command}`",
+                "columns": ["class", *COLUMNS],
+                "rows": [[title, *row.values()] for title, row in rows.items()],
+            }
         },
     }
     (ROOT / "benchmarks" / "results" / "abuse.json").write_text(json.dumps(table, indent=2) + "\n")

@@ -29,6 +29,7 @@ OPTIONS = {
     "--momentum --weight-decay --ring-radius --seed --threads --dropout --ema --decay --initial-log-var --log-var-lr",
     predict: "--scale --mpp --tile-size --seed-level --least-area --threshold",
 }
+YEARS_OF_TRAINING = "--epochs", "1000000000"  # starts, as it should
 VALUES = (None, "32", -5, 0, 10**6, 10**30, 0.5, 1e39, True, [], [0.5, 0.5], {}, "\ud800", [[]] * 50)
 
 
@@ -73,6 +74,8 @@ def test_options(command, uninterrupted, everything: bool, tmp_path: Path) -> No
     for module, options in OPTIONS.items():
         for number, option in enumerate(options.split()):
             for value in NUMBERS if everything else NUMBERS[number % 5 :: 5]:
+                if (option, value) == YEARS_OF_TRAINING:
+                    continue
                 out = tmp_path / f"{option}{value}"
                 command("options", f"{option} {value}", module, *start[module], "--out", out, option, value)
 

@@ -16,6 +16,7 @@ from operations import call, draw
 from runs import records, start
 
 from semimoe_fast import ops
+from semimoe_fast.training.run_folder import METRICS_FILE
 
 BYTES_PER_CALL = 1024
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -41,13 +42,16 @@ def test_training(attempt, config, everything: bool, tmp_path: Path) -> None:
         memory, files, started = [], [], time.monotonic()
         while time.monotonic() - started < (1800 if everything else 75):
             time.sleep(0.25)
+            child.read()
             memory.append(resident(child.process))
             files.append(len(list(Path(f"/proc/{child.process}/fd").iterdir())))
+        pause = time.time() - (run / METRICS_FILE).stat().st_mtime
         child.kill()
         child.wait()
         steps = 2 * len(records(run))
         growth = slope(memory) * len(memory) / steps
         print(f"\n{steps} steps, {growth:.0f} bytes a step, {files[-1]} open files")
+        assert pause < 30, f"training has stopped {pause:.0f} s ago, after {steps} steps"
         assert growth < BYTES_PER_CALL, f"memory grows by {growth:.0f} bytes a step in {steps} steps"
         assert max(files[len(files) // 2 :]) <= max(files[: len(files) // 2]), f"open files: {files}"
 

@@ -240,14 +240,20 @@ def test_wrong_tags(tmp_path, tag, value, message):
     assert "again" in str(error.value) or "replace" in str(error.value)
 
 
-def test_sides_that_are_no_integers(tmp_path):
+@pytest.mark.parametrize(
+    ("tag", "count", "message"),
+    [("ImageWidth", 1, r"157.0 x \d+ pixels"), ("TileOffsets", 16, "tiles or strips"), ("TileByteCounts", 16, "tiles")],
+)
+def test_tags_that_are_no_integers(tmp_path, tag, count, message):
     path = write(tmp_path / "image.tif")
     with tifffile.TiffFile(path) as file:
-        start = file.pages[0].tags["ImageWidth"].offset
+        start = file.pages[0].tags[tag].offset
     data = bytearray(path.read_bytes())
-    data[start + 2 : start + 12] = struct.pack("<HIf", tifffile.DATATYPE.FLOAT, 1, 157.0)
+    data[start + 2 : start + 8] = struct.pack("<HI", tifffile.DATATYPE.FLOAT, count)
+    if count == 1:
+        data[start + 8 : start + 12] = struct.pack("<f", 157.0)
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"image.tif has wrong tags: 157.0 x \d+ pixels"):
+    with pytest.raises(UserError, match=rf"image.tif has wrong tags: .*{message}"):
         open_image(path)
 
 

@@ -66,7 +66,7 @@ class Child:
         """Wait for the end. A child that takes longer is killed: it hangs."""
         deadline = time.monotonic() + seconds
         while not (ended := os.waitpid(self.process, os.WNOHANG))[0]:
-            self._read()
+            self.read()
             if time.monotonic() > deadline:
                 self.kill()
                 os.waitpid(self.process, 0)
@@ -74,11 +74,12 @@ class Child:
                 ended = (self.process, signal.SIGKILL)
                 break
             time.sleep(0.005)
-        self._read()
+        self.read()
         os.close(self.pipe)
         return Ended(os.waitstatus_to_exitcode(ended[1]), self.output.decode(errors="replace"))
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """Take the output so far out of the pipe. A child whose pipe is full waits."""
         try:
             while part := os.read(self.pipe, 2**16):
                 self.output += part
