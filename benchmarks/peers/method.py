@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from semimoe_fast.model import ExpertUNet
 from semimoe_fast.training.config import TrainConfig
+from semimoe_fast.training.sgd import FusedSGD
 
 
 class Batch(NamedTuple):
@@ -43,10 +44,10 @@ class Method(nn.Module):
         return [sgd(self.parameters(), config)]
 
 
-def sgd(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.SGD:
+def sgd(parameters: Iterable[nn.Parameter], config: TrainConfig) -> FusedSGD:
     """SGD as in the published recipe, for all methods."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    return torch.optim.SGD(trained, config.lr, config.momentum, weight_decay=config.weight_decay, fused=True)
+    return FusedSGD(trained, config.lr, config.momentum, config.weight_decay)
 
 
 def unet(width: int) -> ExpertUNet:

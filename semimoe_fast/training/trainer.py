@@ -27,6 +27,7 @@ from .distributed import World
 from .ema import EMA
 from .graphs import WARM_UP, GraphedStep, compile_experts
 from .schedule import generator, learning_rate, unsupervised_weight
+from .sgd import FusedSGD
 from .speed import Stopwatch, flops_per_step, peak_memory_bytes
 from .state import check_state, states_of_ranks, with_prefix
 
@@ -78,9 +79,7 @@ class Trainer:
         """
         c, capturable = self.config, self.device.type == "cuda"
         self.lr = torch.zeros((), device=self.device)
-        self.sgd = torch.optim.SGD(
-            self.model.parameters(), self.lr, momentum=c.momentum, weight_decay=c.weight_decay, fused=True
-        )
+        self.sgd = FusedSGD(list(self.model.parameters()), self.lr, c.momentum, c.weight_decay)
         self.adam = torch.optim.Adam(
             self.adaptive.parameters(), c.log_var_lr, weight_decay=c.weight_decay, fused=True, capturable=capturable
         )
