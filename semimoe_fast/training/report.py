@@ -43,11 +43,13 @@ def draw_curves(records: Records, tasks: Sequence[str], path: Path | IO[bytes]) 
             label = f"{task}: {tasks[e]}"
             gates.plot(epochs, [r["gate_weights"][k][e] for r in records], label=label, **style)
     validated = [r for r in records if "val" in r]
-    for k, name in enumerate(validated[0]["val"]):
+    experts = [name for name in validated[0]["val"] if name != GATED]
+    colors = {GATED: "black"} | {name: f"C{k}" for k, name in enumerate(experts)}
+    for name, color in colors.items():
         for score, style in (("dice", "-"), ("jaccard", "--")):
             points = [(r["epoch"], r["val"][name][score]) for r in validated if name in r["val"]]
             label = f"{name}, {score.capitalize()}" if name == GATED or score == "dice" else None
-            scores.plot(*zip(*points, strict=True), style, marker=".", color=f"C{k}", label=label)
+            scores.plot(*zip(*points, strict=True), style, marker=".", color=color, label=label)
     examined = [r for r in records if "health" in r]  # older runs have no health
     for axis, name in ((dead, "dead_channels"), (spread, "spread")):
         for k, task in enumerate(tasks):
