@@ -1,8 +1,8 @@
 // relu(batch_norm(x)) with the statistics of each group of images, on the CPU, and its gradients.
 //
 // Forward reads x twice and writes y; backward reads x and dy twice and writes dx. y and dy may be channels of a
-// concatenation. Sums are double, in an order that
-// does not depend on the threads. The second pass goes backward, because the end of x may still be in the caches.
+// concatenation. Sums are double, in an order that does not depend on the threads. The second pass goes backward,
+// because the end of x may still be in the caches.
 #pragma once
 
 #include <cmath>

@@ -272,8 +272,8 @@ def batch_norm_relu(
     running_mean, running_var: (C,), updated in place; None if none are wanted -> y as x, channels-last if x is.
     momentum: weight of the newest run in the running statistics; None averages all runs and needs num_batches_tracked.
     num_batches_tracked: integer tensor with one element, which counts the runs in place.
-    skip: (B, S, H, W) -> the result is the concatenation (B, S + C, H, W) of skip and y; on the CPU, y is then written
-    where it stays.
+    skip: (B, S, H, W) -> the result is the concatenation (B, S + C, H, W) of skip and y. In training on the CPU, y is
+    written into it, if both are channels-last and S and C are multiples of 16.
     Differentiable in x, weight, bias and skip; the fused backend once. Raises ValueError for other shapes, if `groups`
     does not divide B, in training if a run has at most one value per channel, and in evaluation without running
     statistics.

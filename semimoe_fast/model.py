@@ -76,12 +76,12 @@ class ExpertUNet(nn.Module):
 
         H and W are multiples of 16.
         """
-        features = []
+        x, features = images, []
         for level, block in enumerate(self.encoder):
             if level:
-                images, features[-1] = pool_and_skip(images)
-            images = block(images, groups)
-            features.append(images)
+                x, features[-1] = pool_and_skip(x)
+            x = block(x, groups)
+            features.append(x)
         return features
 
     def decode(self, features: list[Tensor], groups: int = 1, kernels: Sequence[Tensor | None] | None = None) -> Tensor:

@@ -155,7 +155,7 @@ def _blur(images: Tensor, kernel: Tensor) -> None:
     """Blur images (B, 3, H, W) with a symmetric kernel each; on a CPU by the compiled module, if there is one."""
     if images.is_cpu:  # a GPU would have to wait for the weights
         kernel = kernel[:, : max(1, int((kernel > NEGLIGIBLE).any(0).sum()))]
-        if images.is_contiguous() and _native.module() is not None:
+        if images.is_contiguous() and _native.serves_cpu():
             _native_blur.convolve_(images, kernel)
             return
     _convolve(images, kernel)

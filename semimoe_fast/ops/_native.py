@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ._backend import BackendError, forced_backend
 
 ABI = 7  # must equal the ABI of csrc/bindings.cpp
 REMEDY = "run `pip install .` in the project's folder"
@@ -52,6 +53,20 @@ def module_for(device_type: str) -> ModuleType:
     if reason is not None:
         raise RuntimeError(reason)
     return _load()[0]
+
+
+def serves_cpu() -> bool:
+    """Whether the compiled module computes parts of operations on CPU tensors, such as pooling and blur.
+
+    Raises BackendError if the caller asks for the fused backend and there is no module.
+    """
+    forced = forced_backend()
+    if forced not in (None, "fused"):
+        return False
+    reason = why_unavailable("cpu")
+    if forced is not None and reason is not None:
+        raise BackendError(f"the fused backend cannot serve on cpu: {reason}; choose another backend")
+    return reason is None
 
 
 def instruction_set() -> str:

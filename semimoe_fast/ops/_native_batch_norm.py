@@ -41,7 +41,7 @@ def batch_norm_relu_fwd(
 
 def joins(skip: Tensor, x: Tensor) -> bool:
     """Whether `joined_fwd` takes these."""
-    channels_last = all(t.is_contiguous(memory_format=torch.channels_last) for t in (skip, x))
+    channels_last = all(t.is_cpu and t.is_contiguous(memory_format=torch.channels_last) for t in (skip, x))
     return channels_last and skip.dtype == x.dtype and skip.shape[1] % LANES == x.shape[1] % LANES == 0
 
 

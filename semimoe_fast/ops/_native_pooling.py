@@ -42,6 +42,7 @@ def max_pool(x: Tensor) -> Tensor:
 
 def max_pool_backward(x: Tensor, grad_pooled: Tensor, grad_x: Tensor) -> Tensor:
     """grad_x, as x or channels of a channels-last concatenation, plus the gradient of x by that of `max_pool(x)`."""
+    x = x.contiguous(memory_format=torch.channels_last)  # hooks on saved tensors may change its strides
     step = joined_step(grad_x, x)
     if step is None:
         grad_x = grad_x.contiguous(memory_format=torch.channels_last)

@@ -8,7 +8,10 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 
 def watched(*tensors: Tensor) -> bool:
-    """Whether torch.compile, torch.jit.trace, a dispatch mode such as FakeTensorMode or a tensor subclass must see it.
+    """Whether something must see the operation.
+
+    That is torch.compile, torch.jit.trace, torch.func, forward-mode differentiation, a dispatch mode such as
+    FakeTensorMode, or a tensor subclass.
 
     If not, the plain functions of an operation are called, because on a CPU a custom op and its autograd take longer
     than the computation of small feature maps: 70 us more, forward and backward.
@@ -17,5 +20,7 @@ def watched(*tensors: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or _len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
         or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
     )

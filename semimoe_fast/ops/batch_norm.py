@@ -43,7 +43,8 @@ def batch_norm_relu(
     if not training:
         y = evaluate(x, weight, bias, running_mean.float(), torch.rsqrt(running_var.float() + eps))
         return y if skip is None else concatenate(skip, y)
-    if skip is not None and not as_op and _kernels("cpu") is _native_batch_norm and _native_batch_norm.joins(skip, x):
+    native = _kernels(x.device.type) is _native_batch_norm
+    if skip is not None and not as_op and native and _native_batch_norm.joins(skip, x):
         result, *statistics = _BatchNormReLU.apply(x, weight, bias, eps, groups, skip)
         recomputation.remember(result, _after, skip, x, weight, bias, *statistics)
     else:
@@ -198,16 +199,16 @@ class _BatchNormReLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int, *skip: Tensor) -> tuple:
         inputs = x, weight, bias, eps, groups
         outputs = _native_batch_norm.joined_fwd(*skip, *inputs) if skip else _forward(*inputs)
-        ctx.skips = sum(tensor.shape[1] for tensor in skip)
+        ctx.skips = [tensor.shape[1] for tensor in skip]
         _save_for_backward(ctx, inputs, outputs)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if grad_output is None or ctx.skips == 0:
-            return _backward(ctx, grad_output)
-        grad_skip, grad_y = grad_output[:, : ctx.skips], grad_output[:, ctx.skips :]
-        return *_backward(ctx, grad_y), grad_skip
+        if grad_output is None or not ctx.skips:
+            return *_backward(ctx, grad_output), *(None for _ in ctx.skips)
+        (skips,) = ctx.skips
+        return *_backward(ctx, grad_output[:, skips:]), grad_output[:, :skips]
 
 
 def _refuse(ctx: Any, *_: object) -> None:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from . import _native, _native_pooling
-from ._backend import forced_backend
 from ._watched import watched
 from .recomputation import remember
 
 
 def pool_and_skip(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (B, C, H, W) -> its 2 x 2 max pooling (B, C, H // 2, W // 2) and x itself, for the skip connection."""
-    if not watched(x) and _native_pooling.takes(x) and serves():
+    if not watched(x) and _native_pooling.takes(x) and _native.serves_cpu():
         pooled, skip = _PoolAndSkip.apply(x)
         return pooled, remember(skip, lambda x: x, x)
     return torch.nn.functional.max_pool2d(x, 2), x
@@ -28,11 +27,6 @@ def pool_and_skip(x: Tensor) -> tuple[Tensor, Tensor]:
 def concatenate(skip: Tensor, y: Tensor) -> Tensor:
     """(B, S, H, W), (B, C, H, W) -> (B, S + C, H, W), not kept for the backward pass under `recompute`."""
     return remember(torch.cat([skip, y], 1), lambda *parts: torch.cat(parts, 1), skip, y)
-
-
-def serves() -> bool:
-    """Whether the compiled module may compute on the CPU."""
-    return forced_backend() in (None, "fused") and _native.why_unavailable("cpu") is None
 
 
 class _PoolAndSkip(torch.autograd.Function):
@@ -45,11 +39,14 @@ class _PoolAndSkip(torch.autograd.Function):
         return _native_pooling.max_pool(x), x
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_pooled: Tensor | None, grad_skip: Tensor | None) -> Tensor | None:
         if grad_pooled is None:
             return grad_skip
         (x,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # with create_graph: PyTorch's operators have second derivatives
+            x = x.detach().requires_grad_()
+            (grad,) = torch.autograd.grad(torch.nn.functional.max_pool2d(x, 2), x, grad_pooled, create_graph=True)
+            return grad if grad_skip is None else grad + grad_skip
         return _native_pooling.max_pool_backward(
             x, grad_pooled, torch.zeros_like(x) if grad_skip is None else grad_skip
         )

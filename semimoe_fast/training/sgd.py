@@ -11,14 +11,21 @@ class FusedSGD(torch.optim.SGD):
     """torch.optim.SGD(fused=True) for one group of parameters, which sees channels-last tensors as contiguous ones.
 
     PyTorch 2.13 copies channels-last gradients on a CPU, which takes more than half of the step, and it updates
-    channels-last parameters wrongly if their gradients are contiguous.
+    channels-last parameters wrongly if their gradients are contiguous. There is no support for a GradScaler. Raises
+    ValueError for parameters that are neither contiguous nor channels-last.
     """
 
     def __init__(self, parameters: list[Tensor], lr: float | Tensor, momentum: float, weight_decay: float) -> None:
         super().__init__(parameters, lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+        self._step_supports_amp_scaling = False
+        for p in parameters:
+            if not p.is_contiguous() and not (p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last)):
+                raise ValueError(
+                    f"a parameter {tuple(p.shape)} has strides {p.stride()}: give contiguous or channels-last ones"
+                )
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:
         """Update all parameters that have a gradient."""
         (group,) = self.param_groups
         parameters = [p for p in group["params"] if p.grad is not None]
@@ -37,10 +44,16 @@ class FusedSGD(torch.optim.SGD):
         )
 
     def _momentum(self, parameter: Tensor) -> Tensor:
-        """At first 0: the sum of the momentum and the gradient is then the gradient, with which PyTorch starts."""
+        """With the strides of the parameter; a loaded state may have others.
+
+        At first 0: the sum of the momentum and the gradient is then the gradient, with which PyTorch starts.
+        """
         state = self.state[parameter]
-        if "momentum_buffer" not in state:
+        momentum = state.get("momentum_buffer")
+        if momentum is None or momentum.stride() != parameter.stride():
             state["momentum_buffer"] = torch.zeros_like(parameter)
+            if momentum is not None:
+                state["momentum_buffer"].copy_(momentum)
         return state["momentum_buffer"]
 
 

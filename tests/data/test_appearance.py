@@ -10,6 +10,7 @@ from torch import Tensor
 
 from semimoe_fast.data import appearance as module
 from semimoe_fast.data.appearance import Appearance, Density, Noise, Strengths, apply, draw
+from semimoe_fast.ops import backend
 
 SIZE, BATCH = 24, 5
 
@@ -74,10 +75,17 @@ def test_blur_is_gaussian(images: Tensor) -> None:
 def test_blur_needs_no_compiled_module(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     appearance = drawn(blur=1.5)
     expected = apply(images.clone(), appearance)
+    convolve_, seen = module._native_blur.convolve_, []
+    monkeypatch.setattr(module._native_blur, "convolve_", lambda *tensors: (seen.append(1), convolve_(*tensors)))
+    assert torch.equal(apply(images.clone(), appearance), expected)
+    assert len(seen) == len(images)
+    with backend("portable"):
+        portable = apply(images.clone(), appearance)
     monkeypatch.setattr(module._native, "module", lambda: None)
-    monkeypatch.setattr(module._native_blur, "convolve_", None)
+    assert torch.equal(apply(images.clone(), appearance), portable)
+    assert len(seen) == len(images)
     # sums of at most 22 products in another order
-    torch.testing.assert_close(apply(images.clone(), appearance), expected, rtol=0, atol=2 * 22 * 255 * 2**-24)
+    torch.testing.assert_close(portable, expected, rtol=0, atol=2 * 22 * 255 * 2**-24)
 
 
 def test_noise_is_gaussian_and_differs_between_images() -> None:

@@ -9,22 +9,27 @@ import torch
 from torch import Tensor
 
 from semimoe_fast import functional as F
-from semimoe_fast.ops import _native, _native_batch_norm, _native_pooling, backend
+from semimoe_fast.ops import BackendError, _native, _native_batch_norm, _native_pooling, backend, recomputation
 from semimoe_fast.ops.skips import concatenate, pool_and_skip
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=["plain", "avx2", "avx512"], autouse=True)
-def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if request.param not in _native.module().instruction_sets:
-        pytest.skip(f"the CPU kernels for {request.param} do not run here")
-    monkeypatch.setenv("SEMIMOE_SIMD", request.param)
+@pytest.fixture(autouse=True)
+def _defaults(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("SEMIMOE_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["plain", "avx2", "avx512"])
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param not in _native.module().instruction_sets:
+        pytest.skip(f"the CPU kernels for {request.param} do not run here")
+    monkeypatch.setenv("SEMIMOE_SIMD", request.param)
+    return request.param
 
 
 def feature_maps(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -45,6 +50,10 @@ def calls(monkeypatch: pytest.MonkeyPatch, module: object, name: str) -> list[No
     return seen
 
 
+def pool_by_pytorch(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.nn.functional.max_pool2d(x, 2), x
+
+
 def pooled_and_gradient(
     pool: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, others: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -57,6 +66,7 @@ def pooled_and_gradient(
     return pooled.detach(), x.grad
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 16, 2, 2), (3, 32, 6, 10), (2, 48, 64, 34)], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
@@ -70,7 +80,7 @@ def test_pooling_and_gradients_are_those_of_pytorch(
     others = feature_maps(shape[0], 16, *shape[2:], dtype=dtype)
     seen = calls(monkeypatch, _native_pooling, "max_pool_backward")
     result = pooled_and_gradient(pool_and_skip, x, others)
-    expected = pooled_and_gradient(lambda x: (torch.nn.functional.max_pool2d(x, 2), x), x, others)
+    expected = pooled_and_gradient(pool_by_pytorch, x, others)
     assert len(seen) == 1
     torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
     assert result[0].is_contiguous(memory_format=torch.channels_last)
@@ -110,6 +120,60 @@ def test_the_portable_backend_uses_pytorch(monkeypatch: pytest.MonkeyPatch) -> N
     assert not seen
 
 
+def test_the_fused_backend_needs_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "_load", lambda: (None, "no module"))
+    pool_and_skip(feature_maps(2, 16, 4, 4))
+    with backend("fused"), pytest.raises(BackendError, match="no module; choose another backend"):
+        pool_and_skip(feature_maps(2, 16, 4, 4))
+
+
+def test_pooling_bears_hooks_that_save_other_strides() -> None:
+    x, others = torch.randn(2, 16, 6, 10).contiguous(memory_format=torch.channels_last), feature_maps(2, 16, 6, 10)
+    expected = pooled_and_gradient(pool_and_skip, x, others)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.contiguous(), lambda tensor: tensor):
+        result = pooled_and_gradient(pool_and_skip, x, others)
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+def test_second_derivatives_of_pooling() -> None:
+    """Those of sum(pooled^2) + sum(skip^3): 2 at the largest values, and 6 x."""
+    x = torch.randn(2, 16, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def derivative(pool: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        pooled, skip = pool(x)
+        (first,) = torch.autograd.grad(pooled.square().sum() + skip.pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(first.sum(), x)[0]
+
+    torch.testing.assert_close(derivative(pool_and_skip), derivative(pool_by_pytorch))
+
+
+def test_transformed_pooling() -> None:
+    """Under torch.func and in forward mode, PyTorch pools."""
+    x, direction = feature_maps(2, 16, 4, 4), feature_maps(2, 16, 4, 4)
+    for transform in (
+        lambda pool: torch.func.grad(lambda x: pool(x)[0].square().sum())(x),
+        lambda pool: torch.func.jvp(lambda x: pool(x)[0], (x,), (direction,))[1],
+        lambda pool: forward_mode(pool, x, direction),
+    ):
+        assert torch.equal(transform(pool_and_skip), transform(pool_by_pytorch))
+
+
+def forward_mode(pool: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, direction: Tensor) -> Tensor:
+    with torch.autograd.forward_ad.dual_level():
+        return torch.autograd.forward_ad.unpack_dual(pool(torch.autograd.forward_ad.make_dual(x, direction))[0]).tangent
+
+
+def test_the_skip_is_computed_again() -> None:
+    """Under `recompute`, from what the normalization computes again."""
+    weight, bias = torch.ones(16, requires_grad=True), torch.zeros(16)
+    with recomputation.recompute():
+        y = F.batch_norm_relu(
+            torch.randn(2, 16, 4, 4).contiguous(memory_format=torch.channels_last), weight, bias, None, None
+        )
+        _, skip = pool_and_skip(y)
+        assert isinstance(recomputation.pack(skip, recomputation._recipes.get()), recomputation.Recipe)
+
+
 def joined(x: Tensor, skip: Tensor, apart: bool) -> list[Tensor]:
     """The concatenation, running statistics and gradients; `apart`: normalized, and then concatenated."""
     tensors = [x, skip, torch.linspace(0.5, 1.5, x.shape[1]), torch.linspace(-1, 1, x.shape[1])]
@@ -122,6 +186,7 @@ def joined(x: Tensor, skip: Tensor, apart: bool) -> list[Tensor]:
     return [result.detach(), *running, x.grad, weight.grad, bias.grad, skip.grad]
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("channels", "skips", "size"), [(16, 16, (2, 2)), (64, 16, (7, 5)), (32, 48, (61, 37)), (176, 16, (9, 3))], ids=str
@@ -156,6 +221,34 @@ def test_other_feature_maps_are_concatenated(x: Tensor, skip: Tensor, name: str)
     with backend(name):
         result, expected = joined(x, skip, apart=False), joined(x, skip, apart=True)
     torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("skips", [0, 16])
+def test_gradients_of_a_joined_result_that_are_none(skips: int) -> None:
+    """Of a skip connection without channels, and of a result whose gradient nothing needs."""
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> None:
+            return None
+
+    x, skip = feature_maps(2, 16, 4, 4).requires_grad_(), feature_maps(2, skips, 4, 4).requires_grad_()
+    result = F.batch_norm_relu(x, torch.ones(16), torch.zeros(16), None, None, skip=skip)
+    result.square().sum().backward(retain_graph=True)
+    assert skip.grad.shape == skip.shape
+    before = x.grad.clone()
+    Nothing.apply(result).sum().backward()
+    assert torch.equal(x.grad, before)
+
+
+def test_the_module_joins_on_the_cpu_alone() -> None:
+    x = feature_maps(2, 16, 4, 4)
+    assert _native_batch_norm.joins(x, x)
+    assert not _native_batch_norm.joins(x.to("meta"), x.to("meta"))
 
 
 def test_evaluation_joins_too() -> None:

@@ -58,3 +58,23 @@ def test_a_step_copies_nothing() -> None:
     with profile() as profiled:
         optimizer.step()
     assert not [event.key for event in profiled.key_averages() if event.key in ("aten::clone", "aten::copy_")]
+
+
+def test_a_loaded_momentum_of_other_strides() -> None:
+    ours, theirs = parameters(torch.channels_last), parameters(torch.channels_last)
+    optimizer, expected = FusedSGD(ours, torch.tensor(0.1), 0.9, 0.0), torch.optim.SGD(theirs, 0.1, 0.9, foreach=False)
+    for tensors, each in ((ours, optimizer), (theirs, expected)):
+        set_gradients(tensors, torch.channels_last, 0)
+        each.step()
+    state = optimizer.state_dict()
+    for entry in state["state"].values():
+        entry["momentum_buffer"] = entry["momentum_buffer"].contiguous()
+    optimizer.load_state_dict(state)
+    optimizer.step()
+    expected.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_parameters_with_other_strides_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"a parameter \(3, 2\) has strides \(1, 3\)"):
+        FusedSGD([torch.zeros(2, 3).T], 0.1, 0.9, 0.0)
