@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tempfile
+import time
 from pathlib import Path
 
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).parent.resolve()
 CUDA = os.environ.get("SEMIMOE_CUDA", "AUTO")
@@ -53,8 +57,26 @@ class CMakeBuild(build_ext):
             raise SystemExit(f"error: the native module could not be built, see CMake's message above{remedy}")
 
 
+class ReproducibleSdist(sdist):
+    """The bytes of the archive depend on its files and SOURCE_DATE_EPOCH alone, not on their times and owners."""
+
+    def make_archive(
+        self, base_name: str, format: str, root_dir: str | None = None, base_dir: str | None = None, **owner: str | None
+    ) -> str:
+        moment = int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
+
+        def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
+            mode = 0o755 if member.mode & 0o100 else 0o644
+            return member.replace(mtime=moment, mode=mode, uid=0, gid=0, uname="", gname="", deep=False)
+
+        path = f"{base_name}.tar.gz"
+        with gzip.GzipFile(path, "wb", mtime=moment) as packed, tarfile.open(fileobj=packed, mode="w") as archive:
+            archive.add(base_dir, filter=plain)
+        return path
+
+
 sources = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").iterdir())
 setup(
     ext_modules=[Extension("_semimoe_fast", sources=[], depends=["CMakeLists.txt", *sources])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "sdist": ReproducibleSdist},
 )

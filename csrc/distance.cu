@@ -5,7 +5,6 @@
 #include "general_path.cuh"
 
 namespace semimoe {
-namespace {
 
 // Blocks per multiprocessor, limited by registers and shared memory on the largest GPUs.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -14,6 +13,7 @@ constexpr int kBlocks = 3;
 constexpr int kBlocks = 4;
 #endif
 
+// Not in an anonymous namespace: nvcc would name the kernels after the folder, and builds would not be reproducible.
 __global__ void __launch_bounds__(kThreads) distance_read_kernel(const Problem problem) {
   read(problem, shared_memory<std::uint32_t[kTileColumns]>());
 }
@@ -37,6 +37,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) distance_cluster_kernel(con
   cluster_targets(problem, shared_memory<ClusterMemory>());
 #endif
 }
+
+namespace {
 
 void check(cudaError_t error) {
   if (error != cudaSuccess)

@@ -110,10 +110,15 @@ def save(
         "width": model.width,
         "expert_tasks": list(model.expert_tasks),
     }
-    header = {"format": FORMAT, "model": arguments, **metadata}
     tensors = {f"model.{key}": value for key, value in model.state_dict().items()} | state
+    write(Path(path), {"model": arguments, **metadata}, tensors)
+
+
+def write(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write metadata (JSON values) and tensors, on any device, atomically into a file that `read` reads."""
+    header = {"format": FORMAT, **metadata}
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    write_atomically(Path(path), lambda part: _save_file(tensors, part, {METADATA_KEY: json.dumps(header)}))
+    write_atomically(path, lambda part: _save_file(tensors, part, {METADATA_KEY: json.dumps(header)}))
 
 
 def _save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -1,8 +1,9 @@
 """Train and score methods: `python -m benchmarks.peers --data GlaS256 --out runs/accuracy --method cps --seed 0 1 2`.
 
 A run is METHOD-seedS-DIGEST in --out, where DIGEST is that of its arguments and of the names of the images: a JSON file
-of scores when it is finished, and the state after its last epoch (.pt). The command skips finished runs, and those that
-another process trains, and goes on with interrupted ones. So several processes may share the work of one command.
+of scores when it is finished, and the state after its last epoch (.safetensors). The command skips finished runs, and
+those that another process trains, and goes on with interrupted ones. So several processes may share the work of one
+command.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def run(out: Path, name: str, config: TrainConfig, splits: Splits, device: torch
         elif not claim.held:
             print(f"{path.name} is being trained by another process")
         else:
-            result = about | train(path.with_suffix(".pt"), name, config, splits, device)
+            result = about | train(path.with_suffix(".safetensors"), name, config, splits, device)
             text = json.dumps(result, indent=1, allow_nan=False) + "\n"
             write_atomically(path.with_suffix(".json"), lambda part: part.write_text(text))
             half, swept = (result["scores"][variant]["dice"] for variant in ("at_half", "swept"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import pickle
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,18 +13,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from semimoe_fast.checkpoint import Preprocessing, write_atomically
+from semimoe_fast import checkpoint
+from semimoe_fast.checkpoint import Preprocessing
 from semimoe_fast.data import appearance, augment
 from semimoe_fast.data.appearance import Strengths
 from semimoe_fast.data.cache import Cache
 from semimoe_fast.data.folders import Dataset
 from semimoe_fast.device import autocast
-from semimoe_fast.errors import UserError, first_sentence
+from semimoe_fast.errors import UserError
 from semimoe_fast.training.batches import Batches, Images, TrainingData
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.distributed import World
 from semimoe_fast.training.schedule import generator, learning_rate
 from semimoe_fast.training.sources import load_data, parts_of
+from semimoe_fast.training.state import like, with_prefix
 
 from .method import Batch, Method
 from .scores import Scored, score
@@ -165,22 +166,29 @@ class Training:
         return augment.standardize(images, mean, std).contiguous(memory_format=torch.channels_last), masks
 
     def save(self, path: Path) -> None:
-        state = {
-            "method": self.method.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "random": torch.get_rng_state(),
-            "progress": {name: getattr(self, name) for name in ("epoch", "seconds", "cpu_seconds", "curve")},
-        }
-        write_atomically(path, lambda part: torch.save(state, part))
+        tensors = {f"method.{key}": value for key, value in self.method.state_dict().items()}
+        for prefix, parameter, optimizer in self._optimized():
+            moments = optimizer.state[parameter].items()
+            tensors |= {f"{prefix}{key}": value for key, value in moments if value is not None}
+        progress = {name: getattr(self, name) for name in ("epoch", "seconds", "cpu_seconds", "curve")}
+        checkpoint.write(path, {"progress": progress}, tensors | {"random": torch.get_rng_state()})
 
     def restore(self, path: Path) -> None:
         """Go on from a file that `save` wrote. Raises UserError if it cannot be read."""
         try:
-            state = torch.load(path, weights_only=True, map_location=self.device)
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-            raise UserError(f"{path} cannot be read ({first_sentence(error)}): remove it to train anew") from error
-        self.method.load_state_dict(state["method"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        torch.set_rng_state(state["random"].cpu())
-        vars(self).update(state["progress"])
+            metadata, tensors = checkpoint.read(path, self.device)
+        except UserError as error:
+            raise UserError(f"{error}; remove it to train anew") from error
+        self.method.load_state_dict(with_prefix(tensors, "method."))
+        for prefix, parameter, optimizer in self._optimized():
+            moments = with_prefix(tensors, prefix).items()
+            optimizer.state[parameter] = {key: like(parameter, value) for key, value in moments}
+        torch.set_rng_state(tensors["random"].cpu())
+        vars(self).update(metadata["progress"])
+
+    def _optimized(self) -> Iterator[tuple[str, torch.nn.Parameter, torch.optim.Optimizer]]:
+        """Each trained parameter, with the prefix of the names of its saved moments, and its optimizer."""
+        for number, optimizer in enumerate(self.optimizers):
+            (group,) = optimizer.param_groups
+            for index, parameter in enumerate(group["params"]):
+                yield f"optimizer{number}.{index}.", parameter, optimizer

@@ -130,10 +130,13 @@ class World:
 
     def broadcast(self, text: Callable[[], str]) -> str:
         """The result of text() on rank 0, on all ranks; the other ranks do not call text()."""
-        values = [text() if self.is_main else None]
-        if self.size > 1:
-            dist.broadcast_object_list(values, device=torch.device("cpu"))
-        return values[0]
+        if self.size == 1:
+            return text()
+        encoded = os.fsencode(text()) if self.is_main else b""
+        buffer = torch.zeros(self.max(len(encoded)), dtype=torch.uint8)
+        buffer[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+        dist.broadcast(buffer, 0)
+        return os.fsdecode(bytes(buffer.tolist()))
 
     def main_first(self, call: Callable[[], T]) -> T:
         """Return call(), which rank 0 runs first; if it raises there, the other ranks do not run it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 CHECKED = ("model.", "adaptive.", "average.", "optim.")  # prefixes under which a run knows every name
@@ -40,6 +41,11 @@ def states_of_ranks(state: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
 def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names start with the prefix; the names lose the prefix."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def like(parameter: Tensor, value: Tensor) -> Tensor:
+    """An optimizer's tensor on the device of its parameter; moments also get the memory layout of the parameter."""
+    return value.to(parameter.device) if value.ndim == 0 else torch.empty_like(parameter).copy_(value)
 
 
 def _described(tensor: Tensor) -> str:

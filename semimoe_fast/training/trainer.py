@@ -29,7 +29,7 @@ from .graphs import WARM_UP, GraphedStep, compile_experts
 from .schedule import generator, learning_rate, unsupervised_weight
 from .sgd import FusedSGD
 from .speed import Stopwatch, flops_per_step, peak_memory_bytes
-from .state import check_state, states_of_ranks, with_prefix
+from .state import check_state, like, states_of_ranks, with_prefix
 
 T = TypeVar("T")
 
@@ -255,7 +255,7 @@ class Trainer:
                 self.ema.sums[name].copy_(value)
         for name, parameter, optimizer in self._optimized():
             moments = with_prefix(state, f"optim.{name}.")
-            optimizer.state[parameter] = {key: _like(parameter, value) for key, value in moments.items()}
+            optimizer.state[parameter] = {key: like(parameter, value) for key, value in moments.items()}
         same = len(ranks) == self.world.size
         own = ranks[self.world.rank if same else 0]
         for key, tensor in self._averaged_state().items():
@@ -338,8 +338,3 @@ def _timed(name: str, items: Iterator[T]) -> Iterator[T]:
             except StopIteration:
                 return
         yield item
-
-
-def _like(parameter: Tensor, value: Tensor) -> Tensor:
-    """An optimizer's tensor on the device of its parameter; moments also get the memory layout of the parameter."""
-    return value.to(parameter.device) if value.ndim == 0 else torch.empty_like(parameter).copy_(value)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from dataclasses import dataclass
@@ -43,17 +44,23 @@ print(json.dumps({
 
 # The variables of this process must not affect the environments under test.
 VARIABLES = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+WHEN = {"SOURCE_DATE_EPOCH": "1700000000"}  # archives hold this time instead of that of the build
+
+
+def copy_sources(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, folder / name)
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources, so that builds do not write into the real ones."""
     tree = tmp_path_factory.mktemp("tree")
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / name, tree / name)
+    copy_sources(tree)
     return tree
 
 
@@ -79,9 +86,11 @@ class Environment:
             text=True,
         )
 
-    def run(self, *arguments: str, cwd: Path) -> str:
+    def run(self, *arguments: str, cwd: Path, **variables: str) -> str:
         """Run Python in a folder, which `-c` and `-m` put first on its path; its standard output."""
-        done = run_patiently([self.python, *arguments], cwd=cwd, env=VARIABLES, capture_output=True, text=True)
+        done = run_patiently(
+            [self.python, *arguments], cwd=cwd, env={**VARIABLES, **variables}, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -128,16 +137,38 @@ def test_editable_install(tree: Path, environment: Environment, tmp_path: Path) 
         assert report["built_with"]["cuda"] is None
 
 
-@pytest.mark.slow
-def test_wheel_alone(tree: Path, environment: Environment, tmp_path: Path) -> None:
-    """The wheel is built from the source distribution, which shows that both are complete."""
-    build = f"from setuptools.build_meta import build_sdist; print(build_sdist({str(tmp_path)!r}))"
-    sdist = environment.run("-c", build, cwd=tree).splitlines()[-1]
-    built = environment.pip(
-        "wheel", "--no-build-isolation", "--wheel-dir", tmp_path, tmp_path / sdist, SEMIMOE_CUDA="OFF"
-    )
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    return Environment(tmp_path_factory.mktemp("builder") / "venv")
+
+
+def build_sdist(builder: Environment, tree: Path, out: Path) -> Path:
+    """The source archive, built in `tree`."""
+    build = f"from setuptools.build_meta import build_sdist; print(build_sdist({str(out)!r}))"
+    return out / builder.run("-c", build, cwd=tree, **WHEN).splitlines()[-1]
+
+
+def build_wheel(builder: Environment, source: Path, out: Path) -> Path:
+    """The wheel without CUDA of a folder or a source archive."""
+    built = builder.pip("wheel", "--no-build-isolation", "--wheel-dir", out, source, SEMIMOE_CUDA="OFF", **WHEN)
     assert built.returncode == 0, built.stdout + built.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def sdist(builder: Environment, tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_sdist(builder, tree, tmp_path_factory.mktemp("sdist"))
+
+
+@pytest.fixture(scope="module")
+def wheel(builder: Environment, sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the source archive, which shows that both are complete."""
+    return build_wheel(builder, sdist, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.mark.slow
+def test_wheel_alone(wheel: Path, environment: Environment, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {"semimoe_fast/kernels/__init__.py", "semimoe_fast/py.typed"} <= set(names)
@@ -149,6 +180,32 @@ def test_wheel_alone(tree: Path, environment: Environment, tmp_path: Path) -> No
     for part in ("package", "kernels", "native"):
         assert Path(report[part]).is_relative_to(environment.site)
     assert report["built_with"]["cuda"] is None
+
+
+@pytest.mark.slow
+def test_archives_are_small(sdist: Path, wheel: Path) -> None:
+    assert wheel.stat().st_size < 1_000_000, "the wheel without CUDA; release.yml and .ci/run check this too"
+    assert sdist.stat().st_size < 1_000_000
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/")[1] for name in archive.getnames() if "/" in name}
+    assert names == {*SOURCES, "PKG-INFO", "setup.cfg", "semimoe_fast.egg-info"}
+
+
+@pytest.mark.slow
+def test_builds_are_reproducible(builder: Environment, sdist: Path, wheel: Path, tmp_path: Path) -> None:
+    """The same bytes at another time from another folder, without the source archive between."""
+    tree = tmp_path / "another folder"
+    copy_sources(tree)
+    assert build_sdist(builder, tree, tmp_path).read_bytes() == sdist.read_bytes()
+    assert differing(build_wheel(builder, tree, tmp_path), wheel) == []
+
+
+def differing(one: Path, other: Path) -> list[str]:
+    """The names of the files that two wheels do not share; the wheels themselves, if only their archives differ."""
+    with zipfile.ZipFile(one) as first, zipfile.ZipFile(other) as second:
+        contents = [{name: archive.read(name) for name in archive.namelist()} for archive in (first, second)]
+    files = [name for name in contents[0] | contents[1] if contents[0].get(name) != contents[1].get(name)]
+    return files or ([] if one.read_bytes() == other.read_bytes() else [one.name])
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,9 @@ def test_cuda_kernels_compile_without_spills(architecture: int, tmp_path: Path) 
     kernels = len(re.findall("^__global__", (SOURCES / "distance.cu").read_text(), re.MULTILINE))
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled.stderr)
     assert spills == [("0", "0", "0")] * kernels, compiled.stderr
+    cubin = (tmp_path / "distance.cubin").read_bytes()
+    assert b"distance_read_kernel" in cubin
+    assert b"_GLOBAL__N_" not in cubin, "an anonymous namespace, named after the folder: not reproducible"
 
 
 def test_python_calls_the_cuda_function_with_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -234,7 +234,7 @@ def test_runs_resume_and_are_not_repeated(
     with pytest.raises(KeyboardInterrupt):
         command.main(options(folder, tmp_path / "runs", *method))
     monkeypatch.setattr(Training, "train_epoch", epoch)
-    (state,) = (tmp_path / "runs").glob("*.pt")
+    (state,) = (tmp_path / "runs").glob("*.safetensors")
     claim = command.Claim(state.with_suffix(".lock"))
     command.main(options(folder, tmp_path / "runs", *method))
     assert "is being trained by another process" in capsys.readouterr().out
@@ -257,7 +257,7 @@ def test_runs_resume_and_are_not_repeated(
 
     state.write_bytes(state.read_bytes()[:1000])
     resumed.unlink()
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"not a readable checkpoint .*; remove it to train anew"):
         command.main(options(folder, tmp_path / "runs", *method))
 
 
