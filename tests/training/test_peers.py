@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, dropout2d, mse_loss
 
 from semimoe_fast import functional as F
 from semimoe_fast import synthetic
@@ -29,6 +29,7 @@ from benchmarks.peers.mean_teacher import MeanTeacher  # noqa: E402
 from benchmarks.peers.method import Batch, both  # noqa: E402
 from benchmarks.peers.methods import METHODS, same_flops_width  # noqa: E402
 from benchmarks.peers.training import Splits, Training, load_splits  # noqa: E402
+from benchmarks.peers.unimatch import UniMatch  # noqa: E402
 
 CPU = torch.device("cpu")
 UNLABELED = 4  # two steps an epoch
@@ -69,6 +70,18 @@ def gradients(module: torch.nn.Module, loss: Tensor) -> list[Tensor]:
     return [*torch.autograd.grad(loss, [*module.parameters()], retain_graph=True)]
 
 
+def in_double(data: Batch) -> Batch:
+    labeled, masks, unlabeled, strong = data
+    return Batch(labeled.double(), masks, unlabeled.double(), tuple(view.double() for view in strong))
+
+
+def compare_losses(network: torch.nn.Module, loss: Tensor, right: Tensor) -> None:
+    """Both losses and their gradients; the losses are float32 inside, so sums in another order round differently."""
+    torch.testing.assert_close(loss.double(), right.double(), rtol=1e-5, atol=0)
+    for found, expected in zip(gradients(network, loss), gradients(network, right), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item() + 1e-9)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_all_methods_take_equally_many_steps_and_images(name: str, config: TrainConfig, splits: Splits) -> None:
     training = Training(config, METHODS[name], splits, CPU)
@@ -98,6 +111,17 @@ def test_the_upper_bound_alone_sees_all_labels(config: TrainConfig, splits: Spli
     (first, *_) = strong._batches()
     assert not torch.equal(*first.strong)
     assert all((view - first.unlabeled).abs().mean() < 1 for view in first.strong), "the same images, changed"
+
+
+def test_scores_leave_the_statistics_of_batch_normalization(config: TrainConfig, splits: Splits) -> None:
+    training = Training(config, METHODS["supervised"], splits, CPU)
+    training.train_epoch()
+    before = {key: value.clone() for key, value in training.method.named_buffers()}
+    training.method.train()
+    training.score()
+    assert before
+    for key, value in training.method.named_buffers():
+        assert torch.equal(value, before[key]), key
 
 
 def test_the_upper_bound_needs_the_masks(glands_folder: Path, config: TrainConfig, tmp_path: Path) -> None:
@@ -160,6 +184,20 @@ def test_the_teacher_is_the_average_of_the_student() -> None:
             torch.testing.assert_close(value.double(), right, rtol=1e-5, atol=1e-6)  # float32 against float64
 
 
+def test_the_loss_of_mean_teacher_is_that_of_its_formula() -> None:
+    method, data = MeanTeacher(4).double(), in_double(batch())
+    method.student.head.weight.data *= 3  # else the teacher is the student
+    torch.manual_seed(0)
+    loss = method.loss(data, 0.5)
+
+    torch.manual_seed(0)
+    noise = (0.1 * torch.randn_like(data.unlabeled)).clamp(-0.2, 0.2)
+    target = method.teacher(data.unlabeled + noise)[1].softmax(1).detach()
+    consistency = mse_loss(method.student(data.unlabeled)[1].softmax(1), target)
+    right = F.squared_dice_loss(method.student(data.labeled)[1], data.masks) + 5 * 0.5 * consistency
+    compare_losses(method.student, loss, right)
+
+
 def test_gradients_of_cross_pseudo_supervision_do_not_cross() -> None:
     method, data = CPS(4), batch()
     loss = method.loss(data, 0.5)
@@ -177,22 +215,30 @@ def test_only_confident_pixels_count() -> None:
     (gradient,) = torch.autograd.grad(unimatch.confident_dice(logits, labels), logits)
     assert (gradient[:, :, :3] == 0).all()
     assert (gradient[:, :, 3:] != 0).all()
+    assert unimatch.confident_dice(logits, torch.full_like(labels, -1)) == 0
 
 
-@pytest.mark.parametrize("threshold", [0.0, 1.1])
-def test_labels_of_unimatch_have_no_gradient(threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a threshold above 1 no pixel is confident, and the supervised loss is left."""
-    monkeypatch.setattr(unimatch, "CONFIDENCE", threshold)
-    method, data = METHODS["unimatch"](4), batch(strong=2)
-    labels = []
-    dice = unimatch.confident_dice
-    monkeypatch.setattr(unimatch, "confident_dice", lambda x, y: labels.append(y) or dice(x, y))
-    loss = method.loss(data, 1.0)
-    assert len(labels) == 3
-    assert not any(label.is_floating_point() or label.requires_grad for label in labels)
-    labeled = method.network(torch.cat([data.labeled, data.unlabeled]), 2)[1][:2]
-    supervised = F.squared_dice_loss(labeled, data.masks) + cross_entropy(labeled, data.masks.long())
-    assert (loss.item() == pytest.approx(supervised.item() / 4, rel=1e-5)) == (threshold > 1)
+def test_the_loss_of_unimatch_is_that_of_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unimatch, "MIXED", 1.1)  # always
+    method, data = UniMatch(4).double(), in_double(batch(strong=2))  # else rounding decides which pixels are confident
+    network = method.network
+    network.head.weight.data *= 10  # so that some pixels are confident
+    torch.manual_seed(0)
+    loss = method.loss(data, 0.5)
+
+    torch.manual_seed(0)
+    labeled, features = network(data.labeled)[1], network.encode(data.unlabeled)
+    dropped = network.head(network.decode([dropout2d(x, 0.5) for x in features]))
+    confidence, labels = network.head(network.decode(features)).softmax(1).max(1)
+    labels[confidence < 0.95] = -1
+    assert 0.1 < (labels < 0).double().mean() < 0.9
+    right = F.squared_dice_loss(labeled, data.masks) / 4 + cross_entropy(labeled, data.masks.long()) / 4
+    right = right + unimatch.confident_dice(dropped, labels) / 4
+    for view, box in zip(data.strong, [unimatch.random_boxes(labels) for _ in data.strong], strict=True):
+        mixed = torch.where(box[:, None], view.flip(0), view)  # of two images, each is the other's partner
+        target = torch.where(box, labels.flip(0), labels)
+        right = right + unimatch.confident_dice(network(mixed)[1], target) / 8
+    compare_losses(network, loss, right)
 
 
 def test_images_and_labels_are_mixed_alike(monkeypatch: pytest.MonkeyPatch) -> None:
