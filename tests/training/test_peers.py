@@ -18,6 +18,7 @@ from semimoe_fast import functional as F
 from semimoe_fast import synthetic
 from semimoe_fast.data.cache import Cache
 from semimoe_fast.errors import UserError
+from semimoe_fast.training.batches import tensors_of
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.speed import flops_per_step
 from semimoe_fast.training.trainer import Trainer
@@ -111,6 +112,12 @@ def test_the_upper_bound_alone_sees_all_labels(config: TrainConfig, splits: Spli
     (first, *_) = strong._batches()
     assert not torch.equal(*first.strong)
     assert all((view - first.unlabeled).abs().mean() < 1 for view in first.strong), "the same images, changed"
+
+
+def test_batches_are_on_the_device(config: TrainConfig, splits: Splits) -> None:
+    meta = torch.device("meta")  # as a GPU, it does not take the CPU's tensors
+    for batch in Training(config, METHODS["unimatch"], splits, meta)._batches():
+        assert {tensor.device for tensor in tensors_of(batch)} == {meta}
 
 
 def test_scores_leave_the_statistics_of_batch_normalization(config: TrainConfig, splits: Splits) -> None:
