@@ -25,7 +25,7 @@ from tqdm import tqdm
 from benchmarks.record import commit
 from semimoe_fast.checkpoint import write_atomically
 from semimoe_fast.data.cache import Cache
-from semimoe_fast.device import choose_device, configure
+from semimoe_fast.device import choose_device, configure, in_bf16
 from semimoe_fast.errors import UserError, run_command
 from semimoe_fast.locks import lock
 from semimoe_fast.options import read_options
@@ -91,7 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(out: Path, name: str, config: TrainConfig, splits: Splits, device: torch.device) -> None:
     """Train a method to its last epoch and write its scores, unless that is done or another process does it."""
-    about = {"method": name, "seed": config.seed, "arguments": arguments_of(config), "splits": splits.described()}
+    about = {
+        "method": name,
+        "seed": config.seed,
+        "arguments": arguments_of(config, device),
+        "splits": splits.described(),
+    }
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
     path = out / f"{name}-seed{config.seed}-{digest}"
     with closing(Claim(path.with_suffix(".lock"))) as claim:
@@ -133,10 +138,11 @@ def train(path: Path, name: str, config: TrainConfig, splits: Splits, device: to
     }
 
 
-def arguments_of(config: TrainConfig) -> dict[str, Any]:
-    """The options that decide the result."""
+def arguments_of(config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """The options that decide the result; of the device its type, which decides the precision."""
     names = "image_size normalization width epochs warmup_epochs decay_epochs lr labeled_batch unlabeled_batch".split()
-    return {name: getattr(config, name) for name in names}
+    precision = "bf16" if in_bf16(config.precision, device) else "fp32"
+    return {name: getattr(config, name) for name in names} | {"device": device.type, "precision": precision}
 
 
 def machine(device: torch.device) -> str:

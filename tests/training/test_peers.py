@@ -314,6 +314,12 @@ def test_runs_resume_and_are_not_repeated(
         command.main(options(folder, tmp_path / "runs", *method))
 
 
+def test_runs_on_other_devices_are_other_runs(config: TrainConfig) -> None:
+    cpu, *others = (command.arguments_of(config, torch.device(name)) for name in ("cpu", "cuda:0", "cuda:1"))
+    assert (cpu["device"], cpu["precision"]) == ("cpu", "fp32")
+    assert [(other["device"], other["precision"]) for other in others] == [("cuda", "bf16")] * 2
+
+
 def test_collected_scores_are_those_of_the_runs(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("tyro")
     runs = tmp_path / "runs"
