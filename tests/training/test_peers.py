@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -350,3 +351,5 @@ def test_each_labeled_image_is_held_out_once(folder: Path, tmp_path: Path) -> No
         held_out += mine
     assert sorted(held_out) == sorted((folder / "train_sup_3" / "image").iterdir())
     assert not {*held_out} & {*(folder / "val" / "image").iterdir()}
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))} exists and is not an empty folder: choose"):
+        folds.main(["--data", str(folder), "--out", str(tmp_path), "--folds", "2"])
