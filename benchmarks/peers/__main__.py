@@ -35,6 +35,8 @@ from .methods import METHODS
 from .scores import record
 from .training import Splits, Training, load_splits
 
+CPUINFO = Path("/proc/cpuinfo")  # on Linux alone
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -114,6 +116,7 @@ def run(out: Path, name: str, config: TrainConfig, splits: Splits, device: torch
 
 def train(path: Path, name: str, config: TrainConfig, splits: Splits, device: torch.device) -> dict[str, Any]:
     """Train a method from the state in a file, if there is one -> what its record says."""
+    origin = {"machine": machine(device), "torch": torch.__version__, "commit": commit()}
     training = Training(config, METHODS[name], splits, device)
     if path.exists():
         training.restore(path)
@@ -129,9 +132,7 @@ def train(path: Path, name: str, config: TrainConfig, splits: Splits, device: to
         "parameters": sum(p.numel() for p in training.method.parameters() if p.requires_grad),
         "seconds": round(training.seconds, 1),
         "cpu_seconds": round(training.cpu_seconds, 1),
-        "machine": machine(device),
-        "torch": torch.__version__,
-        "commit": commit(),
+        **origin,
         "date": str(datetime.date.today()),
         "scores": record(training.score(), splits.val),
         "curve": training.curve,
@@ -148,9 +149,11 @@ def arguments_of(config: TrainConfig, device: torch.device) -> dict[str, Any]:
 def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    models = [line.partition(":")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    text = CPUINFO.read_text() if CPUINFO.exists() else ""
+    models = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
+    name = models[0] if models else platform.processor() or platform.machine()
     threads = torch.get_num_threads()
-    return f"{models[0].strip() if models else platform.machine()}, {threads} thread{'s' * (threads > 1)}"
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
 class Claim:
@@ -158,10 +161,13 @@ class Claim:
 
     def __init__(self, path: Path) -> None:
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        taken = f"{path} is locked by another process"
         try:
-            lock(self.file, path, "", "let no other process train this run")
+            lock(self.file, path, taken, "let no other process train this run")
             self.held = True
-        except UserError:
+        except UserError as error:
+            if str(error) != taken:
+                raise
             self.held = False
 
     def close(self) -> None:

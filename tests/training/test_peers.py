@@ -316,6 +316,22 @@ def test_runs_resume_and_are_not_repeated(
         command.main(options(folder, tmp_path / "runs", *method))
 
 
+def test_the_machine_has_a_name_without_cpuinfo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(command, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(command.platform, "processor", lambda: "arm")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert command.machine(CPU) == "arm, 1 thread"
+
+
+def test_only_a_held_lock_is_another_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*arguments: object) -> None:
+        raise UserError("no locks here")
+
+    monkeypatch.setattr(command, "lock", fail)
+    with pytest.raises(UserError, match="no locks here"):
+        command.Claim(tmp_path / "run.lock")
+
+
 def test_runs_on_other_devices_are_other_runs(config: TrainConfig) -> None:
     cpu, *others = (command.arguments_of(config, torch.device(name)) for name in ("cpu", "cuda:0", "cuda:1"))
     assert (cpu["device"], cpu["precision"]) == ("cpu", "fp32")
