@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy, dropout2d, mse_loss
+from torch.utils.flop_counter import FlopCounterMode
 
 from semimoe_fast import functional as F
 from semimoe_fast import synthetic
@@ -266,6 +267,25 @@ def test_the_wide_network_costs_what_the_experts_cost() -> None:
     wide = same_flops_width(8)
     assert flops_per_step(wide, 64, 1) / 3 == pytest.approx(flops_per_step(8, 64, 1), rel=0.07)  # widths are integers
     assert METHODS["supervised-wide"](8).network.head.in_channels == wide
+
+
+@pytest.mark.parametrize("name", ["supervised", "mean-teacher", "cps", "unimatch"])
+def test_the_page_has_the_cost_of_a_step(name: str) -> None:
+    """Relative to the experts; the gates and targets of semi-moe do not show in two digits."""
+    page = (Path(__file__).parents[2] / "docs" / "accuracy.md").read_text()
+    images = torch.empty(2, 3, 32, 32, device="meta")
+    masks = torch.empty(2, 32, 32, dtype=torch.uint8, device="meta")
+    costs = []
+    for variant in (name, f"{name}-wide"):
+        with torch.device("meta"):
+            method = METHODS[variant](16)
+        data = Batch(images, masks, images, (images,) * method.strong_views)
+        if method.learns_from == "labeled":
+            data = Batch(torch.cat([images] * 2), torch.cat([masks] * 2), None)
+        with FlopCounterMode(display=False) as counter:
+            method.loss(data, 1.0).backward()
+        costs.append(counter.get_total_flops() / flops_per_step(16, 32, 4))
+    assert f"| `{name}` | {costs[0]:.2f} | {costs[1]:.2f} |" in page
 
 
 def options(folder: Path, out: Path, *more: str) -> list[str]:
