@@ -26,7 +26,7 @@ from tqdm import tqdm
 from benchmarks.record import commit
 from semimoe_fast.checkpoint import write_atomically
 from semimoe_fast.data.cache import Cache
-from semimoe_fast.device import choose_device, configure
+from semimoe_fast.device import choose_device, configure, in_bf16
 from semimoe_fast.errors import UserError, run_command
 from semimoe_fast.locks import lock
 from semimoe_fast.options import read_options
@@ -35,6 +35,8 @@ from semimoe_fast.training.config import TrainConfig
 from .methods import METHODS
 from .scores import record
 from .training import Splits, Training, load_splits
+
+CPUINFO = Path("/proc/cpuinfo")  # on Linux alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(out: Path, name: str, config: TrainConfig, splits: Splits, device: torch.device) -> None:
     """Train a method to its last epoch and write its scores, unless that is done or another process does it."""
-    about = {"method": name, "seed": config.seed, "arguments": arguments_of(config), "splits": splits.described()}
+    about = {
+        "method": name,
+        "seed": config.seed,
+        "arguments": arguments_of(config, device),
+        "splits": splits.described(),
+    }
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
     path = out / f"{name}-seed{config.seed}-{digest}"
     with closing(Claim(path.with_suffix(".lock"))) as claim:
@@ -110,6 +117,7 @@ def run(out: Path, name: str, config: TrainConfig, splits: Splits, device: torch
 
 def train(path: Path, name: str, config: TrainConfig, splits: Splits, device: torch.device) -> dict[str, Any]:
     """Train a method from the state in a file, if there is one -> what its record says."""
+    origin = {"machine": machine(device), "torch": torch.__version__, "commit": commit()}
     training = Training(config, METHODS[name], splits, device)
     if path.exists():
         training.restore(path)
@@ -125,27 +133,28 @@ def train(path: Path, name: str, config: TrainConfig, splits: Splits, device: to
         "parameters": sum(p.numel() for p in training.method.parameters() if p.requires_grad),
         "seconds": round(training.seconds, 1),
         "cpu_seconds": round(training.cpu_seconds, 1),
-        "machine": machine(device),
-        "torch": torch.__version__,
-        "commit": commit(),
+        **origin,
         "date": str(datetime.date.today()),
         "scores": record(training.score(), splits.val),
         "curve": training.curve,
     }
 
 
-def arguments_of(config: TrainConfig) -> dict[str, Any]:
-    """The options that decide the result."""
+def arguments_of(config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """The options that decide the result; of the device its type, which decides the precision."""
     names = "image_size normalization width epochs warmup_epochs decay_epochs lr labeled_batch unlabeled_batch".split()
-    return {name: getattr(config, name) for name in names}
+    precision = "bf16" if in_bf16(config.precision, device) else "fp32"
+    return {name: getattr(config, name) for name in names} | {"device": device.type, "precision": precision}
 
 
 def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    models = [line.partition(":")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    text = CPUINFO.read_text() if CPUINFO.exists() else ""
+    models = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
+    name = models[0] if models else platform.processor() or platform.machine()
     threads = torch.get_num_threads()
-    return f"{models[0].strip() if models else platform.machine()}, {threads} thread{'s' * (threads > 1)}"
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
 class Claim:
@@ -153,10 +162,13 @@ class Claim:
 
     def __init__(self, path: Path) -> None:
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        taken = f"{path} is locked by another process"
         try:
-            lock(self.file, path, "", "let no other process train this run")
+            lock(self.file, path, taken, "let no other process train this run")
             self.held = True
-        except UserError:
+        except UserError as error:
+            if str(error) != taken:
+                raise
             self.held = False
 
     def close(self) -> None:

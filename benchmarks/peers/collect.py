@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = [run for members in found.values() for run in members]
     machine = " and ".join(sorted({run["machine"] for run in runs}))
     commit = " and ".join(sorted(set(map(commit_of, runs))))
-    options = "epochs width image_size normalization".split()
+    options = "epochs width image_size normalization device".split()
     chosen = " ".join(f"--{name.replace('_', '-')} {runs[0]['arguments'][name]}" for name in options)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     write_record(given.out, machine, commit, [f"python -m benchmarks.peers --data DATA {chosen}"], tables(found))

@@ -34,6 +34,8 @@ class Options:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = read_options(Options, "benchmarks.peers.folds", arguments)
+    if options.out.exists() and not (options.out.is_dir() and not any(options.out.iterdir())):
+        raise UserError(f"{options.out} exists and is not an empty folder: choose another --out")
     labeled = list_pairs(options.data, only_part(options.data, "train_sup_", "--labeled"), with_masks=True)
     unlabeled_part = only_part(options.data, "train_unsup_", "--unlabeled")
     unlabeled = list_pairs(options.data, unlabeled_part, (options.data / unlabeled_part / "mask").is_dir())

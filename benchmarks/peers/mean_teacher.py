@@ -24,6 +24,7 @@ class MeanTeacher(Method):
     The teacher predicts, with its own BN statistics.
 
     Constants as in the code of XNet (ICCV 2023), from which the published figures on GlaS are: u grows linearly to 5.
+    But t counts steps, as in the paper; there it counts epochs, so that a reaches 0.99 only after about 100 epochs.
     """
 
     def __init__(self, width: int) -> None:

@@ -27,7 +27,10 @@ def same_flops_width(width: int) -> int:
 
 
 def wide(method: Callable[[int], Method]) -> Callable[[int], Method]:
-    """The method with a U-Net of the floating-point operations of Semi-MoE."""
+    """The method with U-Nets that each have the floating-point operations of Semi-MoE's three experts together.
+
+    So a prediction costs the same, but not a training step: docs/accuracy.md has their ratios.
+    """
     return lambda width: method(same_flops_width(width))
 
 

@@ -83,7 +83,11 @@ class PublishedSemiMoE(Method):
 
 
 class EqualGating(MultiGating):
-    """Gates that weigh all experts equally, whatever the features."""
+    """Gates that weigh all experts equally, whatever the features; their parameters are not trained."""
+
+    def __init__(self, channels: int, experts: int, head_channels: Sequence[int]) -> None:
+        super().__init__(channels, experts, head_channels)
+        self.gates.requires_grad_(False)
 
     def gate_weights(self, means: Tensor) -> Tensor:
         batch, experts, _ = means.shape

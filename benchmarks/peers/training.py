@@ -21,7 +21,7 @@ from semimoe_fast.data.cache import Cache
 from semimoe_fast.data.folders import Dataset
 from semimoe_fast.device import autocast
 from semimoe_fast.errors import UserError
-from semimoe_fast.training.batches import Batches, Images, TrainingData
+from semimoe_fast.training.batches import Batches, Images, TrainingData, map_tensors
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.distributed import World
 from semimoe_fast.training.schedule import generator, learning_rate
@@ -155,7 +155,8 @@ class Training:
 
     def _draw(self, images: Images, random: torch.Generator) -> Images:
         """The same images with strong changes of appearance."""
-        return images._replace(appearance=appearance.draw(len(images.images), self.config.image_size, STRONG, random))
+        drawn = appearance.draw(len(images.images), self.config.image_size, STRONG, random)
+        return images._replace(appearance=map_tensors(drawn, lambda t: t.to(self.device, non_blocking=True)))
 
     def _augmented(self, batch: Images) -> tuple[Tensor, Tensor | None]:
         """Normalized images (B, 3, S, S) and masks (B, S, S), as `semimoe_fast.training.trainer` makes them."""

@@ -30,8 +30,15 @@ class UniMatch(Method):
     and noise, and with probability 0.5 takes a box from another image of the batch (CutMix, arXiv 1905.04899), labels
     included.
 
-    Differences: stain in place of their color jitter and grayscale, since H&E has two colors; CutMix within the batch,
-    so that all methods see equally many images; the squared Dice of the other methods.
+    Differences from their code:
+    - Stain in place of color jitter and grayscale, since H&E has two colors.
+    - CutMix within the batch, so that all methods see equally many images. The labels of the other image come from the
+      weak view in train mode, theirs from a prediction in eval mode. Boxes are cut to the image, theirs drawn again
+      until they fit.
+    - The squared Dice of the other methods: a mean over images, smoothed by 1. Theirs sums over the batch, smoothed by
+      1e-5.
+    - BN sees the labeled images, the weak view, the dropped features and each strong view apart. Theirs sees the first
+      three together, dropped features of labeled images among them, and the two strong views together.
     """
 
     strong_views = 2
