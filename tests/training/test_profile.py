@@ -65,7 +65,7 @@ def test_trace_shows_the_regions_of_the_recorded_steps(profiled: tuple[Path, str
     with gzip.open(profiled[0] / profile.TRACE_FILE) as file:
         events = json.load(file)["traceEvents"]
     marks = [event["name"] for event in events if event.get("cat") == "user_annotation"]
-    for name in [*profile.REGIONS, "Optimizer.step#SGD.step", "Optimizer.step#Adam.step"]:
+    for name in [*profile.REGIONS, "Optimizer.step#FusedSGD.step", "Optimizer.step#Adam.step"]:
         assert marks.count(name) >= profile.STEPS, name
     assert sum(name.startswith("ProfilerStep#") for name in marks) == profile.STEPS
     assert any("convolution" in event["name"] for event in events if event.get("cat") == "cpu_op")
