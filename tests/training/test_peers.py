@@ -141,16 +141,25 @@ def test_the_upper_bound_needs_the_masks(glands_folder: Path, config: TrainConfi
     assert load_splits(without, Cache(tmp_path), all_labels=False).unlabeled.masks is None
 
 
-def test_semi_moe_is_the_step_of_the_trainer(config: TrainConfig, splits: Splits) -> None:
-    """Up to rounding: the losses are computed one by one here, in one pass there."""
+def test_semi_moe_is_the_step_of_the_trainer(
+    config: TrainConfig, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step, up to rounding: the losses are computed one by one here, in one pass there.
+
+    A bound on each tensor's change as a whole, because rounding decides which pixels pass a ReLU; later steps amplify.
+    """
     training = Training(config, METHODS["semi-moe"], splits, CPU)
+    first = next(training._batches())
+    monkeypatch.setattr(training, "_batches", lambda: iter([first]))
+    before = {key: value.clone() for key, value in training.method.model.named_parameters()}
     training.train_epoch()
     trainer = Trainer(config, splits.of(training.method), CPU)  # seeds the random numbers anew
-    for one in trainer.begin_epoch():
-        trainer.train_step(one)
-    expected = trainer.model.state_dict()
-    for key, value in training.method.model.state_dict().items():
-        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5, msg=key)  # float32 sums
+    trainer.train_step(next(trainer.begin_epoch()))
+    expected = dict(trainer.model.named_parameters())
+    for key, value in training.method.model.named_parameters():
+        changed = expected[key] - before[key]
+        assert changed.norm() > 0, key
+        assert (value - expected[key]).norm() <= 1e-3 * changed.norm() + 2**-23 * before[key].norm(), key
     torch.testing.assert_close(training.method.adaptive.log_vars, trainer.adaptive.log_vars)
 
 
