@@ -5,7 +5,6 @@ test_batch_norm_triton.py tests the Triton kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -27,22 +26,6 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 3e-3, to
 def _default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SEMIMOE_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # "fused" is the compiled module
-
-
-@pytest.fixture(params=["plain", "avx2", "avx512"])
-def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param not in _native.module().instruction_sets:
-        pytest.skip(f"the CPU kernels for {request.param} do not run here")
-    monkeypatch.setenv("SEMIMOE_SIMD", request.param)
-    return request.param
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Restores the number of threads."""
-    number = torch.get_num_threads()
-    yield
-    torch.set_num_threads(number)
 
 
 class Case(NamedTuple):
@@ -214,7 +197,7 @@ def test_large_means_with_an_outlier(instruction_set: str) -> None:
     assert relative_error(variance, exact[5]) <= 2.0**6 * 8 * 2.0**-24  # 64 additions round as 8
 
 
-def test_threads_do_not_change_the_result(instruction_set: str, threads: None) -> None:
+def test_threads_do_not_change_the_result(instruction_set: str) -> None:
     for layout in ("NCHW", "channels-last"):
         case = draw(4, 9, 130, 170, layout=layout)  # enough elements for threads
         grad_output = torch.randn(case.x.shape)

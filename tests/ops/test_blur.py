@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -11,24 +9,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from semimoe_fast.data import appearance
-from semimoe_fast.ops import _native
 from semimoe_fast.ops._native_blur import convolve_
-
-
-@pytest.fixture(params=["plain", "avx2", "avx512"])
-def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param not in _native.module().instruction_sets:
-        pytest.skip(f"the CPU kernels for {request.param} do not run here")
-    monkeypatch.setenv("SEMIMOE_SIMD", request.param)
-    return request.param
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Restores the number of threads."""
-    number = torch.get_num_threads()
-    yield
-    torch.set_num_threads(number)
 
 
 def draw(radius: int, *shape: int) -> tuple[Tensor, Tensor]:
@@ -83,7 +64,7 @@ def test_a_nan_stays_within_the_radius(instruction_set: str) -> None:
     assert torch.equal(blurred(images, kernel).isnan()[0, 0], expected)
 
 
-def test_threads_do_not_change_the_result(instruction_set: str, threads: None) -> None:
+def test_threads_do_not_change_the_result(instruction_set: str) -> None:
     images, kernel = draw(3, 3, 3, 85, 99)  # enough pixels for threads
     results = []
     for number in (1, 2, 7):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -231,13 +231,6 @@ def test_long_images(shape: tuple[int, int], sites: int) -> None:
     check(on_device("cpu"), mask)
 
 
-@pytest.fixture
-def restore_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS[1:])
 def test_instruction_sets_are_bitwise_equal(instruction_set: str) -> None:
     """Also quotients, which some sets compute without a division; the masks have 157,642 different ones."""
@@ -249,7 +242,6 @@ def test_instruction_sets_are_bitwise_equal(instruction_set: str) -> None:
         np.testing.assert_array_equal(result, plain)
 
 
-@pytest.mark.usefixtures("restore_threads")
 @pytest.mark.parametrize("shape", [(1, 600, 1100), (2, 300, 300), (7, 130, 128)])
 def test_threads_do_not_change_the_result(shape: tuple[int, int, int]) -> None:
     """Threads share an image, or take an image each. One thread is checked against SciPy, more threads against one."""

@@ -209,12 +209,8 @@ def test_instances_is_a_bool() -> None:
 def test_threads_do_not_change_the_result(batch: int) -> None:
     """Threads share one image, or take an image each."""
     labels = torch.from_numpy(np.stack([territories(300, 400, 40, seed) for seed in range(batch)]))
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = F.distance_targets(labels, instances=True)
-        torch.set_num_threads(3)
-        for result, expected in zip(F.distance_targets(labels, instances=True), alone, strict=True):
-            assert torch.equal(result, expected)
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    alone = F.distance_targets(labels, instances=True)
+    torch.set_num_threads(3)
+    for result, expected in zip(F.distance_targets(labels, instances=True), alone, strict=True):
+        assert torch.equal(result, expected)

@@ -68,20 +68,16 @@ def test_native_calls_release_the_gil() -> None:
 
 def test_child_of_a_fork_does_not_wait_for_threads_that_it_lacks() -> None:
     """PyTorch's own loops would: the child makes no tensors."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    try:
-        mask = striped_masks(8, 256, 256)
-        out, expected = (torch.empty(mask.shape, dtype=torch.int32) for _ in range(2))
-        _native.squared_distance(mask, False, expected)
+    mask = striped_masks(8, 256, 256)
+    out, expected = (torch.empty(mask.shape, dtype=torch.int32) for _ in range(2))
+    _native.squared_distance(mask, False, expected)
 
-        def call() -> None:
-            _native.squared_distance(mask, False, out)
-            print((out.numpy() == expected.numpy()).all())
+    def call() -> None:
+        _native.squared_distance(mask, False, out)
+        print((out.numpy() == expected.numpy()).all())
 
-        assert in_fork(call, seconds=60) == Ended(0, "True\n")
-    finally:
-        torch.set_num_threads(threads)
+    assert in_fork(call, seconds=60) == Ended(0, "True\n")
 
 
 def test_bool_and_uint8_masks_agree() -> None:

@@ -5,8 +5,6 @@ test_objective_triton.py has the tests that it shares with the Triton kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -24,22 +22,6 @@ ONES = torch.ones(3)
 @pytest.fixture(autouse=True)
 def _default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SEMIMOE_BACKEND", raising=False)
-
-
-@pytest.fixture(params=["plain", "avx2", "avx512"])
-def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param not in _native.module().instruction_sets:
-        pytest.skip(f"the CPU kernels for {request.param} do not run here")
-    monkeypatch.setenv("SEMIMOE_SIMD", request.param)
-    return request.param
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Restores the number of threads."""
-    number = torch.get_num_threads()
-    yield
-    torch.set_num_threads(number)
 
 
 def draw(classes: int, *size: int) -> tuple[list[Tensor], tuple[Tensor, ...]]:
@@ -98,7 +80,7 @@ def test_slope_of_tanh_over_the_whole_range(instruction_set: str) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_threads_do_not_change_the_result(classes: int, instruction_set: str, threads: None) -> None:
+def test_threads_do_not_change_the_result(classes: int, instruction_set: str) -> None:
     logits, targets = draw(classes, 2, 199, 301)  # enough pixels for 7 threads; the last block is partial
     results = []
     for number in (1, 2, 3):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,20 +16,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)
-def _defaults(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SEMIMOE_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=["plain", "avx2", "avx512"])
-def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param not in _native.module().instruction_sets:
-        pytest.skip(f"the CPU kernels for {request.param} do not run here")
-    monkeypatch.setenv("SEMIMOE_SIMD", request.param)
-    return request.param
 
 
 def feature_maps(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
