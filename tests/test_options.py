@@ -14,7 +14,7 @@ import pytest
 from semimoe_fast import train
 from semimoe_fast.errors import UserError
 from semimoe_fast.options import read_options
-from semimoe_fast.training import config
+from semimoe_fast.training import command_line
 from semimoe_fast.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -45,11 +45,11 @@ def test_all_modules_import_without_tyro() -> None:
 def test_command_without_tyro_raises_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tyro", None)
     with pytest.raises(UserError, match="tyro, which reads the options of commands, is not installed: run `pip"):
-        config.parse([])
+        command_line.parse([])
 
 
 def test_parsed_options_equal_the_configuration(tiny: list[str], tiny_config: TrainConfig) -> None:
-    assert config.parse(tiny) == tiny_config
+    assert command_line.parse(tiny) == tiny_config
 
 
 def test_main_checks_a_configuration() -> None:
@@ -60,7 +60,7 @@ def test_main_checks_a_configuration() -> None:
 def test_help_is_grouped_and_shows_placeholders_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tyro")
     with pytest.raises(SystemExit):
-        config.parse(["--help"])
+        command_line.parse(["--help"])
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     groups = ("data", "augmentation", "model", "schedule", "loss", "computing", "output")
     assert sorted(groups, key=lambda group: text.index(f"{group} options")) == list(groups)
@@ -73,7 +73,7 @@ def test_every_training_option_has_one_line_of_help(capsys: pytest.CaptureFixtur
     pytest.importorskip("tyro")
     monkeypatch.setenv("COLUMNS", "120")
     with pytest.raises(SystemExit):
-        config.parse(["--data", "DIR", "--help"])
+        command_line.parse(["--data", "DIR", "--help"])
     lines = [line.strip(" │|") for line in capsys.readouterr().out.splitlines() if "(default: " in line]
     assert len(lines) == len(dataclasses.fields(TrainConfig))
     assert [line for line in lines if not re.fullmatch(r"(--\S+ .*)?[A-Z].*\(default: .*\)", line)] == []

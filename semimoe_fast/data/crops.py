@@ -15,19 +15,20 @@ from torch import Tensor
 from .augment import Augmentation
 from .ragged import Ragged
 
-JITTER = 1.25  # crops are magnified by 1 / JITTER to JITTER, uniformly in the logarithm
+JITTER = 1.25  # of scales, unless the run says another one
 FOREGROUND = 0.5  # probability that a labeled crop is placed around a random foreground pixel
 
 
 class Crops:
     """Crops of S x S pixels of a set of images whose pixels are on any device; draws need the masks on the CPU too.
 
-    size: S in pixels. The squares lie inside the image, at a uniformly random place, if the image is large enough. A
-    smaller image is inside the square, at a random place too, surrounded by its mirror images.
+    size: S in pixels. jitter: crops are magnified by 1 / jitter to jitter, uniformly in the logarithm. The squares lie
+    inside the image, at a uniformly random place, if the image is large enough. A smaller image is inside the square,
+    at a random place too, surrounded by its mirror images.
     """
 
-    def __init__(self, images: Ragged, size: int, device: torch.device) -> None:
-        self.images, self.size = images.to(device), size
+    def __init__(self, images: Ragged, size: int, device: torch.device, jitter: float = JITTER) -> None:
+        self.images, self.size, self.jitter = images.to(device), size, jitter
         self.shares = shares(images, size)
         self.foreground = None if images.masks is None else Foreground(images)
 
@@ -53,7 +54,7 @@ class Crops:
         """
         scale, lift, where, *place = torch.rand(5, len(rows), generator=random, dtype=torch.float64)
         coins = torch.rand(len(rows), 3, generator=random) < 0.5
-        extent = (self.size * JITTER ** (2 * scale - 1)).round().long()
+        extent = (self.size * self.jitter ** (2 * scale - 1)).round().long()
         room = self.images.sizes[rows] - extent[:, None]
         low, high = room.clamp(max=0), room.clamp(min=0)
         place = torch.stack(place, 1)
@@ -67,7 +68,7 @@ class Crops:
 
     def cut(self, rows: Tensor, corner: Tensor) -> tuple[Tensor, Tensor | None]:
         """The windows of crops: images, uint8 (B, 3, L, L), and masks (B, L, L) or None, on the device."""
-        return self.images.windows(rows, corner, math.ceil(JITTER * self.size))
+        return self.images.windows(rows, corner, math.ceil(self.jitter * self.size))
 
 
 def crops_in(images: Ragged, size: int) -> int:

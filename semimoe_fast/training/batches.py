@@ -20,7 +20,7 @@ from ..checkpoint import Preprocessing
 from ..data import appearance, augment
 from ..data.appearance import Appearance
 from ..data.augment import Augmentation
-from ..data.crops import Crops
+from ..data.crops import JITTER, Crops
 from ..data.folders import Dataset
 from ..data.ragged import Ragged
 from .config import TrainConfig
@@ -115,9 +115,12 @@ class Batches:
         self.unlabeled = None if data.unlabeled is None else self._source(without_masks(data.unlabeled), memory)
 
     def _source(self, images: Dataset | Ragged, memory: torch.device) -> Source:
-        if isinstance(images, Ragged):
-            return Crops(images, self.config.image_size, memory)
-        return Squares(images, memory)
+        jitter = self.config.scale_jitter
+        if isinstance(images, Dataset):
+            if jitter is None:
+                return Squares(images, memory)
+            images = Ragged.of_squares(images)
+        return Crops(images, self.config.image_size, memory, jitter or JITTER)
 
     @property
     def steps_per_epoch(self) -> int:
