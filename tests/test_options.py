@@ -52,6 +52,15 @@ def test_parsed_options_equal_the_configuration(tiny: list[str], tiny_config: Tr
     assert command_line.parse(tiny) == tiny_config
 
 
+def test_recipe_changes_defaults_that_options_override(tiny: list[str], tiny_config: TrainConfig) -> None:
+    strong = command_line.parse([*tiny, "--recipe", "strong"])
+    changed = {f.name for f in dataclasses.fields(strong) if getattr(strong, f.name) != getattr(tiny_config, f.name)}
+    given = {option[2:].replace("-", "_") for option in tiny if option.startswith("--")}
+    assert changed == {"recipe", *command_line.RECIPES["strong"]} - given
+    assert command_line.parse([*tiny, "--recipe", "strong", "--stain", "0.05"]).stain == 0.05
+    assert command_line.parse([*tiny, "--recipe", "published"]) == tiny_config
+
+
 def test_main_checks_a_configuration() -> None:
     with pytest.raises(UserError, match="--width is 0"):
         train.main(TrainConfig(width=0))

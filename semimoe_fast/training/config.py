@@ -82,7 +82,7 @@ class DataOptions:
 class AugmentationOptions:
     """Random changes of training images, beside crops, flips and rotations by 90 degrees; 0 is off."""
 
-    scale_jitter: Annotated[float | None, "FACTOR", "the published crop of 7/8; with --sampling crops 1.25"] = None
+    scale_jitter: Annotated[float | None, "FACTOR", "crops to 7/8; 1.25 with --sampling crops"] = None
     """Magnify by 1 / FACTOR to FACTOR, up to 2."""
     stain: float = 0.0
     """Largest change of H and E: relative, and in optical density; 0.2 is strong."""

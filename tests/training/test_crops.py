@@ -19,7 +19,7 @@ from semimoe_fast import checkpoint, synthetic, train
 from semimoe_fast.checkpoint import Preprocessing
 from semimoe_fast.data import augment
 from semimoe_fast.data.appearance import apply
-from semimoe_fast.data.folders import list_pairs
+from semimoe_fast.data.folders import Dataset, list_pairs
 from semimoe_fast.data.readers import ArrayReader
 from semimoe_fast.errors import UserError
 from semimoe_fast.evaluation import metrics
@@ -104,6 +104,22 @@ def test_a_step_sees_the_crops_with_the_changes_of_appearance(crops: TrainConfig
     assert torch.equal(masks, expected_masks)
     plain, _ = trainer._augmented(labeled._replace(appearance=None))
     assert (plain - images).abs().amax((1, 2, 3)).min() > 0.1
+
+
+def test_scale_jitter_magnifies_whole_images_with_their_masks(tiny_config: TrainConfig) -> None:
+    """Stripes as wide as 8 pixels, in the image as in the mask: both have the same edges, to the pixel."""
+    stripes = (torch.arange(32) // 8 % 2).to(torch.uint8).expand(4, 32, 32)
+    images = Dataset(255 * stripes[:, None].expand(4, 3, 32, 32), stripes, list("abcd"))
+    data = TrainingData(images, images, Preprocessing(32, (0.0,) * 3, (1.0,) * 3))
+    trainer = Trainer(dataclasses.replace(tiny_config, scale_jitter=1.5, steps_per_epoch=20), data, CPU)
+    extents = []
+    for batch in trainer.begin_epoch():
+        pixels, masks = trainer._augmented(batch.labeled)
+        extents += batch.labeled.augmentation.extent.tolist()
+        inside = (pixels - 0.5).abs() > 1e-3  # a pixel of one half is as near to either
+        assert torch.equal((pixels > 0.5)[inside], masks[:, None].expand_as(pixels)[inside] != 0)
+    assert 21 <= min(extents) < 26
+    assert 40 < max(extents) <= 48
 
 
 def test_changes_of_appearance_leave_the_geometry(tiny_config: TrainConfig) -> None:
