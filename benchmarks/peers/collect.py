@@ -1,7 +1,7 @@
 """Means over runs: `python -m benchmarks.peers.collect RUNS --out benchmarks/results/accuracy/NAME.json`.
 
 RUNS are the --out of `python -m benchmarks.peers`, of one folder of data each. Several of them are the folds of a
-cross-validation. All runs have the same arguments but for method, seed and learning rate.
+cross-validation. All runs have the same arguments but for method, seed and recipe.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ SCORES: dict[str, tuple[str, str, str]] = {  # column: variant, score, format
     "object Dice": ("at_half", "object_dice", ".3f"),
     "object Hausdorff": ("at_half", "object_hausdorff", ".1f"),
 }
+VARIED = ("recipe", "without", "lr", "scale_jitter", "stain", "brightness", "blur", "noise", "ema")  # within a table
 BASE = "semi-moe"  # with which costs are compared
 
 
@@ -41,7 +42,7 @@ def read_runs(folders: Sequence[Path]) -> dict[Path, list[Run]]:
             raise UserError(f"{folder} has no finished run: give the --out of `python -m benchmarks.peers`")
     first = next(iter(runs))
     for path, run in runs.items():
-        same = {name: value for name, value in runs[first]["arguments"].items() if name != "lr"}
+        same = {name: value for name, value in runs[first]["arguments"].items() if name not in VARIED}
         for name, value in same.items():
             if run["arguments"][name] != value:
                 raise UserError(f"{path} has another {name} than {first}: keep such runs in other folders")
@@ -50,9 +51,18 @@ def read_runs(folders: Sequence[Path]) -> dict[Path, list[Run]]:
     return found
 
 
-def group(run: Run) -> tuple[int, float]:
-    """Runs with the same one differ in seed or fold."""
-    return [*METHODS].index(run["method"]), run["arguments"]["lr"]
+def group(run: Run) -> tuple[Any, ...]:
+    """Runs with the same one differ in seed or fold. The published recipe comes first, then the whole other one."""
+    arguments = run["arguments"]
+    recipe = (arguments["recipe"] != "published", len(arguments["without"]), arguments["without"])
+    return *recipe, [*METHODS].index(run["method"]), arguments["lr"]
+
+
+def name_of(run: Run) -> str:
+    """The method, and its recipe unless that is the published one."""
+    recipe, without = run["arguments"]["recipe"], run["arguments"]["without"]
+    recipe = "" if recipe == "published" else f", {recipe}"
+    return run["method"] + recipe + (f" without {', '.join(without)}" if without else "")
 
 
 def spread(values: Sequence[float | None], form: str) -> str | None:
@@ -80,11 +90,11 @@ def tables(found: dict[Path, list[Run]]) -> dict[str, Any]:
     return {
         "scores": {
             "columns": ["method", "--lr", "runs", *SCORES],
-            "rows": [[members[0]["method"], *scores(members)] for members in groups],
+            "rows": [[name_of(members[0]), *scores(members)] for members in groups],
         },
         "cost": {
             "columns": ["method", "trained parameters", "s a step", "CPU s a step"],
-            "rows": [[members[0]["method"], *cost(members)] for members in groups],
+            "rows": [[name_of(members[0]), *cost(members)] for members in groups],
             "relative_to": BASE,
         },
         "runs": {
@@ -105,7 +115,7 @@ def tables(found: dict[Path, list[Run]]) -> dict[str, Any]:
 def scores_of(run: Run) -> list[Any]:
     half, swept = run["scores"]["at_half"], run["scores"]["swept"]
     dice = [round(half["dice"], 4), round(swept["dice"], 4), swept["threshold"]]
-    return [run["method"], run["seed"], run["arguments"]["lr"], *dice, commit_of(run)]
+    return [name_of(run), run["seed"], run["arguments"]["lr"], *dice, commit_of(run)]
 
 
 def commit_of(run: Run) -> str:

@@ -27,6 +27,7 @@ class Method(nn.Module):
 
     learns_from = "labeled and unlabeled"  # or "labeled", or "labels of all"
     strong_views = 0
+    predicts_by_average = False  # of its weights; if not, that of --recipe strong predicts
 
     def forward(self, images: Tensor) -> Tensor:
         """Mask logits (B, 2, S, S) of the network that predicts, for images (B, 3, S, S)."""

@@ -24,6 +24,7 @@ from semimoe_fast.errors import UserError
 from semimoe_fast.training.batches import Batches, Images, TrainingData, map_tensors
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.distributed import World
+from semimoe_fast.training.ema import EMA
 from semimoe_fast.training.schedule import generator, learning_rate
 from semimoe_fast.training.sources import load_data, parts_of
 from semimoe_fast.training.state import like, with_prefix
@@ -93,6 +94,8 @@ class Training:
         self.splits, self.device = splits, device
         self.batches = Batches(self.config, splits.of(self.method), device, World())
         self.optimizers = self.method.optimizers(config)
+        averaged = config.ema is not None and not self.method.predicts_by_average
+        self.ema = EMA(self.method, config.ema) if averaged else None
         self.epoch, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         self.curve: list[dict[str, float]] = []
 
@@ -137,10 +140,13 @@ class Training:
         for optimizer in self.optimizers:
             optimizer.step()
         self.method.after_step(self.epoch * self.batches.steps_per_epoch + number)
+        if self.ema is not None:
+            self.ema.update()
         return loss.detach()
 
     def score(self) -> Scored:
-        return score(self.method, self.splits.val, self.splits.preprocessing, self.device, self.config.precision)
+        method = self.method if self.ema is None else self.ema.after(self.epoch * self.batches.steps_per_epoch)
+        return score(method, self.splits.val, self.splits.preprocessing, self.device, self.config.precision)
 
     def _batches(self) -> Iterator[Batch]:
         for number, (labeled, unlabeled) in enumerate(self.batches.of_epoch(self.epoch)):
@@ -160,7 +166,9 @@ class Training:
 
     def _augmented(self, batch: Images) -> tuple[Tensor, Tensor | None]:
         """Normalized images (B, 3, S, S) and masks (B, S, S), as `semimoe_fast.training.trainer` makes them."""
-        images, masks = augment.resample(batch.images, batch.masks, batch.augmentation, self.config.image_size)
+        images, masks = augment.resample(
+            batch.images, batch.masks, batch.augmentation, self.config.image_size, self.config.centered_masks
+        )
         if batch.appearance is not None:
             images = appearance.apply(images, batch.appearance)
         _, mean, std, *_ = self.splits.preprocessing
@@ -171,6 +179,8 @@ class Training:
         for prefix, parameter, optimizer in self._optimized():
             moments = optimizer.state[parameter].items()
             tensors |= {f"{prefix}{key}": value for key, value in moments if value is not None}
+        if self.ema is not None:
+            tensors |= {f"average.{key}": value for key, value in self.ema.sums.items()}
         progress = {name: getattr(self, name) for name in ("epoch", "seconds", "cpu_seconds", "curve")}
         checkpoint.write(path, {"progress": progress}, tensors | {"random": torch.get_rng_state()})
 
@@ -181,6 +191,9 @@ class Training:
         except UserError as error:
             raise UserError(f"{error}; remove it to train anew") from error
         self.method.load_state_dict(with_prefix(tensors, "method."))
+        if self.ema is not None:
+            for name, value in with_prefix(tensors, "average.").items():
+                self.ema.sums[name].copy_(value)
         for prefix, parameter, optimizer in self._optimized():
             moments = with_prefix(tensors, prefix).items()
             optimizer.state[parameter] = {key: like(parameter, value) for key, value in moments}
