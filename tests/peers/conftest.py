@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-if TYPE_CHECKING:
-    from benchmarks.peers.training import Splits
-
 from semimoe_fast import synthetic
 from semimoe_fast.data.cache import Cache
 from semimoe_fast.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from benchmarks.peers.training import Splits
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from semimoe_fast import functional as F
 from semimoe_fast.data.cache import Cache
 from semimoe_fast.errors import UserError
 from semimoe_fast.training.batches import tensors_of
+from semimoe_fast.training.command_line import RECIPES
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.speed import flops_per_step
 from semimoe_fast.training.trainer import Trainer
@@ -78,11 +79,8 @@ def test_all_methods_take_equally_many_steps_and_images(name: str, config: Train
 def test_the_upper_bound_alone_sees_all_labels(config: TrainConfig, splits: Splits) -> None:
     for name, method in METHODS.items():
         data = splits.of(method(2))
-        assert (
-            len(data.labeled)
-            == len(data.labeled.masks)
-            == 3 + (len(splits.unlabeled) if name == "supervised-all" else 0)
-        )
+        others = len(splits.unlabeled) if name == "supervised-all" else 0
+        assert len(data.labeled) == len(data.labeled.masks) == 3 + others
         assert (data.unlabeled is None) == name.startswith("supervised")
     strong = Training(config, METHODS["unimatch"], splits, CPU)
     (first, *_) = strong._batches()
@@ -114,13 +112,15 @@ def test_the_upper_bound_needs_the_masks(glands_folder: Path, config: TrainConfi
     assert load_splits(without, Cache(tmp_path), all_labels=False).unlabeled.masks is None
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_semi_moe_is_the_step_of_the_trainer(
-    config: TrainConfig, splits: Splits, monkeypatch: pytest.MonkeyPatch
+    recipe: str, config: TrainConfig, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One step, up to rounding: the losses are computed one by one here, in one pass there.
 
     A bound on each tensor's change as a whole, because rounding decides which pixels pass a ReLU; later steps amplify.
     """
+    config = dataclasses.replace(config, **RECIPES[recipe])
     training = Training(config, METHODS["semi-moe"], splits, CPU)
     first = next(training._batches())
     monkeypatch.setattr(training, "_batches", lambda: iter([first]))
@@ -134,6 +134,9 @@ def test_semi_moe_is_the_step_of_the_trainer(
         assert changed.norm() > 0, key
         assert (value - expected[key]).norm() <= 1e-3 * changed.norm() + 2**-23 * before[key].norm(), key
     torch.testing.assert_close(training.method.adaptive.log_vars, trainer.adaptive.log_vars)
+    if config.ema is not None:  # of one step: the weights themselves
+        for key, value in training.ema.after(1).model.named_parameters():
+            torch.testing.assert_close(value, expected[key])
 
 
 def test_pseudo_labels_of_semi_moe_teach_no_gate() -> None:

@@ -24,11 +24,18 @@ def options(folder: Path, out: Path, *more: str) -> list[str]:
     return f"--data {folder} --out {out} --image-size 32 --width 4 --epochs 3 --lr 0.1".split() + list(more)
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["--method", "mean-teacher"],  # has random noise, a teacher, and counts its steps
+        ["--method", "supervised", "--recipe", "strong", "--without", "stain"],  # has an average of the weights
+    ],
+    ids=" ".join,
+)
 def test_runs_resume_and_are_not_repeated(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    method: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tyro")
-    method = ["--method", "mean-teacher"]  # has random noise, a teacher, and counts its steps
     command.main(options(folder, tmp_path / "undisturbed", *method))
     epoch = Training.train_epoch
 
