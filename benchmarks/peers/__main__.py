@@ -149,7 +149,7 @@ def train(path: Path, name: str, config: TrainConfig, splits: Splits, device: to
         "cpu_seconds": round(training.cpu_seconds, 1),
         **origin,
         "date": str(datetime.date.today()),
-        "scores": record(training.score(), splits.val),
+        "scores": record(training.score(splits.val), splits.val),
         "curve": training.curve,
     }
 

@@ -51,11 +51,15 @@ def read_runs(folders: Sequence[Path]) -> dict[Path, list[Run]]:
     return found
 
 
-def group(run: Run) -> tuple[Any, ...]:
-    """Runs with the same one differ in seed or fold. The published recipe comes first, then the whole other one."""
-    arguments = run["arguments"]
-    recipe = (arguments["recipe"] != "published", len(arguments["without"]), arguments["without"])
-    return *recipe, [*METHODS].index(run["method"]), arguments["lr"]
+def grouped(runs: Sequence[Run]) -> list[list[Run]]:
+    """Groups of runs that differ in seed or fold. The published recipe comes first, then the whole other one."""
+
+    def group(run: Run) -> tuple[Any, ...]:
+        arguments = run["arguments"]
+        recipe = (arguments["recipe"] != "published", len(arguments["without"]), arguments["without"])
+        return *recipe, [*METHODS].index(run["method"]), arguments["lr"]
+
+    return [[*members] for _, members in itertools.groupby(sorted(runs, key=group), group)]
 
 
 def name_of(run: Run) -> str:
@@ -74,8 +78,7 @@ def spread(values: Sequence[float | None], form: str) -> str | None:
 
 
 def tables(found: dict[Path, list[Run]]) -> dict[str, Any]:
-    runs = sorted((run for members in found.values() for run in members), key=group)
-    groups = [[*members] for _, members in itertools.groupby(runs, group)]
+    groups = grouped([run for members in found.values() for run in members])
 
     def scores(members: Sequence[Run]) -> list[Any]:
         values = [[run["scores"][variant][score] for run in members] for variant, score, _ in SCORES.values()]

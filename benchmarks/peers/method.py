@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,10 @@ class Method(nn.Module):
 
     def after_step(self, step: int) -> None:
         """Called after the optimizers have updated the weights for the `step`-th time, from 1."""
+
+    def watched(self, images: Tensor) -> dict[str, Any]:
+        """JSON values of a point of the learning curve, besides scores, for normalized images, in eval mode."""
+        return {}
 
     def optimizers(self, config: TrainConfig) -> list[torch.optim.Optimizer]:
         """The first one follows the schedule of the learning rate."""

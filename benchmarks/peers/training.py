@@ -41,7 +41,7 @@ class Splits(NamedTuple):
     """The images of a folder, S x S pixels. All methods normalize by the statistics of all training images."""
 
     labeled: Dataset
-    unlabeled: Dataset  # with the masks that only the upper bound may see, if the folder has them
+    unlabeled: Dataset  # with masks, if the folder has them; only the upper bound learns from them
     val: Dataset  # masks are instance maps
     preprocessing: Preprocessing
 
@@ -63,12 +63,13 @@ class Splits(NamedTuple):
 
 
 def load_splits(config: TrainConfig, cache: Cache, all_labels: bool) -> Splits:
-    """The parts of --data. all_labels: read the masks of the unlabeled images too. Raises UserError as `load_data`."""
+    """The parts of --data. all_labels: the unlabeled images must have masks. Raises UserError as `load_data`."""
     data, _ = load_data(config, cache)
     parts, size, unlabeled = parts_of(config), config.image_size, data.unlabeled
-    if all_labels:
-        if not (masks := config.data / parts.unlabeled / "mask").is_dir():
-            raise UserError(f"{masks} is missing: add it for supervised-all, or choose other methods by --method")
+    masks = config.data / parts.unlabeled / "mask"
+    if all_labels and not masks.is_dir():
+        raise UserError(f"{masks} is missing: add it for supervised-all, or choose other methods by --method")
+    if masks.is_dir():
         unlabeled = cache.load_part(config.data, parts.unlabeled, size, True)
     val = cache.load_part(config.data, parts.val, size, True, instances=True)
     return Splits(data.labeled, unlabeled, val, data.preprocessing)
@@ -97,7 +98,7 @@ class Training:
         averaged = config.ema is not None and not self.method.predicts_by_average
         self.ema = EMA(self.method, config.ema) if averaged else None
         self.epoch, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
-        self.curve: list[dict[str, float]] = []
+        self.curve: list[dict[str, Any]] = []
 
     @property
     def images_per_step(self) -> tuple[int, int]:
@@ -126,9 +127,7 @@ class Training:
         self.seconds += time.perf_counter() - started
         self.cpu_seconds += time.process_time() - cpu_started
         if self.epoch == epochs or self.epoch % max(1, epochs // POINTS) == 0:
-            scores = self.score().pixels
-            point = {"epoch": self.epoch, "loss": loss, "dice": scores.dice, "swept_dice": scores.swept_dice}
-            self.curve.append(point)
+            self.curve.append(self._point(loss))
 
     def step(self, batch: Batch, number: int) -> Tensor:
         """The `number`-th step of the epoch, from 1 -> its loss."""
@@ -144,9 +143,24 @@ class Training:
             self.ema.update()
         return loss.detach()
 
-    def score(self) -> Scored:
-        method = self.method if self.ema is None else self.ema.after(self.epoch * self.batches.steps_per_epoch)
-        return score(method, self.splits.val, self.splits.preprocessing, self.device, self.config.precision)
+    @property
+    def predictor(self) -> Method:
+        """The method, or with an EMA of the weights the averaged method."""
+        return self.method if self.ema is None else self.ema.after(self.epoch * self.batches.steps_per_epoch)
+
+    def score(self, images: Dataset) -> Scored:
+        return score(self.predictor, images, self.splits.preprocessing, self.device, self.config.precision)
+
+    @torch.no_grad()
+    def _point(self, loss: float) -> dict[str, Any]:
+        """A point of the learning curve, with the accuracy of pseudo-labels if the unlabeled images have masks."""
+        scores, unlabeled = self.score(self.splits.val).pixels, self.splits.unlabeled
+        point = {"epoch": self.epoch, "loss": loss, "dice": scores.dice, "swept_dice": scores.swept_dice}
+        if unlabeled.masks is not None:
+            point["unlabeled_dice"] = self.score(unlabeled).pixels.dice
+        _, mean, std, *_ = self.splits.preprocessing
+        labeled = augment.normalize(self.splits.labeled.images.to(self.device), mean, std)
+        return point | self.predictor.eval().watched(labeled)
 
     def _batches(self) -> Iterator[Batch]:
         for number, (labeled, unlabeled) in enumerate(self.batches.of_epoch(self.epoch)):

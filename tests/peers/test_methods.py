@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, dropout2d, mse_loss
 from torch.utils.flop_counter import FlopCounterMode
 
 from semimoe_fast import functional as F
+from semimoe_fast.data import augment
 from semimoe_fast.data.cache import Cache
 from semimoe_fast.errors import UserError
 from semimoe_fast.training.batches import tensors_of
@@ -99,7 +100,7 @@ def test_scores_leave_the_statistics_of_batch_normalization(config: TrainConfig,
     training.train_epoch()
     before = {key: value.clone() for key, value in training.method.named_buffers()}
     training.method.train()
-    training.score()
+    training.score(splits.val)
     assert before
     for key, value in training.method.named_buffers():
         assert torch.equal(value, before[key]), key
@@ -137,6 +138,26 @@ def test_semi_moe_is_the_step_of_the_trainer(
     if config.ema is not None:  # of one step: the weights themselves
         for key, value in training.ema.after(1).model.named_parameters():
             torch.testing.assert_close(value, expected[key])
+
+
+def test_the_learning_curve_has_what_semi_moe_learns(config: TrainConfig, splits: Splits) -> None:
+    """The pseudo-labels of the unlabeled images are compared with masks that training does not see."""
+    training = Training(config, METHODS["semi-moe"], splits, CPU)
+    training.train_epoch()
+    (point,) = training.curve
+    assert point["loss_weights"] == training.method.adaptive.log_vars.neg().exp().tolist()
+    gates = torch.tensor(point["gate_weights"])  # (predictions, experts)
+    torch.testing.assert_close(gates.sum(1), torch.ones(3))
+    model = training.method.model.eval()
+    images = augment.normalize(splits.unlabeled.images, *splits.preprocessing[1:3])
+    found, right = model(images).mask.argmax(1) == 1, splits.unlabeled.masks == 1
+    assert point["unlabeled_dice"] == pytest.approx(
+        2 * (found & right).sum().item() / (found.sum() + right.sum()).item()
+    )
+    without = splits._replace(unlabeled=dataclasses.replace(splits.unlabeled, masks=None))
+    training = Training(config, METHODS["semi-moe"], without, CPU)
+    training.train_epoch()
+    assert training.curve == [{key: value for key, value in point.items() if key != "unlabeled_dice"}]
 
 
 def test_pseudo_labels_of_semi_moe_teach_no_gate() -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from semimoe_fast.errors import UserError
 from semimoe_fast.training.config import TrainConfig
 
 command = pytest.importorskip("benchmarks.peers.__main__", reason="needs the source tree, and tests run from its root")
-from benchmarks.peers import collect, folds  # noqa: E402
+from benchmarks.peers import collect, folds, plot  # noqa: E402
 from benchmarks.peers.training import Training  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -100,14 +101,16 @@ def test_runs_on_other_devices_are_other_runs(config: TrainConfig) -> None:
 def test_collected_scores_are_those_of_the_runs(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("tyro")
     runs = tmp_path / "runs"
-    command.main(options(folder, runs, "--method", "supervised", "--seed", "0", "1", "--epochs", "1"))
+    command.main(options(folder, runs, "--method", "supervised", "semi-moe", "--seed", "0", "1", "--epochs", "1"))
     collect.main([str(runs), "--out", str(tmp_path / "accuracy" / "tiny.json")])
     tables = json.loads((tmp_path / "accuracy" / "tiny.json").read_text())["tables"]
-    dice = [json.loads(path.read_text())["scores"]["at_half"]["dice"] for path in runs.glob("*.json")]
-    ((method, lr, count, cell, *_),) = tables["scores"]["rows"]
+    dice = [json.loads(path.read_text())["scores"]["at_half"]["dice"] for path in runs.glob("supervised*.json")]
+    ((method, lr, count, cell, *_), _) = tables["scores"]["rows"]
     assert (method, lr, count) == ("supervised", 0.1, 2)
     assert cell == f"{statistics.mean(dice):.4f} ± {statistics.stdev(dice):.4f}"
     assert tables["splits"]["rows"][0][:3] == ["runs", "labeled", 3]
+    plot.main([str(runs), "--out", str(tmp_path / "curves.png")])
+    assert Image.open(tmp_path / "curves.png").width > 1000
     command.main(options(folder, runs, "--method", "supervised", "--epochs", "2"))
     with pytest.raises(UserError, match="has another epochs"):
         collect.main([str(runs), "--out", str(tmp_path / "tiny.json")])
