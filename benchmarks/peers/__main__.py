@@ -150,6 +150,7 @@ def train(path: Path, name: str, config: TrainConfig, splits: Splits, device: to
         **origin,
         "date": str(datetime.date.today()),
         "scores": record(training.score(splits.val), splits.val),
+        "scores_with_tta": record(training.score(splits.val, tta=True), splits.val),
         "curve": training.curve,
     }
 

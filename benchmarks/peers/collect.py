@@ -80,8 +80,8 @@ def spread(values: Sequence[float | None], form: str) -> str | None:
 def tables(found: dict[Path, list[Run]]) -> dict[str, Any]:
     groups = grouped([run for members in found.values() for run in members])
 
-    def scores(members: Sequence[Run]) -> list[Any]:
-        values = [[run["scores"][variant][score] for run in members] for variant, score, _ in SCORES.values()]
+    def scores(members: Sequence[Run], of: str) -> list[Any]:
+        values = [[run[of][variant][score] for run in members] for variant, score, _ in SCORES.values()]
         forms = [form for *_, form in SCORES.values()]
         return [members[0]["arguments"]["lr"], len(members), *map(spread, values, forms)]
 
@@ -91,9 +91,12 @@ def tables(found: dict[Path, list[Run]]) -> dict[str, Any]:
         return [members[0]["parameters"], *seconds]
 
     return {
-        "scores": {
-            "columns": ["method", "--lr", "runs", *SCORES],
-            "rows": [[name_of(members[0]), *scores(members)] for members in groups],
+        **{
+            table: {
+                "columns": ["method", "--lr", "runs", *SCORES],
+                "rows": [[name_of(members[0]), *scores(members, table)] for members in groups],
+            }
+            for table in ("scores", "scores_with_tta")
         },
         "cost": {
             "columns": ["method", "trained parameters", "s a step", "CPU s a step"],

@@ -148,8 +148,8 @@ class Training:
         """The method, or with an EMA of the weights the averaged method."""
         return self.method if self.ema is None else self.ema.after(self.epoch * self.batches.steps_per_epoch)
 
-    def score(self, images: Dataset) -> Scored:
-        return score(self.predictor, images, self.splits.preprocessing, self.device, self.config.precision)
+    def score(self, images: Dataset, tta: bool = False) -> Scored:
+        return score(self.predictor, images, self.splits.preprocessing, self.device, self.config.precision, tta)
 
     @torch.no_grad()
     def _point(self, loss: float) -> dict[str, Any]:

@@ -108,6 +108,9 @@ def test_collected_scores_are_those_of_the_runs(folder: Path, tmp_path: Path) ->
     ((method, lr, count, cell, *_), _) = tables["scores"]["rows"]
     assert (method, lr, count) == ("supervised", 0.1, 2)
     assert cell == f"{statistics.mean(dice):.4f} ± {statistics.stdev(dice):.4f}"
+    with_tta = [row[3] for row in tables["scores_with_tta"]["rows"]]
+    assert len(with_tta) == 2
+    assert with_tta != [row[3] for row in tables["scores"]["rows"]]
     assert tables["splits"]["rows"][0][:3] == ["runs", "labeled", 3]
     plot.main([str(runs), "--out", str(tmp_path / "curves.png")])
     assert Image.open(tmp_path / "curves.png").width > 1000
