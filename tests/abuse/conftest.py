@@ -46,7 +46,7 @@ Attempt = Callable[..., None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help="abuse: all cases, for hours")
+    parser.addoption("--all", action="store_true", help="abuse: all cases, for 80 minutes on two cores")
     parser.addoption("--case", help="abuse: only the case of this name")
 
 
