@@ -54,7 +54,7 @@ def main() -> None:
     options = read_options(Options, "benchmarks.expert_health")
     rows = []
     for width, seed, lr in tqdm([*itertools.product(options.widths, options.seeds, options.lrs)], "runs"):
-        recipe = RECIPES[options.recipe] | {"lr": lr}
+        recipe = RECIPES[options.recipe] | {"lr": lr, "ema": None}  # an average would lag behind
         epochs = options.warm_up + AFTER
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "run"

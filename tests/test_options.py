@@ -56,9 +56,15 @@ def test_recipe_changes_defaults_that_options_override(tiny: list[str], tiny_con
     strong = command_line.parse([*tiny, "--recipe", "strong"])
     changed = {f.name for f in dataclasses.fields(strong) if getattr(strong, f.name) != getattr(tiny_config, f.name)}
     given = {option[2:].replace("-", "_") for option in tiny if option.startswith("--")}
-    assert changed == {"recipe", *command_line.RECIPES["strong"]} - given
-    assert command_line.parse([*tiny, "--recipe", "strong", "--stain", "0.05"]).stain == 0.05
+    assert changed == command_line.RECIPES["strong"].keys() - given
+    assert command_line.parse([*tiny, "--recipe=strong", "--stain", "0.05"]).stain == 0.05
+    assert command_line.parse([*tiny, "--recipe", "strong", "--scale-jitter", "None"]).scale_jitter is None
     assert command_line.parse([*tiny, "--recipe", "published"]) == tiny_config
+
+
+def test_resumed_run_takes_no_recipe(finished: Path) -> None:
+    with pytest.raises(UserError, match="--recipe is for a new run: leave it out"):
+        command_line.parse(["--resume", str(finished), "--recipe", "published"])
 
 
 def test_main_checks_a_configuration() -> None:
@@ -71,7 +77,7 @@ def test_help_is_grouped_and_shows_placeholders_and_defaults(capsys: pytest.Capt
     with pytest.raises(SystemExit):
         command_line.parse(["--help"])
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    groups = ("data", "augmentation", "model", "schedule", "loss", "computing", "output")
+    groups = ("recipe", "data", "augmentation", "model", "schedule", "loss", "computing", "output")
     assert sorted(groups, key=lambda group: text.index(f"{group} options")) == list(groups)
     assert "--data DIR Folder of the parts, each PART/image and PART/mask. (default: synthetic glands)" in text
     assert "--ema DECAY" in text
@@ -84,7 +90,7 @@ def test_every_training_option_has_one_line_of_help(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         command_line.parse(["--data", "DIR", "--help"])
     lines = [line.strip(" │|") for line in capsys.readouterr().out.splitlines() if "(default: " in line]
-    assert len(lines) == len(dataclasses.fields(TrainConfig))
+    assert len(lines) == len(dataclasses.fields(command_line.CommandLine))
     assert [line for line in lines if not re.fullmatch(r"(--\S+ .*)?[A-Z].*\(default: .*\)", line)] == []
 
 

@@ -61,7 +61,7 @@ class Options:
     recipe: Literal["published", "strong"] = "published"
     """Augmentation, learning rate and average of the weights of all methods: as `train --recipe` has them."""
     without: tuple[str, ...] = ()
-    """Options of the recipe that keep the published value."""
+    """Options of the recipe that keep the published value, such as scale-jitter."""
     lr: Annotated[float | None, "FLOAT", "that of the recipe"] = None
     """SGD learning rate after the warm-up."""
     normalization: Literal["measured", "glas", "crag"] = "measured"
@@ -73,20 +73,32 @@ class Options:
 
     def config(self, seed: int) -> TrainConfig:
         """The recipe, its schedule shrunk to --epochs. Raises UserError."""
-        recipe = RECIPES[self.recipe]
-        for name in self.without:
-            if name not in recipe:
-                raise UserError(f"--without is {name}: choose from {', '.join(recipe) or 'nothing'}")
-        changes = {name: value for name, value in recipe.items() if name not in self.without}
+        changes = {name: value for name, value in RECIPES[self.recipe].items() if name not in self.left_out}
         if self.lr is not None:
             changes["lr"] = self.lr
         config = TrainConfig(
             data=self.data, image_size=self.image_size, normalization=self.normalization, width=self.width,
             epochs=self.epochs, warmup_epochs=self.epochs // 10, decay_epochs=max(1, self.epochs // 4),
-            seed=seed, threads=self.threads, device=self.device, recipe=self.recipe, **changes,
+            seed=seed, threads=self.threads, device=self.device, **changes,
         )  # fmt: skip
         config.check()
         return config
+
+    @property
+    def left_out(self) -> list[str]:
+        """Fields of --without, sorted. Raises UserError for other names."""
+        names = sorted({name.replace("-", "_") for name in self.without})
+        if names and self.recipe == "published":
+            raise UserError("--without leaves out options of --recipe strong: give that too")
+        for name in names:
+            if name not in RECIPES[self.recipe]:
+                options = ", ".join(RECIPES[self.recipe]).replace("_", "-")
+                raise UserError(f"--without is {name}: choose from {options}")
+        return names
+
+    @property
+    def recipe_name(self) -> str:
+        return " without ".join([self.recipe, *[", ".join(self.left_out).replace("_", "-")] * bool(self.left_out)])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -101,17 +113,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     splits = load_splits(configs[0], Cache(options.out / "cache"), "supervised-all" in options.method)
     for config, name in itertools.product(configs, options.method):
-        run(options.out, name, config, options.without, splits, device)
+        run(options.out, name, config, options.recipe_name, splits, device)
 
 
-def run(
-    out: Path, name: str, config: TrainConfig, without: Sequence[str], splits: Splits, device: torch.device
-) -> None:
+def run(out: Path, name: str, config: TrainConfig, recipe: str, splits: Splits, device: torch.device) -> None:
     """Train a method to its last epoch and write its scores, unless that is done or another process does it."""
     about = {
         "method": name,
         "seed": config.seed,
-        "arguments": arguments_of(config, without, device),
+        "arguments": arguments_of(config, recipe, device),
         "splits": splits.described(),
     }
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
@@ -155,15 +165,14 @@ def train(path: Path, name: str, config: TrainConfig, splits: Splits, device: to
     }
 
 
-def arguments_of(config: TrainConfig, without: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """What decides the result; of the device its type, which decides the precision. without: as in Options."""
-    names = (
-        "image_size normalization width epochs warmup_epochs decay_epochs lr labeled_batch unlabeled_batch "
-        "recipe scale_jitter stain brightness blur noise ema"
-    ).split()
+def arguments_of(config: TrainConfig, recipe: str, device: torch.device) -> dict[str, Any]:
+    """The options that decide the result; of the device its type, which decides the precision."""
+    names = "image_size normalization width epochs warmup_epochs decay_epochs lr labeled_batch unlabeled_batch".split()
     precision = "bf16" if in_bf16(config.precision, device) else "fp32"
-    values = {name: getattr(config, name) for name in names}
-    return values | {"without": sorted(without), "device": device.type, "precision": precision}
+    values = {name: getattr(config, name) for name in names} | {"device": device.type, "precision": precision}
+    if recipe == "published":
+        return values
+    return values | {name: getattr(config, name) for name in RECIPES["strong"]} | {"recipe": recipe}
 
 
 def machine(device: torch.device) -> str:

@@ -10,7 +10,7 @@ import argparse
 import itertools
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ SCORES: dict[str, tuple[str, str, str]] = {  # column: variant, score, format
     "object Dice": ("at_half", "object_dice", ".3f"),
     "object Hausdorff": ("at_half", "object_hausdorff", ".1f"),
 }
-VARIED = ("recipe", "without", "lr", "scale_jitter", "stain", "brightness", "blur", "noise", "ema")  # within a table
+EQUAL = "image_size normalization width epochs labeled_batch unlabeled_batch device precision".split()  # in a table
+PUBLISHED = "published"  # the recipe
 BASE = "semi-moe"  # with which costs are compared
 
 
@@ -41,32 +42,39 @@ def read_runs(folders: Sequence[Path]) -> dict[Path, list[Run]]:
         if not members:
             raise UserError(f"{folder} has no finished run: give the --out of `python -m benchmarks.peers`")
     first = next(iter(runs))
+    alike: dict[str, Path] = {}  # the first run with each name and learning rate
     for path, run in runs.items():
-        same = {name: value for name, value in runs[first]["arguments"].items() if name not in VARIED}
-        for name, value in same.items():
-            if run["arguments"][name] != value:
-                raise UserError(f"{path} has another {name} than {first}: keep such runs in other folders")
+        _require_same(path, run, first, runs[first], EQUAL)
+        other = alike.setdefault(f"{name_of(run)} {run['arguments']['lr']}", path)
+        _require_same(path, run, other, runs[other], run["arguments"])
         if run["splits"] != found[path.parent][0]["splits"]:
             raise UserError(f"{path} has other images than the first run beside it: keep such runs in other folders")
     return found
+
+
+def _require_same(path: Path, run: Run, other_path: Path, other: Run, names: Iterable[str]) -> None:
+    for name in names:
+        if run["arguments"][name] != other["arguments"][name]:
+            raise UserError(f"{path} has another {name} than {other_path}: keep such runs in other folders")
 
 
 def grouped(runs: Sequence[Run]) -> list[list[Run]]:
     """Groups of runs that differ in seed or fold. The published recipe comes first, then the whole other one."""
 
     def group(run: Run) -> tuple[Any, ...]:
-        arguments = run["arguments"]
-        recipe = (arguments["recipe"] != "published", len(arguments["without"]), arguments["without"])
-        return *recipe, [*METHODS].index(run["method"]), arguments["lr"]
+        recipe = recipe_of(run)
+        return recipe != PUBLISHED, recipe, [*METHODS].index(run["method"]), run["arguments"]["lr"]
 
     return [[*members] for _, members in itertools.groupby(sorted(runs, key=group), group)]
 
 
+def recipe_of(run: Run) -> str:
+    return run["arguments"].get("recipe", PUBLISHED)
+
+
 def name_of(run: Run) -> str:
     """The method, and its recipe unless that is the published one."""
-    recipe, without = run["arguments"]["recipe"], run["arguments"]["without"]
-    recipe = "" if recipe == "published" else f", {recipe}"
-    return run["method"] + recipe + (f" without {', '.join(without)}" if without else "")
+    return run["method"] if recipe_of(run) == PUBLISHED else f"{run['method']}, {recipe_of(run)}"
 
 
 def spread(values: Sequence[float | None], form: str) -> str | None:
@@ -81,7 +89,8 @@ def tables(found: dict[Path, list[Run]]) -> dict[str, Any]:
     groups = grouped([run for members in found.values() for run in members])
 
     def scores(members: Sequence[Run], of: str) -> list[Any]:
-        values = [[run[of][variant][score] for run in members] for variant, score, _ in SCORES.values()]
+        found = [run.get(of) for run in members]  # older runs have no scores with TTA
+        values = [[s and s[variant][score] for s in found] for variant, score, _ in SCORES.values()]
         forms = [form for *_, form in SCORES.values()]
         return [members[0]["arguments"]["lr"], len(members), *map(spread, values, forms)]
 

@@ -27,7 +27,7 @@ class Method(nn.Module):
 
     learns_from = "labeled and unlabeled"  # or "labeled", or "labels of all"
     strong_views = 0
-    predicts_by_average = False  # of its weights; if not, that of --recipe strong predicts
+    predicts_by_average = False  # a method with its own average of weights; --recipe strong then adds none
 
     def forward(self, images: Tensor) -> Tensor:
         """Mask logits (B, 2, S, S) of the network that predicts, for images (B, 3, S, S)."""
@@ -41,7 +41,7 @@ class Method(nn.Module):
         """Called after the optimizers have updated the weights for the `step`-th time, from 1."""
 
     def watched(self, images: Tensor) -> dict[str, Any]:
-        """JSON values of a point of the learning curve, besides scores, for normalized images, in eval mode."""
+        """JSON values of a point of the learning curve besides scores: of its own weights, on images, in eval mode."""
         return {}
 
     def optimizers(self, config: TrainConfig) -> list[torch.optim.Optimizer]:

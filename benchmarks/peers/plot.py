@@ -1,7 +1,7 @@
 """Learning curves of finished runs: `python -m benchmarks.peers.plot RUNS --out docs/accuracy.png`.
 
-Mean over seeds: Dice of val and of the unlabeled images (the pseudo-labels of methods that have such), and what
-Semi-MoE learns besides: the weights of its losses, and the weight of each expert in the gated mask.
+Mean over seeds: Dice of val and of the unlabeled images, if all runs had masks of them, and what Semi-MoE learns
+besides: the weights of its losses, and the weight of each expert in the gated mask.
 """
 
 from __future__ import annotations
@@ -12,27 +12,28 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from semimoe_fast.errors import run_command
 
-from .collect import Run, grouped, name_of, read_runs
+from .collect import BASE, Run, grouped, name_of, read_runs
 from .semi_moe import TASKS
 
 Point = dict[str, Any]
 
 
-def draw(runs: Sequence[Run], path: Path) -> None:
+def draw(runs: Sequence[Run]) -> Figure:
     figure = Figure(figsize=(14, 9), layout="constrained")
     val, unlabeled, losses, gates = figure.subplots(2, 2).flat
     for number, members in enumerate(grouped(runs)):
         curves = [run["curve"] for run in members]
-        color, name = f"C{number}", name_of(members[0])
+        color, name = colormaps["tab20"](number % 20), f"{name_of(members[0])}, --lr {members[0]['arguments']['lr']:g}"
         plot(val, curves, lambda point: point["dice"], color=color, label=name)
-        if "unlabeled_dice" in curves[0][0]:
+        if all("unlabeled_dice" in point for points in curves for point in points):
             plot(unlabeled, curves, lambda point: point["unlabeled_dice"], color=color, label=name)
-        if members[0]["method"] != "semi-moe":
+        if members[0]["method"] != BASE:
             continue
         for index, (task, style) in enumerate(zip(TASKS, ("-", "--", ":"), strict=True)):
             label = f"{name}: {task}"
@@ -48,8 +49,9 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("epochs")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    figure.savefig(path, dpi=80)
+        if axis.lines:
+            axis.legend(fontsize=7)
+    return figure
 
 
 def plot(axis: Axes, curves: Sequence[Sequence[Point]], value: Callable[[Point], float], **style: Any) -> None:
@@ -63,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", type=Path, help="folder of finished runs")
     parser.add_argument("--out", type=Path, required=True, help="picture to write")
     given = parser.parse_args(arguments)
-    draw(read_runs([given.runs])[given.runs], given.out)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    draw(read_runs([given.runs])[given.runs]).savefig(given.out, dpi=80)
 
 
 if __name__ == "__main__":

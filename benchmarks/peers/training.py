@@ -41,7 +41,7 @@ class Splits(NamedTuple):
     """The images of a folder, S x S pixels. All methods normalize by the statistics of all training images."""
 
     labeled: Dataset
-    unlabeled: Dataset  # with masks, if the folder has them; only the upper bound learns from them
+    unlabeled: Dataset  # with masks, if the folder has all of them; only the upper bound learns from them
     val: Dataset  # masks are instance maps
     preprocessing: Preprocessing
 
@@ -69,7 +69,8 @@ def load_splits(config: TrainConfig, cache: Cache, all_labels: bool) -> Splits:
     masks = config.data / parts.unlabeled / "mask"
     if all_labels and not masks.is_dir():
         raise UserError(f"{masks} is missing: add it for supervised-all, or choose other methods by --method")
-    if masks.is_dir():
+    complete = {path.stem for path in masks.glob("*")} >= set(unlabeled.names)
+    if all_labels or complete:
         unlabeled = cache.load_part(config.data, parts.unlabeled, size, True)
     val = cache.load_part(config.data, parts.val, size, True, instances=True)
     return Splits(data.labeled, unlabeled, val, data.preprocessing)
@@ -153,14 +154,15 @@ class Training:
 
     @torch.no_grad()
     def _point(self, loss: float) -> dict[str, Any]:
-        """A point of the learning curve, with the accuracy of pseudo-labels if the unlabeled images have masks."""
+        """A point of the learning curve, with predictions for the unlabeled images if they all have masks."""
         scores, unlabeled = self.score(self.splits.val).pixels, self.splits.unlabeled
         point = {"epoch": self.epoch, "loss": loss, "dice": scores.dice, "swept_dice": scores.swept_dice}
         if unlabeled.masks is not None:
             point["unlabeled_dice"] = self.score(unlabeled).pixels.dice
         _, mean, std, *_ = self.splits.preprocessing
         labeled = augment.normalize(self.splits.labeled.images.to(self.device), mean, std)
-        return point | self.predictor.eval().watched(labeled)
+        with autocast(self.config.precision, self.device):
+            return point | self.method.eval().watched(labeled)
 
     def _batches(self) -> Iterator[Batch]:
         for number, (labeled, unlabeled) in enumerate(self.batches.of_epoch(self.epoch)):
@@ -171,7 +173,8 @@ class Training:
             random = generator(self.config.seed, self.epoch, STRONG_KEY, number)
             drawn = [self._draw(unlabeled, random) for _ in range(self.method.strong_views)]
             strong = tuple(self._augmented(view)[0] for view in drawn)
-            yield Batch(images, masks, self._augmented(unlabeled)[0], strong)
+            weak = unlabeled._replace(appearance=None) if strong else unlabeled
+            yield Batch(images, masks, self._augmented(weak)[0], strong)
 
     def _draw(self, images: Images, random: torch.Generator) -> Images:
         """The same images with strong changes of appearance."""

@@ -29,14 +29,6 @@ class Ragged:
     sizes: Tensor  # int64 (N, 2): height and width
     names: list[str]  # file names without suffix
 
-    @classmethod
-    def of_squares(cls, images: Dataset) -> Ragged:
-        """The images of a dataset, S x S pixels each."""
-        sizes = torch.tensor(images.images.shape[-2:]).expand(len(images), 2)
-        pixels = images.images.permute(0, 2, 3, 1).reshape(-1, 3)
-        masks = None if images.masks is None else images.masks.flatten()
-        return cls(pixels, masks, starts_of(sizes), sizes, images.names)
-
     def __len__(self) -> int:
         return len(self.names)
 
@@ -97,7 +89,7 @@ class Ragged:
         return Ragged(self.pixels.to(device), masks, self.starts, self.sizes, self.names)
 
 
-def mirrored(position: Tensor, length: Tensor) -> Tensor:
+def mirrored(position: Tensor, length: Tensor | int) -> Tensor:
     """The index from 0 to length - 1 whose pixel stands at an integer position: c b a | a b c | c b a."""
     position = position.remainder(2 * length)
     return position.minimum(2 * length - 1 - position)

@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import UserError
 from ..options import read_options
@@ -40,6 +40,19 @@ SYNTHETIC = TrainConfig(  # a short schedule for a CPU; larger batches give smal
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class RecipeOptions:
+    """Defaults of the options below; a run stores the options themselves."""
+
+    recipe: Literal["published", "strong"] = "published"
+    """The paper's defaults, or changed ones (docs/training.md)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandLine(*TrainConfig.__bases__, RecipeOptions):
+    __doc__ = TrainConfig.__doc__
+
+
 def parse(arguments: Sequence[str] | None = None, processes: int = 1) -> TrainConfig:
     """The configuration of a command line, checked; --help prints the options and exits.
 
@@ -51,11 +64,15 @@ def parse(arguments: Sequence[str] | None = None, processes: int = 1) -> TrainCo
     first_look.add_argument("--recipe", nargs="?")
     given, _ = first_look.parse_known_args(arguments)
     if given.resume is not None:
+        if given.recipe is not None:
+            raise UserError(f"--recipe is for a new run: leave it out, the run in {given.resume} keeps its options")
         default = dataclasses.replace(read_config(given.resume), resume=given.resume)
     else:
         default = SYNTHETIC if given.data is None else TrainConfig()
         default = dataclasses.replace(default, **RECIPES.get(given.recipe, {}))
-    config = read_options(TrainConfig, "semimoe_fast.train", arguments, default)
+    values = vars(read_options(CommandLine, "semimoe_fast.train", arguments, CommandLine(**vars(default)))).copy()
+    del values["recipe"]  # its values are the defaults
+    config = TrainConfig(**values)
     if config.resume is not None:
         _refuse_changes(default, config)
     config.check(processes)

@@ -38,11 +38,10 @@ ADDED = {  # options that older runs do not store: the value with which they ran
     "brightness": 0.0,
     "blur": 0.0,
     "noise": 0.0,
-    "recipe": "published",
     "scale_jitter": None,
 }
 MOST_STRENGTHS = {"stain": 1, "brightness": 1, "blur": 5, "noise": 1}
-MOST_JITTER = 2  # beyond it, mirror images fill most of a square
+MOST_JITTER = 2  # at 2, mirror images fill up to 3/4 of a square
 REMOVED = {"joint_forward": False}  # options that only older runs store: the value with which all runs run now
 MOST_LOG_VAR = 20  # exp(20) is 5e8; the losses are at most about 1
 MUTABLE = ("data", "device", "threads", "data_device", "cuda_graph", "recompute", "profile")  # --resume may change them
@@ -80,7 +79,7 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True)
 class AugmentationOptions:
-    """Random changes of training images, beside crops, flips and rotations by 90 degrees; 0 is off."""
+    """Random changes of training images, beside crops and the symmetries of the square; at 0 the last four are off."""
 
     scale_jitter: Annotated[float | None, "FACTOR", "crops to 7/8; 1.25 with --sampling crops"] = None
     """Magnify by 1 / FACTOR to FACTOR, up to 2."""
@@ -110,8 +109,6 @@ class ModelOptions:
 class ScheduleOptions:
     """Steps, learning rate and optimizers. All processes share a batch."""
 
-    recipe: Literal["published", "strong"] = "published"
-    """Defaults of the other options: the paper's, or ours."""
     epochs: int = 200
     """Number of epochs."""
     steps_per_epoch: Annotated[int | None, "INT", "one pass over the unlabeled part"] = None
@@ -248,12 +245,15 @@ class TrainConfig(  # fields and help start with the last base
             if not 0 <= getattr(self, name) <= most:
                 raise UserError(f"{flag(name)} is {getattr(self, name)}: give a number from 0 to {most:g}")
         if self.scale_jitter is not None and not 1 <= self.scale_jitter <= MOST_JITTER:
-            raise UserError(f"--scale-jitter is {self.scale_jitter}: give a factor from 1 to {MOST_JITTER}")
+            raise UserError(
+                f"--scale-jitter is {self.scale_jitter}: give a factor from 1 to {MOST_JITTER}, or None for the "
+                "published crops"
+            )
         self._check_sampling()
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout is {self.dropout}: give a number from 0 to below 1")
         if self.ema is not None and not 0 < self.ema < 1:
-            raise UserError(f"--ema is {self.ema}: give a decay between 0 and 1, such as 0.999")
+            raise UserError(f"--ema is {self.ema}: give a decay between 0 and 1, such as 0.999, or None")
         if not 0 < self.decay <= 1:
             raise UserError(f"--decay is {self.decay}: give a factor above 0 and up to 1")
         if self.image_size % STRIDE:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from semimoe_fast.data import cache, folders
 from semimoe_fast.data.cache import Cache
-from semimoe_fast.data.folders import Dataset, channel_statistics
+from semimoe_fast.data.folders import channel_statistics
 from semimoe_fast.data.ragged import Ragged, load_whole, mirrored, starts_of
 from semimoe_fast.errors import UserError
 
@@ -61,18 +61,6 @@ def test_images_and_masks_are_those_of_the_files(root: Path) -> None:
     assert some.names == ["10"]
     assert torch.equal(some.image(0), part.image(1))
     assert len({part.fingerprint, some.fingerprint, part[:2].fingerprint}) == 3
-
-
-@pytest.mark.parametrize("with_masks", [True, False])
-def test_squares_are_the_images_of_a_dataset(with_masks: bool) -> None:
-    images = torch.randint(256, (3, 3, 5, 5), dtype=torch.uint8)
-    masks = torch.randint(2, (3, 5, 5), dtype=torch.uint8) if with_masks else None
-    squares = Ragged.of_squares(Dataset(images, masks, ["a", "b", "c"]))
-    assert squares.names == ["a", "b", "c"]
-    for index in range(3):
-        assert torch.equal(squares.image(index), images[index].permute(1, 2, 0))
-        assert masks is None or torch.equal(squares.mask(index), masks[index])
-    assert (squares.masks is None) == (masks is None)
 
 
 def test_statistics_are_those_of_all_pixels(root: Path) -> None:

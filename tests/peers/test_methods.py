@@ -95,6 +95,16 @@ def test_batches_are_on_the_device(config: TrainConfig, splits: Splits) -> None:
         assert {tensor.device for tensor in tensors_of(batch)} == {meta}
 
 
+@pytest.mark.parametrize("name", ["unimatch", "cps"])
+def test_weak_views_of_unimatch_keep_their_look(name: str, config: TrainConfig, splits: Splits) -> None:
+    plain, changed = (
+        next(Training(dataclasses.replace(config, stain=stain), METHODS[name], splits, CPU)._batches())
+        for stain in (0.0, 0.2)
+    )
+    assert not torch.equal(plain.labeled, changed.labeled)
+    assert torch.equal(plain.unlabeled, changed.unlabeled) == (name == "unimatch")
+
+
 def test_scores_leave_the_statistics_of_batch_normalization(config: TrainConfig, splits: Splits) -> None:
     training = Training(config, METHODS["supervised"], splits, CPU)
     training.train_epoch()

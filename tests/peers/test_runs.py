@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from semimoe_fast import checkpoint
 from semimoe_fast.errors import UserError
+from semimoe_fast.training.command_line import RECIPES
 from semimoe_fast.training.config import TrainConfig
 
 command = pytest.importorskip("benchmarks.peers.__main__", reason="needs the source tree, and tests run from its root")
@@ -57,6 +59,16 @@ def test_runs_resume_and_are_not_repeated(
     command.main(options(folder, tmp_path / "runs", *method))
     (resumed,) = (tmp_path / "runs").glob("*.json")
     record = json.loads(resumed.read_text())
+    averaged = [key for key in checkpoint.read(state, CPU)[1] if key.startswith("average.")]
+    assert bool(averaged) == ("strong" in method)
+    chosen = {key: record["arguments"].get(key) for key in ("recipe", "lr", "scale_jitter", "stain")}
+    strong = {
+        "recipe": "strong without stain",
+        "lr": 0.1,
+        "scale_jitter": RECIPES["strong"]["scale_jitter"],
+        "stain": 0,
+    }
+    assert chosen == (strong if "strong" in method else dict.fromkeys(chosen) | {"lr": 0.1})
     right = json.loads((tmp_path / "undisturbed" / resumed.name).read_text())
     assert record["scores"] == right["scores"]
     assert record["curve"] == right["curve"]
@@ -93,7 +105,9 @@ def test_only_a_held_lock_is_another_process(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_runs_on_other_devices_are_other_runs(config: TrainConfig) -> None:
-    cpu, *others = (command.arguments_of(config, (), torch.device(name)) for name in ("cpu", "cuda:0", "cuda:1"))
+    cpu, *others = (
+        command.arguments_of(config, "published", torch.device(name)) for name in ("cpu", "cuda:0", "cuda:1")
+    )
     assert (cpu["device"], cpu["precision"]) == ("cpu", "fp32")
     assert [(other["device"], other["precision"]) for other in others] == [("cuda", "bf16")] * 2
 
@@ -112,11 +126,53 @@ def test_collected_scores_are_those_of_the_runs(folder: Path, tmp_path: Path) ->
     assert len(with_tta) == 2
     assert with_tta != [row[3] for row in tables["scores"]["rows"]]
     assert tables["splits"]["rows"][0][:3] == ["runs", "labeled", 3]
-    plot.main([str(runs), "--out", str(tmp_path / "curves.png")])
-    assert Image.open(tmp_path / "curves.png").width > 1000
+    plot.main([str(runs), "--out", str(tmp_path / "pictures" / "curves.png")])
+    assert Image.open(tmp_path / "pictures" / "curves.png").width > 1000
     command.main(options(folder, runs, "--method", "supervised", "--epochs", "2"))
     with pytest.raises(UserError, match="has another epochs"):
         collect.main([str(runs), "--out", str(tmp_path / "tiny.json")])
+
+
+def test_unlike_runs_are_not_averaged(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tyro")
+    arguments = options(folder, tmp_path / "runs", "--method", "supervised", "--epochs", "1", "--recipe", "strong")
+    command.main(arguments)
+    monkeypatch.setitem(RECIPES["strong"], "stain", 0.07)
+    command.main([*arguments, "--seed", "1"])
+    with pytest.raises(UserError, match="has another stain than"):
+        collect.main([str(tmp_path / "runs"), "--out", str(tmp_path / "tiny.json")])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--without", "stain"], "--without leaves out options of --recipe strong: give that too"),
+        (["--recipe", "strong", "--without", "width"], "--without is width: choose from lr, scale-jitter, "),
+    ],
+)
+def test_options_that_are_not_of_the_recipe_are_refused(folder: Path, tmp_path: Path, more: list[str], message: str):
+    pytest.importorskip("tyro")
+    with pytest.raises(UserError, match=message):
+        command.main(options(folder, tmp_path, *more))
+
+
+def test_curves_are_means_over_seeds() -> None:
+    def run(seed: int, method: str, **values: float) -> dict:
+        curve = [{"epoch": epoch, "dice": 0.1 * epoch + seed, **values} for epoch in (2, 4)]
+        more = {"loss_weights": [1 + seed, 2, 3], "gate_weights": [[0.5, 0.3, 0.2 + seed]] * 3}
+        if method == "semi-moe":
+            curve = [point | more for point in curve]
+        return {"method": method, "seed": seed, "arguments": {"lr": 0.5}, "curve": curve}
+
+    runs = [run(seed, "semi-moe") for seed in (0, 1)] + [run(0, "cps", unlabeled_dice=0.7)]
+    val, unlabeled, losses, gates = plot.draw(runs).axes
+    moe, cps = sorted(val.lines, key=lambda line: "cps" in line.get_label())
+    assert moe.get_xdata().tolist() == [2, 4]
+    assert moe.get_ydata() == pytest.approx([0.7, 0.9])
+    assert cps.get_ydata() == pytest.approx([0.2, 0.4])
+    assert [line.get_ydata().tolist() for line in unlabeled.lines] == [[0.7, 0.7]]
+    assert [line.get_ydata()[0] for line in losses.lines] == pytest.approx([1.5, 2, 3])
+    assert [line.get_ydata()[0] for line in gates.lines] == pytest.approx([0.5, 0.3, 0.7])
 
 
 def test_each_labeled_image_is_held_out_once(folder: Path, tmp_path: Path) -> None:
