@@ -58,8 +58,17 @@ def test_recipe_changes_defaults_that_options_override(tiny: list[str], tiny_con
     given = {option[2:].replace("-", "_") for option in tiny if option.startswith("--")}
     assert changed == command_line.RECIPES["strong"].keys() - given
     assert command_line.parse([*tiny, "--recipe=strong", "--stain", "0.05"]).stain == 0.05
-    assert command_line.parse([*tiny, "--recipe", "strong", "--scale-jitter", "None"]).scale_jitter is None
+    assert command_line.parse([*tiny, "--recipe", "strong", "--ema", "None"]).ema is None
     assert command_line.parse([*tiny, "--recipe", "published"]) == tiny_config
+
+
+def test_the_page_has_the_values_of_the_recipe() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    rows = re.findall(r"^\| `--(\S+)` \| (\S+) \| (\S+) \| ", page.split("## Recipes")[1].split("\n## ")[0], re.M)
+    default = TrainConfig()
+    strong = command_line.RECIPES["strong"].items()
+    expected = [(name.replace("_", "-"), str(getattr(default, name)), str(value)) for name, value in strong]
+    assert rows == expected
 
 
 def test_resumed_run_takes_no_recipe(finished: Path) -> None:

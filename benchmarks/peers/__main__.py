@@ -61,7 +61,7 @@ class Options:
     recipe: Literal["published", "strong"] = "published"
     """Augmentation, learning rate and average of the weights of all methods: as `train --recipe` has them."""
     without: tuple[str, ...] = ()
-    """Options of the recipe that keep the published value, such as scale-jitter."""
+    """Options of the recipe that keep the published value."""
     lr: Annotated[float | None, "FLOAT", "that of the recipe"] = None
     """SGD learning rate after the warm-up."""
     normalization: Literal["measured", "glas", "crag"] = "measured"

@@ -61,13 +61,8 @@ def test_runs_resume_and_are_not_repeated(
     record = json.loads(resumed.read_text())
     averaged = [key for key in checkpoint.read(state, CPU)[1] if key.startswith("average.")]
     assert bool(averaged) == ("strong" in method)
-    chosen = {key: record["arguments"].get(key) for key in ("recipe", "lr", "scale_jitter", "stain")}
-    strong = {
-        "recipe": "strong without stain",
-        "lr": 0.1,
-        "scale_jitter": RECIPES["strong"]["scale_jitter"],
-        "stain": 0,
-    }
+    chosen = {key: record["arguments"].get(key) for key in ("recipe", "lr", "brightness", "stain")}
+    strong = {"recipe": "strong without stain", "lr": 0.1, "brightness": 0.2, "stain": 0.0}
     assert chosen == (strong if "strong" in method else dict.fromkeys(chosen) | {"lr": 0.1})
     right = json.loads((tmp_path / "undisturbed" / resumed.name).read_text())
     assert record["scores"] == right["scores"]
@@ -147,7 +142,7 @@ def test_unlike_runs_are_not_averaged(folder: Path, tmp_path: Path, monkeypatch:
     ("more", "message"),
     [
         (["--without", "stain"], "--without leaves out options of --recipe strong: give that too"),
-        (["--recipe", "strong", "--without", "width"], "--without is width: choose from lr, scale-jitter, "),
+        (["--recipe", "strong", "--without", "width"], "--without is width: choose from lr, stain, "),
     ],
 )
 def test_options_that_are_not_of_the_recipe_are_refused(folder: Path, tmp_path: Path, more: list[str], message: str):
