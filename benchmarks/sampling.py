@@ -26,7 +26,8 @@ from semimoe_fast.evaluation.whole import at_full_size, predict_whole
 from semimoe_fast.inference import instances_of, open_for
 from semimoe_fast.inference.predictor import GATED
 from semimoe_fast.model import SemiMoE
-from semimoe_fast.training.config import SYNTHETIC, TrainConfig
+from semimoe_fast.training.command_line import SYNTHETIC
+from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.run_folder import LAST
 
 from .record import write_record

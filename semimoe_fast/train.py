@@ -20,7 +20,8 @@ from .data.cache import Cache
 from .device import configure
 from .errors import UserError, explain, naming, one_line, run_command
 from .training import distributed
-from .training.config import TrainConfig, parse
+from .training.command_line import parse
+from .training.config import TrainConfig
 from .training.distributed import World
 from .training.interruption import Interruption
 from .training.lock import FolderLock

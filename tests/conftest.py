@@ -20,7 +20,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads this on import, which comes later
 
 from semimoe_fast import synthetic, train
-from semimoe_fast.training.config import SYNTHETIC, TrainConfig, flag
+from semimoe_fast.training.command_line import SYNTHETIC
+from semimoe_fast.training.config import TrainConfig, flag
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(os.environ.get("SEMIMOE_SHARED", Path(__file__).parents[1] / ".." / "shared"))

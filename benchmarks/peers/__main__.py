@@ -18,7 +18,7 @@ import platform
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -30,6 +30,7 @@ from semimoe_fast.device import choose_device, configure, in_bf16
 from semimoe_fast.errors import UserError, run_command
 from semimoe_fast.locks import lock
 from semimoe_fast.options import read_options
+from semimoe_fast.training.command_line import RECIPES
 from semimoe_fast.training.config import TrainConfig
 
 from .methods import METHODS
@@ -57,7 +58,11 @@ class Options:
     """Channels of the first level of a U-Net; those of -wide methods have more."""
     image_size: int = 128
     """Side of the resized images, in pixels, a multiple of 16."""
-    lr: float = 0.5
+    recipe: Literal["published", "strong"] = "published"
+    """Augmentation, learning rate and average of the weights of all methods: as `train --recipe` has them."""
+    without: tuple[str, ...] = ()
+    """Options of the recipe that keep the published value."""
+    lr: Annotated[float | None, "FLOAT", "that of the recipe"] = None
     """SGD learning rate after the warm-up."""
     normalization: Literal["measured", "glas", "crag"] = "measured"
     """Mean and std: of the training images, or published."""
@@ -67,14 +72,33 @@ class Options:
     """Device: auto, cpu, cuda or cuda:N."""
 
     def config(self, seed: int) -> TrainConfig:
-        """The published recipe, its schedule shrunk to --epochs. Raises UserError."""
+        """The recipe, its schedule shrunk to --epochs. Raises UserError."""
+        changes = {name: value for name, value in RECIPES[self.recipe].items() if name not in self.left_out}
+        if self.lr is not None:
+            changes["lr"] = self.lr
         config = TrainConfig(
             data=self.data, image_size=self.image_size, normalization=self.normalization, width=self.width,
-            epochs=self.epochs, warmup_epochs=self.epochs // 10, decay_epochs=max(1, self.epochs // 4), lr=self.lr,
-            seed=seed, threads=self.threads, device=self.device,
+            epochs=self.epochs, warmup_epochs=self.epochs // 10, decay_epochs=max(1, self.epochs // 4),
+            seed=seed, threads=self.threads, device=self.device, **changes,
         )  # fmt: skip
         config.check()
         return config
+
+    @property
+    def left_out(self) -> list[str]:
+        """Fields of --without, sorted. Raises UserError for other names."""
+        names = sorted({name.replace("-", "_") for name in self.without})
+        if names and self.recipe == "published":
+            raise UserError("--without leaves out options of --recipe strong: give that too")
+        for name in names:
+            if name not in RECIPES[self.recipe]:
+                options = ", ".join(RECIPES[self.recipe]).replace("_", "-")
+                raise UserError(f"--without is {name}: choose from {options}")
+        return names
+
+    @property
+    def recipe_name(self) -> str:
+        return " without ".join([self.recipe, *[", ".join(self.left_out).replace("_", "-")] * bool(self.left_out)])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -89,15 +113,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     splits = load_splits(configs[0], Cache(options.out / "cache"), "supervised-all" in options.method)
     for config, name in itertools.product(configs, options.method):
-        run(options.out, name, config, splits, device)
+        run(options.out, name, config, options.recipe_name, splits, device)
 
 
-def run(out: Path, name: str, config: TrainConfig, splits: Splits, device: torch.device) -> None:
+def run(out: Path, name: str, config: TrainConfig, recipe: str, splits: Splits, device: torch.device) -> None:
     """Train a method to its last epoch and write its scores, unless that is done or another process does it."""
     about = {
         "method": name,
         "seed": config.seed,
-        "arguments": arguments_of(config, device),
+        "arguments": arguments_of(config, recipe, device),
         "splits": splits.described(),
     }
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
@@ -135,16 +159,20 @@ def train(path: Path, name: str, config: TrainConfig, splits: Splits, device: to
         "cpu_seconds": round(training.cpu_seconds, 1),
         **origin,
         "date": str(datetime.date.today()),
-        "scores": record(training.score(), splits.val),
+        "scores": record(training.score(splits.val), splits.val),
+        "scores_with_tta": record(training.score(splits.val, tta=True), splits.val),
         "curve": training.curve,
     }
 
 
-def arguments_of(config: TrainConfig, device: torch.device) -> dict[str, Any]:
+def arguments_of(config: TrainConfig, recipe: str, device: torch.device) -> dict[str, Any]:
     """The options that decide the result; of the device its type, which decides the precision."""
     names = "image_size normalization width epochs warmup_epochs decay_epochs lr labeled_batch unlabeled_batch".split()
     precision = "bf16" if in_bf16(config.precision, device) else "fp32"
-    return {name: getattr(config, name) for name in names} | {"device": device.type, "precision": precision}
+    values = {name: getattr(config, name) for name in names} | {"device": device.type, "precision": precision}
+    if recipe == "published":
+        return values
+    return values | {name: getattr(config, name) for name in RECIPES["strong"]} | {"recipe": recipe}
 
 
 def machine(device: torch.device) -> str:

@@ -1,7 +1,7 @@
 """Means over runs: `python -m benchmarks.peers.collect RUNS --out benchmarks/results/accuracy/NAME.json`.
 
 RUNS are the --out of `python -m benchmarks.peers`, of one folder of data each. Several of them are the folds of a
-cross-validation. All runs have the same arguments but for method, seed and learning rate.
+cross-validation. All runs have the same arguments but for method, seed and recipe.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 import itertools
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ SCORES: dict[str, tuple[str, str, str]] = {  # column: variant, score, format
     "object Dice": ("at_half", "object_dice", ".3f"),
     "object Hausdorff": ("at_half", "object_hausdorff", ".1f"),
 }
+EQUAL = "image_size normalization width epochs labeled_batch unlabeled_batch device precision".split()  # in a table
+PUBLISHED = "published"  # the recipe
 BASE = "semi-moe"  # with which costs are compared
 
 
@@ -40,19 +42,39 @@ def read_runs(folders: Sequence[Path]) -> dict[Path, list[Run]]:
         if not members:
             raise UserError(f"{folder} has no finished run: give the --out of `python -m benchmarks.peers`")
     first = next(iter(runs))
+    alike: dict[str, Path] = {}  # the first run with each name and learning rate
     for path, run in runs.items():
-        same = {name: value for name, value in runs[first]["arguments"].items() if name != "lr"}
-        for name, value in same.items():
-            if run["arguments"][name] != value:
-                raise UserError(f"{path} has another {name} than {first}: keep such runs in other folders")
+        _require_same(path, run, first, runs[first], EQUAL)
+        other = alike.setdefault(f"{name_of(run)} {run['arguments']['lr']}", path)
+        _require_same(path, run, other, runs[other], run["arguments"])
         if run["splits"] != found[path.parent][0]["splits"]:
             raise UserError(f"{path} has other images than the first run beside it: keep such runs in other folders")
     return found
 
 
-def group(run: Run) -> tuple[int, float]:
-    """Runs with the same one differ in seed or fold."""
-    return [*METHODS].index(run["method"]), run["arguments"]["lr"]
+def _require_same(path: Path, run: Run, other_path: Path, other: Run, names: Iterable[str]) -> None:
+    for name in names:
+        if run["arguments"][name] != other["arguments"][name]:
+            raise UserError(f"{path} has another {name} than {other_path}: keep such runs in other folders")
+
+
+def grouped(runs: Sequence[Run]) -> list[list[Run]]:
+    """Groups of runs that differ in seed or fold. The published recipe comes first, then the whole other one."""
+
+    def group(run: Run) -> tuple[Any, ...]:
+        recipe = recipe_of(run)
+        return recipe != PUBLISHED, recipe, [*METHODS].index(run["method"]), run["arguments"]["lr"]
+
+    return [[*members] for _, members in itertools.groupby(sorted(runs, key=group), group)]
+
+
+def recipe_of(run: Run) -> str:
+    return run["arguments"].get("recipe", PUBLISHED)
+
+
+def name_of(run: Run) -> str:
+    """The method, and its recipe unless that is the published one."""
+    return run["method"] if recipe_of(run) == PUBLISHED else f"{run['method']}, {recipe_of(run)}"
 
 
 def spread(values: Sequence[float | None], form: str) -> str | None:
@@ -64,11 +86,11 @@ def spread(values: Sequence[float | None], form: str) -> str | None:
 
 
 def tables(found: dict[Path, list[Run]]) -> dict[str, Any]:
-    runs = sorted((run for members in found.values() for run in members), key=group)
-    groups = [[*members] for _, members in itertools.groupby(runs, group)]
+    groups = grouped([run for members in found.values() for run in members])
 
-    def scores(members: Sequence[Run]) -> list[Any]:
-        values = [[run["scores"][variant][score] for run in members] for variant, score, _ in SCORES.values()]
+    def scores(members: Sequence[Run], of: str) -> list[Any]:
+        found = [run.get(of) for run in members]  # older runs have no scores with TTA
+        values = [[s and s[variant][score] for s in found] for variant, score, _ in SCORES.values()]
         forms = [form for *_, form in SCORES.values()]
         return [members[0]["arguments"]["lr"], len(members), *map(spread, values, forms)]
 
@@ -78,13 +100,16 @@ def tables(found: dict[Path, list[Run]]) -> dict[str, Any]:
         return [members[0]["parameters"], *seconds]
 
     return {
-        "scores": {
-            "columns": ["method", "--lr", "runs", *SCORES],
-            "rows": [[members[0]["method"], *scores(members)] for members in groups],
+        **{
+            table: {
+                "columns": ["method", "--lr", "runs", *SCORES],
+                "rows": [[name_of(members[0]), *scores(members, table)] for members in groups],
+            }
+            for table in ("scores", "scores_with_tta")
         },
         "cost": {
             "columns": ["method", "trained parameters", "s a step", "CPU s a step"],
-            "rows": [[members[0]["method"], *cost(members)] for members in groups],
+            "rows": [[name_of(members[0]), *cost(members)] for members in groups],
             "relative_to": BASE,
         },
         "runs": {
@@ -105,7 +130,7 @@ def tables(found: dict[Path, list[Run]]) -> dict[str, Any]:
 def scores_of(run: Run) -> list[Any]:
     half, swept = run["scores"]["at_half"], run["scores"]["swept"]
     dice = [round(half["dice"], 4), round(swept["dice"], 4), swept["threshold"]]
-    return [run["method"], run["seed"], run["arguments"]["lr"], *dice, commit_of(run)]
+    return [name_of(run), run["seed"], run["arguments"]["lr"], *dice, commit_of(run)]
 
 
 def commit_of(run: Run) -> str:

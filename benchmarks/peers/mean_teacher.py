@@ -27,6 +27,8 @@ class MeanTeacher(Method):
     But t counts steps, as in the paper; there it counts epochs, so that a reaches 0.99 only after about 100 epochs.
     """
 
+    predicts_by_average = True
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.student = unet(width)

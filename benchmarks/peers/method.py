@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class Method(nn.Module):
 
     learns_from = "labeled and unlabeled"  # or "labeled", or "labels of all"
     strong_views = 0
+    predicts_by_average = False  # a method with its own average of weights; --recipe strong then adds none
 
     def forward(self, images: Tensor) -> Tensor:
         """Mask logits (B, 2, S, S) of the network that predicts, for images (B, 3, S, S)."""
@@ -38,6 +39,10 @@ class Method(nn.Module):
 
     def after_step(self, step: int) -> None:
         """Called after the optimizers have updated the weights for the `step`-th time, from 1."""
+
+    def watched(self, images: Tensor) -> dict[str, Any]:
+        """JSON values of a point of the learning curve besides scores: of its own weights, on images, in eval mode."""
+        return {}
 
     def optimizers(self, config: TrainConfig) -> list[torch.optim.Optimizer]:
         """The first one follows the schedule of the learning rate."""

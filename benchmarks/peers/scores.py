@@ -6,6 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from semimoe_fast.checkpoint import Preprocessing
 from semimoe_fast.data import augment
@@ -13,6 +14,7 @@ from semimoe_fast.data.folders import Dataset
 from semimoe_fast.device import Precision, autocast
 from semimoe_fast.evaluation import metrics, score_images
 from semimoe_fast.evaluation.metrics import Scores
+from semimoe_fast.inference.image import eightfold
 from semimoe_fast.inference.predictor import not_background
 
 from .method import Method
@@ -25,21 +27,31 @@ class Scored(NamedTuple):
     """Predictions for N images and their scores over all pixels, at threshold 0.5 and swept."""
 
     pixels: Scores
-    probability: torch.Tensor  # of foreground, float32 (N, S, S), on the CPU
+    probability: Tensor  # of foreground, float32 (N, S, S), on the CPU
 
 
 @torch.no_grad()
 def score(
-    method: Method, val: Dataset, preprocessing: Preprocessing, device: torch.device, precision: Precision
+    method: Method,
+    val: Dataset,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    precision: Precision,
+    tta: bool = False,
 ) -> Scored:
-    """Predict and score S x S images with masks. The method is in eval mode afterwards."""
+    """Predict and score S x S images with masks. The method is in eval mode afterwards.
+
+    tta: predict the mean over the eight flips and rotations.
+    """
     method.eval()
-    probabilities = []
-    for images in val.images.split(BATCH):
+
+    def foreground(images: Tensor) -> Tensor:
         with autocast(precision, device):
             logits = method(augment.normalize(images.to(device), preprocessing.mean, preprocessing.std))
-        probabilities.append(not_background(logits).cpu())
-    probability = torch.cat(probabilities)
+        return not_background(logits)[:, None].cpu()
+
+    predict = eightfold(foreground) if tta else foreground
+    probability = torch.cat([predict(images)[:, 0] for images in val.images.split(BATCH)])
     return Scored(metrics.score(metrics.count(probability, val.masks).sum(0)), probability)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,12 @@ class PublishedSemiMoE(Method):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images).mask
+
+    def watched(self, images: Tensor) -> dict[str, Any]:
+        """The learned weights of the losses, exp(-s), and the mean weight of each expert in each gated prediction."""
+        means, *_ = self.model.run_experts(images)
+        gates = self.model.gating.gate_weights(means).mean(0)
+        return {"loss_weights": self.adaptive.log_vars.neg().exp().tolist(), "gate_weights": gates.tolist()}
 
     def loss(self, batch: Batch, progress: float) -> Tensor:
         means, projections, own = self.model.run_experts(torch.cat([batch.unlabeled, batch.labeled]), groups=2)

@@ -24,6 +24,7 @@ from semimoe_fast.errors import UserError
 from semimoe_fast.training.batches import Batches, Images, TrainingData, map_tensors
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.distributed import World
+from semimoe_fast.training.ema import EMA
 from semimoe_fast.training.schedule import generator, learning_rate
 from semimoe_fast.training.sources import load_data, parts_of
 from semimoe_fast.training.state import like, with_prefix
@@ -40,7 +41,7 @@ class Splits(NamedTuple):
     """The images of a folder, S x S pixels. All methods normalize by the statistics of all training images."""
 
     labeled: Dataset
-    unlabeled: Dataset  # with the masks that only the upper bound may see, if the folder has them
+    unlabeled: Dataset  # with masks, if the folder has all of them; only the upper bound learns from them
     val: Dataset  # masks are instance maps
     preprocessing: Preprocessing
 
@@ -62,12 +63,14 @@ class Splits(NamedTuple):
 
 
 def load_splits(config: TrainConfig, cache: Cache, all_labels: bool) -> Splits:
-    """The parts of --data. all_labels: read the masks of the unlabeled images too. Raises UserError as `load_data`."""
+    """The parts of --data. all_labels: the unlabeled images must have masks. Raises UserError as `load_data`."""
     data, _ = load_data(config, cache)
     parts, size, unlabeled = parts_of(config), config.image_size, data.unlabeled
-    if all_labels:
-        if not (masks := config.data / parts.unlabeled / "mask").is_dir():
-            raise UserError(f"{masks} is missing: add it for supervised-all, or choose other methods by --method")
+    masks = config.data / parts.unlabeled / "mask"
+    if all_labels and not masks.is_dir():
+        raise UserError(f"{masks} is missing: add it for supervised-all, or choose other methods by --method")
+    complete = {path.stem for path in masks.glob("*")} >= set(unlabeled.names)
+    if all_labels or complete:
         unlabeled = cache.load_part(config.data, parts.unlabeled, size, True)
     val = cache.load_part(config.data, parts.val, size, True, instances=True)
     return Splits(data.labeled, unlabeled, val, data.preprocessing)
@@ -93,8 +96,10 @@ class Training:
         self.splits, self.device = splits, device
         self.batches = Batches(self.config, splits.of(self.method), device, World())
         self.optimizers = self.method.optimizers(config)
+        averaged = config.ema is not None and not self.method.predicts_by_average
+        self.ema = EMA(self.method, config.ema) if averaged else None
         self.epoch, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
-        self.curve: list[dict[str, float]] = []
+        self.curve: list[dict[str, Any]] = []
 
     @property
     def images_per_step(self) -> tuple[int, int]:
@@ -123,9 +128,7 @@ class Training:
         self.seconds += time.perf_counter() - started
         self.cpu_seconds += time.process_time() - cpu_started
         if self.epoch == epochs or self.epoch % max(1, epochs // POINTS) == 0:
-            scores = self.score().pixels
-            point = {"epoch": self.epoch, "loss": loss, "dice": scores.dice, "swept_dice": scores.swept_dice}
-            self.curve.append(point)
+            self.curve.append(self._point(loss))
 
     def step(self, batch: Batch, number: int) -> Tensor:
         """The `number`-th step of the epoch, from 1 -> its loss."""
@@ -137,10 +140,29 @@ class Training:
         for optimizer in self.optimizers:
             optimizer.step()
         self.method.after_step(self.epoch * self.batches.steps_per_epoch + number)
+        if self.ema is not None:
+            self.ema.update()
         return loss.detach()
 
-    def score(self) -> Scored:
-        return score(self.method, self.splits.val, self.splits.preprocessing, self.device, self.config.precision)
+    @property
+    def predictor(self) -> Method:
+        """The method, or with an EMA of the weights the averaged method."""
+        return self.method if self.ema is None else self.ema.after(self.epoch * self.batches.steps_per_epoch)
+
+    def score(self, images: Dataset, tta: bool = False) -> Scored:
+        return score(self.predictor, images, self.splits.preprocessing, self.device, self.config.precision, tta)
+
+    @torch.no_grad()
+    def _point(self, loss: float) -> dict[str, Any]:
+        """A point of the learning curve, with predictions for the unlabeled images if they all have masks."""
+        scores, unlabeled = self.score(self.splits.val).pixels, self.splits.unlabeled
+        point = {"epoch": self.epoch, "loss": loss, "dice": scores.dice, "swept_dice": scores.swept_dice}
+        if unlabeled.masks is not None:
+            point["unlabeled_dice"] = self.score(unlabeled).pixels.dice
+        _, mean, std, *_ = self.splits.preprocessing
+        labeled = augment.normalize(self.splits.labeled.images.to(self.device), mean, std)
+        with autocast(self.config.precision, self.device):
+            return point | self.method.eval().watched(labeled)
 
     def _batches(self) -> Iterator[Batch]:
         for number, (labeled, unlabeled) in enumerate(self.batches.of_epoch(self.epoch)):
@@ -151,7 +173,8 @@ class Training:
             random = generator(self.config.seed, self.epoch, STRONG_KEY, number)
             drawn = [self._draw(unlabeled, random) for _ in range(self.method.strong_views)]
             strong = tuple(self._augmented(view)[0] for view in drawn)
-            yield Batch(images, masks, self._augmented(unlabeled)[0], strong)
+            weak = unlabeled._replace(appearance=None) if strong else unlabeled
+            yield Batch(images, masks, self._augmented(weak)[0], strong)
 
     def _draw(self, images: Images, random: torch.Generator) -> Images:
         """The same images with strong changes of appearance."""
@@ -160,7 +183,9 @@ class Training:
 
     def _augmented(self, batch: Images) -> tuple[Tensor, Tensor | None]:
         """Normalized images (B, 3, S, S) and masks (B, S, S), as `semimoe_fast.training.trainer` makes them."""
-        images, masks = augment.resample(batch.images, batch.masks, batch.augmentation, self.config.image_size)
+        images, masks = augment.resample(
+            batch.images, batch.masks, batch.augmentation, self.config.image_size, self.config.centered_masks
+        )
         if batch.appearance is not None:
             images = appearance.apply(images, batch.appearance)
         _, mean, std, *_ = self.splits.preprocessing
@@ -171,6 +196,8 @@ class Training:
         for prefix, parameter, optimizer in self._optimized():
             moments = optimizer.state[parameter].items()
             tensors |= {f"{prefix}{key}": value for key, value in moments if value is not None}
+        if self.ema is not None:
+            tensors |= {f"average.{key}": value for key, value in self.ema.sums.items()}
         progress = {name: getattr(self, name) for name in ("epoch", "seconds", "cpu_seconds", "curve")}
         checkpoint.write(path, {"progress": progress}, tensors | {"random": torch.get_rng_state()})
 
@@ -181,6 +208,9 @@ class Training:
         except UserError as error:
             raise UserError(f"{error}; remove it to train anew") from error
         self.method.load_state_dict(with_prefix(tensors, "method."))
+        if self.ema is not None:
+            for name, value in with_prefix(tensors, "average.").items():
+                self.ema.sums[name].copy_(value)
         for prefix, parameter, optimizer in self._optimized():
             moments = with_prefix(tensors, prefix).items()
             optimizer.state[parameter] = {key: like(parameter, value) for key, value in moments}

@@ -15,19 +15,20 @@ from torch import Tensor
 from .augment import Augmentation
 from .ragged import Ragged
 
-JITTER = 1.25  # crops are magnified by 1 / JITTER to JITTER, uniformly in the logarithm
+JITTER = 1.25  # default scale jitter, see Crops
 FOREGROUND = 0.5  # probability that a labeled crop is placed around a random foreground pixel
 
 
 class Crops:
     """Crops of S x S pixels of a set of images whose pixels are on any device; draws need the masks on the CPU too.
 
-    size: S in pixels. The squares lie inside the image, at a uniformly random place, if the image is large enough. A
-    smaller image is inside the square, at a random place too, surrounded by its mirror images.
+    size: S in pixels. jitter: crops are magnified by 1 / jitter to jitter, uniformly in the logarithm. The squares lie
+    inside the image, at a uniformly random place, if the image is large enough. A smaller image is inside the square,
+    at a random place too, surrounded by its mirror images.
     """
 
-    def __init__(self, images: Ragged, size: int, device: torch.device) -> None:
-        self.images, self.size = images.to(device), size
+    def __init__(self, images: Ragged, size: int, device: torch.device, jitter: float = JITTER) -> None:
+        self.images, self.size, self.jitter = images.to(device), size, jitter
         self.shares = shares(images, size)
         self.foreground = None if images.masks is None else Foreground(images)
 
@@ -53,21 +54,33 @@ class Crops:
         """
         scale, lift, where, *place = torch.rand(5, len(rows), generator=random, dtype=torch.float64)
         coins = torch.rand(len(rows), 3, generator=random) < 0.5
-        extent = (self.size * JITTER ** (2 * scale - 1)).round().long()
+        extent, place = extents(self.size, self.jitter, scale), torch.stack(place, 1)
         room = self.images.sizes[rows] - extent[:, None]
-        low, high = room.clamp(max=0), room.clamp(min=0)
-        place = torch.stack(place, 1)
-        corner = low + (place * (high - low + 1)).long()
+        corner = corners(room, place)
         if self.foreground is not None:
             pixel, found = self.foreground.find(rows, where)
-            around = (pixel - (place * extent[:, None]).long()).clamp(low, high)
+            around = (pixel - (place * extent[:, None]).long()).clamp(room.clamp(max=0), room.clamp(min=0))
             corner = torch.where((found & (lift < FOREGROUND))[:, None], around, corner)
         within = torch.zeros_like(corner)
         return corner, Augmentation(within, extent, coins[:, :2], coins[:, 2])
 
     def cut(self, rows: Tensor, corner: Tensor) -> tuple[Tensor, Tensor | None]:
         """The windows of crops: images, uint8 (B, 3, L, L), and masks (B, L, L) or None, on the device."""
-        return self.images.windows(rows, corner, math.ceil(JITTER * self.size))
+        return self.images.windows(rows, corner, math.ceil(self.jitter * self.size))
+
+
+def extents(size: int, jitter: float, draws: Tensor) -> Tensor:
+    """Sides of squares that become `size` pixels, 1 / jitter to jitter times as long: int64 (B,), of uniform draws."""
+    return (size * jitter ** (2 * draws - 1)).round().long()
+
+
+def corners(room: Tensor, draws: Tensor) -> Tensor:
+    """Corners of squares at random places, int64 (B, 2), of uniform draws (B, 2).
+
+    room: sides of the images less those of the squares, int64 (B, 2). Negative room is outside the image.
+    """
+    low, high = room.clamp(max=0), room.clamp(min=0)
+    return low + (draws * (high - low + 1)).long()
 
 
 def crops_in(images: Ragged, size: int) -> int:

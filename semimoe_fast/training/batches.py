@@ -7,6 +7,7 @@ process draws for the global batch and keeps its own rows.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +18,12 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Preprocessing
-from ..data import appearance, augment
+from ..data import appearance, augment, crops
 from ..data.appearance import Appearance
 from ..data.augment import Augmentation
 from ..data.crops import Crops
 from ..data.folders import Dataset
-from ..data.ragged import Ragged
+from ..data.ragged import Ragged, mirrored
 from .config import TrainConfig
 from .distributed import World
 from .schedule import epoch_order, generator
@@ -100,6 +101,36 @@ class Squares:
         return self.images[rows], None if self.masks is None else self.masks[rows]
 
 
+class MagnifiedSquares(Squares):
+    """Whole images of one size, magnified by 1 / jitter to jitter, uniformly in the logarithm.
+
+    A square of S x S pixels is at a random place of a larger image; a smaller image is at a random place of the square,
+    surrounded by its mirror images.
+    """
+
+    def __init__(self, dataset: Dataset, memory: torch.device, jitter: float) -> None:
+        super().__init__(dataset, memory)
+        self.jitter = jitter
+
+    def draw(self, rows: Tensor, random: torch.Generator) -> tuple[Tensor, Augmentation]:
+        """The corners of the windows that hold the squares, int64 (B, 2), and the squares within these windows."""
+        scale, *place = torch.rand(3, len(rows), generator=random, dtype=torch.float64)
+        coins = torch.rand(len(rows), 3, generator=random) < 0.5
+        side = self.images.shape[-1]
+        extent = crops.extents(side, self.jitter, scale)
+        corner = crops.corners((side - extent)[:, None].expand(-1, 2), torch.stack(place, 1))
+        return corner, Augmentation(torch.zeros_like(corner), extent, coins[:, :2], coins[:, 2])
+
+    def cut(self, rows: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor | None]:
+        rows, corner = (tensor.to(self.images.device, non_blocking=True) for tensor in (rows, drawn))
+        side = self.images.shape[-1]
+        span = torch.arange(math.ceil(self.jitter * side), device=corner.device)
+        row, column = mirrored(corner[:, :, None] + span, side).unbind(1)  # (B, L)
+        where = rows[:, None, None], row[:, :, None], column[:, None, :]
+        images = self.images.permute(0, 2, 3, 1)[where].permute(0, 3, 1, 2)
+        return images, None if self.masks is None else self.masks[where]
+
+
 class Batches:
     """The batches of a run, on the device, for any epoch.
 
@@ -115,9 +146,10 @@ class Batches:
         self.unlabeled = None if data.unlabeled is None else self._source(without_masks(data.unlabeled), memory)
 
     def _source(self, images: Dataset | Ragged, memory: torch.device) -> Source:
+        jitter = self.config.scale_jitter
         if isinstance(images, Ragged):
-            return Crops(images, self.config.image_size, memory)
-        return Squares(images, memory)
+            return Crops(images, self.config.image_size, memory, crops.JITTER if jitter is None else jitter)
+        return Squares(images, memory) if jitter is None else MagnifiedSquares(images, memory, jitter)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -5,11 +5,9 @@ The run folder stores it as config.json, and every checkpoint holds a copy.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -19,7 +17,6 @@ from ..data.regions import PLAUSIBLE_MPP
 from ..device import Compile, Precision
 from ..errors import UserError, first_sentence
 from ..model import STRIDE
-from ..options import read_options
 from ..validation import check_types
 
 NONE = "none"
@@ -41,8 +38,10 @@ ADDED = {  # options that older runs do not store: the value with which they ran
     "brightness": 0.0,
     "blur": 0.0,
     "noise": 0.0,
+    "scale_jitter": None,
 }
 MOST_STRENGTHS = {"stain": 1, "brightness": 1, "blur": 5, "noise": 1}
+MOST_JITTER = 2  # at 2, mirror images fill up to 3/4 of a square
 REMOVED = {"joint_forward": False}  # options that only older runs store: the value with which all runs run now
 MOST_LOG_VAR = 20  # exp(20) is 5e8; the losses are at most about 1
 MUTABLE = ("data", "device", "threads", "data_device", "cuda_graph", "recompute", "profile")  # --resume may change them
@@ -80,8 +79,10 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True)
 class AugmentationOptions:
-    """Random changes of training images, beside crops, flips and rotations; 0 is off."""
+    """Random changes of training images, beside crops and the symmetries of the square; at 0 the last four are off."""
 
+    scale_jitter: Annotated[float | None, "FACTOR", "crops to 7/8; 1.25 with --sampling crops"] = None
+    """Magnify by 1 / FACTOR to FACTOR, up to 2."""
     stain: float = 0.0
     """Largest change of H and E: relative, and in optical density; 0.2 is strong."""
     brightness: float = 0.0
@@ -210,6 +211,11 @@ class TrainConfig(  # fields and help start with the last base
     def strengths(self) -> Strengths:
         return Strengths(self.stain, self.brightness, self.blur, self.noise)
 
+    @property
+    def centered_masks(self) -> bool:
+        """Whether pixels of a resized mask are those at their centers; the published ones lie half a pixel before."""
+        return self.sampling == "crops" or self.scale_jitter is not None
+
     def check(self, processes: int = 1) -> None:
         """Raise UserError for a value that a run of `processes` processes cannot train with."""
         for field in dataclasses.fields(self):
@@ -238,11 +244,16 @@ class TrainConfig(  # fields and help start with the last base
         for name, most in MOST_STRENGTHS.items():
             if not 0 <= getattr(self, name) <= most:
                 raise UserError(f"{flag(name)} is {getattr(self, name)}: give a number from 0 to {most:g}")
+        if self.scale_jitter is not None and not 1 <= self.scale_jitter <= MOST_JITTER:
+            raise UserError(
+                f"--scale-jitter is {self.scale_jitter}: give a factor from 1 to {MOST_JITTER}, or None for the "
+                "published crops"
+            )
         self._check_sampling()
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout is {self.dropout}: give a number from 0 to below 1")
         if self.ema is not None and not 0 < self.ema < 1:
-            raise UserError(f"--ema is {self.ema}: give a decay between 0 and 1, such as 0.999")
+            raise UserError(f"--ema is {self.ema}: give a decay between 0 and 1, such as 0.999, or None")
         if not 0 < self.decay <= 1:
             raise UserError(f"--decay is {self.decay}: give a factor above 0 and up to 1")
         if self.image_size % STRIDE:
@@ -312,41 +323,8 @@ class TrainConfig(  # fields and help start with the last base
         return cls(**values | tuples | {"data": None if values["data"] is None else Path(values["data"])})
 
 
-SYNTHETIC = TrainConfig(  # a short schedule for a CPU; larger batches give small images steadier BN statistics
-    image_size=64,
-    width=8,
-    epochs=40,
-    warmup_epochs=5,
-    decay_epochs=7,
-    labeled_batch=4,
-    unlabeled_batch=4,
-    val_every=4,
-    threads=1,  # a second thread gains nothing at this size
-)
-
-
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def parse(arguments: Sequence[str] | None = None, processes: int = 1) -> TrainConfig:
-    """The configuration of a command line, checked; --help prints the options and exits.
-
-    arguments: sys.argv[1:] if None. processes: number of processes that train together. Raises UserError.
-    """
-    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # --data and --resume decide the defaults
-    first_look.add_argument("--data", nargs="?")
-    first_look.add_argument("--resume", nargs="?", type=Path)
-    given, _ = first_look.parse_known_args(arguments)
-    if given.resume is not None:
-        default = dataclasses.replace(read_config(given.resume), resume=given.resume)
-    else:
-        default = SYNTHETIC if given.data is None else TrainConfig()
-    config = read_options(TrainConfig, "semimoe_fast.train", arguments, default)
-    if config.resume is not None:
-        _refuse_changes(default, config)
-    config.check(processes)
-    return config
 
 
 def read_config(run: Path) -> TrainConfig:
@@ -360,7 +338,7 @@ def read_config(run: Path) -> TrainConfig:
         raise UserError(f"{path}: is not JSON ({first_sentence(error)}); {REMEDY}") from error
     if isinstance(values, dict):
         values = of_this_version(values)
-    hints = {name: hint for name, hint in get_type_hints(TrainConfig).items() if name in SYNTHETIC.to_dict()}
+    hints = {name: hint for name, hint in get_type_hints(TrainConfig).items() if name in TrainConfig().to_dict()}
     check_types(path, "the configuration", values, hints, REMEDY)
     if unknown := values.keys() - hints.keys():
         raise UserError(f"{path}: has {min(unknown)!r}, which is no option of this version; {REMEDY}")
@@ -370,17 +348,3 @@ def read_config(run: Path) -> TrainConfig:
 def of_this_version(values: dict[str, Any]) -> dict[str, Any]:
     """The stored options of an older run as this version stores them."""
     return ADDED | {name: value for name, value in values.items() if REMOVED.get(name, ...) != value}
-
-
-def _refuse_changes(stored: TrainConfig, config: TrainConfig) -> None:
-    """Raise UserError if an option that is not in MUTABLE differs from the stored run."""
-    for field in dataclasses.fields(TrainConfig):
-        before, now = getattr(stored, field.name), getattr(config, field.name)
-        if before != now and field.name == "out":
-            raise UserError(f"--out is {now}, but --resume {stored.resume} writes to its own folder: leave out one")
-        if before != now and field.name not in MUTABLE:
-            raise UserError(
-                f"{flag(field.name)} is {now}, but the run in {stored.resume} was started with "
-                f"{'none' if before is None else before}: "
-                "leave it out, or start a new run"
-            )

@@ -198,7 +198,7 @@ class Trainer:
     def _augmented(self, batch: Images) -> tuple[Tensor, Tensor | None]:
         with record_function("augmentation"):
             images, masks = augment.resample(
-                batch.images, batch.masks, batch.augmentation, self.config.image_size, self.config.sampling == "crops"
+                batch.images, batch.masks, batch.augmentation, self.config.image_size, self.config.centered_masks
             )
             if batch.appearance is not None:
                 images = appearance.apply(images, batch.appearance)

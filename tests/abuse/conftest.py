@@ -31,7 +31,8 @@ from runs import Lost, finish
 
 from semimoe_fast import synthetic
 from semimoe_fast.errors import UserError
-from semimoe_fast.training.config import SYNTHETIC, TrainConfig
+from semimoe_fast.training.command_line import SYNTHETIC
+from semimoe_fast.training.config import TrainConfig
 
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)  # a forked child has no pool of threads

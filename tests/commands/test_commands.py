@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from semimoe_fast import checkpoint, evaluate, predict, train
 from semimoe_fast.data.folders import read_image, read_mask
 from semimoe_fast.errors import UserError, run_command
-from semimoe_fast.training import config, run_folder
+from semimoe_fast.training import command_line, config, run_folder
 from semimoe_fast.training.lock import FolderLock
 
 pytest.importorskip("tyro", reason="commands read their options with tyro")
@@ -194,9 +194,9 @@ def test_folder_of_a_run_is_not_overwritten(tiny: list[str], finished: Path) -> 
 
 
 def test_help_shows_the_defaults_of_the_data_set(capsys) -> None:
-    for arguments, epochs in (([], config.SYNTHETIC.epochs), (["--data", "DIR"], 200)):
+    for arguments, epochs in (([], command_line.SYNTHETIC.epochs), (["--data", "DIR"], 200)):
         with pytest.raises(SystemExit) as exit_:
-            config.parse([*arguments, "--help"])
+            command_line.parse([*arguments, "--help"])
         assert exit_.value.code == 0
         assert re.search(rf"--epochs INT[^-]*\(default: {epochs}\)", capsys.readouterr().out)
 
@@ -204,7 +204,7 @@ def test_help_shows_the_defaults_of_the_data_set(capsys) -> None:
 def test_runs_started_together_get_their_own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with FolderLock() as lock:
-        folders = [run_folder.new_folder(config.SYNTHETIC, lock) for _ in range(3)]
+        folders = [run_folder.new_folder(command_line.SYNTHETIC, lock) for _ in range(3)]
     assert len(set(folders)) == 3
     assert all(folder.is_dir() and folder.parent == Path("runs") for folder in folders)
 

@@ -52,6 +52,17 @@ def test_crops_lie_inside_large_images_and_hold_small_ones(shape: tuple[int, int
             assert (end == side).any()
 
 
+def test_jitter_bounds_the_magnification() -> None:
+    """The windows hold the largest crop."""
+    images = ragged((SIZE, SIZE))
+    crops = Crops(images, SIZE, CPU, jitter=1.5)
+    rows = torch.zeros(2000, dtype=torch.int64)
+    corner, augmentation = crops.draw(rows, torch.Generator().manual_seed(0))
+    assert augmentation.extent.min() == round(SIZE / 1.5)
+    assert augmentation.extent.max() == SIZE * 1.5
+    assert crops.cut(rows[:2], corner[:2])[0].shape == (2, 3, SIZE * 1.5, SIZE * 1.5)
+
+
 def test_half_of_the_labeled_crops_hold_a_chosen_foreground_pixel() -> None:
     """A single foreground pixel at the corner of a large image, which a uniform crop nearly never holds."""
     images = ragged((400, 500), foreground=0)

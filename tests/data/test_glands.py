@@ -14,7 +14,7 @@ from semimoe_fast.data.folders import load_part
 from semimoe_fast.data.glands import glands, picture
 from semimoe_fast.errors import UserError
 from semimoe_fast.synthetic import Folder, write
-from semimoe_fast.training.config import SYNTHETIC
+from semimoe_fast.training.command_line import SYNTHETIC
 from semimoe_fast.training.sources import synthetic_data
 
 SIZE = 64

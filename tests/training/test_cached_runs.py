@@ -11,7 +11,7 @@ from caches import assert_same, fail_if_decoding
 from semimoe_fast import checkpoint, train
 from semimoe_fast.data.cache import Cache
 from semimoe_fast.data.folders import load_part
-from semimoe_fast.training import config, run_folder, sources
+from semimoe_fast.training import command_line, run_folder, sources
 from semimoe_fast.training.lock import FolderLock
 
 OPTIONS = "--image-size 32 --width 2 --epochs 1 --warmup-epochs 0 --device cpu".split()
@@ -20,14 +20,14 @@ OPTIONS = "--image-size 32 --width 2 --epochs 1 --warmup-epochs 0 --device cpu".
 def test_cache_is_beside_the_run(tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip("tyro")
     monkeypatch.chdir(tmp_path)
-    assert run_folder.cache_folder(config.SYNTHETIC) == Path("runs/cache")
+    assert run_folder.cache_folder(command_line.SYNTHETIC) == Path("runs/cache")
     for out, expected in (("there/run", tmp_path / "there"), (".", tmp_path.parent)):
-        given = config.parse(["--out", out])
+        given = command_line.parse(["--out", out])
         assert run_folder.cache_folder(given) == expected / "cache"
     (tmp_path / "runs").mkdir()
     with FolderLock() as lock:
-        resumed = run_folder.new_folder(config.SYNTHETIC, lock)
-    assert run_folder.cache_folder(config.parse(["--resume", str(resumed)])) == tmp_path / "runs" / "cache"
+        resumed = run_folder.new_folder(command_line.SYNTHETIC, lock)
+    assert run_folder.cache_folder(command_line.parse(["--resume", str(resumed)])) == tmp_path / "runs" / "cache"
 
 
 def test_second_run_and_resumed_run_decode_nothing(glands_folder: Path, tmp_path: Path, monkeypatch) -> None:
@@ -56,7 +56,7 @@ def test_synthetic_run_writes_no_cache(finished: Path) -> None:
 def test_load_data_gives_the_same_with_and_without_a_cache(glands_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("tyro")
     cached = Cache(tmp_path / "cache")
-    given = config.parse(["--data", str(glands_folder), *OPTIONS])
+    given = command_line.parse(["--data", str(glands_folder), *OPTIONS])
     (plain, plain_val), (mapped, mapped_val) = sources.load_data(given), sources.load_data(given, cached)
     assert plain.preprocessing == mapped.preprocessing
     for ours, theirs in ((mapped.labeled, plain.labeled), (mapped.unlabeled, plain.unlabeled)):

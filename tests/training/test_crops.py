@@ -1,4 +1,4 @@
-"""Runs with --sampling crops, --antialias and changes of appearance."""
+"""Runs with --sampling crops, --scale-jitter, --antialias and changes of appearance."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from semimoe_fast import checkpoint, synthetic, train
 from semimoe_fast.checkpoint import Preprocessing
 from semimoe_fast.data import augment
 from semimoe_fast.data.appearance import apply
-from semimoe_fast.data.folders import list_pairs
+from semimoe_fast.data.folders import Dataset, list_pairs
 from semimoe_fast.data.readers import ArrayReader
 from semimoe_fast.errors import UserError
 from semimoe_fast.evaluation import metrics
@@ -61,9 +61,11 @@ def records(folder: Path) -> list[dict]:
     return [{key: value for key, value in json.loads(line).items() if key != "speed"} for line in lines]
 
 
-@pytest.mark.parametrize("sampling", ["crops", "resize"])
-def test_processes_share_the_batches_of_one(crops: TrainConfig, data: TrainingData, sampling: str) -> None:
-    chosen = dataclasses.replace(crops, sampling=sampling)
+@pytest.mark.parametrize(("sampling", "jitter"), [("crops", None), ("resize", None), ("resize", 1.3), ("crops", 2.0)])
+def test_processes_share_the_batches_of_one(
+    crops: TrainConfig, data: TrainingData, sampling: str, jitter: float | None
+) -> None:
+    chosen = dataclasses.replace(crops, sampling=sampling, scale_jitter=jitter)
     images = data if sampling == "crops" else load_data(chosen)[0]
     whole, *parts = (
         [list(tensors_of(batch)) for batch in Batches(chosen, images, CPU, world).of_epoch(1)]
@@ -106,6 +108,23 @@ def test_a_step_sees_the_crops_with_the_changes_of_appearance(crops: TrainConfig
     assert (plain - images).abs().amax((1, 2, 3)).min() > 0.1
 
 
+def test_scale_jitter_magnifies_whole_images_with_their_masks(tiny_config: TrainConfig) -> None:
+    """Stripes as wide as 8 pixels, in the image as in the mask: both have the same edges, to the pixel."""
+    stripes = (torch.arange(32) // 8 % 2).to(torch.uint8).expand(4, 32, 32)
+    images = Dataset(255 * stripes[:, None].expand(4, 3, 32, 32), stripes, list("abcd"))
+    data = TrainingData(images, images, Preprocessing(32, (0.0,) * 3, (1.0,) * 3))
+    trainer = Trainer(dataclasses.replace(tiny_config, scale_jitter=1.5, steps_per_epoch=20), data, CPU)
+    extents = []
+    for batch in trainer.begin_epoch():
+        assert batch.labeled.images.shape[2:] == (48, 48)  # whatever was drawn, as a CUDA graph needs
+        pixels, masks = trainer._augmented(batch.labeled)
+        extents += batch.labeled.augmentation.extent.tolist()
+        inside = (pixels - 0.5).abs() > 1e-3  # a pixel of one half is as near to either
+        assert torch.equal((pixels > 0.5)[inside], masks[:, None].expand_as(pixels)[inside] != 0)
+    assert 21 <= min(extents) < 26
+    assert 40 < max(extents) <= 48
+
+
 def test_changes_of_appearance_leave_the_geometry(tiny_config: TrainConfig) -> None:
     images, _ = load_data(tiny_config)
     plain, changed = (
@@ -117,16 +136,18 @@ def test_changes_of_appearance_leave_the_geometry(tiny_config: TrainConfig) -> N
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize(("sampling", "jitter"), [("crops", None), ("resize", 1.3)])
 def test_run_resumes_bitwise_and_stores_its_preprocessing(
-    crops: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    crops: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampling: str, jitter: float | None
 ) -> None:
     """The resumed run reads the cache of the uninterrupted one."""
     one, two = tmp_path / "one", tmp_path / "two"
-    train.main(dataclasses.replace(crops, out=one))
+    chosen = dataclasses.replace(crops, sampling=sampling, scale_jitter=jitter, ema=0.9)
+    train.main(dataclasses.replace(chosen, out=one))
     with monkeypatch.context() as patch:
         patch.setattr(train, "Interruption", lambda _: StopAfter(3))
         with pytest.raises(SystemExit):
-            train.main(dataclasses.replace(crops, out=two))
+            train.main(dataclasses.replace(chosen, out=two))
     train.main(dataclasses.replace(config.read_config(two), resume=two))
     (metadata, tensors), (expected_metadata, expected) = (checkpoint.read(f / run_folder.LAST) for f in (two, one))
     assert metadata == expected_metadata
@@ -134,7 +155,8 @@ def test_run_resumes_bitwise_and_stores_its_preprocessing(
     assert records(two) == records(one)
     assert len(list((tmp_path / "cache").iterdir())) == 3
     preprocessing = Preprocessing.of(two, metadata)
-    assert preprocessing[5:] == ("crops", False, 1.0, None)  # nothing is shrunk
+    assert (preprocessing.sampling, preprocessing.antialias, preprocessing.mpp) == (sampling, False, None)
+    assert (preprocessing.scale == 1) == (sampling == "crops")  # crops are not shrunk
 
 
 @torch.no_grad()
@@ -236,6 +258,8 @@ def test_antialiasing_is_in_the_images_and_in_the_checkpoint(tiny_config: TrainC
         ({"mpp": 0.5, "sampling": "resize"}, "--mpp is 0.5, but --sampling resize scales images by their sides"),
         ({"mpp": 0.0}, "--mpp is 0.0: give microns per pixel from 0.02 to 20"),
         ({"sampling": "crops", "data": None}, "--sampling crops needs --data"),
+        ({"scale_jitter": 0.9}, "--scale-jitter is 0.9: give a factor from 1 to 2, or None for the published crops"),
+        ({"scale_jitter": 2.1}, "--scale-jitter is 2.1: give a factor from 1 to 2"),
         ({"sampling": "crops", "antialias": True}, "--antialias is for --sampling resize: leave it out"),
     ],
 )

@@ -19,7 +19,8 @@ import torch
 from semimoe_fast import checkpoint, train
 from semimoe_fast.errors import UserError
 from semimoe_fast.model import SemiMoE
-from semimoe_fast.training import config, distributed, report, run_folder
+from semimoe_fast.training import command_line, distributed, report, run_folder
+from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.distributed import World
 from semimoe_fast.training.sources import load_data
 from semimoe_fast.training.trainer import Trainer
@@ -143,7 +144,7 @@ class Apart(World):
 def test_gradients_are_averaged_over_the_ranks(options: list[str], tmp_path: Path) -> None:
     """Expected: two trainers in this process, one per rank, whose gradients the test averages."""
     options = [*options, "--dropout", "0"]
-    parsed = config.parse(options)
+    parsed = command_line.parse(options)
     torch.set_num_threads(parsed.threads)
     data, _ = load_data(parsed)
     trainers = [Trainer(parsed, data, torch.device("cpu"), Apart(rank, 2)) for rank in range(2)]
@@ -280,7 +281,7 @@ def test_main_process_caches_the_images(glands_folder: Path, tmp_path: Path) -> 
         ),
     ],
 )
-def test_batches_that_two_processes_cannot_share(tiny_config: config.TrainConfig, changes: dict, message: str) -> None:
+def test_batches_that_two_processes_cannot_share(tiny_config: TrainConfig, changes: dict, message: str) -> None:
     changed = dataclasses.replace(tiny_config, **changes)
     changed.check()
     with pytest.raises(UserError) as caught:
@@ -315,7 +316,7 @@ ENVIRONMENT = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MAST
     ],
 )
 def test_incomplete_environment_raises_user_error(
-    tiny_config: config.TrainConfig, monkeypatch, changes: dict, message: str
+    tiny_config: TrainConfig, monkeypatch, changes: dict, message: str
 ) -> None:
     for name, value in (ENVIRONMENT | changes).items():
         monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
@@ -327,7 +328,7 @@ def test_incomplete_environment_raises_user_error(
     )
 
 
-def test_processes_that_cannot_connect_raise_user_error(tiny_config: config.TrainConfig, monkeypatch) -> None:
+def test_processes_that_cannot_connect_raise_user_error(tiny_config: TrainConfig, monkeypatch) -> None:
     for name, value in (ENVIRONMENT | {"MASTER_ADDR": "nowhere.invalid"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=1))

@@ -9,7 +9,7 @@ import torch
 
 from semimoe_fast.device import Precision
 from semimoe_fast.errors import UserError
-from semimoe_fast.training.config import SYNTHETIC
+from semimoe_fast.training.command_line import SYNTHETIC
 from semimoe_fast.training.memory import KEPT, require_memory, total_bytes
 
 memory = pytest.importorskip("benchmarks.memory", reason="needs the source tree, and tests run from its root")

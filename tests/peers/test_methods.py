@@ -1,32 +1,28 @@
-"""The methods of benchmarks/peers: what each learns from, that labels have no gradient, and that runs resume."""
+"""The methods of benchmarks/peers: what each learns from, that labels have no gradient."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
-import statistics
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy, dropout2d, mse_loss
 from torch.utils.flop_counter import FlopCounterMode
 
 from semimoe_fast import functional as F
-from semimoe_fast import synthetic
+from semimoe_fast.data import augment
 from semimoe_fast.data.cache import Cache
 from semimoe_fast.errors import UserError
 from semimoe_fast.training.batches import tensors_of
+from semimoe_fast.training.command_line import RECIPES
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.speed import flops_per_step
 from semimoe_fast.training.trainer import Trainer
 
 command = pytest.importorskip("benchmarks.peers.__main__", reason="needs the source tree, and tests run from its root")
-from benchmarks.peers import collect, folds, unimatch  # noqa: E402
+from benchmarks.peers import unimatch  # noqa: E402
 from benchmarks.peers.cps import CPS, WEIGHT  # noqa: E402
 from benchmarks.peers.mean_teacher import MeanTeacher  # noqa: E402
 from benchmarks.peers.method import Batch, both  # noqa: E402
@@ -35,31 +31,6 @@ from benchmarks.peers.training import Splits, Training, load_splits  # noqa: E40
 from benchmarks.peers.unimatch import UniMatch  # noqa: E402
 
 CPU = torch.device("cpu")
-UNLABELED = 4  # two steps an epoch
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Synthetic glands, with masks of the unlabeled images."""
-    out = tmp_path_factory.mktemp("data") / "glands"
-    synthetic.write(synthetic.Folder(out, labeled=3, unlabeled=UNLABELED, val=2, size=32))
-    masks = out / f"train_unsup_{UNLABELED}" / "mask"
-    masks.mkdir()
-    for path in (masks.parent / "image").iterdir():
-        Image.fromarray(np.eye(32, dtype=np.uint8)).save(masks / path.name)
-    return out
-
-
-@pytest.fixture(scope="module")
-def config(folder: Path) -> TrainConfig:
-    return TrainConfig(
-        data=folder, image_size=32, width=4, epochs=2, warmup_epochs=0, lr=0.1, seed=3, device="cpu", threads=1
-    )
-
-
-@pytest.fixture(scope="module")
-def splits(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Splits:
-    return load_splits(config, Cache(tmp_path_factory.mktemp("cache")), all_labels=True)
 
 
 def batch(strong: int = 0) -> Batch:
@@ -97,7 +68,7 @@ def test_all_methods_take_equally_many_steps_and_images(name: str, config: Train
     training.train_epoch()
     assert steps == [3, 4]
     images = [(len(b.labeled), 0 if b.unlabeled is None else len(b.unlabeled)) for b in seen]
-    assert images == [(4, 0) if name.startswith("supervised") else (2, 2)] * (UNLABELED // 2)
+    assert images == [(4, 0) if name.startswith("supervised") else (2, 2)] * (len(splits.unlabeled) // 2)
     assert all(len(b.strong) == (2 if "unimatch" in name else 0) for b in seen)
     assert training.splits.preprocessing == splits.preprocessing
     still = {key for key, value in method.named_parameters() if torch.equal(value, before[key])}
@@ -109,7 +80,8 @@ def test_all_methods_take_equally_many_steps_and_images(name: str, config: Train
 def test_the_upper_bound_alone_sees_all_labels(config: TrainConfig, splits: Splits) -> None:
     for name, method in METHODS.items():
         data = splits.of(method(2))
-        assert len(data.labeled) == len(data.labeled.masks) == 3 + (UNLABELED if name == "supervised-all" else 0)
+        others = len(splits.unlabeled) if name == "supervised-all" else 0
+        assert len(data.labeled) == len(data.labeled.masks) == 3 + others
         assert (data.unlabeled is None) == name.startswith("supervised")
     strong = Training(config, METHODS["unimatch"], splits, CPU)
     (first, *_) = strong._batches()
@@ -123,12 +95,22 @@ def test_batches_are_on_the_device(config: TrainConfig, splits: Splits) -> None:
         assert {tensor.device for tensor in tensors_of(batch)} == {meta}
 
 
+@pytest.mark.parametrize("name", ["unimatch", "cps"])
+def test_weak_views_of_unimatch_keep_their_look(name: str, config: TrainConfig, splits: Splits) -> None:
+    plain, changed = (
+        next(Training(dataclasses.replace(config, stain=stain), METHODS[name], splits, CPU)._batches())
+        for stain in (0.0, 0.2)
+    )
+    assert not torch.equal(plain.labeled, changed.labeled)
+    assert torch.equal(plain.unlabeled, changed.unlabeled) == (name == "unimatch")
+
+
 def test_scores_leave_the_statistics_of_batch_normalization(config: TrainConfig, splits: Splits) -> None:
     training = Training(config, METHODS["supervised"], splits, CPU)
     training.train_epoch()
     before = {key: value.clone() for key, value in training.method.named_buffers()}
     training.method.train()
-    training.score()
+    training.score(splits.val)
     assert before
     for key, value in training.method.named_buffers():
         assert torch.equal(value, before[key]), key
@@ -141,13 +123,15 @@ def test_the_upper_bound_needs_the_masks(glands_folder: Path, config: TrainConfi
     assert load_splits(without, Cache(tmp_path), all_labels=False).unlabeled.masks is None
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_semi_moe_is_the_step_of_the_trainer(
-    config: TrainConfig, splits: Splits, monkeypatch: pytest.MonkeyPatch
+    recipe: str, config: TrainConfig, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One step, up to rounding: the losses are computed one by one here, in one pass there.
 
     A bound on each tensor's change as a whole, because rounding decides which pixels pass a ReLU; later steps amplify.
     """
+    config = dataclasses.replace(config, **RECIPES[recipe])
     training = Training(config, METHODS["semi-moe"], splits, CPU)
     first = next(training._batches())
     monkeypatch.setattr(training, "_batches", lambda: iter([first]))
@@ -161,6 +145,29 @@ def test_semi_moe_is_the_step_of_the_trainer(
         assert changed.norm() > 0, key
         assert (value - expected[key]).norm() <= 1e-3 * changed.norm() + 2**-23 * before[key].norm(), key
     torch.testing.assert_close(training.method.adaptive.log_vars, trainer.adaptive.log_vars)
+    if config.ema is not None:  # of one step: the weights themselves
+        for key, value in training.ema.after(1).model.named_parameters():
+            torch.testing.assert_close(value, expected[key])
+
+
+def test_the_learning_curve_has_what_semi_moe_learns(config: TrainConfig, splits: Splits) -> None:
+    """The pseudo-labels of the unlabeled images are compared with masks that training does not see."""
+    training = Training(config, METHODS["semi-moe"], splits, CPU)
+    training.train_epoch()
+    (point,) = training.curve
+    assert point["loss_weights"] == training.method.adaptive.log_vars.neg().exp().tolist()
+    gates = torch.tensor(point["gate_weights"])  # (predictions, experts)
+    torch.testing.assert_close(gates.sum(1), torch.ones(3))
+    model = training.method.model.eval()
+    images = augment.normalize(splits.unlabeled.images, *splits.preprocessing[1:3])
+    found, right = model(images).mask.argmax(1) == 1, splits.unlabeled.masks == 1
+    assert point["unlabeled_dice"] == pytest.approx(
+        2 * (found & right).sum().item() / (found.sum() + right.sum()).item()
+    )
+    without = splits._replace(unlabeled=dataclasses.replace(splits.unlabeled, masks=None))
+    training = Training(config, METHODS["semi-moe"], without, CPU)
+    training.train_epoch()
+    assert training.curve == [{key: value for key, value in point.items() if key != "unlabeled_dice"}]
 
 
 def test_pseudo_labels_of_semi_moe_teach_no_gate() -> None:
@@ -295,107 +302,3 @@ def test_the_page_has_the_cost_of_a_step(name: str) -> None:
             method.loss(data, 1.0).backward()
         costs.append(counter.get_total_flops() / flops_per_step(16, 32, 4))
     assert f"| `{name}` | {costs[0]:.2f} | {costs[1]:.2f} |" in page
-
-
-def options(folder: Path, out: Path, *more: str) -> list[str]:
-    return f"--data {folder} --out {out} --image-size 32 --width 4 --epochs 3 --lr 0.1".split() + list(more)
-
-
-def test_runs_resume_and_are_not_repeated(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("tyro")
-    method = ["--method", "mean-teacher"]  # has random noise, a teacher, and counts its steps
-    command.main(options(folder, tmp_path / "undisturbed", *method))
-    epoch = Training.train_epoch
-
-    def interrupted(training: Training) -> None:
-        if training.epoch == 2:
-            raise KeyboardInterrupt
-        epoch(training)
-
-    monkeypatch.setattr(Training, "train_epoch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        command.main(options(folder, tmp_path / "runs", *method))
-    monkeypatch.setattr(Training, "train_epoch", epoch)
-    (state,) = (tmp_path / "runs").glob("*.safetensors")
-    claim = command.Claim(state.with_suffix(".lock"))
-    command.main(options(folder, tmp_path / "runs", *method))
-    assert "is being trained by another process" in capsys.readouterr().out
-    claim.close()
-    command.main(options(folder, tmp_path / "runs", *method))
-    (resumed,) = (tmp_path / "runs").glob("*.json")
-    record = json.loads(resumed.read_text())
-    right = json.loads((tmp_path / "undisturbed" / resumed.name).read_text())
-    assert record["scores"] == right["scores"]
-    assert record["curve"] == right["curve"]
-    assert [point["epoch"] for point in record["curve"]] == [1, 2, 3]
-    assert record["steps"] == 3 * UNLABELED // 2
-    names = {path.stem for path in folder.rglob("*.png")}
-    assert not any(f'"{name}"' in resumed.read_text() for name in names), "only hashes of names are recorded"
-
-    monkeypatch.setattr(Training, "train_epoch", interrupted)
-    capsys.readouterr()
-    command.main(options(folder, tmp_path / "runs", *method))
-    assert "is finished" in capsys.readouterr().out
-
-    state.write_bytes(state.read_bytes()[:1000])
-    resumed.unlink()
-    with pytest.raises(UserError, match=r"not a readable checkpoint .*; remove it to train anew"):
-        command.main(options(folder, tmp_path / "runs", *method))
-
-
-def test_the_machine_has_a_name_without_cpuinfo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(command, "CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(command.platform, "processor", lambda: "arm")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert command.machine(CPU) == "arm, 1 thread"
-
-
-def test_only_a_held_lock_is_another_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def fail(*arguments: object) -> None:
-        raise UserError("no locks here")
-
-    monkeypatch.setattr(command, "lock", fail)
-    with pytest.raises(UserError, match="no locks here"):
-        command.Claim(tmp_path / "run.lock")
-
-
-def test_runs_on_other_devices_are_other_runs(config: TrainConfig) -> None:
-    cpu, *others = (command.arguments_of(config, torch.device(name)) for name in ("cpu", "cuda:0", "cuda:1"))
-    assert (cpu["device"], cpu["precision"]) == ("cpu", "fp32")
-    assert [(other["device"], other["precision"]) for other in others] == [("cuda", "bf16")] * 2
-
-
-def test_collected_scores_are_those_of_the_runs(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tyro")
-    runs = tmp_path / "runs"
-    command.main(options(folder, runs, "--method", "supervised", "--seed", "0", "1", "--epochs", "1"))
-    collect.main([str(runs), "--out", str(tmp_path / "accuracy" / "tiny.json")])
-    tables = json.loads((tmp_path / "accuracy" / "tiny.json").read_text())["tables"]
-    dice = [json.loads(path.read_text())["scores"]["at_half"]["dice"] for path in runs.glob("*.json")]
-    ((method, lr, count, cell, *_),) = tables["scores"]["rows"]
-    assert (method, lr, count) == ("supervised", 0.1, 2)
-    assert cell == f"{statistics.mean(dice):.4f} ± {statistics.stdev(dice):.4f}"
-    assert tables["splits"]["rows"][0][:3] == ["runs", "labeled", 3]
-    command.main(options(folder, runs, "--method", "supervised", "--epochs", "2"))
-    with pytest.raises(UserError, match="has another epochs"):
-        collect.main([str(runs), "--out", str(tmp_path / "tiny.json")])
-
-
-def test_each_labeled_image_is_held_out_once(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tyro")
-    folds.main(["--data", str(folder), "--out", str(tmp_path), "--folds", "2"])
-    held_out = []
-    for fold in sorted(tmp_path.iterdir()):
-        mine = {path.resolve() for path in (fold / "val" / "image").iterdir()}
-        (kept,) = fold.glob("train_sup_*")
-        assert kept.name == f"train_sup_{3 - len(mine)}"
-        assert not mine & {path.resolve() for path in (kept / "image").iterdir()}
-        assert len([*(kept / "mask").iterdir()]) == 3 - len(mine)
-        assert len([*(fold / f"train_unsup_{UNLABELED}" / "mask").iterdir()]) == UNLABELED
-        held_out += mine
-    assert sorted(held_out) == sorted((folder / "train_sup_3" / "image").iterdir())
-    assert not {*held_out} & {*(folder / "val" / "image").iterdir()}
-    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))} exists and is not an empty folder: choose"):
-        folds.main(["--data", str(folder), "--out", str(tmp_path), "--folds", "2"])

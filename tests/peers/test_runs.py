@@ -1,0 +1,188 @@
+"""The command of benchmarks/peers: runs resume, and their scores are collected."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from semimoe_fast import checkpoint
+from semimoe_fast.errors import UserError
+from semimoe_fast.training.command_line import RECIPES
+from semimoe_fast.training.config import TrainConfig
+
+command = pytest.importorskip("benchmarks.peers.__main__", reason="needs the source tree, and tests run from its root")
+from benchmarks.peers import collect, folds, plot  # noqa: E402
+from benchmarks.peers.training import Training  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def options(folder: Path, out: Path, *more: str) -> list[str]:
+    return f"--data {folder} --out {out} --image-size 32 --width 4 --epochs 3 --lr 0.1".split() + list(more)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["--method", "mean-teacher"],  # has random noise, a teacher, and counts its steps
+        ["--method", "supervised", "--recipe", "strong", "--without", "stain"],  # has an average of the weights
+    ],
+    ids=" ".join,
+)
+def test_runs_resume_and_are_not_repeated(
+    method: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tyro")
+    command.main(options(folder, tmp_path / "undisturbed", *method))
+    epoch = Training.train_epoch
+
+    def interrupted(training: Training) -> None:
+        if training.epoch == 2:
+            raise KeyboardInterrupt
+        epoch(training)
+
+    monkeypatch.setattr(Training, "train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(options(folder, tmp_path / "runs", *method))
+    monkeypatch.setattr(Training, "train_epoch", epoch)
+    (state,) = (tmp_path / "runs").glob("*.safetensors")
+    claim = command.Claim(state.with_suffix(".lock"))
+    command.main(options(folder, tmp_path / "runs", *method))
+    assert "is being trained by another process" in capsys.readouterr().out
+    claim.close()
+    command.main(options(folder, tmp_path / "runs", *method))
+    (resumed,) = (tmp_path / "runs").glob("*.json")
+    record = json.loads(resumed.read_text())
+    averaged = [key for key in checkpoint.read(state, CPU)[1] if key.startswith("average.")]
+    assert bool(averaged) == ("strong" in method)
+    chosen = {key: record["arguments"].get(key) for key in ("recipe", "lr", "brightness", "stain")}
+    strong = {"recipe": "strong without stain", "lr": 0.1, "brightness": 0.2, "stain": 0.0}
+    assert chosen == (strong if "strong" in method else dict.fromkeys(chosen) | {"lr": 0.1})
+    right = json.loads((tmp_path / "undisturbed" / resumed.name).read_text())
+    assert record["scores"] == right["scores"]
+    assert record["curve"] == right["curve"]
+    assert [point["epoch"] for point in record["curve"]] == [1, 2, 3]
+    assert record["steps"] == 3 * 2  # two steps an epoch
+    names = {path.stem for path in folder.rglob("*.png")}
+    assert not any(f'"{name}"' in resumed.read_text() for name in names), "only hashes of names are recorded"
+
+    monkeypatch.setattr(Training, "train_epoch", interrupted)
+    capsys.readouterr()
+    command.main(options(folder, tmp_path / "runs", *method))
+    assert "is finished" in capsys.readouterr().out
+
+    state.write_bytes(state.read_bytes()[:1000])
+    resumed.unlink()
+    with pytest.raises(UserError, match=r"not a readable checkpoint .*; remove it to train anew"):
+        command.main(options(folder, tmp_path / "runs", *method))
+
+
+def test_the_machine_has_a_name_without_cpuinfo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(command, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(command.platform, "processor", lambda: "arm")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert command.machine(CPU) == "arm, 1 thread"
+
+
+def test_only_a_held_lock_is_another_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*arguments: object) -> None:
+        raise UserError("no locks here")
+
+    monkeypatch.setattr(command, "lock", fail)
+    with pytest.raises(UserError, match="no locks here"):
+        command.Claim(tmp_path / "run.lock")
+
+
+def test_runs_on_other_devices_are_other_runs(config: TrainConfig) -> None:
+    cpu, *others = (
+        command.arguments_of(config, "published", torch.device(name)) for name in ("cpu", "cuda:0", "cuda:1")
+    )
+    assert (cpu["device"], cpu["precision"]) == ("cpu", "fp32")
+    assert [(other["device"], other["precision"]) for other in others] == [("cuda", "bf16")] * 2
+
+
+def test_collected_scores_are_those_of_the_runs(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tyro")
+    runs = tmp_path / "runs"
+    command.main(options(folder, runs, "--method", "supervised", "semi-moe", "--seed", "0", "1", "--epochs", "1"))
+    collect.main([str(runs), "--out", str(tmp_path / "accuracy" / "tiny.json")])
+    tables = json.loads((tmp_path / "accuracy" / "tiny.json").read_text())["tables"]
+    dice = [json.loads(path.read_text())["scores"]["at_half"]["dice"] for path in runs.glob("supervised*.json")]
+    ((method, lr, count, cell, *_), _) = tables["scores"]["rows"]
+    assert (method, lr, count) == ("supervised", 0.1, 2)
+    assert cell == f"{statistics.mean(dice):.4f} ± {statistics.stdev(dice):.4f}"
+    with_tta = [row[3] for row in tables["scores_with_tta"]["rows"]]
+    assert len(with_tta) == 2
+    assert with_tta != [row[3] for row in tables["scores"]["rows"]]
+    assert tables["splits"]["rows"][0][:3] == ["runs", "labeled", 3]
+    plot.main([str(runs), "--out", str(tmp_path / "pictures" / "curves.png")])
+    assert Image.open(tmp_path / "pictures" / "curves.png").width > 1000
+    command.main(options(folder, runs, "--method", "supervised", "--epochs", "2"))
+    with pytest.raises(UserError, match="has another epochs"):
+        collect.main([str(runs), "--out", str(tmp_path / "tiny.json")])
+
+
+def test_unlike_runs_are_not_averaged(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tyro")
+    arguments = options(folder, tmp_path / "runs", "--method", "supervised", "--epochs", "1", "--recipe", "strong")
+    command.main(arguments)
+    monkeypatch.setitem(RECIPES["strong"], "stain", 0.07)
+    command.main([*arguments, "--seed", "1"])
+    with pytest.raises(UserError, match="has another stain than"):
+        collect.main([str(tmp_path / "runs"), "--out", str(tmp_path / "tiny.json")])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--without", "stain"], "--without leaves out options of --recipe strong: give that too"),
+        (["--recipe", "strong", "--without", "width"], "--without is width: choose from lr, stain, "),
+    ],
+)
+def test_options_that_are_not_of_the_recipe_are_refused(folder: Path, tmp_path: Path, more: list[str], message: str):
+    pytest.importorskip("tyro")
+    with pytest.raises(UserError, match=message):
+        command.main(options(folder, tmp_path, *more))
+
+
+def test_curves_are_means_over_seeds() -> None:
+    def run(seed: int, method: str, **values: float) -> dict:
+        curve = [{"epoch": epoch, "dice": 0.1 * epoch + seed, **values} for epoch in (2, 4)]
+        more = {"loss_weights": [1 + seed, 2, 3], "gate_weights": [[0.5, 0.3, 0.2 + seed]] * 3}
+        if method == "semi-moe":
+            curve = [point | more for point in curve]
+        return {"method": method, "seed": seed, "arguments": {"lr": 0.5}, "curve": curve}
+
+    runs = [run(seed, "semi-moe") for seed in (0, 1)] + [run(0, "cps", unlabeled_dice=0.7)]
+    val, unlabeled, losses, gates = plot.draw(runs).axes
+    moe, cps = sorted(val.lines, key=lambda line: "cps" in line.get_label())
+    assert moe.get_xdata().tolist() == [2, 4]
+    assert moe.get_ydata() == pytest.approx([0.7, 0.9])
+    assert cps.get_ydata() == pytest.approx([0.2, 0.4])
+    assert [line.get_ydata().tolist() for line in unlabeled.lines] == [[0.7, 0.7]]
+    assert [line.get_ydata()[0] for line in losses.lines] == pytest.approx([1.5, 2, 3])
+    assert [line.get_ydata()[0] for line in gates.lines] == pytest.approx([0.5, 0.3, 0.7])
+
+
+def test_each_labeled_image_is_held_out_once(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tyro")
+    folds.main(["--data", str(folder), "--out", str(tmp_path), "--folds", "2"])
+    held_out = []
+    for fold in sorted(tmp_path.iterdir()):
+        mine = {path.resolve() for path in (fold / "val" / "image").iterdir()}
+        (kept,) = fold.glob("train_sup_*")
+        assert kept.name == f"train_sup_{3 - len(mine)}"
+        assert not mine & {path.resolve() for path in (kept / "image").iterdir()}
+        assert len([*(kept / "mask").iterdir()]) == 3 - len(mine)
+        assert len([*(fold / "train_unsup_4" / "mask").iterdir()]) == 4
+        held_out += mine
+    assert sorted(held_out) == sorted((folder / "train_sup_3" / "image").iterdir())
+    assert not {*held_out} & {*(folder / "val" / "image").iterdir()}
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))} exists and is not an empty folder: choose"):
+        folds.main(["--data", str(folder), "--out", str(tmp_path), "--folds", "2"])
