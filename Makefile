@@ -96,6 +96,6 @@ $(VENV)/fuzz.done: constraints.txt | $(VENV)
 	@touch $@
 
 $(VENV):
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else \
-	  "error: Python %d.%d is not supported: set PYTHON to Python 3.11, 3.12 or 3.13, as in make PYTHON=python3.12" % v)'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 15) else \
+	  "error: Python %d.%d is not supported: set PYTHON to Python 3.11 to 3.14, as in make PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv $@

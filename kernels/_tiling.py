@@ -74,7 +74,8 @@ def _tile(group, tile, channel, tiling):
     pixel = (tile % per_image).to(tl.int64) * tiling.TILE_PIXELS
     p = tl.arange(0, tiling.TILE_PIXELS)[:, None]
     c = tl.arange(0, tiling.TILE_CHANNELS)[None, :]
-    inside = (p < tiling.pixels - pixel) & (c < tiling.CHANNELS - channel)
+    channels = tl.cast(tiling.CHANNELS, tl.int64)  # Triton 3.8's interpreter cannot compare with constexpr - tensor
+    inside = (p < tiling.pixels - pixel) & (c < channels - channel)
     pixel_stride = tiling.CHANNELS if tiling.CHANNELS_LAST else 1
     channel_stride = 1 if tiling.CHANNELS_LAST else tiling.pixels
     start = image * tiling.CHANNELS * tiling.pixels + pixel * pixel_stride + channel * channel_stride

@@ -7,6 +7,7 @@ import importlib.util
 import os
 
 import torch
+from torch.torch_version import TorchVersion
 
 from ._backend import forced_backend
 
@@ -22,7 +23,7 @@ def why_unavailable(device_type: str) -> str | None:
         return "Triton kernels need a GPU (TRITON_INTERPRET=1 runs them on the CPU for tests)"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: run `pip install triton`"
-    return None if device_type == "cpu" else _why_no_gpu()
+    return _why_no_interpreter() if device_type == "cpu" else _why_no_gpu()
 
 
 def interprets() -> bool:
@@ -31,6 +32,18 @@ def interprets() -> bool:
     The tests of the kernels ask for it with TRITON_INTERPRET=1 and the forced backend "fused".
     """
     return os.environ.get("TRITON_INTERPRET") == "1" and forced_backend() == "fused"
+
+
+@functools.cache
+def _why_no_interpreter() -> str | None:
+    """Triton 3.6 makes an int of an array with one element, which NumPy refuses from 2.4 on."""
+    import numpy
+    import triton
+
+    if TorchVersion(triton.__version__) >= (3, 7) or TorchVersion(numpy.__version__) < (2, 4):
+        return None
+    names = f"Triton {triton.__version__} fails beside NumPy {numpy.__version__}"
+    return f"the interpreter of {names}: run `pip install 'numpy<2.4'`"
 
 
 @functools.cache

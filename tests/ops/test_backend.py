@@ -11,7 +11,7 @@ from torch import Tensor
 import semimoe_fast
 from semimoe_fast import functional as F
 from semimoe_fast import ops
-from semimoe_fast.ops import portable, reference
+from semimoe_fast.ops import _triton, portable, reference
 
 ONE_HEAD = ([torch.zeros(1, 2, 4, 4)], torch.zeros(1, 1, 1), [torch.zeros(2, 2)], [torch.zeros(2)])
 
@@ -71,6 +71,20 @@ def test_fused_multi_gate_on_the_cpu_says_why_not(monkeypatch: pytest.MonkeyPatc
     with semimoe_fast.backend("fused"), pytest.raises(ops.BackendError, match=message):
         F.multi_gate(*ONE_HEAD)
     ops._choose_and_log.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "fails"), [("3.6.0", "2.4.6", True), ("3.6.0", "2.3.5", False), ("3.9.0", "2.4.6", False)]
+)
+def test_interpreter_of_triton_beside_a_newer_numpy(
+    triton: str, numpy: str, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr("triton.__version__", triton)
+    monkeypatch.setattr("numpy.__version__", numpy)
+    reason = _triton._why_no_interpreter.__wrapped__()
+    assert reason is None or f"Triton {triton} fails beside NumPy {numpy}" in reason
+    assert bool(reason) == fails
 
 
 def test_empty_environment_variable_forces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

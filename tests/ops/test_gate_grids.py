@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from semimoe_fast.ops import _triton
+
 pytest.importorskip("triton")
 
 import triton.language as tl
@@ -16,8 +18,10 @@ from semimoe_fast.kernels import batch_norm, mix_projections, objective, project
 from semimoe_fast.kernels._tiling import Tiling
 
 ROWS = (2, 1, 2)
+launches = pytest.mark.skipif(bool(_triton.why_unavailable("cpu")), reason=str(_triton.why_unavailable("cpu")))
 
 
+@launches
 def test_rows_beyond_32_bits() -> None:
     """The third row of the projections starts 2^31 elements after the first; most of the memory is never touched."""
     if torch.cuda.is_available():
@@ -33,6 +37,7 @@ def test_rows_beyond_32_bits() -> None:
     assert outputs[::pixels].tolist() == [1, 2, 3]
 
 
+@launches
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_batch_norm_beyond_32_bits(channels_last: bool) -> None:
     """The last plane (NCHW) or the second group (channels-last) starts 2^31 elements after the first."""
