@@ -37,7 +37,7 @@ class RecipeOptions:
     """Defaults of the options below; a run stores the options themselves."""
 
     recipe: Literal["published", "strong"] = "published"
-    """The paper's defaults, or changed ones (docs/training.md)."""
+    """The paper's defaults, or others, in the making (docs/training.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
