@@ -1,4 +1,4 @@
-"""The methods of benchmarks/peers: what each learns from, that labels have no gradient."""
+"""The methods of benchmarks/peers: what each learns from, and that labels have no gradient."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from semimoe_fast.data import augment
 from semimoe_fast.data.cache import Cache
 from semimoe_fast.errors import UserError
 from semimoe_fast.training.batches import tensors_of
-from semimoe_fast.training.command_line import RECIPES
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.speed import flops_per_step
 from semimoe_fast.training.trainer import Trainer
@@ -27,6 +26,7 @@ from benchmarks.peers.cps import CPS, WEIGHT  # noqa: E402
 from benchmarks.peers.mean_teacher import MeanTeacher  # noqa: E402
 from benchmarks.peers.method import Batch, both  # noqa: E402
 from benchmarks.peers.methods import METHODS, same_flops_width  # noqa: E402
+from benchmarks.peers.recipes import RECIPES  # noqa: E402
 from benchmarks.peers.training import Splits, Training, load_splits  # noqa: E402
 from benchmarks.peers.unimatch import UniMatch  # noqa: E402
 
@@ -146,8 +146,8 @@ def test_semi_moe_is_the_step_of_the_trainer(
         assert (value - expected[key]).norm() <= 1e-3 * changed.norm() + 2**-23 * before[key].norm(), key
     torch.testing.assert_close(training.method.adaptive.log_vars, trainer.adaptive.log_vars)
     if config.ema is not None:  # of one step: the weights themselves
-        for key, value in training.ema.after(1).model.named_parameters():
-            torch.testing.assert_close(value, expected[key])
+        for key, value in training.ema.after(1).named_parameters():
+            torch.testing.assert_close(value, training.method.get_parameter(key))
 
 
 def test_the_learning_curve_has_what_semi_moe_learns(config: TrainConfig, splits: Splits) -> None:

@@ -13,11 +13,11 @@ from PIL import Image
 
 from semimoe_fast import checkpoint
 from semimoe_fast.errors import UserError
-from semimoe_fast.training.command_line import RECIPES
 from semimoe_fast.training.config import TrainConfig
 
 command = pytest.importorskip("benchmarks.peers.__main__", reason="needs the source tree, and tests run from its root")
 from benchmarks.peers import collect, folds, plot  # noqa: E402
+from benchmarks.peers.recipes import RECIPES  # noqa: E402
 from benchmarks.peers.training import Training  # noqa: E402
 
 CPU = torch.device("cpu")
