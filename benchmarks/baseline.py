@@ -237,7 +237,7 @@ class Baseline:
         self.networks.train()
         self.log_vars = nn.Parameter(torch.full((3,), config.initial_log_var, device=device))
         parts = [*self.networks.experts, self.networks.gating] if habits.separate_optimizers else [self.networks]
-        lr = learning_rate(epoch, config.lr, config.warmup_epochs, config.decay_epochs, config.decay)
+        lr = learning_rate(config, epoch, config.lr)
         decay = config.weight_decay
         self.optimizers = [torch.optim.SGD(p.parameters(), lr, config.momentum, weight_decay=decay) for p in parts]
         self.optimizers.append(torch.optim.Adam([self.log_vars], config.log_var_lr, weight_decay=decay))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from semimoe_fast.model import ExpertUNet
 from semimoe_fast.training.config import TrainConfig
-from semimoe_fast.training.sgd import FusedSGD
+from semimoe_fast.training.optimizers import network_optimizer
 
 
 class Batch(NamedTuple):
@@ -46,13 +45,7 @@ class Method(nn.Module):
 
     def optimizers(self, config: TrainConfig) -> list[torch.optim.Optimizer]:
         """The first one follows the schedule of the learning rate."""
-        return [sgd(self.parameters(), config)]
-
-
-def sgd(parameters: Iterable[nn.Parameter], config: TrainConfig) -> FusedSGD:
-    """SGD as in the published recipe, for all methods."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    return FusedSGD(trained, config.lr, config.momentum, config.weight_decay)
+        return [network_optimizer(config, self.parameters(), config.lr)]
 
 
 def unet(width: int) -> ExpertUNet:

@@ -11,8 +11,9 @@ from torch import Tensor
 from semimoe_fast import functional as F
 from semimoe_fast.model import AdaptiveMultiObjectiveLoss, MultiGating, Projected, SemiMoE
 from semimoe_fast.training.config import TrainConfig
+from semimoe_fast.training.optimizers import network_optimizer
 
-from .method import Batch, Method, sgd
+from .method import Batch, Method
 
 TASKS = ("mask", "sdf", "boundary")
 LOSSES = {"mask": F.squared_dice_loss, "sdf": F.tanh_mse_loss, "boundary": F.soft_dice_loss}
@@ -43,7 +44,7 @@ class PublishedSemiMoE(Method):
         self.adaptive.requires_grad_(not fixed_weights)
 
     def optimizers(self, config: TrainConfig) -> list[torch.optim.Optimizer]:
-        networks = sgd(self.model.parameters(), config)
+        networks = network_optimizer(config, self.model.parameters(), config.lr)
         if not self.adaptive.log_vars.requires_grad:
             return [networks]
         return [

@@ -109,8 +109,7 @@ class Training:
 
     @property
     def learning_rate(self) -> float:
-        c = self.config
-        return learning_rate(self.epoch, c.lr, c.warmup_epochs, c.decay_epochs, c.decay)
+        return learning_rate(self.config, self.epoch, self.config.lr)
 
     def train_epoch(self) -> None:
         """Train one epoch; the curve gets a point after POINTS of all epochs, and after the last one.

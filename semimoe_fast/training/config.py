@@ -39,6 +39,8 @@ ADDED = {  # options that older runs do not store: the value with which they ran
     "blur": 0.0,
     "noise": 0.0,
     "scale_jitter": None,
+    "optimizer": "sgd",
+    "schedule": "steps",
 }
 MOST_STRENGTHS = {"stain": 1, "brightness": 1, "blur": 5, "noise": 1}
 MOST_JITTER = 2  # at 2, mirror images fill up to 3/4 of a square
@@ -119,18 +121,22 @@ class ScheduleOptions:
     """Unlabeled images in a step."""
     accumulate: Annotated[int, "PARTS"] = 1
     """Split a batch into PARTS: less memory, BN statistics per part."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Optimizer of the networks; AdamW needs a smaller --lr."""
     lr: float = 0.5
-    """SGD learning rate after the warm-up."""
+    """Learning rate after the warm-up."""
     scale_lr: bool = False
     """Multiply --lr by the images in a step / 4 (supervised baseline: / 2)."""
     momentum: float = 0.9
     """SGD momentum."""
     weight_decay: float = 5e-5
-    """Weight decay of SGD and Adam."""
+    """Weight decay of all optimizers."""
+    schedule: Literal["steps", "cosine"] = "steps"
+    """After the warm-up, decay --lr in steps, or to 0 by a cosine."""
     warmup_epochs: int = 20
     """Epochs of linear growth of the learning rate from 0."""
     decay_epochs: int = 50
-    """Epochs between two decays of the learning rate."""
+    """Epochs between two decays of --schedule steps."""
     decay: float = 0.5
     """Factor of each decay."""
     ema: Annotated[float | None, "DECAY", "off"] = None
@@ -256,6 +262,11 @@ class TrainConfig(  # fields and help start with the last base
             raise UserError(f"--ema is {self.ema}: give a decay between 0 and 1, such as 0.999, or None")
         if not 0 < self.decay <= 1:
             raise UserError(f"--decay is {self.decay}: give a factor above 0 and up to 1")
+        if self.schedule == "cosine" and self.warmup_epochs >= self.epochs:
+            raise UserError(
+                f"--warmup-epochs is {self.warmup_epochs}, but --schedule cosine needs more than that of the "
+                f"{self.epochs} epochs: give a smaller number"
+            )
         if self.image_size % STRIDE:
             below = max(STRIDE, self.image_size // STRIDE * STRIDE)
             raise UserError(

@@ -26,8 +26,8 @@ from .config import TrainConfig
 from .distributed import World
 from .ema import EMA
 from .graphs import WARM_UP, GraphedStep, compile_experts
+from .optimizers import network_optimizer
 from .schedule import generator, learning_rate, unsupervised_weight
-from .sgd import FusedSGD
 from .speed import Stopwatch, flops_per_step, peak_memory_bytes
 from .state import check_state, like, states_of_ranks, with_prefix
 
@@ -73,13 +73,13 @@ class Trainer:
             self._warm_up_ddp()
 
     def _create_optimizers(self) -> None:
-        """Create one SGD for the networks and one Adam for s, both fused: a few kernels update all parameters.
+        """Create one optimizer for the networks and one Adam for s, both fused: a few kernels update all parameters.
 
-        The learning rate of SGD is a tensor, so that a CUDA graph follows the schedule.
+        The learning rate of the networks is a tensor, so that a CUDA graph follows the schedule.
         """
         c, capturable = self.config, self.device.type == "cuda"
         self.lr = torch.zeros((), device=self.device)
-        self.sgd = FusedSGD(list(self.model.parameters()), self.lr, c.momentum, c.weight_decay)
+        self.optimizer = network_optimizer(c, self.model.parameters(), self.lr)
         self.adam = torch.optim.Adam(
             self.adaptive.parameters(), c.log_var_lr, weight_decay=c.weight_decay, fused=True, capturable=capturable
         )
@@ -93,7 +93,7 @@ class Trainer:
         c, base = self.config, self.config.lr
         if c.scale_lr:  # linear scaling rule (arXiv 1706.02677); the published recipe has 4 images (supervised: 2)
             base *= self.images_per_step / (4 if self.semi_supervised else 2)
-        return learning_rate(self.epoch, base, c.warmup_epochs, c.decay_epochs, c.decay)
+        return learning_rate(c, self.epoch, base)
 
     @property
     def unsupervised_weight(self) -> float:
@@ -163,7 +163,7 @@ class Trainer:
         self.update(batch)
 
     def _update(self, batch: Batch) -> None:
-        self.sgd.zero_grad()
+        self.optimizer.zero_grad()
         self.adam.zero_grad()
         parts = batch.parts(self.config.accumulate)
         for number, part in enumerate(parts, 1):
@@ -172,7 +172,7 @@ class Trainer:
                 (losses.total / len(parts)).backward()
             for name, total in self.sums.items():
                 total += getattr(losses, name).detach() / len(parts)
-        self.sgd.step()
+        self.optimizer.step()
         self.adam.step()
         if self.ema is not None:
             self.ema.update()
@@ -306,13 +306,13 @@ class Trainer:
 
     def _optimized(self) -> Iterator[tuple[str, torch.nn.Parameter, torch.optim.Optimizer]]:
         for name, parameter in self.model.named_parameters():
-            yield f"model.{name}", parameter, self.sgd
+            yield f"model.{name}", parameter, self.optimizer
         for name, parameter in self.adaptive.named_parameters():
             yield f"adaptive.{name}", parameter, self.adam
 
     def _moments(self, optimizer: torch.optim.Optimizer) -> set[str]:
         """Names of the tensors that an optimizer keeps per parameter after its first step."""
-        if optimizer is self.adam:
+        if isinstance(optimizer, torch.optim.Adam):
             return {"step", "exp_avg", "exp_avg_sq"}
         return {"momentum_buffer"} if self.config.momentum else set()
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,13 +137,20 @@ def test_changes_of_appearance_leave_the_geometry(tiny_config: TrainConfig) -> N
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize(("sampling", "jitter"), [("crops", None), ("resize", 1.3)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampling": "crops"},
+        {"sampling": "resize", "scale_jitter": 1.3, "optimizer": "adamw", "lr": 0.01, "schedule": "cosine"},
+    ],
+    ids=lambda changes: changes["sampling"],
+)
 def test_run_resumes_bitwise_and_stores_its_preprocessing(
-    crops: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampling: str, jitter: float | None
+    crops: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     """The resumed run reads the cache of the uninterrupted one."""
     one, two = tmp_path / "one", tmp_path / "two"
-    chosen = dataclasses.replace(crops, sampling=sampling, scale_jitter=jitter, ema=0.9)
+    sampling, chosen = changes["sampling"], dataclasses.replace(crops, ema=0.9, **changes)
     train.main(dataclasses.replace(chosen, out=one))
     with monkeypatch.context() as patch:
         patch.setattr(train, "Interruption", lambda _: StopAfter(3))

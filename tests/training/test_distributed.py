@@ -149,7 +149,7 @@ def test_gradients_are_averaged_over_the_ranks(options: list[str], tmp_path: Pat
     data, _ = load_data(parsed)
     trainers = [Trainer(parsed, data, torch.device("cpu"), Apart(rank, 2)) for rank in range(2)]
     for trainer in trainers:
-        for optimizer in (trainer.sgd, trainer.adam):
+        for optimizer in (trainer.optimizer, trainer.adam):
             optimizer.step = lambda: None  # the step of the class is called below, after averaging
     for _ in range(parsed.epochs):
         for batches in zip(*(trainer.begin_epoch() for trainer in trainers), strict=True):
@@ -159,7 +159,7 @@ def test_gradients_are_averaged_over_the_ranks(options: list[str], tmp_path: Pat
                 mean = (mine[1].grad + other[1].grad) / 2
                 mine[1].grad, other[1].grad = mean, mean.clone()
             for trainer in trainers:
-                type(trainer.sgd).step(trainer.sgd)
+                type(trainer.optimizer).step(trainer.optimizer)
                 type(trainer.adam).step(trainer.adam)
         for trainer in trainers:
             trainer.next_epoch()

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from semimoe_fast.training.schedule import epoch_order, generator, learning_rate, unsupervised_weight
+from semimoe_fast.training.config import TrainConfig
+from semimoe_fast.training.schedule import epoch_order, generator, learning_rate, step_decay, unsupervised_weight
 
 
 def test_learning_rate_matches_the_published_schedule() -> None:
     golden = json.loads((Path(__file__).parents[1] / "golden" / "schedule.json").read_text())
     rates = [
-        learning_rate(epoch, golden["lr"], golden["warmup_epochs"], golden["step_size"], golden["gamma"])
+        step_decay(epoch, golden["lr"], golden["warmup_epochs"], golden["step_size"], golden["gamma"])
         for epoch in range(len(golden["lr_used_in_epoch"]))
     ]
     assert len(rates) == 200
@@ -22,7 +23,21 @@ def test_learning_rate_matches_the_published_schedule() -> None:
 
 
 def test_learning_rate_without_warm_up_starts_at_its_base() -> None:
-    assert [learning_rate(epoch, 0.5, 0, 2, 0.1) for epoch in range(4)] == pytest.approx([0.5, 0.5, 0.5, 0.05])
+    assert [step_decay(epoch, 0.5, 0, 2, 0.1) for epoch in range(4)] == pytest.approx([0.5, 0.5, 0.5, 0.05])
+
+
+def test_the_schedule_of_a_run_is_the_published_one_or_a_cosine() -> None:
+    published = TrainConfig()
+    assert [learning_rate(published, epoch, 0.5) for epoch in (0, 10, 20, 70, 71)] == [0, 0.25, 0.5, 0.5, 0.25]
+    run = TrainConfig(schedule="cosine", epochs=10, warmup_epochs=2)
+    rates = [learning_rate(run, epoch, 6.0) for epoch in range(10)]
+    assert rates[:3] == pytest.approx([2, 4, 6])
+    assert rates[6] == pytest.approx(3)  # halfway
+    torch_s = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)], lr=6.0), T_max=8)
+    for rate in rates[2:]:
+        assert rate == pytest.approx(torch_s.get_last_lr()[0])
+        torch_s.optimizer.step()
+        torch_s.step()
 
 
 def test_unsupervised_weight_grows_linearly() -> None:

@@ -71,7 +71,7 @@ def test_accumulated_gradients_are_the_mean_of_the_parts(tiny_config: TrainConfi
     expected: dict[str, Tensor] = {}
     totals = []
     for part in batch.parts(2):
-        plain.sgd.zero_grad()
+        plain.optimizer.zero_grad()
         plain.adam.zero_grad()
         losses = plain._losses(part)
         losses.total.backward()
