@@ -1,10 +1,10 @@
-"""At which learning rate do the experts of the published recipe die? Short runs by width, seed and learning rate.
+"""At which learning rate do the experts of a recipe die? Short runs by width, seed and learning rate.
 
     python -m benchmarks.expert_health --data GlaS256 --out benchmarks/results/health.json --commit C --machine M
 
-Every run has the published recipe with a warm-up of 10 epochs and, after it, 6 at the full learning rate. A row has the
-share of dead feature channels of each expert at the end, and the learning rate of the first epoch at which half of the
-channels of the sdf expert were dead.
+Every run has a warm-up of --warm-up epochs and, after it, 6 at the full learning rate. A row has the share of dead
+feature channels of each expert at the end, and the learning rate of the first epoch at which half of the channels of
+the sdf expert were dead.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ import dataclasses
 import itertools
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
 from semimoe_fast import train
 from semimoe_fast.options import read_options
 from semimoe_fast.training import records
+from semimoe_fast.training.command_line import RECIPES
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.run_folder import METRICS_FILE
 
 from .record import write_record
 
-WARM_UP, AFTER = 10, 6
+AFTER = 6
 HALF = 0.5
 
 
@@ -44,19 +46,22 @@ class Options:
     seeds: tuple[int, ...] = (0, 1)
     lrs: tuple[float, ...] = (0.5, 0.1)
     image_size: int = 64
+    warm_up: int = 10
+    recipe: Literal["published", "strong"] = "published"
 
 
 def main() -> None:
     options = read_options(Options, "benchmarks.expert_health")
     rows = []
     for width, seed, lr in tqdm([*itertools.product(options.widths, options.seeds, options.lrs)], "runs"):
-        epochs = WARM_UP + AFTER
+        recipe = RECIPES[options.recipe] | {"lr": lr, "ema": None}  # an average would lag behind
+        epochs = options.warm_up + AFTER
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "run"
             train.main(
                 TrainConfig(
-                    data=options.data, width=width, image_size=options.image_size, seed=seed, lr=lr, epochs=epochs,
-                    warmup_epochs=WARM_UP, save_every=epochs, threads=1, device="cpu", out=out,
+                    data=options.data, width=width, image_size=options.image_size, seed=seed, epochs=epochs,
+                    warmup_epochs=options.warm_up, save_every=epochs, threads=1, device="cpu", out=out, **recipe,
                 )
             )  # fmt: skip
             kept = records.read(out / METRICS_FILE)
@@ -67,7 +72,10 @@ def main() -> None:
         options.out,
         options.machine,
         options.commit,
-        [f"python -m benchmarks.expert_health --data GlaS256 --image-size {options.image_size}"],
+        [
+            f"python -m benchmarks.expert_health --data GlaS256 --image-size {options.image_size} "
+            f"--warm-up {options.warm_up} --recipe {options.recipe}"
+        ],
         {"dead": {"columns": columns, "rows": rows}},
     )
 

@@ -29,9 +29,9 @@ class StepLosses(NamedTuple):
 class Objective(nn.Module):
     """The function `objective` of a model and its adaptive loss as one module."""
 
-    def __init__(self, model: SemiMoE, adaptive: AdaptiveMultiObjectiveLoss) -> None:
+    def __init__(self, model: SemiMoE, adaptive: AdaptiveMultiObjectiveLoss, joint_bn: bool = False) -> None:
         super().__init__()
-        self.model, self.adaptive = model, adaptive
+        self.model, self.adaptive, self.joint_bn = model, adaptive, joint_bn
 
     def forward(
         self,
@@ -39,8 +39,11 @@ class Objective(nn.Module):
         targets: Sequence[Tensor],
         unlabeled: Tensor | None,
         unsupervised_weight: float | Tensor,
+        labels: Sequence[Tensor] | None = None,
     ) -> StepLosses:
-        return objective(self.model, self.adaptive, labeled, targets, unlabeled, unsupervised_weight)
+        return objective(
+            self.model, self.adaptive, labeled, targets, unlabeled, unsupervised_weight, labels, self.joint_bn
+        )
 
 
 def objective(
@@ -50,6 +53,8 @@ def objective(
     targets: Sequence[Tensor],
     unlabeled: Tensor | None,
     unsupervised_weight: float | Tensor,
+    labels: Sequence[Tensor] | None = None,
+    joint_bn: bool = False,
 ) -> StepLosses:
     """Losses of one step.
 
@@ -57,9 +62,12 @@ def objective(
     as `functional.objective_terms` takes them; unsupervised_weight: u. Without unlabeled images (None) the loss is the
     supervised part. BN sees the unlabeled batch first, then the labeled batch, each with its own statistics. Batches of
     one size and shape go through the experts together, which takes fewer and larger operations.
+
+    Two departures from the paper: `labels` are pseudo-labels for the unlabeled images, such as those of a teacher, in
+    place of the model's own; with joint_bn, BN has one statistic of both batches, whose images must have one shape.
     """
-    labeled_output, unlabeled_output = _run_experts(model, labeled, unlabeled)
-    weighted, pseudo_terms = _unsupervised(model, adaptive, unlabeled_output, unsupervised_weight)
+    labeled_output, unlabeled_output = _run_experts(model, labeled, unlabeled, joint_bn)
+    weighted, pseudo_terms = _unsupervised(model, adaptive, unlabeled_output, labels, unsupervised_weight)
     means, projections, own = labeled_output
     *gated, gate_weights = model.gating(Projected(means, projections))
     with record_function("losses"):
@@ -75,27 +83,37 @@ def objective(
     )
 
 
-def _run_experts(model: SemiMoE, labeled: Tensor, unlabeled: Tensor | None) -> tuple[ExpertOutput, ExpertOutput | None]:
+def _run_experts(
+    model: SemiMoE, labeled: Tensor, unlabeled: Tensor | None, joint_bn: bool
+) -> tuple[ExpertOutput, ExpertOutput | None]:
     """Outputs of the experts for the labeled and the unlabeled batch."""
     if unlabeled is None:
         return model.run_experts(labeled), None
-    if labeled.shape != unlabeled.shape:
+    if labeled.shape != unlabeled.shape and not joint_bn:
         unlabeled_output = model.run_experts(unlabeled)
         return model.run_experts(labeled), unlabeled_output
-    means, projections, own = model.run_experts(torch.cat([unlabeled, labeled]), groups=2)
-    both = zip(means.chunk(2), projections.chunk(2), zip(*(x.chunk(2) for x in own), strict=True), strict=True)
+    means, projections, own = model.run_experts(torch.cat([unlabeled, labeled]), groups=1 if joint_bn else 2)
+    counts = [len(unlabeled), len(labeled)]
+    both = zip(
+        means.split(counts), projections.split(counts), zip(*(x.split(counts) for x in own), strict=True), strict=True
+    )
     unlabeled_output, labeled_output = both
     return labeled_output, unlabeled_output
 
 
 def _unsupervised(
-    model: SemiMoE, adaptive: AdaptiveMultiObjectiveLoss, output: ExpertOutput | None, weight: float | Tensor
+    model: SemiMoE,
+    adaptive: AdaptiveMultiObjectiveLoss,
+    output: ExpertOutput | None,
+    labels: Sequence[Tensor] | None,
+    weight: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The adaptive loss of the experts' own predictions and the pseudo-labels, times u, and its terms."""
     if output is None:
         return torch.zeros_like(adaptive.log_vars[0]), torch.zeros_like(adaptive.log_vars)
     means, projections, own = output
-    labels = model.gating.pseudo_labels(means, projections)
+    if labels is None:
+        labels = model.gating.pseudo_labels(means, projections)
     with record_function("losses"):
         terms = F.objective_terms(*own, *labels)
         return adaptive(terms) * weight, terms

@@ -52,6 +52,30 @@ def test_parsed_options_equal_the_configuration(tiny: list[str], tiny_config: Tr
     assert command_line.parse(tiny) == tiny_config
 
 
+def test_recipe_changes_defaults_that_options_override(tiny: list[str], tiny_config: TrainConfig) -> None:
+    strong = command_line.parse([*tiny, "--recipe", "strong"])
+    changed = {f.name for f in dataclasses.fields(strong) if getattr(strong, f.name) != getattr(tiny_config, f.name)}
+    given = {option[2:].replace("-", "_") for option in tiny if option.startswith("--")}
+    assert changed == command_line.RECIPES["strong"].keys() - given
+    assert command_line.parse([*tiny, "--recipe=strong", "--stain", "0.05"]).stain == 0.05
+    assert command_line.parse([*tiny, "--recipe", "strong", "--ema", "None"]).ema is None
+    assert command_line.parse([*tiny, "--recipe", "published"]) == tiny_config
+
+
+def test_the_page_has_the_values_of_the_recipe() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    rows = re.findall(r"^\| `--(\S+)` \| (\S+) \| (\S+) \| ", page.split("## Recipes")[1].split("\n## ")[0], re.M)
+    default = TrainConfig()
+    strong = command_line.RECIPES["strong"].items()
+    expected = [(name.replace("_", "-"), str(getattr(default, name)), str(value)) for name, value in strong]
+    assert rows == expected
+
+
+def test_resumed_run_takes_no_recipe(finished: Path) -> None:
+    with pytest.raises(UserError, match="--recipe is for a new run: leave it out"):
+        command_line.parse(["--resume", str(finished), "--recipe", "published"])
+
+
 def test_main_checks_a_configuration() -> None:
     with pytest.raises(UserError, match="--width is 0"):
         train.main(TrainConfig(width=0))
@@ -62,7 +86,7 @@ def test_help_is_grouped_and_shows_placeholders_and_defaults(capsys: pytest.Capt
     with pytest.raises(SystemExit):
         command_line.parse(["--help"])
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    groups = ("data", "augmentation", "model", "schedule", "loss", "computing", "output")
+    groups = ("recipe", "data", "augmentation", "model", "schedule", "loss", "computing", "output")
     assert sorted(groups, key=lambda group: text.index(f"{group} options")) == list(groups)
     assert "--data DIR Folder of the parts, each PART/image and PART/mask. (default: synthetic glands)" in text
     assert "--ema DECAY" in text
@@ -75,7 +99,7 @@ def test_every_training_option_has_one_line_of_help(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         command_line.parse(["--data", "DIR", "--help"])
     lines = [line.strip(" │|") for line in capsys.readouterr().out.splitlines() if "(default: " in line]
-    assert len(lines) == len(dataclasses.fields(TrainConfig))
+    assert len(lines) == len(dataclasses.fields(command_line.CommandLine))
     assert [line for line in lines if not re.fullmatch(r"(--\S+ .*)?[A-Z].*\(default: .*\)", line)] == []
 
 

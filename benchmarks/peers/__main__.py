@@ -30,10 +30,10 @@ from semimoe_fast.device import choose_device, configure, in_bf16
 from semimoe_fast.errors import UserError, run_command
 from semimoe_fast.locks import lock
 from semimoe_fast.options import read_options
+from semimoe_fast.training.command_line import RECIPES
 from semimoe_fast.training.config import TrainConfig
 
 from .methods import METHODS
-from .recipes import RECIPES
 from .scores import record
 from .training import Splits, Training, load_splits
 
@@ -59,7 +59,7 @@ class Options:
     image_size: int = 128
     """Side of the resized images, in pixels, a multiple of 16."""
     recipe: Literal["published", "strong"] = "published"
-    """Augmentation, learning rate and average of the weights of all methods; strong is in the making."""
+    """Augmentation, learning rate and average of the weights of all methods: as `train --recipe` has them."""
     without: tuple[str, ...] = ()
     """Options of the recipe that keep the published value."""
     lr: Annotated[float | None, "FLOAT", "that of the recipe"] = None
@@ -98,8 +98,7 @@ class Options:
 
     @property
     def recipe_name(self) -> str:
-        left_out = ", ".join(self.left_out).replace("_", "-")
-        return f"{self.recipe} without {left_out}" if left_out else self.recipe
+        return " without ".join([self.recipe, *[", ".join(self.left_out).replace("_", "-")] * bool(self.left_out)])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

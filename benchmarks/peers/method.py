@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ class Batch(NamedTuple):
     masks: Tensor  # of the labeled images: uint8 0/1 (B, S, S)
     unlabeled: Tensor | None  # None for supervised methods
     strong: tuple[Tensor, ...] = ()  # the unlabeled images with as many strong changes as `strong_views` says
+    labels: Sequence[Tensor] | None = None  # pseudo-labels of a teacher, or None
 
 
 class Method(nn.Module):
@@ -27,6 +29,7 @@ class Method(nn.Module):
     learns_from = "labeled and unlabeled"  # or "labeled", or "labels of all"
     strong_views = 0
     predicts_by_average = False  # a method with its own average of weights; --recipe strong then adds none
+    joint_bn = False  # whether BN has one statistic of labeled and unlabeled images; set by the recipe
 
     def forward(self, images: Tensor) -> Tensor:
         """Mask logits (B, 2, S, S) of the network that predicts, for images (B, 3, S, S)."""
@@ -35,6 +38,10 @@ class Method(nn.Module):
     def loss(self, batch: Batch, progress: float) -> Tensor:
         """The loss of a step. progress: share of the epochs done after the current one, in (0, 1]."""
         raise NotImplementedError
+
+    def labels(self, images: Tensor) -> Sequence[Tensor] | None:
+        """Pseudo-labels for images, of a method that `--recipe strong` gives a teacher; None for others."""
+        return None
 
     def after_step(self, step: int) -> None:
         """Called after the optimizers have updated the weights for the `step`-th time, from 1."""
@@ -53,7 +60,7 @@ def unet(width: int) -> ExpertUNet:
     return ExpertUNet(out_channels=2, width=width)
 
 
-def both(network: ExpertUNet, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Mask logits of the unlabeled and the labeled images; BN sees them apart, as in the published recipe."""
-    _, logits = network(torch.cat([batch.unlabeled, batch.labeled]), groups=2)
+def both(network: ExpertUNet, batch: Batch, joint_bn: bool = False) -> tuple[Tensor, Tensor]:
+    """Mask logits of the unlabeled and the labeled images; BN sees them apart, as published, or jointly."""
+    _, logits = network(torch.cat([batch.unlabeled, batch.labeled]), groups=1 if joint_bn else 2)
     return logits.chunk(2)

@@ -62,12 +62,12 @@ class PublishedSemiMoE(Method):
         return {"loss_weights": self.adaptive.log_vars.neg().exp().tolist(), "gate_weights": gates.tolist()}
 
     def loss(self, batch: Batch, progress: float) -> Tensor:
-        means, projections, own = self.model.run_experts(torch.cat([batch.unlabeled, batch.labeled]), groups=2)
+        images, groups = torch.cat([batch.unlabeled, batch.labeled]), 1 if self.joint_bn else 2
+        means, projections, own = self.model.run_experts(images, groups)
         (unlabeled, labeled), (u_projections, l_projections) = means.chunk(2), projections.chunk(2)
         own_unlabeled, own_labeled = zip(*(prediction.chunk(2) for prediction in own), strict=True)
-        with torch.no_grad():
-            *gated, _ = self.model.gating(Projected(unlabeled, u_projections))
-        unsupervised = self.adaptive(self.terms(own_unlabeled, self.pseudo_labels(gated)))
+        labels = batch.labels or self._pseudo_labels(Projected(unlabeled, u_projections))
+        unsupervised = self.adaptive(self.terms(own_unlabeled, labels))
         *gated, _ = self.model.gating(Projected(labeled, l_projections))
         targets = self.targets(batch.masks)
         supervised = self.adaptive(self.terms(own_labeled, targets) + self.terms(gated, targets))
@@ -84,8 +84,14 @@ class PublishedSemiMoE(Method):
         targets = {"mask": masks, "sdf": sdf, "boundary": boundary}
         return [targets[task] for task in self.model.tasks]
 
-    def pseudo_labels(self, gated: Sequence[Tensor]) -> list[Tensor]:
+    def labels(self, images: Tensor) -> list[Tensor]:
+        means, projections, _ = self.model.run_experts(images)
+        return self._pseudo_labels(Projected(means, projections))
+
+    @torch.no_grad()
+    def _pseudo_labels(self, projected: Projected) -> list[Tensor]:
         """The labels of each task from the gated predictions."""
+        *gated, _ = self.model.gating(projected)
         tasks = zip(self.model.tasks, gated, strict=True)
         return [prediction.tanh() if task == "sdf" else prediction.argmax(1) for task, prediction in tasks]
 

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,6 +92,7 @@ class Training:
     ) -> None:
         torch.manual_seed(config.seed)
         self.method = method(config.width).to(device, memory_format=torch.channels_last)
+        self.method.joint_bn = config.joint_bn
         self.config = equal_steps(config, self.method, splits)
         self.splits, self.device = splits, device
         self.batches = Batches(self.config, splits.of(self.method), device, World())
@@ -172,8 +173,18 @@ class Training:
             random = generator(self.config.seed, self.epoch, STRONG_KEY, number)
             drawn = [self._draw(unlabeled, random) for _ in range(self.method.strong_views)]
             strong = tuple(self._augmented(view)[0] for view in drawn)
-            weak = unlabeled._replace(appearance=None) if strong else unlabeled
-            yield Batch(images, masks, self._augmented(weak)[0], strong)
+            weak = self._augmented(unlabeled._replace(appearance=None))[0]
+            labels = self._teacher_labels(weak, number) if self.config.teacher else None
+            seen = weak if strong or unlabeled.appearance is None else self._augmented(unlabeled)[0]
+            yield Batch(images, masks, seen, strong, labels)
+
+    @torch.no_grad()
+    def _teacher_labels(self, images: Tensor, number: int) -> Sequence[Tensor] | None:
+        """Labels of the average of the weights before step `number` of the epoch, from 0."""
+        if self.ema is None:
+            return None
+        with autocast(self.config.precision, self.device):
+            return self.ema.after(self.epoch * self.batches.steps_per_epoch + number).labels(images)
 
     def _draw(self, images: Images, random: torch.Generator) -> Images:
         """The same images with strong changes of appearance."""

@@ -1,6 +1,6 @@
 """The command line of a training run.
 
-Its defaults are the published recipe, a short run on synthetic glands, or the options of the run to resume.
+Its defaults are those of a recipe, changed for the synthetic glands, or the options of the run to resume.
 """
 
 from __future__ import annotations
@@ -9,11 +9,16 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from ..errors import UserError
 from ..options import read_options
 from .config import MUTABLE, TrainConfig, flag, read_config
 
+RECIPES: dict[str, dict[str, Any]] = {  # defaults that differ from the paper's
+    "published": {},
+    "strong": {"joint_bn": True, "optimizer": "adamw", "lr": 0.015, "schedule": "cosine", "ema": 0.99, "teacher": True},
+}
 SYNTHETIC = TrainConfig(  # a short schedule for a CPU; larger batches give small images steadier BN statistics
     image_size=64,
     width=8,
@@ -27,20 +32,39 @@ SYNTHETIC = TrainConfig(  # a short schedule for a CPU; larger batches give smal
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class RecipeOptions:
+    """Defaults of the options below; a run stores the options themselves."""
+
+    recipe: Literal["published", "strong"] = "published"
+    """The paper's defaults, or others, in the making (docs/training.md)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandLine(*TrainConfig.__bases__, RecipeOptions):
+    __doc__ = TrainConfig.__doc__
+
+
 def parse(arguments: Sequence[str] | None = None, processes: int = 1) -> TrainConfig:
     """The configuration of a command line, checked; --help prints the options and exits.
 
     arguments: sys.argv[1:] if None. processes: number of processes that train together. Raises UserError.
     """
-    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # --data and --resume decide the defaults
+    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # these options decide the defaults
     first_look.add_argument("--data", nargs="?")
     first_look.add_argument("--resume", nargs="?", type=Path)
+    first_look.add_argument("--recipe", nargs="?")
     given, _ = first_look.parse_known_args(arguments)
     if given.resume is not None:
+        if given.recipe is not None:
+            raise UserError(f"--recipe is for a new run: leave it out, the run in {given.resume} keeps its options")
         default = dataclasses.replace(read_config(given.resume), resume=given.resume)
     else:
         default = SYNTHETIC if given.data is None else TrainConfig()
-    config = read_options(TrainConfig, "semimoe_fast.train", arguments, default)
+        default = dataclasses.replace(default, **RECIPES.get(given.recipe, {}))
+    values = vars(read_options(CommandLine, "semimoe_fast.train", arguments, CommandLine(**vars(default)))).copy()
+    del values["recipe"]  # its values are the defaults
+    config = TrainConfig(**values)
     if config.resume is not None:
         _refuse_changes(default, config)
     config.check(processes)

@@ -1,4 +1,4 @@
-"""Exponential moving average (EMA) of the weights of a model, for evaluation."""
+"""Exponential moving average (EMA) of the weights of a model, for evaluation and pseudo-labels."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ class EMA:
     @torch.no_grad()
     def after(self, steps: int) -> nn.Module:
         """The averaged model in eval mode after `steps` updates; with 0 steps, a copy of the current model."""
-        weights = 1 - self.decay**steps
-        for name, value in self.model.state_dict().items():
-            summed = name in self.sums and steps > 0
-            value.copy_(self.sums[name] / weights if summed else self.source[name])
+        averaged = self.model.state_dict()
+        if steps:
+            torch._foreach_copy_([averaged[name] for name in self.sums], list(self.sums.values()))
+            torch._foreach_div_([averaged[name] for name in self.sums], 1 - self.decay**steps)
+        for name, value in averaged.items():
+            if not steps or name not in self.sums:
+                value.copy_(self.source[name])
         return self.model

@@ -56,7 +56,7 @@ class Trainer:
             device
         )
         self._create_optimizers()
-        self.objective = self.world.parallel(Objective(self.model, self.adaptive))
+        self.objective = self.world.parallel(Objective(self.model, self.adaptive, config.joint_bn))
         if self.world.rank > 0:  # dropout differs by rank; rank 0 draws as a run of one process
             torch.manual_seed(generator(config.seed, self.world.rank).initial_seed())
         self.batches = Batches(config, data, device, self.world)
@@ -108,6 +108,10 @@ class Trainer:
         return self.data.unlabeled is not None
 
     @property
+    def has_teacher(self) -> bool:
+        return self.config.teacher and self.semi_supervised
+
+    @property
     def settings(self) -> str:
         """One line for the log: the images, where they are, and how steps run."""
         compiled = "" if self.config.compile == "none" else ", compiled U-Nets (the first step takes a minute or more)"
@@ -132,7 +136,11 @@ class Trainer:
     @property
     def eval_model(self) -> SemiMoE:
         """The model to evaluate: the EMA with --ema, else the model itself."""
-        return self.model if self.ema is None else self.ema.after(self.epoch * self.steps_per_epoch + self.step)
+        return self.model if self.ema is None else self.ema.after(self.steps_done)
+
+    @property
+    def steps_done(self) -> int:
+        return self.epoch * self.steps_per_epoch + self.step
 
     def train_epoch(self, stop: Callable[[], bool], progress: Callable[[], None]) -> bool:
         """Train the remaining steps of the current epoch; return False as soon as `stop()` is true after a step."""
@@ -160,6 +168,8 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> None:
         """One optimizer step. It adds its losses to `sums` and does not synchronize the device."""
+        if self.has_teacher:
+            self.ema.after(self.steps_done)
         self.update(batch)
 
     def _update(self, batch: Batch) -> None:
@@ -186,7 +196,15 @@ class Trainer:
         targets = self._targets(masks)
         unlabeled = None if batch.unlabeled is None else self._augmented(batch.unlabeled)[0]
         with autocast(self.config.precision, self.device), recompute() if self.config.recompute else nullcontext():
-            return self.objective(images, targets, unlabeled, self.weight)
+            labels = self._teacher_labels(batch.unlabeled) if self.has_teacher else None
+            return self.objective(images, targets, unlabeled, self.weight, labels)
+
+    @torch.no_grad()
+    def _teacher_labels(self, unlabeled: Images) -> tuple[Tensor, Tensor, Tensor]:
+        """Pseudo-labels of the averaged model for images without changes of appearance."""
+        images, _ = self._augmented(unlabeled._replace(appearance=None))
+        means, projections, _ = self.ema.model.run_experts(images)
+        return self.ema.model.gating.pseudo_labels(means, projections)
 
     def _targets(self, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mask, sdf and boundary of augmented masks (B, S, S), uint8 0/1, or int32 ids with --instances."""

@@ -16,6 +16,7 @@ from semimoe_fast.data import augment
 from semimoe_fast.data.cache import Cache
 from semimoe_fast.errors import UserError
 from semimoe_fast.training.batches import tensors_of
+from semimoe_fast.training.command_line import RECIPES
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.speed import flops_per_step
 from semimoe_fast.training.trainer import Trainer
@@ -26,7 +27,6 @@ from benchmarks.peers.cps import CPS, WEIGHT  # noqa: E402
 from benchmarks.peers.mean_teacher import MeanTeacher  # noqa: E402
 from benchmarks.peers.method import Batch, both  # noqa: E402
 from benchmarks.peers.methods import METHODS, same_flops_width  # noqa: E402
-from benchmarks.peers.recipes import RECIPES  # noqa: E402
 from benchmarks.peers.training import Splits, Training, load_splits  # noqa: E402
 from benchmarks.peers.unimatch import UniMatch  # noqa: E402
 
@@ -45,8 +45,8 @@ def gradients(module: torch.nn.Module, loss: Tensor) -> list[Tensor]:
 
 
 def in_double(data: Batch) -> Batch:
-    labeled, masks, unlabeled, strong = data
-    return Batch(labeled.double(), masks, unlabeled.double(), tuple(view.double() for view in strong))
+    strong = tuple(view.double() for view in data.strong)
+    return data._replace(labeled=data.labeled.double(), unlabeled=data.unlabeled.double(), strong=strong)
 
 
 def compare_losses(network: torch.nn.Module, loss: Tensor, right: Tensor) -> None:

@@ -13,11 +13,11 @@ from PIL import Image
 
 from semimoe_fast import checkpoint
 from semimoe_fast.errors import UserError
+from semimoe_fast.training.command_line import RECIPES
 from semimoe_fast.training.config import TrainConfig
 
 command = pytest.importorskip("benchmarks.peers.__main__", reason="needs the source tree, and tests run from its root")
 from benchmarks.peers import collect, folds, plot  # noqa: E402
-from benchmarks.peers.recipes import RECIPES  # noqa: E402
 from benchmarks.peers.training import Training  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def options(folder: Path, out: Path, *more: str) -> list[str]:
     "method",
     [
         ["--method", "mean-teacher"],  # has random noise, a teacher, and counts its steps
-        ["--method", "supervised", "--recipe", "strong", "--without", "stain"],  # has an average of the weights
+        ["--method", "semi-moe", "--recipe", "strong", "--without", "joint-bn"],  # has AdamW and an EMA as the teacher
     ],
     ids=" ".join,
 )
@@ -61,8 +61,8 @@ def test_runs_resume_and_are_not_repeated(
     record = json.loads(resumed.read_text())
     averaged = [key for key in checkpoint.read(state, CPU)[1] if key.startswith("average.")]
     assert bool(averaged) == ("strong" in method)
-    chosen = {key: record["arguments"].get(key) for key in ("recipe", "lr", "brightness", "stain")}
-    strong = {"recipe": "strong without stain", "lr": 0.1, "brightness": 0.2, "stain": 0.0}
+    chosen = {key: record["arguments"].get(key) for key in ("recipe", "lr", "optimizer", "joint_bn")}
+    strong = {"recipe": "strong without joint-bn", "lr": 0.1, "optimizer": "adamw", "joint_bn": False}
     assert chosen == (strong if "strong" in method else dict.fromkeys(chosen) | {"lr": 0.1})
     right = json.loads((tmp_path / "undisturbed" / resumed.name).read_text())
     assert record["scores"] == right["scores"]
@@ -132,17 +132,17 @@ def test_unlike_runs_are_not_averaged(folder: Path, tmp_path: Path, monkeypatch:
     pytest.importorskip("tyro")
     arguments = options(folder, tmp_path / "runs", "--method", "supervised", "--epochs", "1", "--recipe", "strong")
     command.main(arguments)
-    monkeypatch.setitem(RECIPES["strong"], "stain", 0.07)
+    monkeypatch.setitem(RECIPES["strong"], "ema", 0.9)
     command.main([*arguments, "--seed", "1"])
-    with pytest.raises(UserError, match="has another stain than"):
+    with pytest.raises(UserError, match="has another ema than"):
         collect.main([str(tmp_path / "runs"), "--out", str(tmp_path / "tiny.json")])
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--without", "stain"], "--without leaves out options of --recipe strong: give that too"),
-        (["--recipe", "strong", "--without", "width"], "--without is width: choose from lr, stain, "),
+        (["--without", "ema"], "--without leaves out options of --recipe strong: give that too"),
+        (["--recipe", "strong", "--without", "width"], "--without is width: choose from joint-bn, optimizer, "),
     ],
 )
 def test_options_that_are_not_of_the_recipe_are_refused(folder: Path, tmp_path: Path, more: list[str], message: str):

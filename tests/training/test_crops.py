@@ -30,6 +30,7 @@ from semimoe_fast.evaluation.whole import predict_whole
 from semimoe_fast.inference.predictor import gated_foreground
 from semimoe_fast.training import config, run_folder
 from semimoe_fast.training.batches import Batches, TrainingData, tensors_of
+from semimoe_fast.training.command_line import RECIPES
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.distributed import World
 from semimoe_fast.training.sources import load_data
@@ -141,7 +142,7 @@ def test_changes_of_appearance_leave_the_geometry(tiny_config: TrainConfig) -> N
     "changes",
     [
         {"sampling": "crops"},
-        {"sampling": "resize", "scale_jitter": 1.3, "optimizer": "adamw", "lr": 0.01, "schedule": "cosine"},
+        {"sampling": "resize", "scale_jitter": 1.3, **RECIPES["strong"]},
     ],
     ids=lambda changes: changes["sampling"],
 )
@@ -150,7 +151,7 @@ def test_run_resumes_bitwise_and_stores_its_preprocessing(
 ) -> None:
     """The resumed run reads the cache of the uninterrupted one."""
     one, two = tmp_path / "one", tmp_path / "two"
-    sampling, chosen = changes["sampling"], dataclasses.replace(crops, ema=0.9, **changes)
+    sampling, chosen = changes["sampling"], dataclasses.replace(crops, **{"ema": 0.9} | changes)
     train.main(dataclasses.replace(chosen, out=one))
     with monkeypatch.context() as patch:
         patch.setattr(train, "Interruption", lambda _: StopAfter(3))
