@@ -2,9 +2,8 @@
 
     python -m benchmarks.expert_health --data GlaS256 --out benchmarks/results/health.json --commit C --machine M
 
-Every run has a warm-up of --warm-up epochs and, after it, 6 at the full learning rate. A row has the share of dead
-feature channels of each expert at the end, and the learning rate of the first epoch at which half of the channels of
-the sdf expert were dead.
+Every run has a warm-up of --warm-up epochs and 6 epochs after it. A row has the share of dead feature channels of each
+expert at the end, and the learning rate of the first epoch at which half of the channels of the sdf expert were dead.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def main() -> None:
     options = read_options(Options, "benchmarks.expert_health")
     rows = []
     for width, seed, lr in tqdm([*itertools.product(options.widths, options.seeds, options.lrs)], "runs"):
-        recipe = RECIPES[options.recipe] | {"lr": lr, "ema": None}  # an average would lag behind
+        recipe = RECIPES[options.recipe] | {"lr": lr}
         epochs = options.warm_up + AFTER
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "run"

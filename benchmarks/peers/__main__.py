@@ -59,11 +59,11 @@ class Options:
     image_size: int = 128
     """Side of the resized images, in pixels, a multiple of 16."""
     recipe: Literal["published", "strong"] = "published"
-    """Augmentation, learning rate and average of the weights of all methods: as `train --recipe` has them."""
+    """Defaults of all methods, as `train --recipe` has them."""
     without: tuple[str, ...] = ()
     """Options of the recipe that keep the published value."""
     lr: Annotated[float | None, "FLOAT", "that of the recipe"] = None
-    """SGD learning rate after the warm-up."""
+    """Learning rate after the warm-up."""
     normalization: Literal["measured", "glas", "crag"] = "measured"
     """Mean and std: of the training images, or published."""
     threads: int = 1

@@ -272,8 +272,8 @@ class TrainConfig(  # fields and help start with the last base
             raise UserError(f"--decay is {self.decay}: give a factor above 0 and up to 1")
         if self.schedule == "cosine" and self.warmup_epochs >= self.epochs:
             raise UserError(
-                f"--warmup-epochs is {self.warmup_epochs}, but --schedule cosine needs more than that of the "
-                f"{self.epochs} epochs: give a smaller number"
+                f"--warmup-epochs is {self.warmup_epochs} of {self.epochs} epochs, which leaves none to --schedule "
+                "cosine: give a smaller number"
             )
         if self.image_size % STRIDE:
             below = max(STRIDE, self.image_size // STRIDE * STRIDE)
