@@ -68,7 +68,8 @@ class Trainer:
         graphed = config.cuda_graph and not config.profile and device.type == "cuda" and self.world.size == 1
         self.update = GraphedStep(self._update, device) if graphed else self._update
         self.stopwatch = Stopwatch(device, WARM_UP + 1 if graphed else 1)
-        self.flops = flops_per_step(config.width, config.image_size, self.images_per_step)
+        taught = config.unlabeled_batch if self.has_teacher else 0
+        self.flops = flops_per_step(config.width, config.image_size, self.images_per_step, taught)
         if self.world.size > 1:
             self._warm_up_ddp()
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from semimoe_fast.training.batches import Images
+from semimoe_fast.training.command_line import RECIPES
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.graphs import WARM_UP, GraphedStep
 from semimoe_fast.training.sources import load_data
@@ -86,6 +87,7 @@ OPTIONS = [
     {"accumulate": 2, "labeled_batch": 4, "unlabeled_batch": 4},
     {"ema": 0.9, "instances": True, "recompute": True},
     {"unlabeled": "none", "steps_per_epoch": 2},
+    RECIPES["strong"],
 ]
 
 
@@ -126,7 +128,8 @@ def test_tape_detects_python_numbers() -> None:
 def test_cuda_graph_equals_the_eager_step(tiny_config: TrainConfig, changes: dict) -> None:
     """Up to the order of summation, because cuDNN may choose other algorithms; dropout draws the same numbers."""
     config = dataclasses.replace(
-        tiny_config, synthetic=(4, 8, 2), epochs=5, lr=0.01, device="cuda", precision="fp32", **changes
+        tiny_config,
+        **{"synthetic": (4, 8, 2), "epochs": 5, "lr": 0.01, "device": "cuda", "precision": "fp32"} | changes,
     )
     graphed, eager = (trainer(config, torch.device("cuda"), cuda_graph=graph) for graph in (True, False))
     torch.cuda.manual_seed(0)
