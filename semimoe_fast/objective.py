@@ -29,9 +29,9 @@ class StepLosses(NamedTuple):
 class Objective(nn.Module):
     """The function `objective` of a model and its adaptive loss as one module."""
 
-    def __init__(self, model: SemiMoE, adaptive: AdaptiveMultiObjectiveLoss, joint_bn: bool = False) -> None:
+    def __init__(self, model: SemiMoE, adaptive: AdaptiveMultiObjectiveLoss) -> None:
         super().__init__()
-        self.model, self.adaptive, self.joint_bn = model, adaptive, joint_bn
+        self.model, self.adaptive = model, adaptive
 
     def forward(
         self,
@@ -41,9 +41,7 @@ class Objective(nn.Module):
         unsupervised_weight: float | Tensor,
         labels: Sequence[Tensor] | None = None,
     ) -> StepLosses:
-        return objective(
-            self.model, self.adaptive, labeled, targets, unlabeled, unsupervised_weight, labels, self.joint_bn
-        )
+        return objective(self.model, self.adaptive, labeled, targets, unlabeled, unsupervised_weight, labels)
 
 
 def objective(
@@ -54,7 +52,6 @@ def objective(
     unlabeled: Tensor | None,
     unsupervised_weight: float | Tensor,
     labels: Sequence[Tensor] | None = None,
-    joint_bn: bool = False,
 ) -> StepLosses:
     """Losses of one step.
 
@@ -63,10 +60,10 @@ def objective(
     supervised part. BN sees the unlabeled batch first, then the labeled batch, each with its own statistics. Batches of
     one size and shape go through the experts together, which takes fewer and larger operations.
 
-    Two departures from the paper: `labels` are pseudo-labels for the unlabeled images, such as those of a teacher, in
-    place of the model's own; with joint_bn, BN has one statistic of both batches, whose images must have one shape.
+    labels: pseudo-labels of the unlabeled images, as `MultiGating.pseudo_labels` gives them, by a teacher; None takes
+    the model's own, as in the paper.
     """
-    labeled_output, unlabeled_output = _run_experts(model, labeled, unlabeled, joint_bn)
+    labeled_output, unlabeled_output = _run_experts(model, labeled, unlabeled)
     weighted, pseudo_terms = _unsupervised(model, adaptive, unlabeled_output, labels, unsupervised_weight)
     means, projections, own = labeled_output
     *gated, gate_weights = model.gating(Projected(means, projections))
@@ -83,20 +80,15 @@ def objective(
     )
 
 
-def _run_experts(
-    model: SemiMoE, labeled: Tensor, unlabeled: Tensor | None, joint_bn: bool
-) -> tuple[ExpertOutput, ExpertOutput | None]:
+def _run_experts(model: SemiMoE, labeled: Tensor, unlabeled: Tensor | None) -> tuple[ExpertOutput, ExpertOutput | None]:
     """Outputs of the experts for the labeled and the unlabeled batch."""
     if unlabeled is None:
         return model.run_experts(labeled), None
-    if labeled.shape != unlabeled.shape and not joint_bn:
+    if labeled.shape != unlabeled.shape:
         unlabeled_output = model.run_experts(unlabeled)
         return model.run_experts(labeled), unlabeled_output
-    means, projections, own = model.run_experts(torch.cat([unlabeled, labeled]), groups=1 if joint_bn else 2)
-    counts = [len(unlabeled), len(labeled)]
-    both = zip(
-        means.split(counts), projections.split(counts), zip(*(x.split(counts) for x in own), strict=True), strict=True
-    )
+    means, projections, own = model.run_experts(torch.cat([unlabeled, labeled]), groups=2)
+    both = zip(means.chunk(2), projections.chunk(2), zip(*(x.chunk(2) for x in own), strict=True), strict=True)
     unlabeled_output, labeled_output = both
     return labeled_output, unlabeled_output
 

@@ -284,25 +284,6 @@ def test_batches_of_one_size_go_through_the_experts_together(monkeypatch, unlabe
     assert sizes == ([4] if calls == 1 else [3, 2])
 
 
-@pytest.mark.parametrize("unlabeled", [2, 3])
-def test_joint_batch_norm_has_one_statistic_of_both_batches(unlabeled: int) -> None:
-    torch.manual_seed(0)
-    model, adaptive = SemiMoE(width=4).double().train(), AdaptiveMultiObjectiveLoss().double()
-    model.gating.dropout.p = 0.0
-    mask = torch.randint(0, 2, (2, 32, 32))
-    targets = (mask, *(target.double() for target in F.distance_targets(mask)))
-    labeled, others = torch.randn(2, 3, 32, 32).double(), torch.randn(unlabeled, 3, 32, 32).double()
-    means, projections, own = model.run_experts(torch.cat([others, labeled]))
-    *gated, _ = model.gating.mix(means[unlabeled:], projections[unlabeled:])
-    supervised = F.objective_terms(*(x[unlabeled:] for x in own), *targets) + F.objective_terms(*gated, *targets)
-    labels = model.gating.pseudo_labels(means[:unlabeled], projections[:unlabeled])
-    pseudo = F.objective_terms(*(x[:unlabeled] for x in own), *labels)
-    losses = objective(model, adaptive, labeled, targets, others, 0.5, joint_bn=True)
-    torch.testing.assert_close(losses.total, adaptive(supervised) + 0.5 * adaptive(pseudo))
-    with pytest.raises(AssertionError):
-        torch.testing.assert_close(objective(model, adaptive, labeled, targets, others, 0.5).total, losses.total)
-
-
 def test_frozen_batch_norm_keeps_its_statistics_and_counts_nothing() -> None:
     model = SemiMoE(width=4).train()
     norms = [layer for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d)]

@@ -29,9 +29,7 @@ class CPS(Method):
         return self.networks[0](images)[1]
 
     def loss(self, batch: Batch, progress: float) -> Tensor:
-        (unlabeled, labeled), (other_unlabeled, other_labeled) = (
-            both(network, batch, self.joint_bn) for network in self.networks
-        )
+        (unlabeled, labeled), (other_unlabeled, other_labeled) = (both(network, batch) for network in self.networks)
         supervised = F.squared_dice_loss(labeled, batch.masks) + F.squared_dice_loss(other_labeled, batch.masks)
         crossed = F.squared_dice_loss(unlabeled, other_unlabeled.argmax(1))
         crossed = crossed + F.squared_dice_loss(other_unlabeled, unlabeled.argmax(1))

@@ -38,7 +38,7 @@ class MeanTeacher(Method):
         return self.teacher(images)[1]
 
     def loss(self, batch: Batch, progress: float) -> Tensor:
-        unlabeled, labeled = both(self.student, batch, self.joint_bn)
+        unlabeled, labeled = both(self.student, batch)
         noise = (NOISE * torch.randn_like(batch.unlabeled)).clamp(-MOST_NOISE, MOST_NOISE)
         with torch.no_grad():
             target = self(batch.unlabeled + noise).softmax(1)

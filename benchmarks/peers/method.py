@@ -29,7 +29,6 @@ class Method(nn.Module):
     learns_from = "labeled and unlabeled"  # or "labeled", or "labels of all"
     strong_views = 0
     predicts_by_average = False  # a method with its own average of weights; --recipe strong then adds none
-    joint_bn = False  # whether BN has one statistic of labeled and unlabeled images; set by the recipe
 
     def forward(self, images: Tensor) -> Tensor:
         """Mask logits (B, 2, S, S) of the network that predicts, for images (B, 3, S, S)."""
@@ -60,7 +59,7 @@ def unet(width: int) -> ExpertUNet:
     return ExpertUNet(out_channels=2, width=width)
 
 
-def both(network: ExpertUNet, batch: Batch, joint_bn: bool = False) -> tuple[Tensor, Tensor]:
-    """Mask logits of the unlabeled and the labeled images; BN sees them apart, as published, or jointly."""
-    _, logits = network(torch.cat([batch.unlabeled, batch.labeled]), groups=1 if joint_bn else 2)
+def both(network: ExpertUNet, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Mask logits of the unlabeled and the labeled images; BN sees them apart, as in the published recipe."""
+    _, logits = network(torch.cat([batch.unlabeled, batch.labeled]), groups=2)
     return logits.chunk(2)

@@ -62,8 +62,7 @@ class PublishedSemiMoE(Method):
         return {"loss_weights": self.adaptive.log_vars.neg().exp().tolist(), "gate_weights": gates.tolist()}
 
     def loss(self, batch: Batch, progress: float) -> Tensor:
-        images, groups = torch.cat([batch.unlabeled, batch.labeled]), 1 if self.joint_bn else 2
-        means, projections, own = self.model.run_experts(images, groups)
+        means, projections, own = self.model.run_experts(torch.cat([batch.unlabeled, batch.labeled]), groups=2)
         (unlabeled, labeled), (u_projections, l_projections) = means.chunk(2), projections.chunk(2)
         own_unlabeled, own_labeled = zip(*(prediction.chunk(2) for prediction in own), strict=True)
         labels = batch.labels or self._pseudo_labels(Projected(unlabeled, u_projections))

@@ -92,7 +92,6 @@ class Training:
     ) -> None:
         torch.manual_seed(config.seed)
         self.method = method(config.width).to(device, memory_format=torch.channels_last)
-        self.method.joint_bn = config.joint_bn
         self.config = equal_steps(config, self.method, splits)
         self.splits, self.device = splits, device
         self.batches = Batches(self.config, splits.of(self.method), device, World())

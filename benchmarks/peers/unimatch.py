@@ -38,8 +38,7 @@ class UniMatch(Method):
     - The squared Dice of the other methods: a mean over images, smoothed by 1. Theirs sums over the batch, smoothed by
       1e-5.
     - BN sees the labeled images, the weak view, the dropped features and each strong view apart. Theirs sees the first
-      three together, as `joint_bn` does, dropped features of labeled images among them, and the two strong views
-      together.
+      three together, dropped features of labeled images among them, and the two strong views together.
     """
 
     strong_views = 2
@@ -53,10 +52,9 @@ class UniMatch(Method):
 
     def loss(self, batch: Batch, progress: float) -> Tensor:
         count = len(batch.labeled)
-        groups, all_groups = (1, 1) if self.joint_bn else (2, 3)
-        features = self.network.encode(torch.cat([batch.labeled, batch.unlabeled]), groups)
+        features = self.network.encode(torch.cat([batch.labeled, batch.unlabeled]), groups=2)
         features = [torch.cat([x, functional.dropout2d(x[count:], DROPOUT)]) for x in features]
-        labeled, weak, dropped = self.network.head(self.network.decode(features, all_groups)).chunk(3)
+        labeled, weak, dropped = self.network.head(self.network.decode(features, groups=3)).chunk(3)
         confidence, labels = weak.detach().softmax(1).max(1)
         labels = torch.where(confidence >= CONFIDENCE, labels, -1)
 

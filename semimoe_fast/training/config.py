@@ -41,7 +41,6 @@ ADDED = {  # options that older runs do not store: the value with which they ran
     "scale_jitter": None,
     "optimizer": "sgd",
     "schedule": "steps",
-    "joint_bn": False,
     "teacher": False,
 }
 MOST_STRENGTHS = {"stain": 1, "brightness": 1, "blur": 5, "noise": 1}
@@ -107,8 +106,6 @@ class ModelOptions:
     """Dropout probability in the gates."""
     sync_bn: bool = False
     """Compute BN statistics over all processes, not per process."""
-    joint_bn: bool = False
-    """Compute BN statistics over labeled and unlabeled images together."""
 
 
 @dataclasses.dataclass(frozen=True)

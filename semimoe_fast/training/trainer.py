@@ -56,7 +56,7 @@ class Trainer:
             device
         )
         self._create_optimizers()
-        self.objective = self.world.parallel(Objective(self.model, self.adaptive, config.joint_bn))
+        self.objective = self.world.parallel(Objective(self.model, self.adaptive))
         if self.world.rank > 0:  # dropout differs by rank; rank 0 draws as a run of one process
             torch.manual_seed(generator(config.seed, self.world.rank).initial_seed())
         self.batches = Batches(config, data, device, self.world)

@@ -31,7 +31,7 @@ def options(folder: Path, out: Path, *more: str) -> list[str]:
     "method",
     [
         ["--method", "mean-teacher"],  # has random noise, a teacher, and counts its steps
-        ["--method", "semi-moe", "--recipe", "strong", "--without", "joint-bn"],  # has AdamW and an EMA as the teacher
+        ["--method", "semi-moe", "--recipe", "strong", "--without", "schedule"],  # has AdamW and an EMA as the teacher
     ],
     ids=" ".join,
 )
@@ -61,8 +61,8 @@ def test_runs_resume_and_are_not_repeated(
     record = json.loads(resumed.read_text())
     averaged = [key for key in checkpoint.read(state, CPU)[1] if key.startswith("average.")]
     assert bool(averaged) == ("strong" in method)
-    chosen = {key: record["arguments"].get(key) for key in ("recipe", "lr", "optimizer", "joint_bn")}
-    strong = {"recipe": "strong without joint-bn", "lr": 0.1, "optimizer": "adamw", "joint_bn": False}
+    chosen = {key: record["arguments"].get(key) for key in ("recipe", "lr", "optimizer", "schedule")}
+    strong = {"recipe": "strong without schedule", "lr": 0.1, "optimizer": "adamw", "schedule": "steps"}
     assert chosen == (strong if "strong" in method else dict.fromkeys(chosen) | {"lr": 0.1})
     right = json.loads((tmp_path / "undisturbed" / resumed.name).read_text())
     assert record["scores"] == right["scores"]
@@ -142,7 +142,7 @@ def test_unlike_runs_are_not_averaged(folder: Path, tmp_path: Path, monkeypatch:
     ("more", "message"),
     [
         (["--without", "ema"], "--without leaves out options of --recipe strong: give that too"),
-        (["--recipe", "strong", "--without", "width"], "--without is width: choose from joint-bn, optimizer, "),
+        (["--recipe", "strong", "--without", "width"], "--without is width: choose from optimizer, lr, "),
     ],
 )
 def test_options_that_are_not_of_the_recipe_are_refused(folder: Path, tmp_path: Path, more: list[str], message: str):

@@ -127,10 +127,8 @@ def test_tape_detects_python_numbers() -> None:
 @pytest.mark.parametrize("changes", OPTIONS, ids=str)
 def test_cuda_graph_equals_the_eager_step(tiny_config: TrainConfig, changes: dict) -> None:
     """Up to the order of summation, because cuDNN may choose other algorithms; dropout draws the same numbers."""
-    config = dataclasses.replace(
-        tiny_config,
-        **{"synthetic": (4, 8, 2), "epochs": 5, "lr": 0.01, "device": "cuda", "precision": "fp32"} | changes,
-    )
+    options = {"synthetic": (4, 8, 2), "epochs": 5, "lr": 0.01, "device": "cuda", "precision": "fp32"}
+    config = dataclasses.replace(tiny_config, **options | changes)
     graphed, eager = (trainer(config, torch.device("cuda"), cuda_graph=graph) for graph in (True, False))
     torch.cuda.manual_seed(0)
     result = train(graphed)
@@ -144,8 +142,9 @@ def test_cuda_graph_equals_the_eager_step(tiny_config: TrainConfig, changes: dic
 
 
 @CUDA
-def test_step_does_not_synchronize_the_device(tiny_config: TrainConfig) -> None:
-    runner = trainer(tiny_config, torch.device("cuda"), device="cuda", cuda_graph=False)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_step_does_not_synchronize_the_device(tiny_config: TrainConfig, recipe: str) -> None:
+    runner = trainer(tiny_config, torch.device("cuda"), device="cuda", cuda_graph=False, **RECIPES[recipe])
     batches = list(runner.begin_epoch())
     runner.train_step(batches[0])  # the first step may compile kernels and allocate workspaces
     torch.cuda.set_sync_debug_mode("error")
