@@ -44,9 +44,12 @@ class Options:
     widths: tuple[int, ...] = (8, 16)
     seeds: tuple[int, ...] = (0, 1)
     lrs: tuple[float, ...] = (0.5, 0.1)
+    """0.015 is that of --recipe strong."""
     image_size: int = 64
     warm_up: int = 10
+    """Epochs."""
     recipe: Literal["published", "strong"] = "published"
+    """Of `train`, but for the learning rate."""
 
 
 def main() -> None:
@@ -73,7 +76,8 @@ def main() -> None:
         options.commit,
         [
             f"python -m benchmarks.expert_health --data GlaS256 --image-size {options.image_size} "
-            f"--warm-up {options.warm_up} --recipe {options.recipe}"
+            f"--warm-up {options.warm_up} --recipe {options.recipe} --widths {' '.join(map(str, options.widths))} "
+            f"--seeds {' '.join(map(str, options.seeds))} --lrs {' '.join(map(str, options.lrs))}"
         ],
         {"dead": {"columns": columns, "rows": rows}},
     )

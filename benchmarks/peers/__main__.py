@@ -53,7 +53,7 @@ class Options:
     seed: tuple[int, ...] = (0,)
     """Seeds of weights, order, augmentation and noise."""
     epochs: int = 100
-    """Epochs; the warm-up takes a tenth of them, and the learning rate is halved after every fourth."""
+    """Epochs; the warm-up takes a tenth of them, and the published schedule halves the learning rate every quarter."""
     width: int = 16
     """Channels of the first level of a U-Net; those of -wide methods have more."""
     image_size: int = 128
@@ -90,6 +90,8 @@ class Options:
         names = sorted({name.replace("-", "_") for name in self.without})
         if names and self.recipe == "published":
             raise UserError("--without leaves out options of --recipe strong: give that too")
+        if "ema" in names and "teacher" not in names:
+            raise UserError("--without is ema, of which the teacher is made: leave out teacher too")
         for name in names:
             if name not in RECIPES[self.recipe]:
                 options = ", ".join(RECIPES[self.recipe]).replace("_", "-")
@@ -98,7 +100,8 @@ class Options:
 
     @property
     def recipe_name(self) -> str:
-        return " without ".join([self.recipe, *[", ".join(self.left_out).replace("_", "-")] * bool(self.left_out)])
+        left_out = ", ".join(self.left_out).replace("_", "-")
+        return f"{self.recipe} without {left_out}" if left_out else self.recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

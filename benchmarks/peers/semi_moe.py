@@ -65,7 +65,9 @@ class PublishedSemiMoE(Method):
         means, projections, own = self.model.run_experts(torch.cat([batch.unlabeled, batch.labeled]), groups=2)
         (unlabeled, labeled), (u_projections, l_projections) = means.chunk(2), projections.chunk(2)
         own_unlabeled, own_labeled = zip(*(prediction.chunk(2) for prediction in own), strict=True)
-        labels = batch.labels or self._pseudo_labels(Projected(unlabeled, u_projections))
+        labels = batch.labels
+        if labels is None:
+            labels = self._pseudo_labels(Projected(unlabeled, u_projections))
         unsupervised = self.adaptive(self.terms(own_unlabeled, labels))
         *gated, _ = self.model.gating(Projected(labeled, l_projections))
         targets = self.targets(batch.masks)

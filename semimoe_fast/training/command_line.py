@@ -37,7 +37,7 @@ class RecipeOptions:
     """Defaults of the options below; a run stores the options themselves."""
 
     recipe: Literal["published", "strong"] = "published"
-    """The paper's defaults, or others, in the making (docs/training.md)."""
+    """Defaults of options below: the paper's, or ours (docs/training.md)."""
 
 
 @dataclasses.dataclass(frozen=True)

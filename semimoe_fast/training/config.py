@@ -131,11 +131,11 @@ class ScheduleOptions:
     momentum: float = 0.9
     """SGD momentum."""
     weight_decay: float = 5e-5
-    """Weight decay of all optimizers."""
+    """Weight decay; decoupled from the gradients in AdamW."""
     schedule: Literal["steps", "cosine"] = "steps"
-    """After the warm-up, decay --lr in steps, or to 0 by a cosine."""
+    """Decay of --lr after the warm-up: in steps, or toward 0 by a cosine."""
     warmup_epochs: int = 20
-    """Epochs of linear growth of the learning rate from 0."""
+    """Epochs in which the learning rate grows linearly from about 0."""
     decay_epochs: int = 50
     """Epochs between two decays of --schedule steps."""
     decay: float = 0.5
@@ -143,7 +143,7 @@ class ScheduleOptions:
     ema: Annotated[float | None, "DECAY", "off"] = None
     """Validate an EMA of the weights; 0.99 averages about 100 steps."""
     teacher: bool = False
-    """Take pseudo-labels from the EMA, of images of unchanged appearance."""
+    """Take pseudo-labels from the EMA, on images of unchanged appearance."""
     seed: int = 0
     """Seed of weights, order, augmentation, dropout and synthetic images."""
 
@@ -209,7 +209,7 @@ class TrainConfig(  # fields and help start with the last base
     """Train Semi-MoE (arXiv 2509.13834) on few labeled and many unlabeled gland images.
 
     Without --data, the images are synthetic glands and the defaults suit a CPU. With --data, the defaults are the
-    published recipe: `--data DIR --help` shows them.
+    published recipe: `--data DIR --help` shows them. --recipe changes some of either.
     """
 
     @property

@@ -14,7 +14,6 @@ from .config import TrainConfig
 
 # Bytes that the forward pass keeps, per image, pixel and channel of --width; `benchmarks.memory` counts them.
 KEPT = {"fp32": 260, "fp32 recompute": 137, "bf16": 132, "bf16 recompute": 70}
-COPIES = 3  # of the weights: themselves, their gradients and SGD's momenta
 GIB = 2**30
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -32,12 +31,13 @@ def require_memory(config: TrainConfig, device: torch.device, processes: int) ->
 
 
 def least_bytes(config: TrainConfig, device: torch.device, processes: int) -> int:
-    """Bytes of the weights, gradients and momenta, and of what the forward pass of one part of a batch keeps."""
+    """Bytes of the weights and their copies, and of what the forward pass of one part of a batch keeps."""
     with torch.device("meta"):
         weights = sum(parameter.numel() for parameter in SemiMoE(width=config.width).parameters())
     recompute = " recompute" if config.recompute or config.compile != "none" else ""  # compilers recompute, too
     kept = KEPT[("bf16" if in_bf16(config.precision, device) else "fp32") + recompute]
-    return 4 * COPIES * weights + kept * _images(config, processes) * config.width * config.image_size**2
+    copies = 3 + (config.optimizer == "adamw") + 2 * (config.ema is not None)  # gradients, moments, EMA and its sums
+    return 4 * copies * weights + kept * _images(config, processes) * config.width * config.image_size**2
 
 
 def _images(config: TrainConfig, processes: int) -> int:

@@ -20,7 +20,7 @@ def network_optimizer(config: TrainConfig, parameters: Iterable[Tensor], lr: flo
     """The optimizer of a run for the trained ones of the parameters of its networks."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if config.optimizer == "adamw":
-        return FusedAdamW(trained, lr, config.weight_decay, capturable=trained[0].is_cuda)
+        return FusedAdamW(trained, lr, config.weight_decay)
     return FusedSGD(trained, lr, config.momentum, config.weight_decay)
 
 
@@ -59,14 +59,12 @@ class FusedSGD(torch.optim.SGD):
 class FusedAdamW(torch.optim.AdamW):
     """torch.optim.AdamW(fused=True) for one group of parameters, as `FusedSGD`; arXiv 1711.05101.
 
-    capturable: the counts of steps are on the device, as a CUDA graph needs it.
+    The counts of steps are on the device of the parameters, as a CUDA graph needs them.
     """
 
-    def __init__(
-        self, parameters: list[Tensor], lr: float | Tensor, weight_decay: float, capturable: bool = False
-    ) -> None:
+    def __init__(self, parameters: list[Tensor], lr: float | Tensor, weight_decay: float) -> None:
         _require_order(parameters)
-        super().__init__(parameters, lr, weight_decay=weight_decay, fused=True, capturable=capturable)
+        super().__init__(parameters, lr, weight_decay=weight_decay, fused=True)
         self._step_supports_amp_scaling = False
 
     @torch.no_grad()
@@ -78,7 +76,8 @@ class FusedAdamW(torch.optim.AdamW):
             [_in_order_of(p, _moment(self.state, p, name)) for p in parameters] for name in ("exp_avg", "exp_avg_sq")
         ]
         for p in parameters:
-            self.state[p].setdefault("step", torch.zeros((), device=p.device))
+            if "step" not in self.state[p]:
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         beta1, beta2 = group["betas"]
         adam.adam(
             *_in_order(parameters),
@@ -86,7 +85,6 @@ class FusedAdamW(torch.optim.AdamW):
             [],
             [self.state[p]["step"] for p in parameters],
             fused=True,
-            capturable=group["capturable"],
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,

@@ -195,15 +195,19 @@ class Trainer:
     def _losses(self, batch: Batch) -> StepLosses:
         images, masks = self._augmented(batch.labeled)
         targets = self._targets(masks)
-        unlabeled = None if batch.unlabeled is None else self._augmented(batch.unlabeled)[0]
+        unlabeled = weak = None
+        if batch.unlabeled is not None:
+            unlabeled, _ = self._augmented(batch.unlabeled)
+        if self.has_teacher:
+            changed = batch.unlabeled.appearance is not None
+            weak = self._augmented(batch.unlabeled._replace(appearance=None))[0] if changed else unlabeled
         with autocast(self.config.precision, self.device), recompute() if self.config.recompute else nullcontext():
-            labels = self._teacher_labels(batch.unlabeled) if self.has_teacher else None
+            labels = None if weak is None else self._teacher_labels(weak)
             return self.objective(images, targets, unlabeled, self.weight, labels)
 
     @torch.no_grad()
-    def _teacher_labels(self, unlabeled: Images) -> tuple[Tensor, Tensor, Tensor]:
-        """Pseudo-labels of the averaged model for images without changes of appearance."""
-        images, _ = self._augmented(unlabeled._replace(appearance=None))
+    def _teacher_labels(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pseudo-labels of the averaged model, which stays eager: its features need no gradient."""
         means, projections, _ = self.ema.model.run_experts(images)
         return self.ema.model.gating.pseudo_labels(means, projections)
 

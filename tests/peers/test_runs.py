@@ -142,6 +142,10 @@ def test_unlike_runs_are_not_averaged(folder: Path, tmp_path: Path, monkeypatch:
     ("more", "message"),
     [
         (["--without", "ema"], "--without leaves out options of --recipe strong: give that too"),
+        (
+            ["--recipe", "strong", "--without", "ema"],
+            "--without is ema, of which the teacher is made: leave",
+        ),
         (["--recipe", "strong", "--without", "width"], "--without is width: choose from optimizer, lr, "),
     ],
 )

@@ -70,7 +70,7 @@ def test_three_steps(of_parameters: str, of_gradients: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sgd with momentum", "adamw"])
-def test_a_step_copies_no_gradient(name: str) -> None:
+def test_a_step_copies_no_gradient_and_allocates_nothing(name: str) -> None:
     tensors = parameters(torch.channels_last)
     optimizer = OPTIMIZERS[name][0](tensors)
     set_gradients(tensors, torch.channels_last, 0)
@@ -79,6 +79,7 @@ def test_a_step_copies_no_gradient(name: str) -> None:
         optimizer.step()
     copies = [e for e in profiled.events() if e.name in ("aten::clone", "aten::copy_")]
     assert not [e for e in copies if any(e.input_shapes)]  # but AdamW copies its counts, which are scalars
+    assert not [e for e in profiled.events() if e.name == "aten::zeros"]
 
 
 @pytest.mark.parametrize("name", ["sgd with momentum", "adamw"])

@@ -106,7 +106,8 @@ def test_ema_follows_the_weights(tiny_config: TrainConfig) -> None:
 def test_the_teacher_labels_images_of_unchanged_appearance(
     tiny_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = trainer(tiny_config, ema=0.75, teacher=True, stain=0.2, dropout=0.5)
+    config = dataclasses.replace(tiny_config, synthetic=(2, 6, 2))  # three steps
+    runner = trainer(config, ema=0.75, teacher=True, stain=0.2, dropout=0.5)
     given = []
     forward = runner.objective.forward
     monkeypatch.setattr(
@@ -121,7 +122,8 @@ def test_the_teacher_labels_images_of_unchanged_appearance(
         runner.step += 1
         weights.append({name: value.clone() for name, value in runner.model.state_dict().items()})
     model = SemiMoE(width=tiny_config.width).to(memory_format=torch.channels_last).eval()
-    for batch, average, (images, labels) in zip(batches, weights[:2], given, strict=True):  # that of one step is itself
+    third = {name: (0.75 * weights[1][name] + value) / 1.75 for name, value in weights[2].items()}
+    for batch, average, (images, labels) in zip(batches, [*weights[:2], third], given, strict=True):
         weak = runner._augmented(batch.unlabeled._replace(appearance=None))[0]
         assert not torch.equal(images, weak)
         model.load_state_dict(average)
