@@ -39,9 +39,8 @@ class Objective(nn.Module):
         targets: Sequence[Tensor],
         unlabeled: Tensor | None,
         unsupervised_weight: float | Tensor,
-        labels: Sequence[Tensor] | None = None,
     ) -> StepLosses:
-        return objective(self.model, self.adaptive, labeled, targets, unlabeled, unsupervised_weight, labels)
+        return objective(self.model, self.adaptive, labeled, targets, unlabeled, unsupervised_weight)
 
 
 def objective(
@@ -51,7 +50,6 @@ def objective(
     targets: Sequence[Tensor],
     unlabeled: Tensor | None,
     unsupervised_weight: float | Tensor,
-    labels: Sequence[Tensor] | None = None,
 ) -> StepLosses:
     """Losses of one step.
 
@@ -59,12 +57,9 @@ def objective(
     as `functional.objective_terms` takes them; unsupervised_weight: u. Without unlabeled images (None) the loss is the
     supervised part. BN sees the unlabeled batch first, then the labeled batch, each with its own statistics. Batches of
     one size and shape go through the experts together, which takes fewer and larger operations.
-
-    labels: pseudo-labels of the unlabeled images, as `MultiGating.pseudo_labels` gives them, by a teacher; None takes
-    the model's own, as in the paper.
     """
     labeled_output, unlabeled_output = _run_experts(model, labeled, unlabeled)
-    weighted, pseudo_terms = _unsupervised(model, adaptive, unlabeled_output, labels, unsupervised_weight)
+    weighted, pseudo_terms = _unsupervised(model, adaptive, unlabeled_output, unsupervised_weight)
     means, projections, own = labeled_output
     *gated, gate_weights = model.gating(Projected(means, projections))
     with record_function("losses"):
@@ -94,18 +89,13 @@ def _run_experts(model: SemiMoE, labeled: Tensor, unlabeled: Tensor | None) -> t
 
 
 def _unsupervised(
-    model: SemiMoE,
-    adaptive: AdaptiveMultiObjectiveLoss,
-    output: ExpertOutput | None,
-    labels: Sequence[Tensor] | None,
-    weight: float | Tensor,
+    model: SemiMoE, adaptive: AdaptiveMultiObjectiveLoss, output: ExpertOutput | None, weight: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """The adaptive loss of the experts' own predictions and the pseudo-labels, times u, and its terms."""
     if output is None:
         return torch.zeros_like(adaptive.log_vars[0]), torch.zeros_like(adaptive.log_vars)
     means, projections, own = output
-    if labels is None:
-        labels = model.gating.pseudo_labels(means, projections)
+    labels = model.gating.pseudo_labels(means, projections)
     with record_function("losses"):
         terms = F.objective_terms(*own, *labels)
         return adaptive(terms) * weight, terms

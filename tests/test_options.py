@@ -58,7 +58,7 @@ def test_recipe_changes_defaults_that_options_override(tiny: list[str], tiny_con
     given = {option[2:].replace("-", "_") for option in tiny if option.startswith("--")}
     assert changed == command_line.RECIPES["strong"].keys() - given
     assert command_line.parse([*tiny, "--recipe=strong", "--schedule", "steps"]).schedule == "steps"
-    assert command_line.parse([*tiny, "--recipe", "strong", "--no-teacher", "--ema", "None"]).ema is None
+    assert command_line.parse([*tiny, "--recipe", "strong", "--ema", "None"]).ema is None
     assert command_line.parse([*tiny, "--recipe", "published"]) == tiny_config
 
 

@@ -90,8 +90,6 @@ class Options:
         names = sorted({name.replace("-", "_") for name in self.without})
         if names and self.recipe == "published":
             raise UserError("--without leaves out options of --recipe strong: give that too")
-        if "ema" in names and "teacher" not in names:
-            raise UserError("--without is ema, of which the teacher is made: leave out teacher too")
         for name in names:
             if name not in RECIPES[self.recipe]:
                 options = ", ".join(RECIPES[self.recipe]).replace("_", "-")

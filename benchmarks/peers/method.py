@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,6 @@ class Batch(NamedTuple):
     masks: Tensor  # of the labeled images: uint8 0/1 (B, S, S)
     unlabeled: Tensor | None  # None for supervised methods
     strong: tuple[Tensor, ...] = ()  # the unlabeled images with as many strong changes as `strong_views` says
-    labels: Sequence[Tensor] | None = None  # pseudo-labels of a teacher, or None
 
 
 class Method(nn.Module):
@@ -37,10 +35,6 @@ class Method(nn.Module):
     def loss(self, batch: Batch, progress: float) -> Tensor:
         """The loss of a step. progress: share of the epochs done after the current one, in (0, 1]."""
         raise NotImplementedError
-
-    def labels(self, images: Tensor) -> Sequence[Tensor] | None:
-        """Pseudo-labels for images, of a method that `--recipe strong` gives a teacher; None for others."""
-        return None
 
     def after_step(self, step: int) -> None:
         """Called after the optimizers have updated the weights for the `step`-th time, from 1."""

@@ -65,10 +65,9 @@ class PublishedSemiMoE(Method):
         means, projections, own = self.model.run_experts(torch.cat([batch.unlabeled, batch.labeled]), groups=2)
         (unlabeled, labeled), (u_projections, l_projections) = means.chunk(2), projections.chunk(2)
         own_unlabeled, own_labeled = zip(*(prediction.chunk(2) for prediction in own), strict=True)
-        labels = batch.labels
-        if labels is None:
-            labels = self._pseudo_labels(Projected(unlabeled, u_projections))
-        unsupervised = self.adaptive(self.terms(own_unlabeled, labels))
+        with torch.no_grad():
+            *gated, _ = self.model.gating(Projected(unlabeled, u_projections))
+        unsupervised = self.adaptive(self.terms(own_unlabeled, self.pseudo_labels(gated)))
         *gated, _ = self.model.gating(Projected(labeled, l_projections))
         targets = self.targets(batch.masks)
         supervised = self.adaptive(self.terms(own_labeled, targets) + self.terms(gated, targets))
@@ -85,14 +84,8 @@ class PublishedSemiMoE(Method):
         targets = {"mask": masks, "sdf": sdf, "boundary": boundary}
         return [targets[task] for task in self.model.tasks]
 
-    def labels(self, images: Tensor) -> list[Tensor]:
-        means, projections, _ = self.model.run_experts(images)
-        return self._pseudo_labels(Projected(means, projections))
-
-    @torch.no_grad()
-    def _pseudo_labels(self, projected: Projected) -> list[Tensor]:
+    def pseudo_labels(self, gated: Sequence[Tensor]) -> list[Tensor]:
         """The labels of each task from the gated predictions."""
-        *gated, _ = self.model.gating(projected)
         tasks = zip(self.model.tasks, gated, strict=True)
         return [prediction.tanh() if task == "sdf" else prediction.argmax(1) for task, prediction in tasks]
 

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -172,18 +172,8 @@ class Training:
             random = generator(self.config.seed, self.epoch, STRONG_KEY, number)
             drawn = [self._draw(unlabeled, random) for _ in range(self.method.strong_views)]
             strong = tuple(self._augmented(view)[0] for view in drawn)
-            weak = self._augmented(unlabeled._replace(appearance=None))[0]
-            labels = self._teacher_labels(weak, number) if self.config.teacher else None
-            seen = weak if strong or unlabeled.appearance is None else self._augmented(unlabeled)[0]
-            yield Batch(images, masks, seen, strong, labels)
-
-    @torch.no_grad()
-    def _teacher_labels(self, images: Tensor, number: int) -> Sequence[Tensor] | None:
-        """Labels of the average of the weights before step `number` of the epoch, from 0."""
-        if self.ema is None:
-            return None
-        with autocast(self.config.precision, self.device):
-            return self.ema.after(self.epoch * self.batches.steps_per_epoch + number).labels(images)
+            weak = unlabeled._replace(appearance=None) if strong else unlabeled
+            yield Batch(images, masks, self._augmented(weak)[0], strong)
 
     def _draw(self, images: Images, random: torch.Generator) -> Images:
         """The same images with strong changes of appearance."""

@@ -41,7 +41,6 @@ ADDED = {  # options that older runs do not store: the value with which they ran
     "scale_jitter": None,
     "optimizer": "sgd",
     "schedule": "steps",
-    "teacher": False,
 }
 MOST_STRENGTHS = {"stain": 1, "brightness": 1, "blur": 5, "noise": 1}
 MOST_JITTER = 2  # at 2, mirror images fill up to 3/4 of a square
@@ -142,8 +141,6 @@ class ScheduleOptions:
     """Factor of each decay."""
     ema: Annotated[float | None, "DECAY", "off"] = None
     """Validate an EMA of the weights; 0.99 averages about 100 steps."""
-    teacher: bool = False
-    """Take pseudo-labels from the EMA, on images of unchanged appearance."""
     seed: int = 0
     """Seed of weights, order, augmentation, dropout and synthetic images."""
 
@@ -263,8 +260,6 @@ class TrainConfig(  # fields and help start with the last base
             raise UserError(f"--dropout is {self.dropout}: give a number from 0 to below 1")
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"--ema is {self.ema}: give a decay between 0 and 1, such as 0.999, or None")
-        if self.teacher and self.ema is None:
-            raise UserError("--teacher labels by an average of the weights: give --ema too, such as 0.99")
         if not 0 < self.decay <= 1:
             raise UserError(f"--decay is {self.decay}: give a factor above 0 and up to 1")
         if self.schedule == "cosine" and self.warmup_epochs >= self.epochs:

@@ -1,4 +1,4 @@
-"""Exponential moving average (EMA) of the weights of a model, for evaluation and pseudo-labels."""
+"""Exponential moving average (EMA) of the weights of a model, for evaluation."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ class EMA:
         self.source, self.decay = model.state_dict(), decay
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.sums = {name: torch.zeros_like(v) for name, v in self.source.items() if v.is_floating_point()}
-        self.averaged = self.model.state_dict()
-        self.counts = [name for name in self.averaged if name not in self.sums]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -31,10 +29,8 @@ class EMA:
     @torch.no_grad()
     def after(self, steps: int) -> nn.Module:
         """The averaged model in eval mode after `steps` updates; with 0 steps, a copy of the current model."""
-        sources = self.sums if steps else self.source
-        averages = [self.averaged[name] for name in self.sums]
-        torch._foreach_copy_(averages, [sources[name] for name in self.sums])
-        if steps:
-            torch._foreach_div_(averages, 1 - self.decay**steps)
-        torch._foreach_copy_([self.averaged[n] for n in self.counts], [self.source[n] for n in self.counts])
+        weights = 1 - self.decay**steps
+        for name, value in self.model.state_dict().items():
+            summed = name in self.sums and steps > 0
+            value.copy_(self.sums[name] / weights if summed else self.source[name])
         return self.model

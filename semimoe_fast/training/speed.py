@@ -55,23 +55,20 @@ class Stopwatch:
 
 
 @functools.cache
-def flops_per_step(width: int, image_size: int, images: int, taught: int = 0) -> int:
+def flops_per_step(width: int, image_size: int, images: int) -> int:
     """Floating-point operations of the U-Nets in a training step, forward and backward; a multiply-add counts as 2.
 
     width: channels of the first level. image_size: side in pixels. images: labeled and unlabeled images in a step.
-    taught: images that a teacher labels by one more forward pass.
     The count covers the convolutions of the experts and their heads. It omits gates and losses, which are far below
     1 %. It uses shapes only: it computes nothing and draws no random numbers.
     """
     with torch.device("meta"):
         experts = SemiMoE(width=width).experts
-        batch, labeled_by_teacher = (torch.empty(count, 3, image_size, image_size) for count in (images, taught))
+        batch = torch.empty(images, 3, image_size, image_size)
     with FlopCounterMode(display=False) as counter:
         for expert in experts:
             _, own = expert(batch)
             own.sum().backward()
-            if taught:
-                expert(labeled_by_teacher)
     return counter.get_total_flops()
 
 

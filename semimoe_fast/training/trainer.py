@@ -68,8 +68,7 @@ class Trainer:
         graphed = config.cuda_graph and not config.profile and device.type == "cuda" and self.world.size == 1
         self.update = GraphedStep(self._update, device) if graphed else self._update
         self.stopwatch = Stopwatch(device, WARM_UP + 1 if graphed else 1)
-        taught = config.unlabeled_batch if self.has_teacher else 0
-        self.flops = flops_per_step(config.width, config.image_size, self.images_per_step, taught)
+        self.flops = flops_per_step(config.width, config.image_size, self.images_per_step)
         if self.world.size > 1:
             self._warm_up_ddp()
 
@@ -109,10 +108,6 @@ class Trainer:
         return self.data.unlabeled is not None
 
     @property
-    def has_teacher(self) -> bool:
-        return self.config.teacher and self.semi_supervised
-
-    @property
     def settings(self) -> str:
         """One line for the log: the images, where they are, and how steps run."""
         compiled = "" if self.config.compile == "none" else ", compiled U-Nets (the first step takes a minute or more)"
@@ -137,11 +132,7 @@ class Trainer:
     @property
     def eval_model(self) -> SemiMoE:
         """The model to evaluate: the EMA with --ema, else the model itself."""
-        return self.model if self.ema is None else self.ema.after(self.steps_done)
-
-    @property
-    def steps_done(self) -> int:
-        return self.epoch * self.steps_per_epoch + self.step
+        return self.model if self.ema is None else self.ema.after(self.epoch * self.steps_per_epoch + self.step)
 
     def train_epoch(self, stop: Callable[[], bool], progress: Callable[[], None]) -> bool:
         """Train the remaining steps of the current epoch; return False as soon as `stop()` is true after a step."""
@@ -169,8 +160,6 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> None:
         """One optimizer step. It adds its losses to `sums` and does not synchronize the device."""
-        if self.has_teacher:
-            self.ema.after(self.steps_done)
         self.update(batch)
 
     def _update(self, batch: Batch) -> None:
@@ -195,21 +184,9 @@ class Trainer:
     def _losses(self, batch: Batch) -> StepLosses:
         images, masks = self._augmented(batch.labeled)
         targets = self._targets(masks)
-        unlabeled = weak = None
-        if batch.unlabeled is not None:
-            unlabeled, _ = self._augmented(batch.unlabeled)
-        if self.has_teacher:
-            changed = batch.unlabeled.appearance is not None
-            weak = self._augmented(batch.unlabeled._replace(appearance=None))[0] if changed else unlabeled
+        unlabeled = None if batch.unlabeled is None else self._augmented(batch.unlabeled)[0]
         with autocast(self.config.precision, self.device), recompute() if self.config.recompute else nullcontext():
-            labels = None if weak is None else self._teacher_labels(weak)
-            return self.objective(images, targets, unlabeled, self.weight, labels)
-
-    @torch.no_grad()
-    def _teacher_labels(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pseudo-labels of the averaged model, which stays eager: its features need no gradient."""
-        means, projections, _ = self.ema.model.run_experts(images)
-        return self.ema.model.gating.pseudo_labels(means, projections)
+            return self.objective(images, targets, unlabeled, self.weight)
 
     def _targets(self, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mask, sdf and boundary of augmented masks (B, S, S), uint8 0/1, or int32 ids with --instances."""

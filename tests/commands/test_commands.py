@@ -154,7 +154,6 @@ def refused(command, arguments: list[str]) -> str:
         ("--threads 0", "--threads is 0: give a positive number"),
         ("--steps-per-epoch 0", "--steps-per-epoch is 0: give a positive number"),
         ("--dropout 1", "--dropout is 1.0"),
-        ("--teacher", "--teacher labels by an average of the weights: give --ema too, such as 0.99"),
         (
             "--schedule cosine --epochs 3 --warmup-epochs 3",
             "--warmup-epochs is 3 of 3 epochs, which leaves none to --schedule cosine: give a smaller number",

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from semimoe_fast import checkpoint, train
 from semimoe_fast.device import configure
-from semimoe_fast.model import SemiMoE
 from semimoe_fast.training import run_folder
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.sources import load_data
@@ -101,36 +100,6 @@ def test_ema_follows_the_weights(tiny_config: TrainConfig) -> None:
         mean = (0.75 * past[0][name] + past[1][name]) / 1.75 if value.is_floating_point() else past[1][name]
         torch.testing.assert_close(value, mean, msg=name)
     assert not runner.eval_model.training
-
-
-def test_the_teacher_labels_images_of_unchanged_appearance(
-    tiny_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = dataclasses.replace(tiny_config, synthetic=(2, 6, 2))  # three steps
-    runner = trainer(config, ema=0.75, teacher=True, stain=0.2, dropout=0.5)
-    given = []
-    forward = runner.objective.forward
-    monkeypatch.setattr(
-        runner.objective, "forward", lambda *inputs: (given.append((inputs[2], inputs[4])), forward(*inputs))[1]
-    )
-    runner.epoch = 0
-    weights = [{name: value.clone() for name, value in runner.model.state_dict().items()}]
-    batches = list(runner.begin_epoch())
-    for batch in batches:
-        runner.lr.fill_(0.1)
-        runner.train_step(batch)
-        runner.step += 1
-        weights.append({name: value.clone() for name, value in runner.model.state_dict().items()})
-    model = SemiMoE(width=tiny_config.width).to(memory_format=torch.channels_last).eval()
-    third = {name: (0.75 * weights[1][name] + value) / 1.75 for name, value in weights[2].items()}
-    for batch, average, (images, labels) in zip(batches, [*weights[:2], third], given, strict=True):
-        weak = runner._augmented(batch.unlabeled._replace(appearance=None))[0]
-        assert not torch.equal(images, weak)
-        model.load_state_dict(average)
-        expected = model.gating.pseudo_labels(*model.run_experts(weak)[:2])
-        for label, right in zip(labels, expected, strict=True):
-            torch.testing.assert_close(label, right, rtol=1e-4, atol=1e-5)
-            assert not label.requires_grad
 
 
 def test_best_checkpoint_holds_the_ema(tiny_config: TrainConfig, tmp_path: Path) -> None:
