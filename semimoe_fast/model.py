@@ -183,9 +183,9 @@ def upsampling_kernels(experts: Sequence[ExpertUNet], images: Tensor) -> list[li
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype of convolutions of x under autocast; None where they keep that of x."""
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):  # torch refuses to ask "meta"
         return None
-    return None if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(device)
 
 
 class Gate(nn.Module):
