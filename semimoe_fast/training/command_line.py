@@ -17,7 +17,7 @@ from .config import MUTABLE, TrainConfig, flag, read_config
 
 RECIPES: dict[str, dict[str, Any]] = {  # defaults that differ from the paper's
     "published": {},
-    "strong": {"optimizer": "adamw", "lr": 0.015, "schedule": "cosine", "ema": 0.99},
+    "strong": {"optimizer": "adamw", "lr": 0.015, "schedule": "cosine", "ema": 0.99, "scale_jitter": 2.0},
 }
 SYNTHETIC = TrainConfig(  # a short schedule for a CPU; larger batches give small images steadier BN statistics
     image_size=64,
