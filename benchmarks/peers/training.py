@@ -38,11 +38,11 @@ POINTS = 20  # of the learning curve
 
 
 class Splits(NamedTuple):
-    """The images of a folder, S x S pixels. All methods normalize by the statistics of all training images."""
+    """The images of a folder. All methods normalize by the statistics of all training images."""
 
     labeled: Dataset
     unlabeled: Dataset  # with masks, if the folder has all of them; only the upper bound learns from them
-    val: Dataset  # masks are instance maps
+    val: Dataset  # S x S pixels; masks are instance maps
     preprocessing: Preprocessing
 
     def described(self) -> dict[str, Any]:
@@ -65,14 +65,14 @@ class Splits(NamedTuple):
 def load_splits(config: TrainConfig, cache: Cache, all_labels: bool) -> Splits:
     """The parts of --data. all_labels: the unlabeled images must have masks. Raises UserError as `load_data`."""
     data, _ = load_data(config, cache)
-    parts, size, unlabeled = parts_of(config), config.image_size, data.unlabeled
+    parts, unlabeled = parts_of(config), data.unlabeled
     masks = config.data / parts.unlabeled / "mask"
     if all_labels and not masks.is_dir():
         raise UserError(f"{masks} is missing: add it for supervised-all, or choose other methods by --method")
     complete = {path.stem for path in masks.glob("*")} >= set(unlabeled.names)
     if all_labels or complete:
-        unlabeled = cache.load_part(config.data, parts.unlabeled, size, True)
-    val = cache.load_part(config.data, parts.val, size, True, instances=True)
+        unlabeled = cache.load_part(config.data, parts.unlabeled, config.stored_size, True)
+    val = cache.load_part(config.data, parts.val, config.image_size, True, instances=True)
     return Splits(data.labeled, unlabeled, val, data.preprocessing)
 
 
@@ -157,9 +157,12 @@ class Training:
         scores, unlabeled = self.score(self.splits.val).pixels, self.splits.unlabeled
         point = {"epoch": self.epoch, "loss": loss, "dice": scores.dice, "swept_dice": scores.swept_dice}
         if unlabeled.masks is not None:
-            point["unlabeled_dice"] = self.score(unlabeled).pixels.dice
+            images, masks = augment.whole(unlabeled.images, unlabeled.masks, self.config.image_size)
+            resized = Dataset(images.round().to(torch.uint8), masks, unlabeled.names)
+            point["unlabeled_dice"] = self.score(resized).pixels.dice
         _, mean, std, *_ = self.splits.preprocessing
-        labeled = augment.normalize(self.splits.labeled.images.to(self.device), mean, std)
+        labeled, _ = augment.whole(self.splits.labeled.images.to(self.device), None, self.config.image_size)
+        labeled = augment.standardize(labeled, mean, std)
         with autocast(self.config.precision, self.device):
             return point | self.method.eval().watched(labeled)
 

@@ -75,6 +75,13 @@ def resample(
     return sampled, masks
 
 
+def whole(images: Tensor, masks: Tensor | None, size: int) -> tuple[Tensor, Tensor | None]:
+    """`resample` of whole images, without other changes; masks take the pixel that holds the center."""
+    corner = torch.zeros(len(images), 2, dtype=torch.int64)
+    still = Augmentation(corner, torch.full_like(corner[:, 0], images.shape[-1]), corner > 0, corner[:, 0] > 0)
+    return resample(images, masks, still, size, centered=True)
+
+
 def normalize(images: Tensor, mean: Channels, std: Channels) -> Tensor:
     """(image / 255 - mean) / std per channel: uint8 (..., 3, H, W) to float32, `mean` and `std` of pixels in [0, 1]."""
     return standardize(images.float(), mean, std)

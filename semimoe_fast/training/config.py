@@ -222,6 +222,12 @@ class TrainConfig(  # fields and help start with the last base
         """Whether pixels of a resized mask are those at their centers; the published ones lie half a pixel before."""
         return self.sampling == "crops" or self.scale_jitter is not None
 
+    @property
+    def stored_size(self) -> int:
+        """Side of the stored training images: large enough that magnifying them does not blur."""
+        jitter = 1 if self.scale_jitter is None or self.data is None else self.scale_jitter
+        return round(self.image_size * jitter)
+
     def check(self, processes: int = 1) -> None:
         """Raise UserError for a value that a run of `processes` processes cannot train with."""
         for field in dataclasses.fields(self):

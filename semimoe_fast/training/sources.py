@@ -145,17 +145,16 @@ def folder_data(
 ) -> tuple[Part, Part | None, Part]:
     """The parts of a data folder. mpp: microns a pixel at which validation images are read, with --mpp all images."""
 
-    def load(part: str, with_masks: bool = True, mpp: float | None = config.mpp) -> Part:
+    def load(part: str, size: int, with_masks: bool = True, mpp: float | None = config.mpp) -> Part:
         if config.sampling == "crops":
             read = load_whole if cache is None else cache.load_whole
             return read(config.data, part, with_masks, instances=config.instances, mpp=mpp)
         read = load_part if cache is None else cache.load_part
-        return read(
-            config.data, part, config.image_size, with_masks, instances=config.instances, antialias=config.antialias
-        )
+        return read(config.data, part, size, with_masks, instances=config.instances, antialias=config.antialias)
 
-    unlabeled = None if parts.unlabeled is None else load(parts.unlabeled, with_masks=False)
-    return load(parts.labeled), unlabeled, load(parts.val, mpp=mpp)
+    size = config.stored_size
+    unlabeled = None if parts.unlabeled is None else load(parts.unlabeled, size, with_masks=False)
+    return load(parts.labeled, size), unlabeled, load(parts.val, config.image_size, mpp=mpp)
 
 
 def parts_of(config: TrainConfig) -> Parts:

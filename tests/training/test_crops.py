@@ -127,6 +127,22 @@ def test_scale_jitter_magnifies_whole_images_with_their_masks(tiny_config: Train
     assert 40 < max(extents) <= 48
 
 
+def test_squares_are_magnified_from_pixels_of_the_files(tiny_config: TrainConfig, mixed: Path) -> None:
+    """Training images have the pixels of the largest magnification, and masks follow; validation has those of S."""
+    config = dataclasses.replace(tiny_config, data=mixed, image_size=32, scale_jitter=1.5, steps_per_epoch=20)
+    data, val = load_data(config)
+    assert data.labeled.images.shape[-1] == data.unlabeled.images.shape[-1] == 48
+    assert val.images.shape[-1] == 32
+    trainer = Trainer(config, data, CPU)
+    extents = []
+    for batch in trainer.begin_epoch():
+        pixels, masks = trainer._augmented(batch.labeled)
+        assert pixels.shape[2:] == masks.shape[1:] == (32, 32)
+        extents += batch.labeled.augmentation.extent.tolist()
+    assert 32 <= min(extents) < 38
+    assert 64 < max(extents) <= 72
+
+
 def test_changes_of_appearance_leave_the_geometry(tiny_config: TrainConfig) -> None:
     images, _ = load_data(tiny_config)
     plain, changed = (

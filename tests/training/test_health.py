@@ -52,6 +52,13 @@ def test_dead_channels_and_spread() -> None:
     torch.testing.assert_close(health.spread[2], expected.item(), rtol=1e-5, atol=0)
 
 
+def test_larger_images_are_resized() -> None:
+    model, dataset = SemiMoE(width=4), images(3)
+    larger = dataclasses.replace(dataset, images=dataset.images.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    small, large = (expert_health(model, given, PREPROCESSING, CPU) for given in (dataset, larger))
+    torch.testing.assert_close(large.spread, small.spread, rtol=1e-5, atol=0)
+
+
 def test_at_most_16_images_are_cut_and_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of images of any size, too: to cut the middle of all would take more memory than the run."""
     model, windows, cut, predicted = SemiMoE(width=2), Ragged.windows, [], []
