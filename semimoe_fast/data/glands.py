@@ -32,21 +32,24 @@ MARGIN = 0.2  # units around a gland beyond which no structure depends on the di
 
 
 def glands(
-    count: int, size: int, seed: int, weakly_stained: int = 0, instances: bool = False
+    count: int, size: int, seed: int, weakly_stained: int = 0, instances: bool = False, first: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw `count` square pictures of glands with their masks. The first `weakly_stained` of them have half the stain.
+    """Draw the square pictures number `first` to `first + count - 1` of glands with their masks.
 
-    Returns images, uint8 (count, 3, size, size), and masks, uint8 0/1 (count, size, size), 1 on glands including the
-    lumen; with `instances` int32 maps of the same glands: 0 is background, every gland has its own id. Where glands
-    touch, a pixel belongs to the gland in which it is deepest. Image i depends only on seed, size, i and its stain.
-    Raises ValueError for count < 0, size < 16 or seed < 0.
+    Those with numbers below `weakly_stained` have half the stain. Returns images, uint8 (count, 3, size, size), and
+    masks, uint8 0/1 (count, size, size), 1 on glands including the lumen; with `instances` int32 maps of the same
+    glands: 0 is background, every gland has its own id. Where glands touch, a pixel belongs to the gland in which it is
+    deepest. A picture depends only on seed, size, its number and its stain. Raises ValueError for count < 0, size < 16,
+    seed < 0 or first < 0.
     """
-    if count < 0 or size < 16 or seed < 0:
-        raise ValueError(f"glands need count >= 0, size >= 16 and seed >= 0; got {count}, {size} and {seed}")
+    if min(count, seed, first) < 0 or size < 16:
+        raise ValueError(
+            f"glands need count, seed and first >= 0 and size >= 16; got {count}, {seed}, {first} and {size}"
+        )
     images = torch.empty(count, 3, size, size, dtype=torch.uint8)
     masks = torch.empty(count, size, size, dtype=torch.int32 if instances else torch.uint8)
     for index in range(count):
-        image, ids = picture((size, size), size, seed, index, index < weakly_stained)
+        image, ids = picture((size, size), size, seed, first + index, first + index < weakly_stained)
         images[index] = torch.from_numpy(image)
         masks[index] = torch.from_numpy(ids if instances else ids > 0)
     return images, masks

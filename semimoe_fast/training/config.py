@@ -225,8 +225,7 @@ class TrainConfig(  # fields and help start with the last base
     @property
     def stored_size(self) -> int:
         """Side of the stored training images: large enough that magnifying them does not blur."""
-        jitter = 1 if self.scale_jitter is None or self.data is None else self.scale_jitter
-        return round(self.image_size * jitter)
+        return round(self.image_size * (self.scale_jitter or 1))
 
     def check(self, processes: int = 1) -> None:
         """Raise UserError for a value that a run of `processes` processes cannot train with."""

@@ -130,12 +130,12 @@ def _refuse_batch(kind: str, batch: int, images: int) -> NoReturn:
 
 def synthetic_data(config: TrainConfig) -> tuple[Dataset, Dataset | None, Dataset]:
     """Labeled, unlabeled and validation part of synthetic glands; unlabeled is None for the supervised baseline."""
-    images, masks = glands(sum(config.synthetic), config.image_size, config.seed, config.synthetic[0], config.instances)
-    names = [f"synthetic_{i}" for i in range(len(images))]
-    parts = []
-    for part_images, part_masks in zip(images.split(config.synthetic), masks.split(config.synthetic), strict=True):
-        start = sum(len(part) for part in parts)
-        parts.append(Dataset(part_images, part_masks, names[start : start + len(part_images)]))
+    sizes = config.stored_size, config.stored_size, config.image_size
+    parts, start = [], 0
+    for count, size in zip(config.synthetic, sizes, strict=True):
+        images, masks = glands(count, size, config.seed, config.synthetic[0], config.instances, start)
+        parts.append(Dataset(images, masks, [f"synthetic_{start + i}" for i in range(count)]))
+        start += count
     labeled, unlabeled, val = parts
     return labeled, unlabeled if config.semi_supervised and len(unlabeled) else None, val
 

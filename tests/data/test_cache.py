@@ -219,7 +219,7 @@ def test_bus_error_of_a_truncated_large_part_is_not_silent(
         faulthandler.disable()  # that of pytest
         dataset = cached.load_part(root, "train", SIZE, True)
         os.truncate(*files(cached), 0)
-        print(dataset.images.max())
+        print(dataset.images[-1, -1, -1, -1])  # one pixel, as a forked process must not start OpenMP
 
     ended = in_fork(child)
     assert ended.status == -signal.SIGBUS

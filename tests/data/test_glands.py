@@ -51,15 +51,20 @@ def test_image_depends_only_on_seed_and_index(sample):
     assert torch.equal(images, sample[0][:3])
     assert torch.equal(masks, sample[1][:3])
     other, _ = glands(3, SIZE, 1)
+    later, later_masks = glands(2, SIZE, 0, first=1)
+    assert torch.equal(later, images[1:])
+    assert torch.equal(later_masks, masks[1:])
     different = [(a != b).any().item() for a in other for b in images]
     assert all(different)
     assert (images[0] != images[1]).any()
 
 
-@pytest.mark.parametrize("arguments", [(-1, SIZE, 0), (1, 15, 0), (1, SIZE, -1)])
-def test_bad_arguments(arguments):
-    with pytest.raises(ValueError, match="got {}, {} and {}".format(*arguments)):
-        glands(*arguments)
+@pytest.mark.parametrize(
+    ("count", "size", "seed", "first"), [(-1, 64, 0, 0), (1, 15, 0, 0), (1, 64, -1, 0), (1, 64, 0, -1)]
+)
+def test_bad_arguments(count, size, seed, first):
+    with pytest.raises(ValueError, match=f"got {count}, {seed}, {first} and {size}"):
+        glands(count, size, seed, first=first)
 
 
 def test_pictures_have_whole_open_and_touching_glands(sample):
@@ -117,6 +122,15 @@ def test_labeled_part_of_a_run_is_weakly_stained():
     labeled, unlabeled, val = synthetic_data(replace(SYNTHETIC, synthetic=(2, 3, 1), image_size=32))
     images, _ = glands(6, 32, 0, weakly_stained=2)
     assert torch.equal(torch.cat([labeled.images, unlabeled.images, val.images]), images)
+
+
+def test_training_part_of_a_run_has_the_pixels_of_the_largest_magnification():
+    config = replace(SYNTHETIC, synthetic=(2, 3, 4), scale_jitter=1.5)
+    *training, val = synthetic_data(config)
+    assert [part.images.shape for part in training] == [(2, 3, 96, 96), (3, 3, 96, 96)]
+    plain = synthetic_data(replace(config, scale_jitter=None))
+    assert torch.equal(val.images, plain[2].images)
+    assert [part.names for part in (*training, val)] == [part.names for part in plain]
 
 
 def test_folder_holds_the_pictures(tmp_path):
