@@ -50,6 +50,7 @@ def resample(
 ) -> tuple[Tensor, Tensor | None]:
     """Crop, resize, transpose and flip images, uint8 (B, 3, L, L), and masks (B, L, L) of any dtype on their device.
 
+    A crop may lie outside the image by up to L pixels on each side: the mirror image fills the rest.
     Images are resized as by OpenCV's INTER_LINEAR (bilinear, half-pixel centers, clamped to the crop, no antialiasing)
     and masks as by INTER_NEAREST: pixel i takes pixel floor(i * extent / size), which lies about half a pixel before
     its image. centered: pixel i of a mask takes the pixel that holds its center, floor((i + 1/2) * extent / size).
@@ -66,11 +67,11 @@ def resample(
             f"of {len(augmentation.extent)} do not match"
         )
     augmentation = Augmentation(*(field.to(images.device, non_blocking=True) for field in augmentation))
-    row, column = _sources(augmentation, _linear(augmentation.extent, size))
+    row, column = _sources(augmentation, _linear(augmentation.extent, size), side)
     grid = torch.stack([column, row], -1) * (2 / side) + (1 / side - 1)  # grid_sample's units: -1 and 1 are the edges
     sampled = functional.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     if masks is not None:
-        row, column = _sources(augmentation, _nearest(augmentation.extent, size, centered))
+        row, column = _sources(augmentation, _nearest(augmentation.extent, size, centered), side)
         masks = masks[torch.arange(batch, device=masks.device)[:, None, None], row, column]
     return sampled, masks
 
@@ -110,11 +111,13 @@ def _nearest(extent: Tensor, size: int, centered: bool) -> Tensor:
     return position * extent[:, None] // (2 * size)
 
 
-def _sources(augmentation: Augmentation, position: Tensor) -> tuple[Tensor, Tensor]:
+def _sources(augmentation: Augmentation, position: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """Source row and source column of every output pixel, each (B, S, S), from positions in the crop (B, S)."""
     reverse = augmentation.flip[:, :, None]
     along = torch.where(reverse, position.flip(-1)[:, None], position[:, None])  # (B, 2, S): rows, columns
     along = along + augmentation.corner[:, :, None]
+    along = torch.where(along < -0.5, -1 - along, along)  # pixel -1 is the mirror image of pixel 0
+    along = torch.where(along > side - 0.5, 2 * side - 1 - along, along)
     transpose = augmentation.transpose[:, None, None]
     row = torch.where(transpose, along[:, 0, None, :], along[:, 0, :, None])
     column = torch.where(transpose, along[:, 1, :, None], along[:, 1, None, :])

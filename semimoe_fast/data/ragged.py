@@ -89,7 +89,7 @@ class Ragged:
         return Ragged(self.pixels.to(device), masks, self.starts, self.sizes, self.names)
 
 
-def mirrored(position: Tensor, length: Tensor | int) -> Tensor:
+def mirrored(position: Tensor, length: Tensor) -> Tensor:
     """The index from 0 to length - 1 whose pixel stands at an integer position: c b a | a b c | c b a."""
     position = position.remainder(2 * length)
     return position.minimum(2 * length - 1 - position)

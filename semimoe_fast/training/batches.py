@@ -7,7 +7,6 @@ process draws for the global batch and keeps its own rows.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from ..data.appearance import Appearance
 from ..data.augment import Augmentation
 from ..data.crops import Crops
 from ..data.folders import Dataset
-from ..data.ragged import Ragged, mirrored
+from ..data.ragged import Ragged
 from .config import TrainConfig
 from .distributed import World
 from .schedule import epoch_order, generator
@@ -113,22 +112,12 @@ class MagnifiedSquares(Squares):
         self.jitter = jitter
 
     def draw(self, rows: Tensor, random: torch.Generator) -> tuple[Tensor, Augmentation]:
-        """The corners of the windows that hold the squares, int64 (B, 2), and the squares within these windows."""
         scale, *place = torch.rand(3, len(rows), generator=random, dtype=torch.float64)
         coins = torch.rand(len(rows), 3, generator=random) < 0.5
         side = self.images.shape[-1]
         extent = crops.extents(side, self.jitter, scale)
         corner = crops.corners((side - extent)[:, None].expand(-1, 2), torch.stack(place, 1))
-        return corner, Augmentation(torch.zeros_like(corner), extent, coins[:, :2], coins[:, 2])
-
-    def cut(self, rows: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor | None]:
-        rows, corner = (tensor.to(self.images.device, non_blocking=True) for tensor in (rows, drawn))
-        side = self.images.shape[-1]
-        span = torch.arange(math.ceil(self.jitter * side), device=corner.device)
-        row, column = mirrored(corner[:, :, None] + span, side).unbind(1)  # (B, L)
-        where = rows[:, None, None], row[:, :, None], column[:, None, :]
-        images = self.images.permute(0, 2, 3, 1)[where].permute(0, 3, 1, 2)
-        return images, None if self.masks is None else self.masks[where]
+        return rows, Augmentation(corner, extent, coins[:, :2], coins[:, 2])
 
 
 class Batches:

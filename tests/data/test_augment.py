@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from semimoe_fast.data.augment import Augmentation, apply, draw, normalize
+from semimoe_fast.data.augment import Augmentation, apply, draw, normalize, resample
 
 UNIT = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # mean and std that only scale pixels to [0, 1]
 COINS = list(product([False, True], repeat=3))  # flip rows, flip columns, transpose
@@ -82,6 +82,19 @@ def test_crop_is_a_bilinear_resize_of_the_square(size, extent):
     expected = functional.interpolate(squares.double(), (size, size), mode="bilinear", align_corners=False)
     # Two float32 coordinates, each off by up to size * 2^-23 pixels, on slopes of up to 255 per pixel.
     torch.testing.assert_close(255 * result.double(), expected, rtol=1e-6, atol=2 * 255 * size * 2**-23)
+
+
+@pytest.mark.parametrize("extent", [20, 24, 33, 48])
+def test_mirror_images_fill_a_crop_beyond_the_image(extent):
+    size, furthest = 24, 48 - extent
+    corners = [(-24, furthest), (furthest, -24), (-5, -11), (min(furthest, 2), min(furthest, 1))]
+    images, masks = pixels(4, 3, size, size), pixels(4, size, size)
+    result, result_masks = resample(images, masks, crops(corners, extent), extent)
+    for index, (row, column) in enumerate(corners):
+        square = np.s_[..., row + 24 : row + 24 + extent, column + 24 : column + 24 + extent]
+        expected = np.pad(images[index], ((0, 0), (24, 24), (24, 24)), mode="symmetric")[square]
+        np.testing.assert_allclose(result[index], expected, atol=255 * size * 2**-22)
+        np.testing.assert_array_equal(result_masks[index], np.pad(masks[index], 24, mode="symmetric")[square])
 
 
 @pytest.mark.parametrize("size", [64, 256])
