@@ -46,7 +46,7 @@ def read_runs(folders: Sequence[Path]) -> dict[Path, list[Run]]:
     for path, run in runs.items():
         _require_same(path, run, first, runs[first], EQUAL)
         other = alike.setdefault(f"{name_of(run)} {run['arguments']['lr']}", path)
-        _require_same(path, run, other, runs[other], run["arguments"])
+        _require_same(path, run, other, runs[other], run["arguments"].keys() | runs[other]["arguments"].keys())
         if run["splits"] != found[path.parent][0]["splits"]:
             raise UserError(f"{path} has other images than the first run beside it: keep such runs in other folders")
     return found
@@ -54,7 +54,7 @@ def read_runs(folders: Sequence[Path]) -> dict[Path, list[Run]]:
 
 def _require_same(path: Path, run: Run, other_path: Path, other: Run, names: Iterable[str]) -> None:
     for name in names:
-        if run["arguments"][name] != other["arguments"][name]:
+        if run["arguments"].get(name) != other["arguments"].get(name):
             raise UserError(f"{path} has another {name} than {other_path}: keep such runs in other folders")
 
 

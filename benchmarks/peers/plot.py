@@ -27,9 +27,11 @@ Point = dict[str, Any]
 def draw(runs: Sequence[Run]) -> Figure:
     figure = Figure(figsize=(14, 9), layout="constrained")
     val, unlabeled, losses, gates = figure.subplots(2, 2).flat
-    for number, members in enumerate(grouped(runs)):
+    groups = grouped(runs)
+    colors = colormaps["tab10" if len(groups) <= 10 else "tab20"]
+    for number, members in enumerate(groups):
         curves = [run["curve"] for run in members]
-        color, name = colormaps["tab20"](number % 20), f"{name_of(members[0])}, --lr {members[0]['arguments']['lr']:g}"
+        color, name = colors(number % colors.N), f"{name_of(members[0])}, --lr {members[0]['arguments']['lr']:g}"
         plot(val, curves, lambda point: point["dice"], color=color, label=name)
         if all("unlabeled_dice" in point for points in curves for point in points):
             plot(unlabeled, curves, lambda point: point["unlabeled_dice"], color=color, label=name)
@@ -49,6 +51,7 @@ def draw(runs: Sequence[Run]) -> Figure:
         axis.set_title(title)
         axis.set_xlabel("epochs")
         axis.grid(alpha=0.3)
+    for axis in (val, losses):  # for the axes to their right, too
         if axis.lines:
             axis.legend(fontsize=7)
     return figure

@@ -26,7 +26,7 @@ from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.distributed import World
 from semimoe_fast.training.ema import EMA
 from semimoe_fast.training.schedule import generator, learning_rate
-from semimoe_fast.training.sources import load_data, parts_of
+from semimoe_fast.training.sources import load_data, parts_of, stored_size
 from semimoe_fast.training.state import like, with_prefix
 
 from .method import Batch, Method
@@ -41,8 +41,9 @@ class Splits(NamedTuple):
     """The images of a folder. All methods normalize by the statistics of all training images."""
 
     labeled: Dataset
-    unlabeled: Dataset  # with masks, if the folder has all of them; only the upper bound learns from them
-    val: Dataset  # S x S pixels; masks are instance maps
+    unlabeled: Dataset  # with masks for the upper bound alone
+    scored: Dataset | None  # the unlabeled images as val is, if the folder has all of their masks
+    val: Dataset  # masks are instance maps
     preprocessing: Preprocessing
 
     def described(self) -> dict[str, Any]:
@@ -70,10 +71,11 @@ def load_splits(config: TrainConfig, cache: Cache, all_labels: bool) -> Splits:
     if all_labels and not masks.is_dir():
         raise UserError(f"{masks} is missing: add it for supervised-all, or choose other methods by --method")
     complete = {path.stem for path in masks.glob("*")} >= set(unlabeled.names)
-    if all_labels or complete:
-        unlabeled = cache.load_part(config.data, parts.unlabeled, config.stored_size, True)
+    if all_labels:
+        unlabeled = cache.load_part(config.data, parts.unlabeled, stored_size(config, parts), True)
+    scored = cache.load_part(config.data, parts.unlabeled, config.image_size, True) if complete else None
     val = cache.load_part(config.data, parts.val, config.image_size, True, instances=True)
-    return Splits(data.labeled, unlabeled, val, data.preprocessing)
+    return Splits(data.labeled, unlabeled, scored, val, data.preprocessing)
 
 
 def equal_steps(config: TrainConfig, method: Method, splits: Splits) -> TrainConfig:
@@ -154,15 +156,13 @@ class Training:
     @torch.no_grad()
     def _point(self, loss: float) -> dict[str, Any]:
         """A point of the learning curve, with predictions for the unlabeled images if they all have masks."""
-        scores, unlabeled = self.score(self.splits.val).pixels, self.splits.unlabeled
+        scores = self.score(self.splits.val).pixels
         point = {"epoch": self.epoch, "loss": loss, "dice": scores.dice, "swept_dice": scores.swept_dice}
-        if unlabeled.masks is not None:
-            images, masks = augment.whole(unlabeled.images, unlabeled.masks, self.config.image_size)
-            resized = Dataset(images.round().to(torch.uint8), masks, unlabeled.names)
-            point["unlabeled_dice"] = self.score(resized).pixels.dice
+        if self.splits.scored is not None:
+            point["unlabeled_dice"] = self.score(self.splits.scored).pixels.dice
         _, mean, std, *_ = self.splits.preprocessing
-        labeled, _ = augment.whole(self.splits.labeled.images.to(self.device), None, self.config.image_size)
-        labeled = augment.standardize(labeled, mean, std)
+        whole = augment.whole(self.splits.labeled.images.to(self.device), self.config.image_size)
+        labeled = augment.standardize(whole, mean, std)
         with autocast(self.config.precision, self.device):
             return point | self.method.eval().watched(labeled)
 

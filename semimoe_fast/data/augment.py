@@ -76,11 +76,11 @@ def resample(
     return sampled, masks
 
 
-def whole(images: Tensor, masks: Tensor | None, size: int) -> tuple[Tensor, Tensor | None]:
-    """`resample` of whole images, without other changes; masks take the pixel that holds the center."""
-    corner = torch.zeros(len(images), 2, dtype=torch.int64)
-    still = Augmentation(corner, torch.full_like(corner[:, 0], images.shape[-1]), corner > 0, corner[:, 0] > 0)
-    return resample(images, masks, still, size, centered=True)
+def whole(images: Tensor, size: int) -> Tensor:
+    """`resample` of whole images, without other changes."""
+    batch, coins = len(images), torch.zeros(len(images), 3, dtype=torch.bool)
+    corner, extent = torch.zeros(batch, 2, dtype=torch.int64), torch.full((batch,), images.shape[-1])
+    return resample(images, None, Augmentation(corner, extent, coins[:, :2], coins[:, 2]), size)[0]
 
 
 def normalize(images: Tensor, mean: Channels, std: Channels) -> Tensor:

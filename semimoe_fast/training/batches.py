@@ -104,7 +104,7 @@ class MagnifiedSquares(Squares):
     """Whole images of one size, magnified by 1 / jitter to jitter, uniformly in the logarithm.
 
     A square is at a random place of a larger image; a smaller image is at a random place of the square, surrounded by
-    its mirror images. The images may have more pixels than the squares (`TrainConfig.stored_size`).
+    its mirror images. The images may have more pixels than the squares (`sources.stored_size`).
     """
 
     def __init__(self, dataset: Dataset, memory: torch.device, jitter: float) -> None:

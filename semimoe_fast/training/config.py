@@ -43,7 +43,7 @@ ADDED = {  # options that older runs do not store: the value with which they ran
     "schedule": "steps",
 }
 MOST_STRENGTHS = {"stain": 1, "brightness": 1, "blur": 5, "noise": 1}
-MOST_JITTER = 2  # at 2, mirror images fill up to 3/4 of a square
+MOST_JITTER = 2  # mirror images fill up to 3/4 of a square, and `augment.resample` mirrors an image once
 REMOVED = {"joint_forward": False}  # options that only older runs store: the value with which all runs run now
 MOST_LOG_VAR = 20  # exp(20) is 5e8; the losses are at most about 1
 MUTABLE = ("data", "device", "threads", "data_device", "cuda_graph", "recompute", "profile")  # --resume may change them
@@ -221,11 +221,6 @@ class TrainConfig(  # fields and help start with the last base
     def centered_masks(self) -> bool:
         """Whether pixels of a resized mask are those at their centers; the published ones lie half a pixel before."""
         return self.sampling == "crops" or self.scale_jitter is not None
-
-    @property
-    def stored_size(self) -> int:
-        """Side of the stored training images: large enough that magnifying them does not blur."""
-        return round(self.image_size * (self.scale_jitter or 1))
 
     def check(self, processes: int = 1) -> None:
         """Raise UserError for a value that a run of `processes` processes cannot train with."""

@@ -52,7 +52,7 @@ def expert_health(
     alive, predictions = False, []
     for pixels in images.images.split(8):
         with autocast(precision, device):
-            resized, _ = augment.whole(pixels.to(device), None, preprocessing.image_size)
+            resized = augment.whole(pixels.to(device), preprocessing.image_size)
             normalized = augment.standardize(resized, preprocessing.mean, preprocessing.std)
             means, _, own = model.run_experts(normalized)
         alive = alive | (means != 0).any(0)  # a mean of features after ReLU is 0 only if all of them are

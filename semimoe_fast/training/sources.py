@@ -129,8 +129,12 @@ def _refuse_batch(kind: str, batch: int, images: int) -> NoReturn:
 
 
 def synthetic_data(config: TrainConfig) -> tuple[Dataset, Dataset | None, Dataset]:
-    """Labeled, unlabeled and validation part of synthetic glands; unlabeled is None for the supervised baseline."""
-    sizes = config.stored_size, config.stored_size, config.image_size
+    """Labeled, unlabeled and validation part of synthetic glands; unlabeled is None for the supervised baseline.
+
+    With --scale-jitter, the pixels of training images have the size and the noise of the largest magnification.
+    """
+    stored = magnified_size(config)
+    sizes = stored, stored, config.image_size
     parts, start = [], 0
     for count, size in zip(config.synthetic, sizes, strict=True):
         images, masks = glands(count, size, config.seed, config.synthetic[0], config.instances, start)
@@ -152,9 +156,23 @@ def folder_data(
         read = load_part if cache is None else cache.load_part
         return read(config.data, part, size, with_masks, instances=config.instances, antialias=config.antialias)
 
-    size = config.stored_size
+    size = stored_size(config, parts)
     unlabeled = None if parts.unlabeled is None else load(parts.unlabeled, size, with_masks=False)
     return load(parts.labeled, size), unlabeled, load(parts.val, config.image_size, mpp=mpp)
+
+
+def stored_size(config: TrainConfig, parts: Parts) -> int:
+    """Side of the stored training images: magnified ones are sharp if the files are so large; no file is enlarged."""
+    if config.scale_jitter is None:
+        return config.image_size
+    pairs = [p for part in (parts.labeled, parts.unlabeled) if part for p in list_pairs(config.data, part, False)]
+    smallest = min(side for pair in pairs for side in read_header(pair.image))
+    return max(config.image_size, min(magnified_size(config), smallest))
+
+
+def magnified_size(config: TrainConfig) -> int:
+    """Side of an image whose largest magnification has a pixel of its own for each pixel of a square."""
+    return round(config.image_size * (config.scale_jitter or 1))
 
 
 def parts_of(config: TrainConfig) -> Parts:

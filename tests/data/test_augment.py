@@ -89,12 +89,15 @@ def test_mirror_images_fill_a_crop_beyond_the_image(extent):
     size, furthest = 24, 48 - extent
     corners = [(-24, furthest), (furthest, -24), (-5, -11), (min(furthest, 2), min(furthest, 1))]
     images, masks = pixels(4, 3, size, size), pixels(4, size, size)
-    result, result_masks = resample(images, masks, crops(corners, extent), extent)
+    result, result_masks = resample(images, masks, crops(corners, extent), size)
+    nearest = np.arange(size) * extent // size
     for index, (row, column) in enumerate(corners):
         square = np.s_[..., row + 24 : row + 24 + extent, column + 24 : column + 24 + extent]
-        expected = np.pad(images[index], ((0, 0), (24, 24), (24, 24)), mode="symmetric")[square]
-        np.testing.assert_allclose(result[index], expected, atol=255 * size * 2**-22)
-        np.testing.assert_array_equal(result_masks[index], np.pad(masks[index], 24, mode="symmetric")[square])
+        padded = np.pad(images[index], ((0, 0), (24, 24), (24, 24)), mode="symmetric")[square]
+        expected = functional.interpolate(torch.tensor(padded)[None].double(), (size, size), mode="bilinear")[0]
+        torch.testing.assert_close(result[index].double(), expected, rtol=1e-6, atol=2 * 255 * 72 * 2**-23)
+        mask = np.pad(masks[index], 24, mode="symmetric")[square]
+        np.testing.assert_array_equal(result_masks[index], mask[np.ix_(nearest, nearest)])
 
 
 @pytest.mark.parametrize("size", [64, 256])

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Synthetic glands, with masks of the unlabeled images."""
     out = tmp_path_factory.mktemp("data") / "glands"
-    synthetic.write(synthetic.Folder(out, labeled=3, unlabeled=4, val=2, size=32))
+    synthetic.write(synthetic.Folder(out, labeled=3, unlabeled=4, val=2, size=64))
     masks = out / "train_unsup_4" / "mask"
     masks.mkdir()
     for path in (masks.parent / "image").iterdir():
-        Image.fromarray(np.eye(32, dtype=np.uint8)).save(masks / path.name)
+        Image.fromarray(np.eye(64, dtype=np.uint8)).save(masks / path.name)
     return out
 
 

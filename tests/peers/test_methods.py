@@ -120,12 +120,13 @@ def test_the_upper_bound_needs_the_masks(glands_folder: Path, config: TrainConfi
     without = dataclasses.replace(config, data=glands_folder)
     with pytest.raises(UserError, match="mask is missing: add it for supervised-all, or choose"):
         load_splits(without, Cache(tmp_path), all_labels=True)
-    assert load_splits(without, Cache(tmp_path), all_labels=False).unlabeled.masks is None
+    splits = load_splits(without, Cache(tmp_path), all_labels=False)
+    assert splits.unlabeled.masks is splits.scored is None
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_semi_moe_is_the_step_of_the_trainer(
-    recipe: str, config: TrainConfig, splits: Splits, monkeypatch: pytest.MonkeyPatch
+    recipe: str, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One step, up to rounding: the losses are computed one by one here, in one pass there.
 
@@ -133,6 +134,7 @@ def test_semi_moe_is_the_step_of_the_trainer(
     With SGD, because the first step of AdamW is the sign of a gradient, which rounding may turn.
     """
     config = dataclasses.replace(config, **RECIPES[recipe] | {"optimizer": "sgd"})
+    splits = load_splits(config, Cache(tmp_path), all_labels=False)
     training = Training(config, METHODS["semi-moe"], splits, CPU)
     first = next(training._batches())
     monkeypatch.setattr(training, "_batches", lambda: iter([first]))
@@ -160,12 +162,12 @@ def test_the_learning_curve_has_what_semi_moe_learns(config: TrainConfig, splits
     gates = torch.tensor(point["gate_weights"])  # (predictions, experts)
     torch.testing.assert_close(gates.sum(1), torch.ones(3))
     model = training.method.model.eval()
-    images = augment.normalize(splits.unlabeled.images, *splits.preprocessing[1:3])
-    found, right = model(images).mask.argmax(1) == 1, splits.unlabeled.masks == 1
+    images = augment.normalize(splits.scored.images, *splits.preprocessing[1:3])
+    found, right = model(images).mask.argmax(1) == 1, splits.scored.masks == 1
     assert point["unlabeled_dice"] == pytest.approx(
         2 * (found & right).sum().item() / (found.sum() + right.sum()).item()
     )
-    without = splits._replace(unlabeled=dataclasses.replace(splits.unlabeled, masks=None))
+    without = splits._replace(scored=None)
     training = Training(config, METHODS["semi-moe"], without, CPU)
     training.train_epoch()
     assert training.curve == [{key: value for key, value in point.items() if key != "unlabeled_dice"}]

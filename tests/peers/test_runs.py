@@ -135,13 +135,17 @@ def test_collected_scores_are_those_of_the_runs(folder: Path, tmp_path: Path) ->
         collect.main([str(runs), "--out", str(tmp_path / "tiny.json")])
 
 
-def test_unlike_runs_are_not_averaged(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "value"), [("ema", 0.9), ("stain", 0.1)])
+def test_unlike_runs_are_not_averaged(
+    name: str, value: float, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second recipe has another value, or an option that the first one did not have."""
     pytest.importorskip("tyro")
     arguments = options(folder, tmp_path / "runs", "--method", "supervised", "--epochs", "1", "--recipe", "strong")
     command.main(arguments)
-    monkeypatch.setitem(RECIPES["strong"], "ema", 0.9)
+    monkeypatch.setitem(RECIPES["strong"], name, value)
     command.main([*arguments, "--seed", "1"])
-    with pytest.raises(UserError, match="has another ema than"):
+    with pytest.raises(UserError, match=f"has another {name} than"):
         collect.main([str(tmp_path / "runs"), "--out", str(tmp_path / "tiny.json")])
 
 

@@ -20,7 +20,7 @@ from semimoe_fast import checkpoint, synthetic, train
 from semimoe_fast.checkpoint import Preprocessing
 from semimoe_fast.data import augment
 from semimoe_fast.data.appearance import apply
-from semimoe_fast.data.folders import Dataset, list_pairs
+from semimoe_fast.data.folders import Dataset, list_pairs, load_part
 from semimoe_fast.data.readers import ArrayReader
 from semimoe_fast.errors import UserError
 from semimoe_fast.evaluation import metrics
@@ -126,20 +126,30 @@ def test_scale_jitter_magnifies_whole_images_with_their_masks(tiny_config: Train
     assert 40 < max(extents) <= 48
 
 
-def test_squares_are_magnified_from_pixels_of_the_files(tiny_config: TrainConfig, mixed: Path) -> None:
-    """Training images have the pixels of the largest magnification, and masks follow; validation has those of S."""
-    config = dataclasses.replace(tiny_config, data=mixed, image_size=32, scale_jitter=1.5, steps_per_epoch=20)
+@pytest.mark.parametrize(("side", "stored"), [(24, 32), (40, 40), (48, 48), (60, 48)])
+def test_squares_are_magnified_from_pixels_of_the_files(
+    side: int, stored: int, tiny_config: TrainConfig, tmp_path: Path
+) -> None:
+    """Files are not enlarged for it; those as large as the largest magnification are stored as they are."""
+    synthetic.write(synthetic.Folder(tmp_path / "data", labeled=3, unlabeled=2, val=1, size=side))
+    config = dataclasses.replace(
+        tiny_config, data=tmp_path / "data", image_size=32, scale_jitter=1.5, steps_per_epoch=20
+    )
     data, val = load_data(config)
-    assert data.labeled.images.shape[-1] == data.unlabeled.images.shape[-1] == 48
+    assert data.labeled.images.shape[-1] == data.unlabeled.images.shape[-1] == stored
     assert val.images.shape[-1] == 32
+    if side == 48:
+        files = load_part(config.data, "train_sup_3", side, True)
+        assert torch.equal(data.labeled.images, files.images)
+        assert torch.equal(data.labeled.masks, files.masks)
     trainer = Trainer(config, data, CPU)
     extents = []
     for batch in trainer.begin_epoch():
         pixels, masks = trainer._augmented(batch.labeled)
         assert pixels.shape[2:] == masks.shape[1:] == (32, 32)
         extents += batch.labeled.augmentation.extent.tolist()
-    assert 32 <= min(extents) < 38
-    assert 64 < max(extents) <= 72
+    assert stored / 1.5 - 0.5 <= min(extents) < stored / 1.25
+    assert stored * 1.25 < max(extents) <= stored * 1.5 + 0.5
 
 
 def test_changes_of_appearance_leave_the_geometry(tiny_config: TrainConfig) -> None:
@@ -157,7 +167,7 @@ def test_changes_of_appearance_leave_the_geometry(tiny_config: TrainConfig) -> N
     "changes",
     [
         {"sampling": "crops"},
-        {"sampling": "resize", "scale_jitter": 1.3, **RECIPES["strong"]},
+        {"sampling": "resize", **RECIPES["strong"]},
     ],
     ids=lambda changes: changes["sampling"],
 )
