@@ -30,6 +30,7 @@ SCORES: dict[str, tuple[str, str, str]] = {  # column: variant, score, format
     "object Hausdorff": ("at_half", "object_hausdorff", ".1f"),
 }
 EQUAL = "image_size normalization width epochs labeled_batch unlabeled_batch device precision".split()  # in a table
+UPPER_BOUND = "supervised-all"  # learns from the masks of the unlabeled images
 PUBLISHED = "published"  # the recipe
 BASE = "semi-moe"  # with which costs are compared
 
@@ -107,6 +108,19 @@ def tables(found: dict[Path, list[Run]]) -> dict[str, Any]:
             }
             for table in ("scores", "scores_with_tta")
         },
+        "unlabeled": {
+            "columns": ["method", "--lr", "runs", "Dice of the unlabeled images"],
+            "rows": [
+                [
+                    name_of(members[0]),
+                    members[0]["arguments"]["lr"],
+                    len(members),
+                    spread(last_unlabeled(members), ".4f"),
+                ]
+                for members in groups
+                if members[0]["method"] != UPPER_BOUND
+            ],
+        },
         "cost": {
             "columns": ["method", "trained parameters", "s a step", "CPU s a step"],
             "rows": [[name_of(members[0]), *cost(members)] for members in groups],
@@ -125,6 +139,11 @@ def tables(found: dict[Path, list[Run]]) -> dict[str, Any]:
             ],
         },
     }
+
+
+def last_unlabeled(members: Sequence[Run]) -> list[float | None]:
+    """Dice of the unlabeled images after the last epoch of each run; None if they had no masks."""
+    return [run["curve"][-1].get("unlabeled_dice") for run in members]
 
 
 def scores_of(run: Run) -> list[Any]:

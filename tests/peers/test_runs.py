@@ -31,14 +31,7 @@ def options(folder: Path, out: Path, *more: str) -> list[str]:
     "method",
     [
         ["--method", "mean-teacher"],  # has random noise, a teacher, and counts its steps
-        [
-            "--method",
-            "semi-moe",
-            "--recipe",
-            "strong",
-            "--without",
-            "schedule",
-        ],  # has AdamW and an EMA
+        ["--method", "semi-moe", "--recipe", "strong", "--without", "schedule"],  # has AdamW and an EMA
     ],
     ids=" ".join,
 )
@@ -127,6 +120,7 @@ def test_collected_scores_are_those_of_the_runs(folder: Path, tmp_path: Path) ->
     with_tta = [row[3] for row in tables["scores_with_tta"]["rows"]]
     assert len(with_tta) == 2
     assert with_tta != [row[3] for row in tables["scores"]["rows"]]
+    assert [row[2] for row in tables["unlabeled"]["rows"]] == [row[2] for row in tables["scores"]["rows"]]
     assert tables["splits"]["rows"][0][:3] == ["runs", "labeled", 3]
     plot.main([str(runs), "--out", str(tmp_path / "pictures" / "curves.png")])
     assert Image.open(tmp_path / "pictures" / "curves.png").width > 1000
