@@ -163,7 +163,7 @@ def folder_data(
 
 def stored_size(config: TrainConfig, parts: Parts) -> int:
     """Side of the stored training images: magnified ones are sharp if the files are so large; no file is enlarged."""
-    if config.scale_jitter is None:
+    if config.scale_jitter is None or config.sampling == "crops":
         return config.image_size
     pairs = [p for part in (parts.labeled, parts.unlabeled) if part for p in list_pairs(config.data, part, False)]
     smallest = min(side for pair in pairs for side in read_header(pair.image))

@@ -33,7 +33,7 @@ from semimoe_fast.training.batches import Batches, TrainingData, tensors_of
 from semimoe_fast.training.command_line import RECIPES
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.distributed import World
-from semimoe_fast.training.sources import load_data
+from semimoe_fast.training.sources import Parts, load_data, stored_size
 from semimoe_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -150,6 +150,12 @@ def test_squares_are_magnified_from_pixels_of_the_files(
         extents += batch.labeled.augmentation.extent.tolist()
     assert stored / 1.5 - 0.5 <= min(extents) < stored / 1.25
     assert stored * 1.25 < max(extents) <= stored * 1.5 + 0.5
+
+
+def test_crops_do_not_ask_for_the_sizes_of_the_files(crops: TrainConfig) -> None:
+    """Whole slides have no header that a resized square needs."""
+    config = dataclasses.replace(crops, data=Path("missing"), scale_jitter=2.0)
+    assert stored_size(config, Parts("labeled", None, "val")) == config.image_size
 
 
 def test_changes_of_appearance_leave_the_geometry(tiny_config: TrainConfig) -> None:
