@@ -31,7 +31,7 @@ def test_records_are_kept(data: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert first["seconds"] > 0
 
     origin, *lines = (json.loads(line) for line in (tmp_path / "speed_run_1.jsonl").read_text().splitlines())
-    assert origin["commit"] == first["commit"]
+    assert speed_run.commit_of(origin) == first["commit"]
     assert speed_run.RECIPE in origin["command"]
     assert [line["config"]["seed"] for line in lines if "config" in line] == [0, 5]
     assert [(line["seed"], line["epoch"]) for line in lines if "epoch" in line] == [(0, 0), (0, 1), (5, 0), (5, 1)]
