@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 NATIVE := setup.py CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: help train test lint fuzz abuse bench accuracy tables gpu-check clean
+.PHONY: help train test lint fuzz abuse bench results accuracy tables gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo 'make fuzz       compare the C++ code with its definition on random cases, under sanitizers, for $$(FUZZ_SECONDS) s each'
 	@echo 'make abuse      try hostile cases and count them in benchmarks/results/abuse.md, in ten minutes; ARGS="--all" tries all'
 	@echo 'make bench      benchmark the operations and the training step against other libraries; ARGS goes to pytest'
+	@echo 'make results    measure the speeds in the pages again, in half an hour; ARGS names some of benchmarks/measure.py'
 	@echo 'make accuracy   train other methods beside Semi-MoE and score them (docs/accuracy.md); ARGS="--help" lists the options'
 	@echo 'make tables     write the tables of the Markdown pages from benchmarks/results/*.json'
 	@echo 'make gpu-check  run tests and benchmarks on this machine'"'"'s GPU with the PyTorch of $$(PYTHON); results go to $$(OUT);'
@@ -56,6 +57,10 @@ abuse: $(VENV)/abuse.done
 
 bench: $(VENV)/bench.done
 	$(RUN) -m pytest benchmarks --benchmark-only --benchmark-sort=name --benchmark-columns=min,median,iqr,rounds $(ARGS)
+
+results: $(VENV)/bench.done
+	$(RUN) -m benchmarks.measure $(ARGS)
+	$(RUN) benchmarks/tables.py
 
 accuracy: $(VENV)/train.done
 	$(RUN) -m benchmarks.peers $(ARGS)

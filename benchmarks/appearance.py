@@ -1,6 +1,6 @@
 """Time the changes of appearance of a batch beside loops over its images with scikit-image and albumentations.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.appearance --out benchmarks/results/appearance.json --commit C --machine M
+    OMP_NUM_THREADS=1 python -m benchmarks.appearance          # two Markdown tables
 
 16 images of 256 x 256 pixels, one thread, CPU time of the thread, median of 15 rounds in which all programs take turns.
 Ours changes float32 images, as a step has them after resampling; the other programs get and return uint8 images, as
@@ -12,12 +12,10 @@ times of single passes over the same floats, image by image, which the changes c
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,7 +27,7 @@ from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.sources import load_data
 from semimoe_fast.training.trainer import Trainer
 
-from .record import write_record
+from .tables import markdown
 
 BATCH, SIZE, ROUNDS, SEED = 16, 256, 15, 0
 STRENGTHS = {
@@ -159,43 +157,21 @@ def measure_pass(call: Callable[[Tensor, Tensor], object], images: np.ndarray) -
     for _ in range(ROUNDS):
         copy, other = batch.contiguous(), batch[0].contiguous()
         times.append(cpu_time(lambda copy=copy, other=other: [call(image, other) for image in copy]))
-    return round(1000 * statistics.median(times), 2)
+    return 1000 * statistics.median(times)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--commit", required=True, help="of this repository, for the record")
-    parser.add_argument("--machine", required=True, help="for the record")
-    arguments = parser.parse_args()
     torch.set_num_threads(1)
     images = stained_images()
     times = {kind: measure(kind, images) for kind in STRENGTHS}
-    passes = [[name, measure_pass(call, images)] for name, call in PASSES.items()]
     step = step_time()
     rows = [
-        [kind, *(round(1000 * x, 2) for x in seconds), round(100 * seconds[0] * 4 / BATCH / step, 3)]
+        [kind, *(f"{1000 * x:.2f}" for x in seconds), f"{100 * seconds[0] * 4 / BATCH / step:.3f}"]
         for kind, seconds in times.items()
     ]
-    print(f"step: {step:.2f} s", *rows, *passes, sep="\n")
-    write_record(
-        arguments.out,
-        arguments.machine,
-        arguments.commit,
-        ["OMP_NUM_THREADS=1 python -m benchmarks.appearance --out benchmarks/results/appearance.json"],
-        {
-            "changes": {
-                "columns": COLUMNS,
-                "rows": rows,
-                "ratios": {
-                    "scikit-image / ours": ["scikit-image, ms", "ours, ms"],
-                    "albumentations / ours": ["albumentations, ms", "ours, ms"],
-                },
-            },
-            "passes": {"columns": ["one pass over the floats", "ms"], "rows": passes},
-        },
-        ("torch", "scikit-image", "albumentations"),
-    )
+    print(markdown(COLUMNS, rows))
+    passes = [[name, f"{measure_pass(call, images):.2f}"] for name, call in PASSES.items()]
+    print(markdown(["one pass over the floats", "ms"], passes))
 
 
 if __name__ == "__main__":

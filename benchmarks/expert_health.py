@@ -1,6 +1,6 @@
 """At which learning rate do the experts of a recipe die? Short runs by width, seed and learning rate.
 
-    python -m benchmarks.expert_health --data GlaS256 --out benchmarks/results/health.json --commit C --machine M
+    python -m benchmarks.expert_health --data GlaS256 --out benchmarks/results/health.json
 
 Every run has a warm-up of --warm-up epochs and 6 epochs after it. A row has the share of dead feature channels of each
 expert at the end, and the learning rate of the first epoch at which half of the channels of the sdf expert were dead.
@@ -23,7 +23,7 @@ from semimoe_fast.training.command_line import RECIPES
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.run_folder import METRICS_FILE
 
-from .record import write_record
+from .record import commit, machine, short, write_record
 
 AFTER = 6
 HALF = 0.5
@@ -37,10 +37,6 @@ class Options:
     """Folder as of `train --data`."""
     out: Path
     """JSON file to write."""
-    commit: str
-    """Of this repository, for the record."""
-    machine: str
-    """For the record."""
     widths: tuple[int, ...] = (8, 16)
     seeds: tuple[int, ...] = (0, 1)
     lrs: tuple[float, ...] = (0.5, 0.1)
@@ -72,8 +68,8 @@ def main() -> None:
     columns = ["width", "seed", "--lr", "mask", "sdf", "boundary", "sdf half dead at"]
     write_record(
         options.out,
-        options.machine,
-        options.commit,
+        machine(1),
+        short(commit()),
         [
             f"python -m benchmarks.expert_health --data GlaS256 --image-size {options.image_size} "
             f"--warm-up {options.warm_up} --recipe {options.recipe} --widths {' '.join(map(str, options.widths))} "

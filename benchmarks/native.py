@@ -5,8 +5,7 @@
             --epochs 24 --warmup-epochs 3 --decay-epochs 6 --val-every 24 --threads 1 \\
             --out "runs/native/$run $antialias"
     done; done
-    python -m benchmarks.native --runs runs/native/* --data GlaS256 --out benchmarks/results/native.json \\
-        --commit COMMIT --machine MACHINE
+    python -m benchmarks.native --runs runs/native/* --data GlaS256 --out benchmarks/results/native.json
 
 The Dice of each image at its own size, threshold 0.5, mean over the images: six images of test A of 581 x 442 to
 775 x 522 pixels, and all 60 squashed to 256 x 256, the size of the training files, which are resized as the model's
@@ -32,7 +31,7 @@ from semimoe_fast.inference import folded, open_for, predict_image
 from semimoe_fast.model import SemiMoE
 from semimoe_fast.training.run_folder import LAST
 
-from .record import write_record
+from .record import commit, machine, short, write_record
 
 Way = Callable[[np.ndarray, Preprocessing], Reader]  # open an image, uint8 (H, W, 3)
 
@@ -85,14 +84,12 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help="run folders")
     parser.add_argument("--data", type=Path, required=True, help="folder with native/ and val/, each image/ and mask/")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--commit", required=True, help="of this repository, for the record")
-    parser.add_argument("--machine", required=True, help="for the record")
     arguments = parser.parse_args()
     rows = sorted((row for run in arguments.runs for row in measure(run, arguments.data)), key=lambda row: row[:3])
     write_record(
         arguments.out,
-        arguments.machine,
-        arguments.commit,
+        machine(torch.get_num_threads()),
+        short(commit()),
         [line.strip() for line in __doc__.splitlines() if line.startswith("    ")],
         {"scores": {"columns": COLUMNS, "rows": rows, "format": ".3f"}},
     )

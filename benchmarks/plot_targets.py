@@ -1,13 +1,13 @@
-"""`python -m benchmarks.plot_targets BENCHMARK.json OUT.png`: the time per pixel of the distance targets.
+"""The time per pixel of the distance targets over the side of the gland masks, as a picture.
 
-Plots the time per pixel over the side of the gland masks, and prints Markdown tables of all results of
-test_distance.py.
+python -m benchmarks.plot_targets BENCHMARK.json OUT.png        # of --benchmark-json; `make results` draws it too
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-TABLES = {
-    "test_glands": "gland masks, batch x side x side",
-    "test_worst_masks": "worst masks, 2048 x 2048",
-    "test_threads": "threads, batch x side x side",
-}
+TESTS = ("test_glands", "test_worst_masks", "test_threads")
 OURS_COLORS = ("#08306b", "#2171b5", "#6baed6")
 PEER_COLORS = ("C1", "C3", "C4", "C5", "C2", "C6", "C8")
 
@@ -43,34 +39,15 @@ class Timing:
         return self.params["mask"] if "mask" in self.params else "{batch} x {side} x {side}".format(**self.params)
 
 
-def read(path: Path) -> list[Timing]:
-    """The timings of test_distance.py in a JSON file of pytest-benchmark, in the order of the tests."""
+def read(benchmarks: Sequence[dict[str, Any]]) -> list[Timing]:
+    """The timings of test_distance.py among the benchmarks of pytest-benchmark, in the order of the tests."""
     timings = []
-    for benchmark in json.loads(path.read_text())["benchmarks"]:
+    for benchmark in benchmarks:
         test, info = benchmark["name"].partition("[")[0], benchmark["extra_info"]
-        if test in TABLES:
+        if test in TESTS:
             ns = info["ns_per_pixel"]
             timings.append(Timing(test, benchmark["params"], info["device"], ns, ns * info["share_of_floor"]))
     return timings
-
-
-def print_table(title: str, timings: list[Timing]) -> None:
-    """Rows: providers, columns: masks. Cells: ns per pixel, and the ratio to our first provider on the same device."""
-    ours: dict[tuple[str, str], float] = {}
-    cells: dict[str, dict[str, str]] = {}
-    floors = {f"copy of 6 bytes, {t.device}": t for t in timings}
-    for timing in timings:
-        if timing.row.startswith("ours"):
-            ours.setdefault((timing.column, timing.device), timing.ns)
-        for row, ns in ((timing.row, timing.ns), (f"copy of 6 bytes, {timing.device}", timing.floor)):
-            base = ours.get((timing.column, timing.device))
-            cells.setdefault(row, {})[timing.column] = f"{ns:.3g}" + (f" ({ns / base:.3g})" if base else "")
-    columns = list(dict.fromkeys(t.column for t in timings))
-    print(f"| {title} | " + " | ".join(columns) + " |")
-    print("| --- " * (1 + len(columns)) + "|")
-    for row in sorted(cells, key=lambda row: row in floors):
-        print(f"| {row} | " + " | ".join(cells[row].get(column, "") for column in columns) + " |")
-    print()
 
 
 def styles(timings: list[Timing]) -> dict[str, dict[str, Any]]:
@@ -103,6 +80,8 @@ def draw_batch(axes: Axes, timings: list[Timing], style: dict[str, dict[str, Any
 
 
 def draw(timings: list[Timing], path: Path) -> None:
+    """Draw the timings of test_glands."""
+    timings = [t for t in timings if t.test == "test_glands"]
     batches = sorted({t.params["batch"] for t in timings})
     sides = sorted({t.params["side"] for t in timings})
     style = styles(timings)
@@ -132,14 +111,10 @@ def main() -> None:
     parser.add_argument("benchmark", type=Path, help="JSON file that --benchmark-json wrote")
     parser.add_argument("out", type=Path, help="picture to write")
     arguments = parser.parse_args()
-    timings = read(arguments.benchmark)
-    glands = [t for t in timings if t.test == "test_glands"]
-    if not glands:
+    timings = read(json.loads(arguments.benchmark.read_text())["benchmarks"])
+    if not any(t.test == "test_glands" for t in timings):
         parser.error(f"{arguments.benchmark} has no timings of test_distance.py::test_glands")
-    print("ns a pixel (times ours on the same device)\n")
-    for test in dict.fromkeys(t.test for t in timings):
-        print_table(TABLES[test], [t for t in timings if t.test == test])
-    draw(glands, arguments.out)
+    draw(timings, arguments.out)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import platform
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -11,6 +12,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+CPUINFO = Path("/proc/cpuinfo")  # on Linux alone
+
+
+def machine(threads: int) -> str:
+    """The processor, and the threads that compute."""
+    text = CPUINFO.read_text() if CPUINFO.exists() else ""
+    models = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
+    name = models[0] if models else platform.processor() or platform.machine()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
 def commit() -> str | None:
@@ -22,18 +32,23 @@ def commit() -> str | None:
         return None
 
 
+def short(commit: str | None) -> str:
+    """The first 7 digits of what `commit` gives, and whether files differed from it."""
+    return commit[:7] + commit[40:] if commit else "unknown"
+
+
 def write_record(
     path: Path,
     machine: str,
     commit: str,
     command: Sequence[str],
     tables: dict[str, Any],
-    libraries: Sequence[str] = ("torch",),
+    packages: Sequence[str] = ("torch",),
 ) -> None:
-    """libraries: the packages whose versions matter."""
+    """packages: those whose versions matter."""
     record = {
         "machine": machine,
-        "versions": {name: version(name).partition("+")[0] for name in libraries},
+        "versions": {name: version(name).partition("+")[0] for name in packages},
         "commit": commit,
         "date": str(datetime.date.today()),
         "command": list(command),

@@ -1,6 +1,6 @@
 """Compare training on whole images resized to squares with training on crops, on synthetic images of mixed sizes.
 
-    python -m benchmarks.sampling --out benchmarks/results/sampling.json --commit COMMIT --machine MACHINE
+    python -m benchmarks.sampling --out benchmarks/results/sampling.json
 
 All runs take the same number of steps of the same batches of S x S pixels. The scores are those of the validation
 images at their own size: pixel Dice at threshold 0.5, and F1 of objects, which the sdf expert separates. The prediction
@@ -30,7 +30,7 @@ from semimoe_fast.training.command_line import SYNTHETIC
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.run_folder import LAST
 
-from .record import write_record
+from .record import commit, machine, short, write_record
 
 CPU = torch.device("cpu")
 FOLDER = synthetic.Folder(Path(), labeled=8, unlabeled=32, val=12, size=256, sizes=(400, 1200), instances=True)
@@ -89,8 +89,6 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=600, help="of each run, a multiple of 10")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--commit", required=True, help="of this repository, for the record")
-    parser.add_argument("--machine", required=True, help="for the record")
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as work:
@@ -104,8 +102,8 @@ def main() -> None:
                 print(rows[-1], flush=True)
     write_record(
         arguments.out,
-        arguments.machine,
-        arguments.commit,
+        machine(torch.get_num_threads()),
+        short(commit()),
         [
             f"python -m benchmarks.sampling --image-size {arguments.image_size} --steps {arguments.steps} "
             f"--seeds {' '.join(map(str, arguments.seeds))} --out benchmarks/results/sampling.json"

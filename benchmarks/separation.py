@@ -1,7 +1,7 @@
 """Compare glands separated by the predicted signed distance field with 8-connected components of the predicted mask.
 
     python -m benchmarks.separation --checkpoint RUN/last.safetensors --data GlaS256 --parts train_sup_17 val native \\
-        --commit HASH --machine NAME --out benchmarks/results/separation.json
+        --out benchmarks/results/separation.json
 
 For each part: means over its images of the object scores against the 8-connected components of the true masks, at the
 size of the images (distances in pixels), and sums over its images of what is right, too much, missed, merged and split.
@@ -26,7 +26,7 @@ from semimoe_fast.evaluation import object_scores
 from semimoe_fast.inference import instances_of, predict_image
 from semimoe_fast.inference.instances import depth
 
-from .record import write_record
+from .record import commit, machine, short, write_record
 
 EIGHT = np.ones((3, 3))
 COLUMNS = "method; F1; object Dice; object Hausdorff; right; too much; missed; merged; split".split("; ")
@@ -110,8 +110,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with PART/image and PART/mask")
     parser.add_argument("--parts", nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--commit", required=True, help="of this repository, for the record")
-    parser.add_argument("--machine", required=True, help="for the record")
     arguments = parser.parse_args()
     tables, differences = {}, []
     for part in arguments.parts:
@@ -125,8 +123,8 @@ def main() -> None:
     tables["differences"] = {"columns": ["part", *COLUMNS[1:4]], "rows": differences}
     write_record(
         arguments.out,
-        arguments.machine,
-        arguments.commit,
+        machine(torch.get_num_threads()),
+        short(commit()),
         [
             "python -m semimoe_fast.train --data GlaS256 --width 16 --image-size 128 --epochs 60 --warmup-epochs 6 "
             "--threads 1 --out RUN",

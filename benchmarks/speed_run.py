@@ -23,16 +23,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.record import ROOT, commit, write_record
+from benchmarks.record import ROOT, commit, machine, short, write_record
 from semimoe_fast.checkpoint import write_atomically
 from semimoe_fast.errors import UserError, run_command
 from semimoe_fast.training.config import CONFIG_FILE
 from semimoe_fast.training.run_folder import METRICS_FILE
-
-from .peers.__main__ import machine
-from .peers.collect import commit_of
 
 TARGET = 0.88  # mean Dice of the seeds on `val` after the last epoch, at threshold 0.5
 SEEDS = 0, 1, 2
@@ -127,11 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder of {HISTORY} and the logs")
     given = parser.parse_args(arguments)
 
-    torch.set_num_threads(THREADS)  # this process computes nothing, but `machine` names its threads
-    origin = {"machine": machine(torch.device("cpu")), "torch": version("torch"), "commit": commit()}
+    origin = {"machine": machine(THREADS), "torch": version("torch"), "commit": commit()}
     if len(origin["commit"] or "") != 40:  # none, or -dirty
         raise UserError(
-            f"the code is that of commit {commit_of(origin)}: commit it first, so that others can repeat it"
+            f"the code is that of commit {short(origin['commit'])}: commit it first, so that others can repeat it"
         )
     if "|" in given.change or not given.change.isprintable():
         raise UserError(f"--change is {given.change!r}: give one line without |, for a table")
@@ -144,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lowest = min(run.dice for run in runs.values())
     number, today = len(history) + 1, str(datetime.date.today())
     values = [number, round(seconds, 1), round(dice, 4), round(lowest, 4), given.change, origin["machine"]]
-    history.append(dict(zip(COLUMNS, [*values, commit_of(origin), today], strict=True)))
+    history.append(dict(zip(COLUMNS, [*values, short(origin["commit"]), today], strict=True)))
     text = "".join(json.dumps(line) + "\n" for line in log(runs, origin))
     write_atomically(given.out / f"speed_run_{number}.jsonl", lambda part: part.write_text(text))
     machines, commits = (" and ".join(sorted({row[name] for row in history})) for name in ("machine", "commit"))

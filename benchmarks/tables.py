@@ -105,7 +105,7 @@ def operations() -> str:
     )
     rows = [
         ["multi-gating with own heads, 3 x (2, 64, 256, 256)", *gating["NCHW"]],
-        ["objective terms of two sets of predictions, (2, 256, 256)", *objective["two sets, B = 2"]],
+        ["objective terms of two sets of predictions, (2, 256, 256)", *objective["two sets of predictions, B = 2"]],
     ]
     cells = [[label, *(text(value, "g") for value in values)] for label, *values in rows]
     return markdown(["ms, forward and backward", "ours", "reference", "reference compiled"], cells) + source(record)

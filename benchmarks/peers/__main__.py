@@ -14,7 +14,6 @@ import hashlib
 import itertools
 import json
 import os
-import platform
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Annotated, Any, Literal
 import torch
 from tqdm import tqdm
 
-from benchmarks.record import commit
+from benchmarks.record import commit, machine
 from semimoe_fast.checkpoint import write_atomically
 from semimoe_fast.data.cache import Cache
 from semimoe_fast.device import choose_device, configure, in_bf16
@@ -36,8 +35,6 @@ from semimoe_fast.training.config import TrainConfig
 from .methods import METHODS
 from .scores import record
 from .training import Splits, Training, load_splits
-
-CPUINFO = Path("/proc/cpuinfo")  # on Linux alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +139,8 @@ def run(out: Path, name: str, config: TrainConfig, recipe: str, splits: Splits, 
 
 def train(path: Path, name: str, config: TrainConfig, splits: Splits, device: torch.device) -> dict[str, Any]:
     """Train a method from the state in a file, if there is one -> what its record says."""
-    origin = {"machine": machine(device), "torch": torch.__version__, "commit": commit()}
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else machine(torch.get_num_threads())
+    origin = {"machine": place, "torch": torch.__version__, "commit": commit()}
     training = Training(config, METHODS[name], splits, device)
     if path.exists():
         training.restore(path)
@@ -174,16 +172,6 @@ def arguments_of(config: TrainConfig, recipe: str, device: torch.device) -> dict
     if recipe == "published":
         return values
     return values | {name: getattr(config, name) for name in RECIPES["strong"]} | {"recipe": recipe}
-
-
-def machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    text = CPUINFO.read_text() if CPUINFO.exists() else ""
-    models = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
-    name = models[0] if models else platform.processor() or platform.machine()
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
 class Claim:

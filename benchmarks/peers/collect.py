@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import write_record
+from benchmarks.record import short, write_record
 from semimoe_fast.errors import UserError, run_command
 
 from .methods import METHODS
@@ -149,13 +149,7 @@ def last_unlabeled(members: Sequence[Run]) -> list[float | None]:
 def scores_of(run: Run) -> list[Any]:
     half, swept = run["scores"]["at_half"], run["scores"]["swept"]
     dice = [round(half["dice"], 4), round(swept["dice"], 4), swept["threshold"]]
-    return [name_of(run), run["seed"], run["arguments"]["lr"], *dice, commit_of(run)]
-
-
-def commit_of(run: Run) -> str:
-    """The first 7 digits of the commit, and whether files differed from it."""
-    commit = run["commit"] or "unknown"
-    return commit[:7] + commit[40:]
+    return [name_of(run), run["seed"], run["arguments"]["lr"], *dice, short(run["commit"])]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -166,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = read_runs(given.runs)
     runs = [run for members in found.values() for run in members]
     machine = " and ".join(sorted({run["machine"] for run in runs}))
-    commit = " and ".join(sorted(set(map(commit_of, runs))))
+    commit = " and ".join(sorted({short(run["commit"]) for run in runs}))
     options = "epochs width image_size normalization device".split()
     chosen = " ".join(f"--{name.replace('_', '-')} {runs[0]['arguments'][name]}" for name in options)
     given.out.parent.mkdir(parents=True, exist_ok=True)

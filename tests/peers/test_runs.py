@@ -17,6 +17,7 @@ from semimoe_fast.training.command_line import RECIPES
 from semimoe_fast.training.config import TrainConfig
 
 command = pytest.importorskip("benchmarks.peers.__main__", reason="needs the source tree, and tests run from its root")
+from benchmarks import record  # noqa: E402
 from benchmarks.peers import collect, folds, plot  # noqa: E402
 from benchmarks.peers.training import Training  # noqa: E402
 
@@ -84,10 +85,10 @@ def test_runs_resume_and_are_not_repeated(
 
 
 def test_the_machine_has_a_name_without_cpuinfo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(command, "CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(command.platform, "processor", lambda: "arm")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert command.machine(CPU) == "arm, 1 thread"
+    monkeypatch.setattr(record, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(record.platform, "processor", lambda: "arm")
+    assert record.machine(1) == "arm, 1 thread"
+    assert record.machine(2) == "arm, 2 threads"
 
 
 def test_only_a_held_lock_is_another_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
