@@ -166,7 +166,7 @@ def main() -> None:
     times = {kind: measure(kind, images) for kind in STRENGTHS}
     step = step_time()
     rows = [
-        [kind, *(f"{1000 * x:.2f}" for x in seconds), f"{100 * seconds[0] * 4 / BATCH / step:.3f}"]
+        [kind, *(f"{1000 * x:.2f}" for x in seconds), f"{100 * seconds[0] * 4 / BATCH / step:.1g}"]
         for kind, seconds in times.items()
     ]
     print(markdown(COLUMNS, rows))

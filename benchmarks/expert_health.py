@@ -50,6 +50,7 @@ class Options:
 
 def main() -> None:
     options = read_options(Options, "benchmarks.expert_health")
+    code = short(commit())  # of what runs now
     rows = []
     for width, seed, lr in tqdm([*itertools.product(options.widths, options.seeds, options.lrs)], "runs"):
         recipe = RECIPES[options.recipe] | {"lr": lr}
@@ -69,7 +70,7 @@ def main() -> None:
     write_record(
         options.out,
         machine(1),
-        short(commit()),
+        code,
         [
             f"python -m benchmarks.expert_health --data GlaS256 --image-size {options.image_size} "
             f"--warm-up {options.warm_up} --recipe {options.recipe} --widths {' '.join(map(str, options.widths))} "

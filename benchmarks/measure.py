@@ -1,7 +1,8 @@
 """Measure speed once more for the pages of results: `make results`, or only some: `make results ARGS="targets step"`.
 
-A page is a command, and how its output becomes the tables of benchmarks/results/NAME.json. Let nothing else run: how
-much did, by the load when the command started, is in the record. All pages together take about half an hour.
+A page is a command, and how its output becomes the tables of benchmarks/results/NAME.json. Let nothing else run: the
+record has the share of the processors that other programs took, but not what other guests of the same host did to a
+virtual machine. All pages together take about half an hour. Afterwards, read the sentences beside the tables.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import argparse
 import json
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +28,8 @@ from . import plot_targets
 from .record import ROOT, commit, machine, short, write_record
 
 RESULTS = ROOT / "benchmarks" / "results"
+STAT = Path("/proc/stat")
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "GOMP_SPINCOUNT": "10000"}  # the pages are of a CPU
 
 Table = dict[str, Any]
 
@@ -164,6 +169,8 @@ def number(cell: str) -> str | float | None:
 
 def profile(output: Output) -> dict[str, Table]:
     rows = re.findall(r"^(\w[\w ]*?) +(\d+\.\d\d) +(\d+\.\d%)$", output.text, re.MULTILINE)
+    if not rows:
+        raise UserError("the profile has no table: the output above says why")
     return {
         "step": {
             "columns": ["part of a step", "ms", "share"],
@@ -175,7 +182,7 @@ def profile(output: Output) -> dict[str, Table]:
 PAGES = {
     "targets": Page(
         "pytest benchmarks/test_distance.py --benchmark-only --benchmark-max-time=0.5 --benchmark-min-rounds=3",
-        2,
+        1,
         targets,
         ("torch", "scipy", "scikit-image", "edt", "opencv-python-headless", "numba"),
     ),
@@ -189,7 +196,7 @@ PAGES = {
         "pytest benchmarks/test_gate.py benchmarks/test_objective.py -k 'both and cpu' --benchmark-only", 2, operations
     ),
     "batch_norm": Page(
-        "pytest benchmarks/test_batch_norm.py -k 'channels-last and both and cpu' --benchmark-only", 2, batch_norm
+        "pytest benchmarks/test_batch_norm.py -k 'channels-last and both and cpu' --benchmark-only", 1, batch_norm
     ),
     "predict": Page("pytest benchmarks/test_predict.py --benchmark-only", 1, predict, ("torch", "onnxruntime")),
     "step": Page("benchmarks.step_ratios --rounds 7", 2, printed(step={}, habits={"format": ".3f"})),
@@ -222,16 +229,35 @@ PAGES = {
 
 def measure(name: str, commit: str) -> None:
     """Run the command of a page and write its file of results. Raises UserError if the command fails."""
-    page, load = PAGES[name], os.getloadavg()[0]
-    command = f"OMP_NUM_THREADS={page.threads} python -m {page.command}"
+    page = PAGES[name]
+    variables = ENVIRONMENT | {"OMP_NUM_THREADS": str(page.threads)}
+    command = " ".join([*(f"{key}={value}" for key, value in variables.items()), "python -m", page.command])
     print(f"{name}: {command}", flush=True)
+    busy, own, start = busy_seconds(), own_seconds(), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        output = run(page, Path(folder))
-    place = f"{machine(page.threads)} of {os.cpu_count()} cores, {_native.instruction_set()}, load {load:.1f} before"
+        output = run(page, variables, Path(folder))
+    cores = os.cpu_count()
+    others = (busy_seconds() - busy - own_seconds() + own) / (time.monotonic() - start) / cores
+    place = (
+        f"{cores} cores of {machine(page.threads)} unless the table says otherwise, {_native.instruction_set()}, "
+        f"{max(0, others):.0%} taken by other programs"
+    )
     write_record(RESULTS / f"{name}.json", place, commit, [command], page.tables(output), page.packages)
 
 
-def run(page: Page, folder: Path) -> Output:
+def busy_seconds() -> float:
+    """Of all processors and programs since the system started."""
+    user, nice, system, _idle, _waiting, *interrupts = map(int, STAT.read_text().split()[1:9])
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+
+
+def own_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def run(page: Page, variables: dict[str, str], folder: Path) -> Output:
     """Run a command, and show what it prints."""
     words = [str(folder / "run") if word == "RUN" else word for word in shlex.split(page.command)]
     words = [sys.executable, "-m", *words]
@@ -239,8 +265,7 @@ def run(page: Page, folder: Path) -> Output:
     if words[2] == "pytest":
         words.append(f"--benchmark-json={file}")
     lines = []
-    environment = os.environ | {"OMP_NUM_THREADS": str(page.threads)}
-    with subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(words, cwd=ROOT, env=os.environ | variables, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
             lines.append(line)
@@ -257,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in names:
         if name not in PAGES:
             raise UserError(f"{name} is no page: choose from {', '.join(PAGES)}")
-    code = short(commit())  # now: files of results differ from it later
+    code = short(commit("benchmarks/results", "*.md"))  # which earlier pages have changed
     for name in names:
         measure(name, code)
 

@@ -85,11 +85,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with native/ and val/, each image/ and mask/")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
+    code = short(commit())  # of what runs now
     rows = sorted((row for run in arguments.runs for row in measure(run, arguments.data)), key=lambda row: row[:3])
     write_record(
         arguments.out,
         machine(torch.get_num_threads()),
-        short(commit()),
+        code,
         [line.strip() for line in __doc__.splitlines() if line.startswith("    ")],
         {"scores": {"columns": COLUMNS, "rows": rows, "format": ".3f"}},
     )

@@ -23,13 +23,21 @@ def machine(threads: int) -> str:
     return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
-def commit() -> str | None:
-    """The commit's hash, with -dirty if tracked files differ from it; None without git or a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+def commit(*ignored: str) -> str | None:
+    """The commit's hash, with -dirty if tracked files differ from it; None without git or a repository.
+
+    ignored: patterns of files that may differ.
+    """
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+        head = _git("rev-parse", "HEAD").stdout.strip()
+        changed = _git("diff", "--quiet", "HEAD", "--", ".", *(f":!{pattern}" for pattern in ignored)).returncode
     except FileNotFoundError:
         return None
+    return head + "-dirty" * bool(changed) if head else None
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
 def short(commit: str | None) -> str:

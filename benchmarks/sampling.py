@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600, help="of each run, a multiple of 10")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     arguments = parser.parse_args()
+    code = short(commit())  # of what runs now
     rows = []
     with tempfile.TemporaryDirectory() as work:
         data = Path(work) / "data"
@@ -103,7 +104,7 @@ def main() -> None:
     write_record(
         arguments.out,
         machine(torch.get_num_threads()),
-        short(commit()),
+        code,
         [
             f"python -m benchmarks.sampling --image-size {arguments.image_size} --steps {arguments.steps} "
             f"--seeds {' '.join(map(str, arguments.seeds))} --out benchmarks/results/sampling.json"

@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
+    code = short(commit())  # of what runs now
     tables, differences = {}, []
     for part in arguments.parts:
         images = predictions(arguments.checkpoint, arguments.data, part)
@@ -124,7 +125,7 @@ def main() -> None:
     write_record(
         arguments.out,
         machine(torch.get_num_threads()),
-        short(commit()),
+        code,
         [
             "python -m semimoe_fast.train --data GlaS256 --width 16 --image-size 128 --epochs 60 --warmup-epochs 6 "
             "--threads 1 --out RUN",
