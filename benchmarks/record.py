@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+INNERMOST = re.compile(r"\[\n([^\[\]{}]*)\]")  # lists of JSON, as rows of a table, which get a line each
 CPUINFO = Path("/proc/cpuinfo")  # on Linux alone
 
 
@@ -62,4 +64,6 @@ def write_record(
         "command": list(command),
         "tables": tables,
     }
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    text = json.dumps(record, indent=1)
+    text = INNERMOST.sub(lambda row: "[" + " ".join(line.strip() for line in row[1].splitlines()).strip() + "]", text)
+    path.write_text(text + "\n")
