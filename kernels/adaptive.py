@@ -54,7 +54,7 @@ def adaptive_loss_bwd_kernel(
 
 def forward(terms: Tensor, log_vars: Tensor, coefficients: Sequence[float], regularizer: float) -> Tensor:
     """terms (T,), log_vars (T,), T coefficients, a number -> total () float32."""
-    total = torch.empty((), device=terms.device)
+    total = torch.empty((), dtype=torch.float32, device=terms.device)
     with torch.cuda.device_of(terms):
         adaptive_loss_fwd_kernel[(1,)](terms, log_vars, total, tuple(coefficients), regularizer, num_warps=1)
     return total

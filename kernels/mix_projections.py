@@ -204,7 +204,7 @@ def backward(
     grad_projections = torch.empty_like(projections)
     block = _block(projections)
     blocks = _blocks(projections, block)
-    partial = torch.empty(batch, blocks, head_rows, experts + 1, device=projections.device)
+    partial = torch.empty(batch, blocks, head_rows, experts + 1, dtype=torch.float32, device=projections.device)
     with torch.cuda.device_of(projections):
         if projections.numel():
             for images, parts in launches(batch, projections, gate_weights, grad_outputs, grad_projections, partial):

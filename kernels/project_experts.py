@@ -230,7 +230,7 @@ def forward(
     x = features[0]
     batch, channels, height, width = x.shape
     chunks, constants = _launch(x, weights, own_rows)
-    sums = torch.empty(batch, chunks, len(features), channels, device=x.device)
+    sums = torch.empty(batch, chunks, len(features), channels, dtype=torch.float32, device=x.device)
     projections = x.new_empty(batch, len(features), constants["HEAD_ROWS"], height, width)
     own = [x.new_empty(batch, rows, height, width) for rows in own_rows]
     if x.numel():
@@ -260,8 +260,8 @@ def backward(
     chunks, constants = _launch(x, weights, own_rows)
     head_rows, rows = constants["HEAD_ROWS"], constants["HEAD_ROWS"] + max(own_rows)
     grad_features = [torch.empty_like(x) for x in features]
-    partial = torch.empty(batch, chunks, len(features), rows, channels, device=x.device)
-    partial_biases = torch.empty(batch, chunks, len(features), rows, device=x.device)
+    partial = torch.empty(batch, chunks, len(features), rows, channels, dtype=torch.float32, device=x.device)
+    partial_biases = torch.empty(batch, chunks, len(features), rows, dtype=torch.float32, device=x.device)
     if x.numel():
         with torch.cuda.device_of(x):
             strides = *_plane_strides(x), *_plane_strides(grad_features[0])

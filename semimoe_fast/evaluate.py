@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import os
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from .evaluation.page import page
 from .evaluation.tables import as_csv, as_json, as_text, notes, tables
 from .inference.predictor import require_mask
 from .inference.scale import check_scale
-from .options import read_options
+from .options import read_options, require_writable
 from .training.config import CONFIG_FILE, read_config
 from .training.run_folder import METRICS_FILE
 
@@ -128,18 +127,6 @@ def require_distinct(outputs: Mapping[str, Path], inputs: Iterable[Path]) -> Non
     for option, path in outputs.items():
         if (use := taken.setdefault(path.resolve(), f"the file of {option}")) != f"the file of {option}":
             raise UserError(f"{option} is {path}, which is {use} too: give another file")
-
-
-def require_writable(option: str, path: Path) -> None:
-    """Raise UserError if a file cannot be created or replaced at a path."""
-    if not path.parent.is_dir():
-        raise UserError(f"{option} is {path}, but there is no folder {path.parent}: create it first")
-    if path.is_dir():
-        raise UserError(f"{option} is {path}, which is a folder: give a file")
-    if path.exists() and not path.is_file():
-        raise UserError(f"{option} is {path}, which is a device or a pipe: give a file")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{option} is {path}, but you may not write into {path.parent}: give another file")
 
 
 def text_of(option: str, config: EvaluateConfig, evaluation: Evaluation, curves: bytes | None) -> str:

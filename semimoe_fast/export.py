@@ -11,7 +11,7 @@ from .checkpoint import Preprocessing
 from .errors import UserError, one_line, run_command
 from .inference.exporting import Format, export, require_onnx
 from .inference.predictor import require_mask
-from .options import read_options
+from .options import read_options, require_writable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = read_options(ExportConfig, "semimoe_fast.export", arguments)
     if config.out.resolve() == config.checkpoint.resolve():
         raise UserError(f"--out is {config.out}, the checkpoint itself: give another file")
-    if not config.out.parent.is_dir():
-        raise UserError(f"--out is {config.out}, but there is no folder {config.out.parent}: create it first")
-    if config.out.is_dir():
-        raise UserError(f"--out is {config.out}, a folder: give a file in it")
+    require_writable("--out", config.out)
     if config.format == "onnx":
         require_onnx()
     model, metadata, _ = checkpoint.load(config.checkpoint)

@@ -11,7 +11,9 @@ dataclass by the dataclasses that it inherits from, the last base first: class D
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
@@ -45,6 +47,18 @@ def read_options(
     given = tyro.cli(shown, prog=f"python -m {command}", args=arguments, default=start, config=markers)
     parts = [getattr(given, name) for name in groups] or [given]
     return options(**{name: value for part in parts for name, value in _values(part).items()})
+
+
+def require_writable(option: str, path: Path) -> None:
+    """Raise UserError if a file cannot be created or replaced at a path."""
+    if not path.parent.is_dir():
+        raise UserError(f"{option} is {path}, but there is no folder {path.parent}: create it first")
+    if path.is_dir():
+        raise UserError(f"{option} is {path}, which is a folder: give a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{option} is {path}, which is a device or a pipe: give a file")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{option} is {path}, but you may not write into {path.parent}: give another file")
 
 
 def _title(group: type) -> str:

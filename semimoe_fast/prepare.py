@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -151,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for part, count in counts.items():
         print(one_line(f"{config.out / part}: {count} images"))
     alone = "" if any(part.startswith("train_unsup_") for part in counts) else " --unlabeled none"
-    print(one_line(f"train with: python -m semimoe_fast.train --data {config.out}{alone}"))
+    print(one_line(f"train with: python -m semimoe_fast.train --data {shlex.quote(str(config.out))}{alone}"))
 
 
 if __name__ == "__main__":

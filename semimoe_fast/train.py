@@ -11,6 +11,7 @@ Runs whose folders have the same parent share the decoded images of --data in PA
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -56,7 +57,7 @@ def train(arguments: Sequence[str] | TrainConfig | None, lock: FolderLock) -> Ru
             run = Run.start(config, data, val, device, world, lock)
         if world.is_main:
             print(f"{settings}; {run.trainer.settings}", *filter(None, [data.note]), sep="\n", flush=True)
-        remedy = f"continue with: {world.command} --resume {run.folder}"
+        remedy = f"continue with: {world.command} --resume {shlex.quote(str(run.folder))}"
         with Interruption(world) as interruption, world.exit_on_lost_rank(remedy):
             try:
                 with naming(run.folder):  # TensorBoard's errors name no file
@@ -83,6 +84,8 @@ def configuration(given: Sequence[str] | TrainConfig | None, world: World, lock:
         lock.take(config.resume)
     elif world.is_main and config.out is not None:
         refuse_used(config.out)
+        if config.out.resolve() == cache_folder(config).resolve():
+            raise UserError(f"--out is {config.out}, where decoded images are kept: give another folder")
     return config
 
 

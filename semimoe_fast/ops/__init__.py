@@ -17,6 +17,7 @@ import torch
 
 from . import _native, _triton, adaptive, batch_norm, distance, fold_upsampling, gate, objective, portable, reference
 from ._backend import BACKENDS, BackendError, backend, forced_backend
+from ._watched import transformed
 
 __all__ = [
     "BACKENDS",
@@ -75,7 +76,13 @@ FUSED = {
 
 
 def implementation(operation: str, device: torch.device) -> Callable[..., Any]:
-    """The function that computes an operation on a device. Raises BackendError as `choose` does."""
+    """The function that computes an operation on a device. Raises BackendError as `choose` does.
+
+    Under torch.func and in forward mode that is the reference, because the others are custom ops, of which PyTorch
+    would take zeros for the tangents.
+    """
+    if not torch.compiler.is_compiling() and transformed():
+        return getattr(reference, operation)
     name = _chosen(operation, device.type, forced_backend())
     if name == "fused":
         return FUSED[operation].function

@@ -153,10 +153,9 @@ def _check_weights(gate_weights: Tensor, expected: tuple[int, int, int]) -> None
 def head_matrices(name: str, weights: Sequence[Tensor], features: Sequence[Tensor]) -> list[Tensor]:
     """1x1 convolution weights (O, C, 1, 1) or (O, C) as matrices (O, C), checked against the features."""
     channels = features[0].shape[1]
-    matrices = [weight.flatten(1) for weight in weights]
-    if any(matrix.shape[1] != channels for matrix in matrices):
+    if any(tuple(weight.shape[1:]) not in ((channels,), (channels, 1, 1)) for weight in weights):
         raise ValueError(f"{name} are (O, {channels}) for these features, got {[tuple(w.shape) for w in weights]}")
-    return matrices
+    return [weight.flatten(1) for weight in weights]
 
 
 def check_biases(name: str, biases: Sequence[Tensor], matrices: Sequence[Tensor]) -> None:
@@ -167,6 +166,8 @@ def check_biases(name: str, biases: Sequence[Tensor], matrices: Sequence[Tensor]
 
 def check_projections(projections: Tensor, gate_weights: Tensor, head_biases: Sequence[Tensor]) -> None:
     check_floats(("head_biases", head_biases), projections=projections, gate_weights=gate_weights)
+    if any(bias.ndim != 1 for bias in head_biases):
+        raise ValueError(f"head_biases are (O,), got {[tuple(bias.shape) for bias in head_biases]}")
     rows = [len(bias) for bias in head_biases]
     if projections.ndim != 5 or projections.shape[2] != sum(rows):
         raise ValueError(f"projections are (B, E, {sum(rows)}, H, W) for these biases, got {tuple(projections.shape)}")
@@ -210,8 +211,8 @@ def objective_targets(
 
 def class_target(name: str, logits: Tensor, target: Tensor) -> Tensor:
     """Check logits (B, K, H, W) and their target (B, H, W) or (B, 1, H, W); the target as integers (B, H, W)."""
-    per_pixel = (logits.shape[0], *logits.shape[2:])
-    if logits.ndim != 4 or tuple(target.shape) not in (per_pixel, (logits.shape[0], 1, *logits.shape[2:])):
+    batch, per_pixel = logits.shape[:1], (*logits.shape[:1], *logits.shape[2:])
+    if logits.ndim != 4 or tuple(target.shape) not in (per_pixel, (*batch, 1, *logits.shape[2:])):
         raise ValueError(
             f"{name}: logits (B, K, H, W) and target (B, H, W) or (B, 1, H, W) disagree: {tuple(logits.shape)}, "
             f"{tuple(target.shape)}"
@@ -236,7 +237,7 @@ def check_sdf(raw: Tensor, sdf: Tensor) -> None:
     _check_floating("the raw sdf", raw)
     if sdf.is_complex() or sdf.dtype == torch.bool:
         raise TypeError(f"the sdf is of dtype {sdf.dtype}: give real numbers")
-    per_image = (raw.shape[0], *raw.shape[2:])
+    per_image = (*raw.shape[:1], *raw.shape[2:])
     if raw.ndim != 4 or raw.shape[1] != 1 or tuple(sdf.shape) not in (tuple(raw.shape), per_image):
         raise ValueError(
             f"raw (B, 1, H, W) and sdf (B, 1, H, W) or (B, H, W) disagree: {tuple(raw.shape)}, {tuple(sdf.shape)}"

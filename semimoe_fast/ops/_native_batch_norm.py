@@ -30,7 +30,7 @@ def batch_norm_relu_fwd(
     for other tensors and unequal groups.
     """
     y = torch.empty_like(x) if y is None else y
-    mean, inverse_deviation = (torch.empty(groups, x.shape[1], dtype=torch.float32) for _ in range(2))
+    mean, inverse_deviation = (torch.empty(groups, x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
     statistics = _statistics(weight, bias, mean, inverse_deviation, groups)
     maps = _maps(x, groups, y)
     _native.module_for("cpu").batch_norm_relu_forward(

@@ -30,7 +30,9 @@ def forward(
     """
     sizes, logits, views = _arguments(predictions, targets)
     columns = _columns(predictions, sizes)
-    terms, alpha, beta = (torch.empty(shape, dtype=dtype) for shape in (3, (sizes[0], columns), (sizes[0], columns)))
+    terms, alpha, beta = (
+        torch.empty(shape, dtype=dtype, device="cpu") for shape in (3, (sizes[0], columns), (sizes[0], columns))
+    )
     addresses = [_address(x, x.shape) for x in (terms, alpha, beta)]
     native = _native.module_for("cpu")
     native.objective_terms(sizes, logits, views, *addresses, _native.instruction_set(), torch.get_num_threads())

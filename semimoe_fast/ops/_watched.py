@@ -7,6 +7,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation sees the operation. Custom ops have no rules for them."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 def watched(*tensors: Tensor) -> bool:
     """Whether something must see the operation.
 
@@ -20,7 +25,6 @@ def watched(*tensors: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or _len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
+        or transformed()
         or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
     )

@@ -50,9 +50,10 @@ def squared_distance(labels: Tensor, instances: bool = False) -> Tensor:
     columns = _distance_in_columns(labels).square().reshape(-1, width)
     rows = _distance_in_columns(labels.transpose(1, 2)).transpose(1, 2).square().reshape(-1, width)
     x = torch.arange(width, device=labels.device)
-    parabola = (x[:, None] - x).square()
+    parabolas = [(part[:, None] - x).square() for part in x.split(max(1, ROW_CHUNK // width))]
     chunks = columns.split(max(1, ROW_CHUNK // (width * width)))
-    best = torch.minimum(torch.cat([(chunk[:, None] + parabola).amin(-1) for chunk in chunks]), rows)
+    across = [torch.cat([(chunk[:, None] + parabola).amin(-1) for parabola in parabolas], 1) for chunk in chunks]
+    best = torch.minimum(torch.cat(across), rows)
     return torch.where(best < FAR * FAR, best, -1).to(torch.int32).reshape(batch, height, width)
 
 

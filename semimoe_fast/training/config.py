@@ -130,7 +130,7 @@ class ScheduleOptions:
     momentum: float = 0.9
     """SGD momentum."""
     weight_decay: float = 5e-5
-    """Weight decay; decoupled from the gradients in AdamW."""
+    """Weight decay, also of the learned loss weights; of the networks decoupled from the gradients in AdamW."""
     schedule: Literal["steps", "cosine"] = "steps"
     """Decay of --lr after the warm-up: in steps, or toward 0 by a cosine."""
     warmup_epochs: int = 20

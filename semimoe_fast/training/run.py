@@ -68,6 +68,7 @@ class Run:
         run = cls(config, config.resume, Trainer(config, data, device, world), val, world)
         path = run.folder / LAST
         if not path.is_file():
+            run.require_unsaved()
             return run  # killed before its first checkpoint: start over with the same seed
         metadata, tensors = checkpoint.read(path)
         expected = run.metadata()
@@ -91,6 +92,16 @@ class Run:
             print(one_line(line))
         run.best_dice = metadata["best_dice"]
         return run
+
+    def require_unsaved(self) -> None:
+        """Raise UserError if a run without a checkpoint once had one: to start over would replace what it left."""
+        path = self.folder / METRICS_FILE
+        epochs = records.read(path)[-1:] if path.is_file() else []
+        if epochs and epochs[0]["epoch"] >= self.config.save_every:  # recorded after the first checkpoint
+            raise UserError(
+                f"{self.folder / LAST} is missing, but {epochs[0]['epoch'] + 1} epochs were trained: restore it, or "
+                "start a new run"
+            )
 
     def train(self, interruption: Interruption) -> bool:
         """Train to the last epoch; if interrupted, save a checkpoint and return False."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 from datetime import datetime
 from pathlib import Path
 
@@ -39,7 +40,8 @@ def refuse_used(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; give a folder as --out")
     if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        remedy = f", or --resume {folder} to continue its run" if (folder / CONFIG_FILE).exists() else ""
+        resume = f", or --resume {shlex.quote(str(folder))} to continue its run"
+        remedy = resume if (folder / CONFIG_FILE).exists() else ""
         raise UserError(f"{folder} is not empty; give another --out{remedy}")
 
 

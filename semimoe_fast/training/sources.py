@@ -17,7 +17,7 @@ from ..data.glands import glands
 from ..data.ragged import Ragged, load_whole
 from ..data.readers import mpp_of
 from ..data.scaled import differs
-from ..errors import UserError
+from ..errors import UserError, warn
 from .batches import TrainingData
 from .config import NONE, TrainConfig
 
@@ -183,6 +183,8 @@ def parts_of(config: TrainConfig) -> Parts:
     unlabeled = None
     if config.semi_supervised:
         unlabeled = config.unlabeled or only_part(config.data, "train_unsup_", "--unlabeled")
+    if config.val in (labeled, unlabeled):
+        warn(f"--val is {config.val}, whose images are also trained on: the scores say nothing of new images")
     return Parts(labeled, unlabeled, config.val)
 
 

@@ -87,6 +87,7 @@ def test_output_paths_are_checked_first(glands_folder: Path, finished: Path, tmp
     for command, arguments, message in (
         (train, ["--data", str(glands_folder), *SMALL, "--out", str(finished)], "is not empty; give another --out"),
         (train, ["--data", str(glands_folder), *SMALL, "--out", str(file)], "is a file; give a folder as --out"),
+        (train, ["--data", str(glands_folder), *SMALL, "--out", str(tmp_path / "cache")], "decoded images are kept"),
         (
             predict,
             ["--checkpoint", "none", "--input", str(glands_folder / "val" / "image"), "--out", str(file)],

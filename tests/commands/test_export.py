@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 import zipfile
 from collections.abc import Callable
@@ -233,7 +234,9 @@ def test_models_without_mask_missing_checkpoints_and_bad_outputs(tmp_path: Path)
     assert "no such checkpoint" in refused(tmp_path / "none", tmp_path / "out")
     assert "the checkpoint itself: give another file" in refused(model, model)
     assert "there is no folder" in refused(model, tmp_path / "none" / "model.pt2")
-    assert "a folder: give a file in it" in refused(model, tmp_path)
+    assert "which is a folder: give a file" in refused(model, tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    assert "a device or a pipe: give a file" in refused(model, tmp_path / "pipe")
 
 
 def test_missing_packages_and_too_large_models(model: Path, tmp_path: Path, monkeypatch) -> None:

@@ -52,6 +52,11 @@ ONE_HEAD = ([zeros(1, 2, 4, 4)], zeros(1, 1, 1), [zeros(2, 2)], [zeros(2)])
         (lambda: gate_with_shapes((1, 1, 2), (2, 2), 2), ValueError, "gate_weights"),
         (lambda: gate_with_shapes((1, 1, 1), (2, 3), 2), ValueError, "head_weights"),
         (lambda: gate_with_shapes((1, 1, 1), (2, 2), 3), ValueError, "head_biases"),
+        (lambda: gate_with_shapes((1, 1, 1), (2,), 2), ValueError, "head_weights"),
+        (lambda: gate_with_shapes((1, 1, 1), (2, 1, 1, 2), 2), ValueError, "head_weights"),
+        (lambda: F.squared_dice_loss(zeros(), zeros()), ValueError, "disagree"),
+        (lambda: F.tanh_mse_loss(zeros(), zeros()), ValueError, "disagree"),
+        (lambda: F.mix_projections(zeros(1, 1, 1, 4, 4), zeros(1, 1, 1), [zeros()]), ValueError, "head_biases"),
         (lambda: F.pseudo_labels(*ONE_HEAD), ValueError, "pseudo_labels takes"),
     ],
 )

@@ -20,7 +20,7 @@ from stopping import StopAfter
 
 from semimoe_fast import checkpoint, train
 from semimoe_fast.data.folders import read_image
-from semimoe_fast.errors import run_command
+from semimoe_fast.errors import UserError, run_command
 from semimoe_fast.training import config, run, run_folder
 
 TRAIN = [sys.executable, "-m", "semimoe_fast.train"]
@@ -336,6 +336,15 @@ def test_resume_of_a_finished_run_only_reports(finished: Path, tmp_path: Path, c
     resume(finished)
     assert (finished / run_folder.LAST).read_bytes() == before
     assert "last, gated" in capsys.readouterr().out
+
+
+def test_a_run_whose_checkpoint_is_lost_does_not_start_over(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / run_folder.LAST).unlink()
+    kept = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match=r"last\.safetensors is missing, but 3 epochs were trained: restore it, or"):
+        resume(folder)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == kept
 
 
 def test_supervised_baseline_takes_the_given_steps(tiny_config: config.TrainConfig, tmp_path: Path) -> None:
