@@ -338,8 +338,9 @@ def test_resume_of_a_finished_run_only_reports(finished: Path, tmp_path: Path, c
     assert "last, gated" in capsys.readouterr().out
 
 
-def test_a_run_whose_checkpoint_is_lost_does_not_start_over(finished: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(finished, tmp_path / "run")
+def test_a_run_whose_checkpoint_is_lost_does_not_start_over(tiny_config: config.TrainConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    start(tiny_config, folder, epochs=3, save_every=1)
     (folder / run_folder.LAST).unlink()
     kept = {path: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(UserError, match=r"last\.safetensors is missing, but 3 epochs were trained: restore it, or"):
