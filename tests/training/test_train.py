@@ -342,10 +342,10 @@ def test_a_run_whose_checkpoint_is_lost_does_not_start_over(tiny_config: config.
     folder = tmp_path / "run"
     start(tiny_config, folder, epochs=3, save_every=1)
     (folder / run_folder.LAST).unlink()
-    kept = {path: path.read_bytes() for path in folder.iterdir()}
+    kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"last\.safetensors is missing, but 3 epochs were trained: restore it, or"):
         resume(folder)
-    assert {path: path.read_bytes() for path in folder.iterdir()} == kept
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == kept
 
 
 def test_supervised_baseline_takes_the_given_steps(tiny_config: config.TrainConfig, tmp_path: Path) -> None:
