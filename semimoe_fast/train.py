@@ -19,7 +19,7 @@ import torch
 
 from .data.cache import Cache
 from .device import configure
-from .errors import UserError, explain, naming, one_line, run_command
+from .errors import UserError, explain, naming, one_line, run_command, warn
 from .training import distributed
 from .training.command_line import parse
 from .training.config import TrainConfig
@@ -29,6 +29,7 @@ from .training.lock import FolderLock
 from .training.memory import require_memory
 from .training.run import Run
 from .training.run_folder import cache_folder, refuse_used
+from .training.schedule import learning_rate
 from .training.sources import load_data
 
 
@@ -80,6 +81,9 @@ def configuration(given: Sequence[str] | TrainConfig | None, world: World, lock:
         config.check(world.size)
     else:
         config = parse(given, world.size)
+    if world.is_main and config.warmup_epochs >= config.epochs:
+        reached = learning_rate(config, config.epochs - 1, config.lr)
+        warn(f"--warmup-epochs is {config.warmup_epochs} of {config.epochs} epochs: --lr only rises to {reached:.3g}")
     if world.is_main and config.resume is not None:
         lock.take(config.resume)
     elif world.is_main and config.out is not None:

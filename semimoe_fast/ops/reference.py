@@ -135,10 +135,11 @@ def multi_gate(
 
     E x (B, C, H, W), (B, T, E), T x (O_k, C), T x (O_k,) -> T x (B, O_k, H, W).
     """
-    outputs = []
+    outputs, dtype = [], features[0].dtype
+    gate_weights = gate_weights.to(dtype)
     for task, (weight, bias) in enumerate(zip(head_weights, head_biases, strict=True)):
         fused = sum(gate_weights[:, task, e, None, None, None] * x for e, x in enumerate(features))
-        outputs.append(torch.einsum("oc,bchw->bohw", weight, fused) + bias[:, None, None])
+        outputs.append(torch.einsum("oc,bchw->bohw", weight.to(dtype), fused) + bias.to(dtype)[:, None, None])
     return tuple(outputs)
 
 

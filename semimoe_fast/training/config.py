@@ -134,7 +134,7 @@ class ScheduleOptions:
     schedule: Literal["steps", "cosine"] = "steps"
     """Decay of --lr after the warm-up: in steps, or toward 0 by a cosine."""
     warmup_epochs: int = 20
-    """Epochs in which the learning rate grows linearly from about 0."""
+    """Epochs in which the learning rate grows linearly, with --schedule steps from 0."""
     decay_epochs: int = 50
     """Epochs between two decays of --schedule steps."""
     decay: float = 0.5

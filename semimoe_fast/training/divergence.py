@@ -45,6 +45,6 @@ def _losses(record: Mapping[str, Any]) -> Iterator[tuple[str, float, str]]:
 
 
 def stop(what: str, epoch: int, options: str, folder: Path) -> NoReturn:
-    """Raise the UserError of a run that has diverged."""
+    """Raise the UserError of a run that has diverged. The message counts epochs from 1, as all lines of a run do."""
     kept = f"; {folder / LAST} was saved before" if (folder / LAST).exists() else ""
-    raise UserError(f"{what} in epoch {epoch}: restart with smaller {options}{kept}")
+    raise UserError(f"{what} in epoch {epoch + 1}: restart with smaller {options}{kept}")

@@ -23,19 +23,19 @@ ONE_STEP = {"epochs": 1, "steps_per_epoch": 1, "warmup_epochs": 0}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr": 1e38}, "the prediction 'gated' has values that are not finite in epoch 0: restart with smaller --lr"),
+        ({"lr": 1e38}, "the prediction 'gated' has values that are not finite in epoch 1: restart with smaller --lr"),
         (
             {"lr": 1e6, "steps_per_epoch": 6},
-            r"\S+ has values that are not finite in epoch 0: restart with smaller --lr",
+            r"\S+ has values that are not finite in epoch 1: restart with smaller --lr",
         ),
         (
             {"lr": 1e38, "steps_per_epoch": 2},
-            "the supervised mask loss became nan in epoch 0: restart with smaller --lr",
+            "the supervised mask loss became nan in epoch 1: restart with smaller --lr",
         ),
-        ({"regularizer": 1e38}, "the supervised loss became inf in epoch 0: restart with smaller --coefficients"),
+        ({"regularizer": 1e38}, "the supervised loss became inf in epoch 1: restart with smaller --coefficients"),
         (
             {"log_var_lr": 1e30},
-            "weight of the mask loss became inf in epoch 0: restart with smaller --log-var-lr",
+            "weight of the mask loss became inf in epoch 1: restart with smaller --log-var-lr",
         ),
     ],
 )
@@ -63,7 +63,7 @@ def test_checkpoints_before_the_divergence_stay(
     with pytest.raises(UserError) as caught:
         train.main(dataclasses.replace(tiny_config, out=folder))
     assert str(caught.value) == (
-        "gating.heads.0.bias has values that are not finite in epoch 1: restart with smaller "
+        "gating.heads.0.bias has values that are not finite in epoch 2: restart with smaller "
         f"{divergence.OF_STEPS}; {folder / run_folder.LAST} was saved before"
     )
     for name in (run_folder.BEST, run_folder.LAST):
@@ -99,6 +99,6 @@ def test_diverged_run_of_two_processes_ends_both_with_one_line(tiny_config: Trai
     ended = [child.wait() for child in start(config, tmp_path / "run", 2)]
     assert [end.status for end in ended] == [2, 2]
     told = "".join(end.output for end in ended)
-    assert len(re.findall("^error: .* in epoch 0: restart with smaller --lr", told, re.MULTILINE)) == 1
+    assert len(re.findall("^error: .* in epoch 1: restart with smaller --lr", told, re.MULTILINE)) == 1
     assert "Traceback" not in told
     assert not list((tmp_path / "run").glob("*.safetensors"))

@@ -348,6 +348,11 @@ def test_a_run_whose_checkpoint_is_lost_does_not_start_over(tiny_config: config.
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == kept
 
 
+def test_a_run_that_only_warms_up_warns(tiny_config: config.TrainConfig, tmp_path: Path, capsys) -> None:
+    start(tiny_config, tmp_path / "run", epochs=1, warmup_epochs=2)
+    assert "warning: --warmup-epochs is 2 of 1 epochs: --lr only rises to 0\n" in capsys.readouterr().err
+
+
 def test_supervised_baseline_takes_the_given_steps(tiny_config: config.TrainConfig, tmp_path: Path) -> None:
     start(tiny_config, tmp_path / "r", unlabeled="none", steps_per_epoch=2, epochs=1)
     record = json.loads((tmp_path / "r" / run_folder.METRICS_FILE).read_text())
