@@ -48,9 +48,12 @@ def _why_no_interpreter() -> str | None:
 
 @functools.cache
 def _why_no_gpu() -> str | None:
+    if torch.version.hip:
+        return "the kernels are for NVIDIA GPUs"
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"
     for index in range(torch.cuda.device_count()):
         if torch.cuda.get_device_capability(index) < OLDEST:
-            return f"{torch.cuda.get_device_name(index)} is older than sm {OLDEST[0]}{OLDEST[1]}"
+            name, oldest = torch.cuda.get_device_name(index), "{}{}".format(*OLDEST)
+            return f"{name} is older than sm {oldest}: leave it out of CUDA_VISIBLE_DEVICES, if there are others"
     return None

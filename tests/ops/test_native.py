@@ -16,7 +16,7 @@ import torch
 from forks import Ended, in_fork
 from patience import run_patiently
 
-from semimoe_fast.ops import _native
+from semimoe_fast.ops import _native, _triton
 
 SOURCES = Path(__file__).parents[2] / "csrc"
 
@@ -209,3 +209,15 @@ def test_python_calls_the_cuda_function_with_its_arguments(monkeypatch: pytest.M
     labels = torch.zeros(0, 4, 5, dtype=torch.int32)
     for targets in ({}, {"sdf": labels.float(), "boundary": labels.to(torch.uint8)}):
         _native._distance_cuda(native, labels, True, squared=labels, **targets)
+
+
+def test_one_old_gpu_keeps_triton_from_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (6, 1)][index])
+    assert _triton._why_no_gpu.__wrapped__().startswith(
+        "GPU 1 is older than sm 80: leave it out of CUDA_VISIBLE_DEVICES"
+    )
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert _triton._why_no_gpu.__wrapped__() == "the kernels are for NVIDIA GPUs"
