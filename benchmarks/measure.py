@@ -25,7 +25,7 @@ from semimoe_fast.errors import UserError, run_command
 from semimoe_fast.ops import _native
 
 from . import plot_targets
-from .record import ROOT, commit, machine, short, write_record
+from .record import ROOT, commit, counted, machine, short, write_record
 
 RESULTS = ROOT / "benchmarks" / "results"
 STAT = Path("/proc/stat")
@@ -120,8 +120,7 @@ def batch_norm(output: Output) -> dict[str, Table]:
         for benchmark in output.benchmarks:
             parameters = benchmark["params"]
             if parameters["peer"][1] == name:
-                threads = f"{parameters['threads']} thread{'s' * (parameters['threads'] > 1)}"
-                row = f"({', '.join(map(str, parameters['shape']))}), {threads}"
+                row = f"({', '.join(map(str, parameters['shape']))}), {counted(parameters['threads'])}"
                 cells.append((row, column, milliseconds(benchmark)))
     found = dict.fromkeys(column for _, column, _ in cells)
     ratios = {f"torch / {column}": ["torch", column] for column in ("AVX-512", "AVX2") if column in found}

@@ -22,7 +22,11 @@ def machine(threads: int) -> str:
     text = CPUINFO.read_text() if CPUINFO.exists() else ""
     models = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
     name = models[0] if models else platform.processor() or platform.machine()
-    return f"{name}, {threads} thread{'s' * (threads > 1)}"
+    return f"{name}, {counted(threads)}"
+
+
+def counted(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads > 1)}"
 
 
 def commit(*ignored: str) -> str | None:

@@ -61,7 +61,7 @@ class PredictConfig:
     out: Path
     """Folder for the masks NAME.png; it is created if missing."""
     overwrite: bool = False
-    """Replace existing files of the same names, of PNG and TIFF either one; images and the checkpoint never."""
+    """Replace existing files of the same names, whether PNG or TIFF; images and the checkpoint never."""
     scale: Annotated[float | None, "FLOAT", "see above"] = None
     """Predict in tiles at so many pixels of the model per pixel of the image, 0.01 to 16, whatever the checkpoint."""
     mpp: Annotated[float | None, "FLOAT", "see above"] = None

@@ -74,14 +74,16 @@ FUSED = {
     "fold_upsampling": Fused(fold_upsampling.fold_upsampling, cpu=_triton, cuda=_triton),
 }
 
+WITHOUT_DERIVATIVE = ("squared_distance", "distance_targets")
+
 
 def implementation(operation: str, device: torch.device) -> Callable[..., Any]:
     """The function that computes an operation on a device. Raises BackendError as `choose` does.
 
-    Under torch.func and in forward mode that is the reference, because the others are custom ops, of which PyTorch
-    would take zeros for the tangents.
+    Under torch.func and in forward mode that is the reference of what has a derivative, because the others are custom
+    ops, of which PyTorch would take zeros for the tangents.
     """
-    if not torch.compiler.is_compiling() and transformed():
+    if operation not in WITHOUT_DERIVATIVE and not torch.compiler.is_compiling() and transformed():
         return getattr(reference, operation)
     name = _chosen(operation, device.type, forced_backend())
     if name == "fused":

@@ -68,7 +68,7 @@ class Run:
         run = cls(config, config.resume, Trainer(config, data, device, world), val, world)
         path = run.folder / LAST
         if not path.is_file():
-            run.require_unsaved()
+            run._require_unsaved()
             return run  # killed before its first checkpoint: start over with the same seed
         metadata, tensors = checkpoint.read(path)
         expected = run.metadata()
@@ -93,7 +93,7 @@ class Run:
         run.best_dice = metadata["best_dice"]
         return run
 
-    def require_unsaved(self) -> None:
+    def _require_unsaved(self) -> None:
         """Raise UserError if a run without a checkpoint once had one: to start over would replace what it left."""
         path = self.folder / METRICS_FILE
         epochs = records.read(path)[-1:] if path.is_file() else []

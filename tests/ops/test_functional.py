@@ -390,12 +390,3 @@ def test_operations_compile_without_graph_breaks() -> None:
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*arguments, mask), step(*arguments, mask))
-
-
-@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
-def test_gates_in_the_dtype_of_the_features(backend: str) -> None:
-    """Whatever the dtype of the weights."""
-    features = [torch.randn(1, 4, 8, 8).bfloat16() for _ in range(2)]
-    gates, rows = torch.rand(1, 3, 2), (2, 1, 2)
-    outputs = F.multi_gate(features, gates, [torch.randn(k, 4) for k in rows], [torch.randn(k) for k in rows])
-    assert {output.dtype for output in outputs} == {torch.bfloat16}

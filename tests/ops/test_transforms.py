@@ -1,4 +1,4 @@
-"""Operations under torch.func and in forward mode, and under another default device of PyTorch."""
+"""Operations under torch.func and in forward mode, under other defaults of PyTorch, and with mixed dtypes."""
 
 from __future__ import annotations
 
@@ -79,3 +79,24 @@ def test_the_portable_distances_of_wide_images(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("semimoe_fast.ops.portable.ROW_CHUNK", 48)  # 3 of 16 pixels
     with backend("portable"):
         assert torch.equal(F.squared_distance(labels), expected)
+
+
+@pytest.mark.parametrize("name", ["reference", "portable"])
+def test_gates_in_the_dtype_of_the_features(name: str) -> None:
+    """Whatever the dtype of the weights."""
+    gates, biases = torch.rand(2, 3, 2), [torch.randn(len(weight)) for weight in WEIGHTS]
+    with backend(name):
+        outputs = F.multi_gate([X.bfloat16(), X.bfloat16()], gates, WEIGHTS, biases)
+    assert {output.dtype for output in outputs} == {torch.bfloat16}
+
+
+def test_targets_within_a_transform(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Targets have no derivative, so the backend that serves otherwise computes them, not the slow reference."""
+    monkeypatch.setattr(ops.reference, "distance_targets", lambda *_: pytest.fail("the reference computes targets"))
+
+    def loss(x: Tensor) -> Tensor:
+        return F.tanh_mse_loss(x, F.distance_targets(MASKS)[0])
+
+    raw = X[:, :1].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(raw), raw)
+    torch.testing.assert_close(torch.func.grad(loss)(X[:, :1]), expected)
