@@ -19,7 +19,7 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr int kAbi = 7;  // raise it with every change of a signature below, and in semimoe_fast/ops/_native.py
+constexpr int kAbi = 8;  // raise it with every change of a signature below, and in semimoe_fast/ops/_native.py
 
 template <class T>
 T* at(std::uintptr_t address) {
@@ -261,5 +261,6 @@ PYBIND11_MODULE(_semimoe_fast, module) {
              py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("words"), py::arg("gaps"), py::arg("far"),
              py::arg("state"), py::arg("squared"), py::arg("squared_ring_radius"), py::arg("sdf"), py::arg("boundary"),
              py::arg("stream"), without_gil);
+  module.def("driver_version", &semimoe::driver_version);
 #endif
 }

@@ -140,4 +140,10 @@ void launch(const Problem& problem, void* stream_address) {
   if (problem.sdf) launch(distance_write_targets_kernel, problem, {tiles}, stream);
 }
 
+int driver_version() {
+  int version = 0;
+  cudaDriverGetVersion(&version);  // an error would be that of an earlier launch
+  return version;
+}
+
 }  // namespace semimoe

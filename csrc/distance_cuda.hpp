@@ -36,4 +36,7 @@ struct Problem {
 // Writes problem.sdf and problem.boundary or, if sdf is null, problem.squared.
 void launch(const Problem& problem, void* stream);
 
+// The newest CUDA that the driver can run, as 1000 major + 10 minor; 0 without a driver.
+int driver_version();
+
 }  // namespace semimoe

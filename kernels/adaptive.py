@@ -22,14 +22,14 @@ def adaptive_loss_fwd_kernel(
     terms,  # (T,)
     log_vars,  # (T,)
     total,  # () out
-    COEFFICIENTS: tl.constexpr,  # T numbers
-    REGULARIZER: tl.constexpr,
+    coefficients,  # T numbers
+    regularizer,
 ):
     result = 0.0
-    for j in tl.static_range(len(COEFFICIENTS)):
+    for j in tl.static_range(len(coefficients)):
         s = tl.load(log_vars + j).to(tl.float32)
         term = tl.load(terms + j).to(tl.float32)
-        result += COEFFICIENTS[j] * tl.exp(-s) * term + REGULARIZER * tl.exp(s)
+        result += coefficients[j] * tl.exp(-s) * term + regularizer * tl.exp(s)
     tl.store(total, result)
 
 
@@ -40,16 +40,16 @@ def adaptive_loss_bwd_kernel(
     log_vars,  # (T,)
     grad_terms,  # (T,) out
     grad_log_vars,  # (T,) out
-    COEFFICIENTS: tl.constexpr,
-    REGULARIZER: tl.constexpr,
+    coefficients,
+    regularizer,
 ):
     gradient = tl.load(grad_output).to(tl.float32)
-    for j in tl.static_range(len(COEFFICIENTS)):
+    for j in tl.static_range(len(coefficients)):
         s = tl.load(log_vars + j).to(tl.float32)
         term = tl.load(terms + j).to(tl.float32)
-        weight = COEFFICIENTS[j] * tl.exp(-s)
+        weight = coefficients[j] * tl.exp(-s)
         tl.store(grad_terms + j, gradient * weight)
-        tl.store(grad_log_vars + j, gradient * (REGULARIZER * tl.exp(s) - weight * term))
+        tl.store(grad_log_vars + j, gradient * (regularizer * tl.exp(s) - weight * term))
 
 
 def forward(terms: Tensor, log_vars: Tensor, coefficients: Sequence[float], regularizer: float) -> Tensor:

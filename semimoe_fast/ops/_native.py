@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import UserError
 from ._backend import BackendError, forced_backend
 
-ABI = 7  # must equal the ABI of csrc/bindings.cpp
+ABI = 8  # must equal the ABI of csrc/bindings.cpp
 REMEDY = "run `pip install .` in the project's folder"
 INT32_MAX = 2**31 - 1
 SLAB_ROWS, TILE_COLUMNS, PLANES = 32, 256, 5  # must equal those of csrc/distance_cuda.hpp and csrc/general_path.cuh
@@ -44,7 +44,7 @@ def why_unavailable(device_type: str) -> str | None:
         return f"the compiled module serves cpu and cuda tensors, not {device_type}"
     if native.built_with["cuda"] is None:
         return f"the compiled module was built without CUDA: {REMEDY} where nvcc is installed"
-    return _why_no_gpu(native.built_with["cuda_archs"])
+    return _why_no_gpu(native.built_with["cuda_archs"]) or _why_old_driver(native)
 
 
 def module_for(device_type: str) -> ModuleType:
@@ -218,6 +218,18 @@ def _why_no_gpu(archs: str) -> str | None:
             gpu = f"{major}{minor}"
             return f"the compiled module was built for sm {archs}, not {gpu}: {REMEDY} with {gpu} in SEMIMOE_CUDA_ARCHS"
     return None
+
+
+def _why_old_driver(native: ModuleType) -> str | None:
+    """A driver runs programs of its own major version of CUDA and of older ones."""
+    built, driver = native.built_with["cuda"], native.driver_version()
+    if driver // 1000 >= int(built.split(".")[0]):
+        return None
+    newest = f"{driver // 1000}.{driver % 1000 // 10}"
+    return (
+        f"the compiled module was built with CUDA {built}, but the driver runs CUDA {newest} at most: "
+        f"update the driver, or {REMEDY} with an older nvcc"
+    )
 
 
 def _check(labels: Tensor, **outputs: tuple[Tensor, torch.dtype]) -> None:

@@ -181,6 +181,19 @@ def test_unsupported_gpu_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "with 70 in SEMIMOE_CUDA_ARCHS" in reason
 
 
+@pytest.mark.parametrize(("driver", "runs"), [(13000, True), (14010, True), (12080, False)])
+def test_old_driver_is_explained(driver: int, runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    built_with = {"cuda": "13.0.88", "cuda_archs": "80 90"}
+    module = types.SimpleNamespace(built_with=built_with, driver_version=lambda: driver)
+    monkeypatch.setattr(_native, "module", lambda: module)
+    monkeypatch.setattr(_native, "_why_no_gpu", lambda archs: None)
+    reason = _native.why_unavailable("cuda")
+    if runs:
+        assert reason is None
+    else:
+        assert "built with CUDA 13.0.88, but the driver runs CUDA 12.8 at most: update" in reason
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")
 @pytest.mark.parametrize(
     "architecture", [90, *(pytest.param(sm, marks=pytest.mark.slow) for sm in (75, 80, 86, 89, 100, 120))]
@@ -206,6 +219,7 @@ def test_python_calls_the_cuda_function_with_its_arguments(monkeypatch: pytest.M
         pytest.skip("the compiled module was built without CUDA")
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
+    assert native.driver_version() >= 0
     labels = torch.zeros(0, 4, 5, dtype=torch.int32)
     for targets in ({}, {"sdf": labels.float(), "boundary": labels.to(torch.uint8)}):
         _native._distance_cuda(native, labels, True, squared=labels, **targets)

@@ -58,11 +58,17 @@ SPARE = 3  # with more loads or stores beyond the minimum, something is read or 
 def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """The report, from a process of its own, because Triton chooses only once whether it interprets or compiles."""
     file = tmp_path_factory.mktemp("report") / "report.json"
+    run_without_interpreter("-m", "benchmarks.static_report", "--json", file)
+    return json.loads(file.read_text())
+
+
+def run_without_interpreter(*arguments: str | Path) -> str:
+    """The output of Python with arguments, such that Triton compiles kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.static_report", "--json", file]
+    command = [sys.executable, "-W", "ignore", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return json.loads(file.read_text())
+    return done.stdout
 
 
 def launches(tables: dict[str, list[dict[str, Any]]]) -> dict[tuple, list[dict[str, Any]]]:
@@ -115,6 +121,22 @@ def test_products_run_on_tensor_cores(tables) -> None:
         return (row["tensor-core instructions"] > 0) == ((row["operation"], position) in feature_passes)
 
     assert failing(tables, is_right) == []
+
+
+def test_new_coefficients_of_the_adaptive_loss_need_no_new_kernel() -> None:
+    program = """if True:
+        import torch
+        from benchmarks.launches import recorded
+        from semimoe_fast.kernels import adaptive
+        terms, log_vars = torch.empty(2, 3, device="meta")
+        with recorded(90) as launches:
+            for coefficients in ((1.0, 0.5, 1.0), (0.0, 0.25, 3.0)):
+                adaptive.forward(terms, log_vars, coefficients, coefficients[1])
+                adaptive.backward(terms[0], terms, log_vars, coefficients, coefficients[1])
+        assert len(launches) == 4
+        print(len({launch.binary for launch in launches}))
+    """
+    assert run_without_interpreter("-c", program) == "2\n"
 
 
 def test_traffic_is_at_most_10_percent_above_the_floor(tables) -> None:
