@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ..errors import UserError
 from ..options import read_options
-from .config import MUTABLE, TrainConfig, flag, read_config
+from .config import MUTABLE, NONE, TrainConfig, flag, read_config
 
 RECIPES: dict[str, dict[str, Any]] = {  # defaults that differ from the paper's
     "published": {},
@@ -67,6 +67,7 @@ def parse(arguments: Sequence[str] | None = None, processes: int = 1) -> TrainCo
     config = TrainConfig(**values)
     if config.resume is not None:
         _refuse_changes(default, config)
+    _refuse_unused(default, config)
     config.check(processes)
     return config
 
@@ -83,3 +84,19 @@ def _refuse_changes(stored: TrainConfig, config: TrainConfig) -> None:
                 f"{'none' if before is None else before}: "
                 "leave it out, or start a new run"
             )
+
+
+def _refuse_unused(default: TrainConfig, config: TrainConfig) -> None:
+    """Raise UserError if an option was given that changes nothing beside the others."""
+    unused = {
+        "with --schedule cosine": ("decay", "decay_epochs") if config.schedule == "cosine" else (),
+        "with --optimizer adamw": ("momentum",) if config.optimizer == "adamw" else (),
+        "without --data": ("labeled", "val") if config.data is None else (),
+        "with --data": ("synthetic",) if config.data is not None else (),
+    }
+    for reason, names in unused.items():
+        for name in names:
+            if (value := getattr(config, name)) != getattr(default, name):
+                raise UserError(f"{flag(name)} is {value}, which changes nothing {reason}: leave it out")
+    if config.data is None and config.unlabeled not in (None, NONE):
+        raise UserError(f"--unlabeled is {config.unlabeled}, but there is no --data: leave it out, or give none")

@@ -159,6 +159,16 @@ def refused(command, arguments: list[str]) -> str:
             "--schedule cosine --epochs 3 --warmup-epochs 3",
             "--warmup-epochs is 3 of 3 epochs, which leaves none to --schedule cosine: give a smaller number",
         ),
+        (
+            "--schedule cosine --decay 0.3",
+            "--decay is 0.3, which changes nothing with --schedule cosine: leave it out",
+        ),
+        ("--recipe strong --momentum 0.5", "--momentum is 0.5, which changes nothing with --optimizer adamw"),
+        ("--val test", "--val is test, which changes nothing without --data: leave it out"),
+        (
+            "--unlabeled train_unsup_68",
+            "--unlabeled is train_unsup_68, but there is no --data: leave it out, or give none",
+        ),
         ("--ema 1", "--ema is 1.0: give a decay between 0 and 1, such as 0.999"),
         ("--accumulate 0", "--accumulate is 0: give a positive number"),
         (
@@ -174,7 +184,7 @@ def refused(command, arguments: list[str]) -> str:
         ("--device cuda:99", "--device is 'cuda:99', but torch sees"),
         ("--device tpu", "--device is 'tpu'"),
         ("--resume nowhere", "nowhere: holds no run to resume"),
-        ("--data nowhere", "nowhere"),
+        ("--data glands", "--synthetic is (2, 4, 2), which changes nothing with --data: leave it out"),
     ],
 )
 def test_bad_configurations_are_refused_before_training(
