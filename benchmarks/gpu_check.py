@@ -24,6 +24,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,7 +32,7 @@ if not __package__:  # run by its path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import gpu_stages
-from benchmarks.gpu_stages import BUILT, NEEDS, ROOT, STAGES, TOOLS, UNFINISHED, Record, Work, read
+from benchmarks.gpu_stages import BUILT, NEEDS, OLDEST, ROOT, STAGES, TOOLS, UNFINISHED, Record, Work, read
 from benchmarks.record import commit
 
 OUT = ROOT / "benchmarks" / "results" / "gpu_check.json"
@@ -99,9 +100,10 @@ def missing(stage: str) -> list[str]:
     def is_there(name: str) -> bool:
         if name in TOOLS:
             return any(shutil.which(name, path=place) for place in (None, sysconfig.get_path("scripts")))
-        return importlib.util.find_spec(name) is not None
+        oldest = OLDEST.get(name, 0)
+        return importlib.util.find_spec(name) is not None and (not oldest or int(version(name).split(".")[0]) >= oldest)
 
-    return [name for name in NEEDS[stage] if not is_there(name)]
+    return [f"{name} {OLDEST.get(name, '')}".strip() for name in NEEDS[stage] if not is_there(name)]
 
 
 def check_machine() -> None:

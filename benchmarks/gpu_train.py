@@ -24,7 +24,7 @@ from semimoe_fast.synthetic import Folder, write
 from semimoe_fast.training import run_folder
 from semimoe_fast.training.config import TrainConfig
 
-RECIPE = TrainConfig(epochs=10)
+RECIPE = TrainConfig(epochs=10, save_every=10)  # a checkpoint has 0.8 GB, and writing it may take longer than an epoch
 RUNS: dict[str, dict[str, Any]] = {
     "graph": {},
     "eager": {"cuda_graph": False},

@@ -48,26 +48,32 @@ def configure(device: torch.device, precision: Precision, deterministic: bool) -
     """Set torch's global switches for a run; return one line that describes the settings.
 
     cudnn.benchmark is on because input shapes are constant, and off for deterministic runs because the fastest
-    algorithm may differ from run to run. TF32 is on with bf16 only, so that fp32 is full fp32.
+    algorithm may differ from run to run.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads this when it starts
         # warn_only: torch calls the backward of max pooling nondeterministic, but 2 x 2 windows do not overlap.
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time
+    configure_prediction(device, precision)
     bf16 = in_bf16(precision, device)
     settings = ["bf16 autocast" if bf16 else "fp32", "channels-last"]
     if device.type == "cpu":
-        keep_freed_memory()
         return ", ".join([f"CPU, threads: {torch.get_num_threads()}", *settings])
     torch.backends.cudnn.benchmark = not deterministic
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = bf16
     settings += [
         f"TF32 {'on' if bf16 else 'off'}",
         f"cudnn.benchmark {'off' if deterministic else 'on'}",
         *(["deterministic"] if deterministic else []),
     ]
     return ", ".join([torch.cuda.get_device_name(device), *settings])
+
+
+def configure_prediction(device: torch.device, precision: Precision) -> None:
+    """Set torch's global switches for predictions. TF32 is on with bf16 only, so that fp32 is full fp32."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = in_bf16(precision, device)
+    if device.type == "cpu":
+        keep_freed_memory()
 
 
 def keep_freed_memory() -> None:

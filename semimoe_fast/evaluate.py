@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from . import checkpoint
 from .checkpoint import Preprocessing, write_atomically
 from .data.folders import list_pairs
-from .device import Precision, choose_device
+from .device import Precision, choose_device, configure_prediction
 from .errors import UserError, one_line, run_command, warn
 from .evaluation.files import Evaluation, evaluate_files, evaluate_model, match_predictions
 from .evaluation.page import page
@@ -104,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = config.checkpoint.parent
         require_distinct(outputs, [*files, config.checkpoint, run / CONFIG_FILE, run / METRICS_FILE])
         device = choose_device(config.device)
+        configure_prediction(device, config.precision)
         model, metadata, _ = checkpoint.load(config.checkpoint, device)
         require_mask(config.checkpoint, model)
         preprocessing = Preprocessing.of(config.checkpoint, metadata)

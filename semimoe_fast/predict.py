@@ -20,7 +20,7 @@ from . import checkpoint
 from .checkpoint import MOST_PIXELS, Preprocessing
 from .data.folders import list_images
 from .data.readers import SLIDES, Reader
-from .device import Precision, choose_device, keep_freed_memory
+from .device import Precision, choose_device, configure_prediction
 from .errors import UserError, one_line, printable, run_command, warn
 from .inference.finished import Finished
 from .inference.folding import folded
@@ -170,8 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if config.instances:
         skimage()  # an error now, and not after the first image
     device = choose_device(config.device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    configure_prediction(device, config.precision)
     model, metadata, _ = checkpoint.load(config.checkpoint, device)
     require_mask(config.checkpoint, model)
     preprocessing = Preprocessing.of(config.checkpoint, metadata)

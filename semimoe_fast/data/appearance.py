@@ -110,7 +110,8 @@ def _change(images: Tensor, appearance: Appearance, part: slice) -> None:
     density, gain, kernel, noise = appearance
     if density is not None:
         logarithm = _log(images.clamp_(min=1)).flatten(2)
-        changed = torch.baddbmm(density.shift[part], density.matrix[part], logarithm)
+        product = torch.baddbmm if images.is_cpu else _baddbmm
+        changed = product(density.shift[part], density.matrix[part], logarithm)
         torch.exp2(changed.view(images.shape), out=images)
     if gain is not None:
         images.mul_(gain[part].view(-1, 1, 1, 1))
@@ -129,6 +130,13 @@ def _log(images: Tensor) -> Tensor:
         return images.log_()
     np.log(images.numpy(), out=images.numpy())
     return images
+
+
+def _baddbmm(shift: Tensor, matrix: Tensor, x: Tensor) -> Tensor:
+    """As torch.baddbmm for (B, 3, 1), (B, 3, 3) and (B, 3, P), which on a GPU may round to TF32."""
+    for channel in range(3):
+        shift = torch.addcmul(shift, matrix[:, :, channel, None], x[:, channel, None])
+    return shift
 
 
 def _density(scale: Tensor, shift: Tensor) -> Density:
@@ -174,7 +182,7 @@ def _convolve(images: Tensor, kernel: Tensor) -> None:
             images.addcmul_(padded.narrow(axis, radius + distance, side), weight)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.cache  # of any size: captured CUDA graphs go on reading a table
 def _noise_table(length: int, device: torch.device) -> Tensor:
     """Normal random numbers, float32 (length,), the same on every device. The noise of an image is a random part of it.
 

@@ -83,15 +83,20 @@ def in_tiles(
     empty: the values of the F fields in tiles that `is_empty` tells; they are used with skip_background only. tile:
     side of the tiles, a multiple of 16. batch: most tiles in one call of `forward`.
     """
-    (height, width), rows, columns = image.size, axis(image.size[0], tile), axis(image.size[1], tile)
+    height, width = image.size
+    rows, columns = ([(start, w.to(device)) for start, w in axis(length, tile)] for length in (height, width))
     side = len(rows[0][1])
     band = torch.zeros(len(empty), side, width, device=device)
     strips = _strips(image, [top for top, _ in rows], side)
     for (top, down), end, strip in zip(rows, [*(top for top, _ in rows[1:]), height], strips, strict=True):
-        pixels = torch.from_numpy(strip).to(device).permute(2, 0, 1)
+        read = torch.from_numpy(strip).permute(2, 0, 1)
+        skipped = [
+            skip_background and is_empty(read[..., left : left + len(across)]) for left, across in columns
+        ]  # before the copy, so that a GPU does not have to answer
+        pixels = read.to(device)
         cut = [(left, across, pixels[..., left : left + len(across)]) for left, across in columns]
-        for left, across, fields in _fields(cut, forward, empty, batch, skip_background):
-            band[..., left : left + len(across)] += fields * (down[:, None] * across).to(device)
+        for left, across, fields in _fields(cut, skipped, forward, empty, batch):
+            band[..., left : left + len(across)] += fields * (down[:, None] * across)
         yield top, band[:, : end - top].to("cpu", copy=True)
         band = torch.cat([band[:, end - top :], band.new_zeros(len(band), end - top, width)], 1)
 
@@ -115,13 +120,12 @@ def _strips(image: Reader, tops: Sequence[int], height: int) -> Iterator[np.ndar
 
 def _fields(
     cut: Sequence[tuple[int, Tensor, Tensor]],
+    skipped: Sequence[bool],
     forward: Forward,
     empty: Sequence[float],
     batch: int,
-    skip_background: bool,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """First column, weights and fields of the tiles (first column, weights, pixels) of a row."""
-    skipped = [skip_background and is_empty(pixels) for _, _, pixels in cut]
+    """First column, weights and fields of the tiles (first column, weights, pixels) of a row; `empty` if skipped."""
     for (left, across, pixels), skip in zip(cut, skipped, strict=True):
         if skip:
             yield left, across, torch.tensor(empty, device=pixels.device)[:, None, None]

@@ -124,7 +124,7 @@ class Batches:
     """The batches of a run, on the device, for any epoch.
 
     data_device: memory of all images, "device" or "host". From the host, a thread prepares batches ahead in pinned
-    memory, and copies to the device overlap with computation.
+    memory, and the process does not wait for the copies, which the device makes between the steps.
     """
 
     def __init__(self, config: TrainConfig, data: TrainingData, device: torch.device, world: World) -> None:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -74,6 +75,16 @@ def test_predict_never_overwrites_an_image(folder_run: Path, glands_folder: Path
         )
         assert "masks would replace them" in message
     assert {path: path.read_bytes() for path in images.iterdir()} == before
+
+
+@pytest.mark.parametrize("command", [evaluate, predict])
+def test_predictions_in_fp32_use_no_tf32(command, folder_run: Path, glands_folder: Path, tmp_path: Path) -> None:
+    images = ["--input", str(glands_folder / "val" / "image"), "--out", str(tmp_path / "masks")]
+    images = images if command is predict else ["--data", str(glands_folder)]
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    command.main(["--checkpoint", str(folder_run / run_folder.BEST), "--device", "cpu", "--precision", "fp32", *images])
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 def fail_if_decoding(patch: pytest.MonkeyPatch) -> None:

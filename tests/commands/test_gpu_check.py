@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -103,6 +104,11 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
 def test_results_survive_failures_crashes_and_the_time_limit(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    late = []
+
+    def monotonic() -> float:
+        return math.inf if late and late.pop() else time.monotonic()
+
     class Impatient(subprocess.Popen):
         """The time limit is reached when the slow test has begun, however long that takes."""
 
@@ -110,11 +116,13 @@ def test_results_survive_failures_crashes_and_the_time_limit(
             while self.poll() is None and timeout is not None and timeout > gpu_stages.GRACE:
                 if (reached := tmp_path / "reached").exists():
                     reached.unlink()
+                    late.append(True)
                     raise subprocess.TimeoutExpired(self.args, timeout)
                 time.sleep(0.05)
             return super().wait(timeout)
 
     monkeypatch.setattr(gpu_stages.subprocess, "Popen", Impatient)
+    monkeypatch.setattr(gpu_stages, "time", SimpleNamespace(monotonic=monotonic))
     status, result = start("tests", "ops")
     assert status == 1
     stages = result["stages"]
@@ -284,6 +292,8 @@ def test_stage_without_its_packages_is_skipped(start: Start, monkeypatch: pytest
     assert result["stages"]["train"]["status"] == "passed"
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name, path=None: None)
     assert gpu_check.missing("build") == list(gpu_stages.TOOLS)
+    monkeypatch.setattr(gpu_check, "version", lambda name: "76.1.0")
+    assert gpu_check.missing("build") == ["setuptools 77", *gpu_stages.TOOLS]
 
 
 def test_machine_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,6 +395,24 @@ def test_copies_of_the_inputs_exceed_the_l2_cache(monkeypatch: pytest.MonkeyPatc
     assert copies_beyond_cache(2**20, torch.device("cuda")) == 51
     assert copies_beyond_cache(2**30, torch.device("cuda")) == 1
     assert copies_beyond_cache(2**20, torch.device("cpu")) == 1
+
+
+@pytest.mark.parametrize(
+    ("test", "first"),
+    [
+        ("tests/ops/test_distance.py::test_random_masks[cuda]", True),
+        ("tests/ops/test_instances.py::test_touching_instances[cuda-1-40-5]", True),
+        ("tests/ops/test_targets.py::test_device_arrays_of_other_libraries[numba.cuda]", True),
+        ("tests/training/test_graphs.py::test_cuda_graph_equals_the_eager_step[{}]", True),
+        ("tests/training/test_graphs.py::test_step_does_not_synchronize_the_device[published]", True),
+        ("tests/ops/test_distance_cuda.py::test_random_instances[cuda on the cpu]", False),
+        ("tests/ops/test_distance_cuda.py::test_far_dots", False),
+        ("tests/ops/test_native.py::test_cuda_kernels_compile_without_spills[90]", False),
+        ("tests/commands/test_gpu_check.py::test_machine_without_a_gpu_is_refused", False),
+    ],
+)
+def test_tests_that_need_the_gpu_run_first(test: str, first: bool) -> None:
+    assert any(re.search(pattern, test) for pattern in gpu_stages.TESTS_FIRST[:2]) == first
 
 
 @pytest.mark.parametrize(

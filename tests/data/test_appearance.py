@@ -131,6 +131,11 @@ def test_a_batch_at_once_gives_the_same(images: Tensor) -> None:
     torch.testing.assert_close(together, apply(images.clone(), appearance), rtol=2e-5, atol=1e-3)
 
 
+def test_stain_of_a_gpu_equals_the_matrix_product() -> None:
+    shift, matrix, x = torch.randn(2, 3, 1), torch.randn(2, 3, 3), torch.randn(2, 3, 50)
+    torch.testing.assert_close(module._baddbmm(shift, matrix, x), torch.baddbmm(shift, matrix, x))
+
+
 def test_channels_last_images_give_the_same(images: Tensor) -> None:
     appearance = drawn(stain=0.2, brightness=0.2, blur=1.0, noise=0.1)
     other = images.clone(memory_format=torch.channels_last)
