@@ -214,6 +214,7 @@ def test_bus_error_of_a_truncated_large_part_is_not_silent(
     root: Path, cached: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "MOST_IN_MEMORY", 0)
+    cached.load_part(root, "train", SIZE, True)  # not in the child: PyTorch may fail in new threads of a forked process
 
     def child() -> None:
         faulthandler.disable()  # that of pytest
