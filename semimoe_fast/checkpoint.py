@@ -180,8 +180,8 @@ def read(path: str | Path, device: str | torch.device = "cpu") -> tuple[dict[str
     """Read metadata and all tensors of a checkpoint without building the model. Raises UserError as `load` does."""
     path = Path(path)
     if not path.is_file():
-        what = "is no file" if path.exists() else "no such checkpoint"
-        raise UserError(f"{path}: {what}; give the best.safetensors or last.safetensors of a run folder")
+        what = "is no file" if path.exists() else "does not exist"
+        raise UserError(f"{path} {what}: give the best.safetensors or last.safetensors of a run folder")
     try:
         with path.open("rb") as opened, safe_open(_utf8(path, opened), framework="pt", device=str(device)) as file:
             header = (file.metadata() or {}).get(METADATA_KEY)

@@ -38,7 +38,7 @@ UNSETTLED = ("checkpoint", "input", "out", "overwrite")  # options that do not d
 MOST_IN_MEMORY = 2**24  # pixels of an image whose instances are separated at once, which takes 50 bytes a pixel
 MOST_WITH_OVERLAY = 2**26  # pixels of an image for --overlay, which holds it as a whole
 OME = ".ome.tif"  # ending of the files of fields
-BAR = "{desc}{percentage:3.0f}%|{bar}| {n:.2f}/{total} images [{elapsed}<{remaining}]"
+BAR = "{desc}{percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"  # parts of a large image count, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +229,8 @@ def predict_all(
                 warn(f"{error}; going on with the other images")
                 failed.append(path)
             bar.update(number - bar.n)  # the rest of an image that failed
-    print(one_line(f"masks written to {config.out}: {len(outputs) - len(failed)}"))
+    kinds = ", ".join(next(iter(outputs.values())))
+    print(one_line(f"{len(outputs) - len(failed)} images predicted to {config.out}: {kinds}"))
     if failed:
         names = ", ".join(path.name for path in failed)
         print(one_line(f"error: {len(failed)} of {len(outputs)} images failed: {names}"), file=sys.stderr)

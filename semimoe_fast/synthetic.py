@@ -8,10 +8,11 @@ from typing import Annotated
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from .checkpoint import write_atomically
 from .data.glands import picture
-from .errors import UserError, run_command
+from .errors import UserError, one_line, run_command
 from .options import read_options
 
 MOST_IMAGES, MOST_SIDE = 10**6, 16384
@@ -40,7 +41,7 @@ class Folder:
 
 
 def write(folder: Folder) -> None:
-    """Draw the three parts of a data set and save them below `folder.out`. All pictures are different.
+    """Draw the three parts of a data set and save them below `folder.out`, with a progress bar. All pictures differ.
 
     Raises UserError for a folder that is not empty and for numbers out of range.
     """
@@ -64,7 +65,7 @@ def write(folder: Folder) -> None:
     for part, count, with_masks in parts:
         for kind in ("image", "mask") if with_masks else ("image",):
             (folder.out / part / kind).mkdir(parents=True)
-        for index in range(count):
+        for index in tqdm(range(count), part, leave=False, disable=None):
             name = f"{index:04d}.png"
             image, ids = picture(_shape(folder, number), folder.size, folder.seed, number, number < folder.labeled)
             _save(image.transpose(1, 2, 0).copy(), folder.out / part / "image" / name)
@@ -88,7 +89,10 @@ def _save(pixels: np.ndarray, path: Path) -> None:
 
 
 def main() -> None:
-    write(read_options(Folder, "semimoe_fast.synthetic"))
+    folder = read_options(Folder, "semimoe_fast.synthetic")
+    write(folder)
+    counts = f"{folder.labeled} labeled, {folder.unlabeled} unlabeled and {folder.val} validation images"
+    print(one_line(f"{folder.out}: {counts}"))
 
 
 if __name__ == "__main__":

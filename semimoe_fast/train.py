@@ -83,7 +83,10 @@ def configuration(given: Sequence[str] | TrainConfig | None, world: World, lock:
         config = parse(given, world.size)
     if world.is_main and config.warmup_epochs >= config.epochs:
         reached = learning_rate(config, config.epochs - 1, config.lr)
-        warn(f"--warmup-epochs is {config.warmup_epochs} of {config.epochs} epochs: --lr only rises to {reached:.3g}")
+        warn(
+            f"--warmup-epochs is {config.warmup_epochs} of {config.epochs} epochs: --lr only rises to {reached:.3g}; "
+            "give fewer"
+        )
     if world.is_main and config.resume is not None:
         lock.take(config.resume)
     elif world.is_main and config.out is not None:

@@ -70,7 +70,7 @@ def rewritten(path: Path, changes: dict) -> None:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda path: None, "no such checkpoint"),
+        (lambda path: None, "does not exist"),
         (lambda path: path.mkdir(), "is no file"),
         (lambda path: write_bytes(path, b""), "not a readable checkpoint"),
         (lambda path: write_bytes(path, b"\x80\x04 pickle?"), "not a readable checkpoint"),
@@ -387,5 +387,5 @@ def test_checkpoint_that_may_not_be_read_is_not_called_damaged(
     with pytest.raises(UserError, match="you may not read it; change its permissions"):
         checkpoint.read(finished / "last.safetensors")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="pipe: is no file; give the best"):
+    with pytest.raises(UserError, match="pipe is no file: give the best"):
         checkpoint.read(tmp_path / "pipe")

@@ -101,7 +101,7 @@ def export(model: SemiMoE, preprocessing: Preprocessing, path: Path, form: Forma
 def require_onnx() -> None:
     """Raise UserError unless the packages that write and check ONNX files are installed."""
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
-        raise UserError(f"{' and '.join(missing)} for ONNX not installed: run `pip install 'semimoe_fast[export]'`")
+        raise UserError(f"an ONNX file needs {', '.join(missing)}: run `pip install {' '.join(missing)}`")
 
 
 def description(model: SemiMoE, preprocessing: Preprocessing) -> dict[str, str]:
@@ -138,7 +138,8 @@ def _traced(predictor: Predictor) -> torch.export.ExportedProgram:
 
 
 def _save_pt2(predictor: Predictor, path: Path, texts: Mapping[str, str], outputs: Sequence[str]) -> None:
-    with path.open("wb") as file:  # torch warns of a path that does not end in .pt2
+    with path.open("wb") as file, warnings.catch_warnings():  # torch warns of a path that does not end in .pt2
+        warnings.filterwarnings("ignore", "No complete tensor found", UserWarning)  # of buffers that share memory
         torch.export.save(_traced(predictor), file, extra_files=dict(texts))
 
 

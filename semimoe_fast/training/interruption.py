@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 
@@ -39,5 +40,7 @@ class Interruption:
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self.received = number
+        if self.world.is_main:  # not by print, which a signal may have interrupted
+            os.write(2, f"\n{self.name}: stopping after this step\n".encode())
         if self.world.size == 1:
             signal.signal(number, self.previous[number])

@@ -30,7 +30,7 @@ def draw_curves(records: Records, tasks: Sequence[str], path: Path | IO[bytes]) 
     """
     figure = Figure(figsize=(20, 8), layout="constrained")
     losses, supervised, pseudo, weights, gates, scores, dead, spread = figure.subplots(2, 4).flat
-    epochs = [r["epoch"] for r in records]
+    epochs = [r["epoch"] + 1 for r in records]  # done, as the table of scores counts them
     semi_supervised = any(r["unsupervised_weight"] for r in records)
     for name in ("total", "supervised_total", "unsupervised_total") if semi_supervised else ("supervised_total",):
         losses.plot(epochs, [r[name] for r in records], label=name.replace("_", " "))
@@ -47,14 +47,14 @@ def draw_curves(records: Records, tasks: Sequence[str], path: Path | IO[bytes]) 
     colors = {GATED: "black"} | {name: f"C{k}" for k, name in enumerate(experts)}
     for name, color in colors.items():
         for score, style in (("dice", "-"), ("jaccard", "--")):
-            points = [(r["epoch"], r["val"][name][score]) for r in validated if name in r["val"]]
+            points = [(r["epoch"] + 1, r["val"][name][score]) for r in validated if name in r["val"]]
             label = f"{name}, {score.capitalize()}" if name == GATED or score == "dice" else None
             scores.plot(*zip(*points, strict=True), style, marker=".", color=color, label=label)
     examined = [r for r in records if "health" in r]  # older runs have no health
     for axis, name in ((dead, "dead_channels"), (spread, "spread")):
         for k, task in enumerate(tasks):
             values = [r["health"][name][k] for r in examined]
-            axis.plot([r["epoch"] for r in examined], values, marker=".", label=f"{task} expert")
+            axis.plot([r["epoch"] + 1 for r in examined], values, marker=".", label=f"{task} expert")
     titles = {
         losses: "loss",
         supervised: "supervised terms (own + gated)",

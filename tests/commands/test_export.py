@@ -231,7 +231,7 @@ def test_a_file_that_differs_is_not_written(model: Path, tmp_path: Path, monkeyp
 def test_models_without_mask_missing_checkpoints_and_bad_outputs(tmp_path: Path) -> None:
     model = save_model(tmp_path / "sdf", ("sdf",))
     assert "its experts learn sdf, no mask" in refused(model, tmp_path / "out")
-    assert "no such checkpoint" in refused(tmp_path / "none", tmp_path / "out")
+    assert "does not exist" in refused(tmp_path / "none", tmp_path / "out")
     assert "the checkpoint itself: give another file" in refused(model, model)
     assert "there is no folder" in refused(model, tmp_path / "none" / "model.pt2")
     assert "which is a folder: give a file" in refused(model, tmp_path)
@@ -247,8 +247,9 @@ def test_missing_packages_and_too_large_models(model: Path, tmp_path: Path, monk
         assert "an ONNX file holds 2.1 GB; give --format pt2" in refused(model, tmp_path / "out", "onnx")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     message = refused(model, tmp_path / "out", "onnx")
-    assert "onnxscript" in message
-    assert "run `pip install 'semimoe_fast[export]'`" in message
+    assert re.search(
+        "an ONNX file needs (onnx, )?onnxscript(, onnxruntime)?: run `pip install (onnx )?onnxscript", message
+    )
 
 
 def test_every_option_has_one_line_of_help(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:

@@ -260,12 +260,11 @@ def test_progress_counts_images(tmp_path: Path, capsys: pytest.CaptureFixture, m
     damaged = tmp_path / "images" / "b.tif"
     damaged.write_bytes(damaged.read_bytes()[:-20_000])
     error = failing(capsys, save_model(tmp_path / "model"), tmp_path / "images", tmp_path / "out")
-    shown = re.findall(r"([\d.]+)/(\S+) images", error)
-    assert {total for _, total in shown} == {"3"}
-    assert "predict 3/3: 100%|" in error
-    counts = [float(count) for count, _ in shown]
-    assert counts == sorted(counts)
-    assert counts[-1] == 3
+    shown = re.findall(r"predict (\d)/(\d): +(\d+)%", error)
+    assert {total for _, total, _ in shown} == {"3"}
+    percentages = [int(percentage) for *_, percentage in shown]
+    assert percentages == sorted(percentages)
+    assert shown[-1] == ("3", "3", "100")
 
 
 def test_one_call_at_a_time_predicts_into_a_folder(tmp_path: Path) -> None:
@@ -366,7 +365,7 @@ def test_damaged_images_fail_alone_and_the_same_call_goes_on_with_them(
     monkeypatch.setattr(predict, "plan", plan)
     call(model, images, out, "--probability")
     assert names() == ["c.tif"]
-    assert "predicted: 2; going on with the others\nmasks written to" in capsys.readouterr().out
+    assert "predicted: 2; going on with the others\n3 images predicted to" in capsys.readouterr().out
     assert not (out / ".predict.jsonl").exists()
     call(model, images, out, "--probability")
     assert names() == ["a.tif", "b.tif", "c.tif"]  # existing files are replaced

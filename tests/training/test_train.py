@@ -350,7 +350,7 @@ def test_a_run_whose_checkpoint_is_lost_does_not_start_over(tiny_config: config.
 
 def test_a_run_that_only_warms_up_warns(tiny_config: config.TrainConfig, tmp_path: Path, capsys) -> None:
     start(tiny_config, tmp_path / "run", epochs=1, warmup_epochs=2)
-    assert "warning: --warmup-epochs is 2 of 1 epochs: --lr only rises to 0\n" in capsys.readouterr().err
+    assert "warning: --warmup-epochs is 2 of 1 epochs: --lr only rises to 0; give fewer\n" in capsys.readouterr().err
 
 
 def test_supervised_baseline_takes_the_given_steps(tiny_config: config.TrainConfig, tmp_path: Path) -> None:
