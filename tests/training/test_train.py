@@ -241,16 +241,16 @@ def wait_for(condition, seconds: float = 60) -> None:
 def test_signals(tiny: list[str], tmp_path: Path, number: signal.Signals) -> None:
     """A separate process: SIGINT and SIGTERM save and print the remedy; SIGKILL leaves a valid checkpoint."""
     folder = tmp_path / "run"
-    process = subprocess.Popen(
-        [*TRAIN, *tiny, "--epochs", "10000", "--out", str(folder)], stdout=subprocess.PIPE, text=True
-    )
+    command = [*TRAIN, *tiny, "--epochs", "10000", "--out", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for((folder / run_folder.LAST).exists)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, said = process.communicate(timeout=60)
     if number == signal.SIGKILL:
         assert process.returncode == -number
     else:
         assert process.returncode == 128 + number
+        assert f"\n{number.name}: stopping after this step\n" in said
         assert f"continue with: python -m semimoe_fast.train --resume {folder}" in output
     metadata, _ = contents(folder / run_folder.LAST)
     assert metadata["epoch"] >= 1
