@@ -77,8 +77,8 @@ def measure(
     """Time `forward(inputs)`, its backward pass with given gradients of the outputs, or both.
 
     The backward pass computes the gradients of the parameters and of the inputs with requires_grad. On a GPU, the calls
-    use several copies of the inputs in turn, and `extra_info` also has, but of the backward pass alone, graph_us, the
-    time of a call within a CUDA graph by CUDA events, and peak_bytes, the peak memory of a call beyond its inputs.
+    use several copies of the inputs in turn. For forward and for both, `extra_info` then has graph_us, the time of a
+    call within a CUDA graph by CUDA events, and peak_bytes, the peak memory of a call beyond its inputs.
     """
 
     def run(

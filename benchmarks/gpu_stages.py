@@ -28,7 +28,7 @@ WORKERS = 8
 TESTS = ("tests", "--ignore=tests/commands/test_packaging.py", "-m", "not network")
 TESTS_FIRST = (
     r"\[cuda\b(?! on)",  # not "cuda on the cpu", the emulator
-    "_cuda_(?!kernels|context)|_synchroniz|numba.cuda|cupy",
+    "_cuda_(?!kernels|context|function)|_synchroniz|_of_a_gpu_|numba.cuda|cupy",
     r"(gate_triton|adaptive)\.py",
     "triton",
     r"test_(functional|profile)\.py",

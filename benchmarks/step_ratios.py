@@ -7,7 +7,8 @@ On a shared machine set GOMP_SPINCOUNT=10000: threads that spin long at barriers
 
 A round is one step of each provider, one after the other, so that other load on the machine affects all of them. On a
 GPU it is ten steps of each between two synchronizations, because a training run does not wait for the device after a
-step. A ratio is computed within each round; the table has the medians over the rounds.
+step, and ours and bare have rounds of their own, because the baseline empties the cache of GPU memory in every step. A
+ratio is computed within each round; the table has the medians over the rounds.
 
 - baseline: benchmarks.baseline with all its habits, with two loader workers
 - ours: semimoe_fast.training.trainer.Trainer as a run configures it, augmentation and targets included
@@ -208,20 +209,16 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float:
 
 
 def compare(case: Case, rounds: int) -> str:
-    """A row of the table: milliseconds per step, images per second, ratios.
-
-    The bare U-Nets are not measured beside the baseline, which empties the process's cache of GPU memory every step.
-    """
+    """A row of the table: milliseconds per step, images per second, ratios."""
     check(case)
-    beside_baseline, beside_bare = (
-        interleave({name: PROVIDERS[name](case) for name in pair}, rounds)
-        for pair in (("baseline", "ours"), ("ours", "bare"))
-    )
+    groups = (("baseline", "ours"), ("ours", "bare")) if case.device == "cuda" else (tuple(PROVIDERS),)
+    measured = [interleave({name: PROVIDERS[name](case) for name in group}, rounds) for group in groups]
+    beside_baseline, beside_bare = measured[0], measured[-1]
     seconds = beside_bare | beside_baseline
     medians = {name: statistics.median(seconds[name]) / case.steps for name in PROVIDERS}
     rates = [f"{2 * case.batch / medians[name]:.3g}" for name in ("baseline", "ours")]
-    ratios = [ratio(*(beside_baseline[name] for name in ("baseline", "ours")))]
-    ratios += [ratio(*(beside_bare[name] for name in ("ours", "bare")))]
+    ratios = [ratio(beside_baseline["baseline"], beside_baseline["ours"])]
+    ratios += [ratio(beside_bare["ours"], beside_bare["bare"])]
     cells = [str(case), *(f"{1e3 * s:.4g}" for s in medians.values()), *rates, *(f"{r:.2f}" for r in ratios)]
     return f"| {' | '.join(cells)} |"
 

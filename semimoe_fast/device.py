@@ -70,7 +70,7 @@ def configure(device: torch.device, precision: Precision, deterministic: bool) -
 
 
 def configure_prediction(device: torch.device, precision: Precision) -> None:
-    """Set torch's global switches for predictions. TF32 is on with bf16 only, so that fp32 is full fp32."""
+    """Set torch's switches and, on a CPU, malloc for predictions. TF32 is on with bf16 only, so fp32 is full fp32."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = in_bf16(precision, device)
     if device.type == "cpu":
         keep_freed_memory()

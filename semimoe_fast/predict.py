@@ -230,7 +230,7 @@ def predict_all(
                 failed.append(path)
             bar.update(number - bar.n)  # the rest of an image that failed
     kinds = ", ".join(next(iter(outputs.values())))
-    print(one_line(f"{len(outputs) - len(failed)} images predicted to {config.out}: {kinds}"))
+    print(one_line(f"images predicted to {config.out}: {len(outputs) - len(failed)} ({kinds})"))
     if failed:
         names = ", ".join(path.name for path in failed)
         print(one_line(f"error: {len(failed)} of {len(outputs)} images failed: {names}"), file=sys.stderr)

@@ -85,7 +85,7 @@ def configuration(given: Sequence[str] | TrainConfig | None, world: World, lock:
         reached = learning_rate(config, config.epochs - 1, config.lr)
         warn(
             f"--warmup-epochs is {config.warmup_epochs} of {config.epochs} epochs: --lr only rises to {reached:.3g}; "
-            "give fewer"
+            "give a smaller number"
         )
     if world.is_main and config.resume is not None:
         lock.take(config.resume)

@@ -101,7 +101,7 @@ def export(model: SemiMoE, preprocessing: Preprocessing, path: Path, form: Forma
 def require_onnx() -> None:
     """Raise UserError unless the packages that write and check ONNX files are installed."""
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
-        raise UserError(f"an ONNX file needs {', '.join(missing)}: run `pip install {' '.join(missing)}`")
+        raise UserError(f"an ONNX file needs {', '.join(missing)}: run `pip install 'semimoe_fast[export]'`")
 
 
 def description(model: SemiMoE, preprocessing: Preprocessing) -> dict[str, str]:

@@ -87,7 +87,7 @@ def _refuse_changes(stored: TrainConfig, config: TrainConfig) -> None:
 
 
 def _refuse_unused(default: TrainConfig, config: TrainConfig) -> None:
-    """Raise UserError if an option was given that changes nothing beside the others."""
+    """Raise UserError if an option differs from its default, but changes nothing beside the others."""
     unused = {
         "with --schedule cosine": ("decay", "decay_epochs") if config.schedule == "cosine" else (),
         "with --optimizer adamw": ("momentum",) if config.optimizer == "adamw" else (),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from types import FrameType
@@ -39,8 +40,9 @@ class Interruption:
         return signal.Signals(self.received).name
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        self.received = number
-        if self.world.is_main:  # not by print, which a signal may have interrupted
-            os.write(2, f"\n{self.name}: stopping after this step\n".encode())
+        first, self.received = not self.received, number
         if self.world.size == 1:
             signal.signal(number, self.previous[number])
+        if first and self.world.is_main:
+            with contextlib.suppress(OSError):  # nobody may read it any more
+                os.write(2, f"\n{self.name}: a checkpoint follows the next step\n".encode())  # print is not reentrant

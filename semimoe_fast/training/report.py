@@ -128,7 +128,7 @@ class TensorBoard:
         except ImportError:
             return
         try:
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch + 1)
         except UnicodeEncodeError:
             warn(f"{folder}: TensorBoard needs a folder with a UTF-8 name; metrics.jsonl has its scalars")
 
@@ -136,7 +136,7 @@ class TensorBoard:
         if self.writer is None:
             return
         for name, value in self._scalars(record):
-            self.writer.add_scalar(name, value, record["epoch"])
+            self.writer.add_scalar(name, value, record["epoch"] + 1)
         self.writer.flush()
 
     def close(self) -> None:

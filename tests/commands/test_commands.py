@@ -306,6 +306,7 @@ def test_damaged_state_is_refused(finished: Path, tmp_path: Path, changes: dict,
 def test_ambiguous_parts_are_listed(glands_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(glands_folder, tmp_path / "two")
     shutil.copytree(folder / "train_sup_1", folder / "train_sup_2")
+    assert "nowhere, which is not a folder: give the path" in refused(train.main, ["--data", "nowhere", *SMALL])
     message = refused(train.main, ["--data", str(folder), *SMALL])
     assert "2 parts are named train_sup_*; choose one with --labeled NAME" in message
     assert "train_sup_1, train_sup_2, train_unsup_4, val" in message

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import resource
 import shutil
 import signal
@@ -21,7 +22,9 @@ from stopping import StopAfter
 from semimoe_fast import checkpoint, train
 from semimoe_fast.data.folders import read_image
 from semimoe_fast.errors import UserError, run_command
-from semimoe_fast.training import config, run, run_folder
+from semimoe_fast.training import config, records, report, run, run_folder
+from semimoe_fast.training.distributed import World
+from semimoe_fast.training.interruption import Interruption
 
 TRAIN = [sys.executable, "-m", "semimoe_fast.train"]
 
@@ -92,6 +95,15 @@ def test_seed_determines_the_run(tiny_config: config.TrainConfig, finished: Path
     start(tiny_config, tmp_path / "other", seed=4)
     tensors, expected = (contents(folder / run_folder.LAST)[1] for folder in (tmp_path / "other", finished))
     assert not torch.equal(tensors["model.gating.heads.0.weight"], expected["model.gating.heads.0.weight"])
+
+
+def test_curves_count_epochs_from_1(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    monkeypatch.setattr(report.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    kept = records.read(finished / run_folder.METRICS_FILE)
+    report.draw_curves(kept, ("mask", "sdf", "boundary"), tmp_path / "curves.png")
+    ends = {line.get_xdata()[-1] for axis in figures[0].axes for line in axis.lines}
+    assert ends == {len(kept)}
 
 
 def test_command_line_gives_the_same_run(tiny: list[str], finished: Path, tmp_path: Path) -> None:
@@ -242,18 +254,33 @@ def test_signals(tiny: list[str], tmp_path: Path, number: signal.Signals) -> Non
     """A separate process: SIGINT and SIGTERM save and print the remedy; SIGKILL leaves a valid checkpoint."""
     folder = tmp_path / "run"
     command = [*TRAIN, *tiny, "--epochs", "10000", "--out", str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     wait_for((folder / run_folder.LAST).exists)
     process.send_signal(number)
-    output, said = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=60)
     if number == signal.SIGKILL:
         assert process.returncode == -number
     else:
         assert process.returncode == 128 + number
-        assert f"\n{number.name}: stopping after this step\n" in said
         assert f"continue with: python -m semimoe_fast.train --resume {folder}" in output
     metadata, _ = contents(folder / run_folder.LAST)
     assert metadata["epoch"] >= 1
+
+
+def test_signal_answers_at_once(capfd: pytest.CaptureFixture) -> None:
+    stderr = os.dup(2)
+    try:
+        for lost in (False, True):  # stderr may be a pipe that nobody reads, or a terminal that is gone
+            with Interruption(World()) as interruption:
+                if lost:
+                    os.close(2)
+                signal.raise_signal(signal.SIGTERM)
+                assert interruption.received == signal.SIGTERM
+            os.dup2(stderr, 2)
+            assert capfd.readouterr().err == ("" if lost else "\nSIGTERM: a checkpoint follows the next step\n")
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 @pytest.fixture
@@ -350,7 +377,10 @@ def test_a_run_whose_checkpoint_is_lost_does_not_start_over(tiny_config: config.
 
 def test_a_run_that_only_warms_up_warns(tiny_config: config.TrainConfig, tmp_path: Path, capsys) -> None:
     start(tiny_config, tmp_path / "run", epochs=1, warmup_epochs=2)
-    assert "warning: --warmup-epochs is 2 of 1 epochs: --lr only rises to 0; give fewer\n" in capsys.readouterr().err
+    assert (
+        "warning: --warmup-epochs is 2 of 1 epochs: --lr only rises to 0; give a smaller number\n"
+        in capsys.readouterr().err
+    )
 
 
 def test_supervised_baseline_takes_the_given_steps(tiny_config: config.TrainConfig, tmp_path: Path) -> None:
