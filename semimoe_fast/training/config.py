@@ -113,8 +113,8 @@ class ScheduleOptions:
 
     epochs: int = 200
     """Number of epochs."""
-    steps_per_epoch: Annotated[int | None, "INT", "one pass over the unlabeled part, if any"] = None
-    """Steps in an epoch; a pass over crops has area / crop area."""
+    steps_per_epoch: Annotated[int | None, "INT", "a pass over the unlabeled part"] = None
+    """Steps in an epoch; with crops a pass is area/crop area."""
     labeled_batch: int = 2
     """Labeled images in a step; a small part is repeated."""
     unlabeled_batch: int = 2
