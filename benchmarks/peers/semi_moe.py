@@ -56,10 +56,14 @@ class PublishedSemiMoE(Method):
         return self.model(images).mask
 
     def watched(self, images: Tensor) -> dict[str, Any]:
-        """The learned weights of the losses, exp(-s), and the mean weight of each expert in each gated prediction."""
-        means, *_ = self.model.run_experts(images)
-        gates = self.model.gating.gate_weights(means).mean(0)
-        return {"loss_weights": self.adaptive.log_vars.neg().exp().tolist(), "gate_weights": gates.tolist()}
+        """The learned weights of the losses, exp(-s), the mean weight of each expert in each gated prediction, and the
+        share of the feature channels of each expert that are 0 everywhere."""
+        means, *_ = self.model.run_experts(images)  # of features of at least 0
+        return {
+            "loss_weights": self.adaptive.log_vars.neg().exp().tolist(),
+            "gate_weights": self.model.gating.gate_weights(means).mean(0).tolist(),
+            "dead_channels": (means == 0).all(0).float().mean(-1).tolist(),
+        }
 
     def loss(self, batch: Batch, progress: float) -> Tensor:
         means, projections, own = self.model.run_experts(torch.cat([batch.unlabeled, batch.labeled]), groups=2)

@@ -155,9 +155,18 @@ def test_semi_moe_is_the_step_of_the_trainer(
 
 def test_the_learning_curve_has_what_semi_moe_learns(config: TrainConfig, splits: Splits) -> None:
     """The pseudo-labels of the unlabeled images are compared with masks that training does not see."""
-    training = Training(config, METHODS["semi-moe"], splits, CPU)
-    training.train_epoch()
+
+    def trained_on(splits: Splits) -> Training:
+        training = Training(config, METHODS["semi-moe"], splits, CPU)
+        norm = training.method.model.experts[1].decoder[-1][-1]
+        with torch.no_grad():  # kill the sdf expert
+            norm.weight[:], norm.bias[:] = 0.0, -1.0
+        training.train_epoch()
+        return training
+
+    training = trained_on(splits)
     (point,) = training.curve
+    assert point["dead_channels"] == [0.0, 1.0, 0.0]
     assert point["loss_weights"] == training.method.adaptive.log_vars.neg().exp().tolist()
     gates = torch.tensor(point["gate_weights"])  # (predictions, experts)
     torch.testing.assert_close(gates.sum(1), torch.ones(3))
@@ -167,10 +176,9 @@ def test_the_learning_curve_has_what_semi_moe_learns(config: TrainConfig, splits
     assert point["unlabeled_dice"] == pytest.approx(
         2 * (found & right).sum().item() / (found.sum() + right.sum()).item()
     )
-    without = splits._replace(scored=None)
-    training = Training(config, METHODS["semi-moe"], without, CPU)
-    training.train_epoch()
-    assert training.curve == [{key: value for key, value in point.items() if key != "unlabeled_dice"}]
+    assert trained_on(splits._replace(scored=None)).curve == [
+        {key: value for key, value in point.items() if key != "unlabeled_dice"}
+    ]
 
 
 def test_pseudo_labels_of_semi_moe_teach_no_gate() -> None:
