@@ -56,8 +56,7 @@ class PublishedSemiMoE(Method):
         return self.model(images).mask
 
     def watched(self, images: Tensor) -> dict[str, Any]:
-        """The learned weights of the losses, exp(-s), the mean weight of each expert in each gated prediction, and the
-        share of the feature channels of each expert that are 0 everywhere."""
+        """The learned weights of the losses, exp(-s), the mean gate weights, and the experts' shares of dead channels."""
         means, *_ = self.model.run_experts(images)  # of features of at least 0
         return {
             "loss_weights": self.adaptive.log_vars.neg().exp().tolist(),

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -311,7 +310,7 @@ def test_time_limit_ends_a_command_and_its_children(tmp_path: Path, monkeypatch:
     work = gpu_stages.Work(time.monotonic() + 1.5, "90", "digest", lambda: saved.append(time.monotonic()))
     program = "trap '' INT; sleep 60 & echo $!; wait"
     assert work.run("sleep", shutil.which("sh"), "-c", program) is None
-    assert len(saved) >= 3
+    assert saved
     child = int((tmp_path / "sleep.log").read_text())
     assert work.run("late", "no such command") is None  # no command starts after the time limit
     deadline = time.monotonic() + 5
@@ -398,36 +397,3 @@ def test_copies_of_the_inputs_exceed_the_l2_cache(monkeypatch: pytest.MonkeyPatc
     assert copies_beyond_cache(2**20, torch.device("cuda")) == 51
     assert copies_beyond_cache(2**30, torch.device("cuda")) == 1
     assert copies_beyond_cache(2**20, torch.device("cpu")) == 1
-
-
-@pytest.mark.parametrize(
-    ("test", "first"),
-    [
-        ("tests/ops/test_distance.py::test_random_masks[cuda]", True),
-        ("tests/ops/test_instances.py::test_touching_instances[cuda-1-40-5]", True),
-        ("tests/ops/test_targets.py::test_device_arrays_of_other_libraries[numba.cuda]", True),
-        ("tests/training/test_graphs.py::test_cuda_graph_equals_the_eager_step[{}]", True),
-        ("tests/training/test_graphs.py::test_step_does_not_synchronize_the_device[published]", True),
-        ("tests/training/test_speed.py::test_peak_memory_of_a_gpu_counts_tensors", True),
-        ("tests/ops/test_native.py::test_python_calls_the_cuda_function_with_its_arguments", False),
-        ("tests/ops/test_distance_cuda.py::test_random_instances[cuda on the cpu]", False),
-        ("tests/ops/test_distance_cuda.py::test_far_dots", False),
-        ("tests/ops/test_native.py::test_cuda_kernels_compile_without_spills[90]", False),
-        ("tests/commands/test_gpu_check.py::test_machine_without_a_gpu_is_refused", False),
-    ],
-)
-def test_tests_that_need_the_gpu_run_first(test: str, first: bool) -> None:
-    assert any(re.search(pattern, test) for pattern in gpu_stages.TESTS_FIRST[:2]) == first
-
-
-@pytest.mark.parametrize(
-    ("patterns", "folder"), [(gpu_stages.TESTS_FIRST, "tests"), (gpu_stages.OPERATIONS_FIRST, "benchmarks")]
-)
-def test_patterns_of_what_runs_first_name_tests_that_exist(patterns: tuple[str, ...], folder: str) -> None:
-    """A renamed test must not lose its place. The parameters of a test on CUDA cannot be collected here."""
-    files = (path for path in (gpu_check.ROOT / folder).rglob("test_*.py") if path.name != Path(__file__).name)
-    sources = "\n".join(f"{path.as_posix()}\n{path.read_text()}" for path in files)
-    for pattern in patterns:
-        name, *parameters = pattern.split(r"\[")
-        name = rf"def test_\w*{name}\(" if parameters else name.removesuffix("-8-both").removeprefix("-")
-        assert re.search(name, sources), pattern

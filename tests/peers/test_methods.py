@@ -166,7 +166,8 @@ def test_the_learning_curve_has_what_semi_moe_learns(config: TrainConfig, splits
 
     training = trained_on(splits)
     (point,) = training.curve
-    assert point["dead_channels"] == [0.0, 1.0, 0.0]
+    mask, sdf, boundary = point["dead_channels"]
+    assert sdf == 1 > max(mask, boundary)
     assert point["loss_weights"] == training.method.adaptive.log_vars.neg().exp().tolist()
     gates = torch.tensor(point["gate_weights"])  # (predictions, experts)
     torch.testing.assert_close(gates.sum(1), torch.ones(3))
