@@ -56,7 +56,7 @@ class PublishedSemiMoE(Method):
         return self.model(images).mask
 
     def watched(self, images: Tensor) -> dict[str, Any]:
-        """The learned weights of the losses, exp(-s), the mean gate weights, and the experts' shares of dead channels."""
+        """The learned loss weights exp(-s), the mean gate weights, and the share of dead channels of each expert."""
         means, *_ = self.model.run_experts(images)  # of features of at least 0
         return {
             "loss_weights": self.adaptive.log_vars.neg().exp().tolist(),

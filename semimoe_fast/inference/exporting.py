@@ -139,7 +139,7 @@ def _traced(predictor: Predictor) -> torch.export.ExportedProgram:
 
 def _save_pt2(predictor: Predictor, path: Path, texts: Mapping[str, str], outputs: Sequence[str]) -> None:
     with path.open("wb") as file, warnings.catch_warnings():  # torch warns of a path that does not end in .pt2
-        warnings.filterwarnings("ignore", "No complete tensor found", UserWarning)  # of buffers that share memory
+        warnings.filterwarnings("ignore", "No complete tensor found", UserWarning)  # `export` compares outputs
         torch.export.save(_traced(predictor), file, extra_files=dict(texts))
 
 
