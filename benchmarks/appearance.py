@@ -12,6 +12,7 @@ times of single passes over the same floats, image by image, which the changes c
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import statistics
 import time
@@ -161,6 +162,7 @@ def measure_pass(call: Callable[[Tensor, Tensor], object], images: np.ndarray) -
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     images = stained_images()
     times = {kind: measure(kind, images) for kind in STRENGTHS}

@@ -1,8 +1,8 @@
 """The speed run: the least wall time in which Semi-MoE learns GlaS to a Dice of 0.88. docs/accuracy.md has its rules.
 
-    python -m benchmarks.speed_run --data GlaS85 --change "what is new"
+    python -m benchmarks.speed_run --data GlaS256 --change "what is new"
 
-GlaS85 is what `python -m semimoe_fast.prepare --labeled 85` lays out. A record adds a row to speed_run.json and
+GlaS256 is what `python -m benchmarks.glas256` lays out. A record adds a row to speed_run.json and
 leaves its log beside it.
 """
 
@@ -108,9 +108,9 @@ def means(runs: Mapping[int, Timed]) -> tuple[float, float]:
 
 def log(runs: Mapping[int, Timed], origin: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Lines: where it ran; then of each seed the configuration, the epochs, and the time with the Dice."""
-    yield origin | {"command": f"python -m semimoe_fast.train --data GlaS85 {options('SEED')}"}
+    yield origin | {"command": f"python -m semimoe_fast.train --data GlaS256 {options('SEED')}"}
     for seed, run in runs.items():
-        yield {"seed": seed, "config": run.config | {"data": "GlaS85", "out": None}}
+        yield {"seed": seed, "config": run.config | {"data": "GlaS256", "out": None}}
         yield from ({"seed": seed} | {key: epoch[key] for key in KEPT if key in epoch} for epoch in run.epochs)
         yield {"seed": seed, "seconds": run.seconds, "dice": run.dice}
 
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = "".join(json.dumps(line) + "\n" for line in log(runs, origin))
     write_atomically(given.out / f"speed_run_{number}.jsonl", lambda part: part.write_text(text))
     machines, commits = (" and ".join(sorted({row[name] for row in history})) for name in ("machine", "commit"))
-    command = f"python -m benchmarks.speed_run --data GlaS85 --change {shlex.quote(given.change)}"
+    command = f"python -m benchmarks.speed_run --data GlaS256 --change {shlex.quote(given.change)}"
     tables = {"history": {"columns": COLUMNS, "rows": [list(row.values()) for row in history]}}
     write_atomically(given.out / HISTORY, lambda part: write_record(part, machines, commits, [command], tables))
 

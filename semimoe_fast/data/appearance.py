@@ -2,8 +2,8 @@
 
 Drawn on the CPU, applied on the device of the batch, after the geometry (`augment.resample`) and before normalization.
 
-Stain jitter (Tellez et al. 2018): the optical density -ln(pixel / 255) is a mixture of haematoxylin, eosin and a
-residual. The amounts of haematoxylin and eosin are scaled by 1 - s to 1 + s and shifted by -s to s. Unmixing, change
+Stain jitter (Tellez et al. 2018): the optical density -ln(pixel / 255) is a mixture of hematoxylin, eosin and a
+residual. The amounts of hematoxylin and eosin are scaled by 1 - s to 1 + s and shifted by -s to s. Unmixing, change
 and mixing are one affine map of the density, so a pixel costs three logarithms, a 3 x 3 matrix and three powers.
 """
 
@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from ..ops import _native, _native_blur
 
-# Optical densities (red, green, blue) of haematoxylin, eosin and the residual that is perpendicular to both, each of
+# Optical densities (red, green, blue) of hematoxylin, eosin and the residual that is perpendicular to both, each of
 # unit length: Ruifrok and Johnston 2001, "Quantification of histochemical staining by color deconvolution".
 _HE = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])
 _HE /= np.linalg.norm(_HE, axis=1, keepdims=True)

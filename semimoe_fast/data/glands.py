@@ -3,7 +3,7 @@
 A picture is generated in five steps. Random outlines of glands are drawn in a frame, the unit square of a
 square picture. The distance of a pixel
 inside the outline (its depth) determines its tissue: stroma, epithelium or lumen. Tissue and nuclei determine the
-amounts of haematoxylin and eosin. The Beer-Lambert law converts the two stains to color. A microscope model adds blur
+amounts of hematoxylin and eosin. The Beer-Lambert law converts the two stains to color. A microscope model adds blur
 and noise.
 
 Segmentation is not trivial: stain, light and texture vary more between images than between gland and stroma within an
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.random import Generator
 
-# Optical densities (red, green, blue) of one unit of haematoxylin and of eosin, as in the purple slides of GlaS.
+# Optical densities (red, green, blue) of one unit of hematoxylin and of eosin, as in the purple slides of GlaS.
 DENSITIES = np.array([[0.92, 1.38, 0.62], [0.24, 0.86, 0.28]])
 
 WEAK_STAIN = 0.5
@@ -250,7 +250,7 @@ def _union(outlines: list[_Outline], frame: _Frame, ruffle: np.ndarray) -> tuple
 
 
 def _stains(rng: Generator, scene: _Scene, frame: _Frame) -> np.ndarray:
-    """Amounts of haematoxylin and eosin at every pixel, float32 (2, H, W)."""
+    """Amounts of hematoxylin and eosin at every pixel, float32 (2, H, W)."""
     soft = scene.zoom * rng.uniform(0.002, 0.006)  # half-width of tissue borders
     mottle, drift = _texture(rng, frame, 0.02 * scene.zoom), _texture(rng, frame, 0.12)
     wall = scene.zoom * rng.uniform(0.04, 0.085) * (1 + 0.2 * _texture(rng, frame, 0.06))  # height of the epithelium
@@ -268,9 +268,9 @@ def _stroma(rng: Generator, scene: _Scene, frame: _Frame, mottle: np.ndarray, dr
     bend = rng.uniform(0.5, 1.5) * _texture(rng, frame, 0.08) + 0.25 * _texture(rng, frame, 0.02 * scene.zoom)
     fiber = np.sin(2 * np.pi * (across + bend)) * np.clip(0.5 + 0.5 * _texture(rng, frame, 0.07), 0, 1)
     gap = _step(fiber + mottle - rng.uniform(1.2, 2.8), 0.3)
-    haematoxylin = rng.uniform(0.05, 0.2) + 0.05 * mottle + 0.05 * drift
+    hematoxylin = rng.uniform(0.05, 0.2) + 0.05 * mottle + 0.05 * drift
     eosin = rng.uniform(0.45, 0.75) + rng.uniform(0.05, 0.3) * fiber + 0.12 * mottle + 0.12 * drift
-    return np.stack([haematoxylin, eosin]).astype(np.float32) * (1 - 0.8 * gap)
+    return np.stack([hematoxylin, eosin]).astype(np.float32) * (1 - 0.8 * gap)
 
 
 def _glands(
@@ -377,10 +377,10 @@ def _band(depth: np.ndarray, low: np.ndarray | float, high: np.ndarray | float) 
 
 
 def _mix(
-    stain: np.ndarray, haematoxylin: np.ndarray | float, eosin: np.ndarray | float, cover: np.ndarray
+    stain: np.ndarray, hematoxylin: np.ndarray | float, eosin: np.ndarray | float, cover: np.ndarray
 ) -> np.ndarray:
     """Blend the stain (2, H, W) with the two given amounts: replaced where `cover` is 1, kept where it is 0."""
-    above = np.stack(np.broadcast_arrays(haematoxylin, eosin, cover)[:2])
+    above = np.stack(np.broadcast_arrays(hematoxylin, eosin, cover)[:2])
     return (stain + cover * (above - stain)).astype(np.float32)
 
 

@@ -40,8 +40,8 @@ def test_stains_are_scaled_and_shifted_in_optical_density(images: Tensor) -> Non
     appearance = drawn(stain=strength)
     assert [field is None for field in appearance] == [False, True, True, True]
     found = apply(images.clone(), appearance)
-    haematoxylin, eosin = np.array([0.65, 0.70, 0.29]), np.array([0.07, 0.99, 0.11])
-    stains = np.stack([haematoxylin, eosin, np.cross(haematoxylin, eosin)])
+    hematoxylin, eosin = np.array([0.65, 0.70, 0.29]), np.array([0.07, 0.99, 0.11])
+    stains = np.stack([hematoxylin, eosin, np.cross(hematoxylin, eosin)])
     stains /= np.linalg.norm(stains, axis=1, keepdims=True)
     draws = 2 * torch.rand(8, BATCH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)[:4].numpy() - 1
     for image, result, change in zip(images.double().numpy(), found.double().numpy(), draws.T, strict=True):

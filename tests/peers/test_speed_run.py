@@ -19,7 +19,7 @@ def committed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed_run, "commit", lambda: "0123456" + "0" * 33)
 
 
-def run(out: Path, change: str = "none", data: Path = Path("GlaS85")) -> list[dict[str, Any]]:
+def run(out: Path, change: str = "none", data: Path = Path("GlaS256")) -> list[dict[str, Any]]:
     """Run the command -> its history."""
     speed_run.main(["--data", str(data), "--change", change, "--out", str(out)])
     return speed_run.read_history(out / speed_run.HISTORY)
@@ -38,7 +38,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_the_rules_overrule_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tyro")
     monkeypatch.setattr(speed_run, "RECIPE", f"{speed_run.RECIPE} --image-size 64 --threads 1 --val easy")
-    config = parse(["--data", "GlaS85", *speed_run.options(2).split()])
+    config = parse(["--data", "GlaS256", *speed_run.options(2).split()])
     assert (config.labeled, config.unlabeled, config.val) == ("train_sup_85", "none", "val")
     assert (config.image_size, config.device, config.threads, config.seed) == (128, "cpu", 2, 2)
     assert config.val_every == config.epochs  # scored once

@@ -1,0 +1,67 @@
+"""The layout of GlaS that the measurements used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import glas256
+from benchmarks.record import ROOT
+from semimoe_fast.data.folders import list_images, read_image, read_mask
+from semimoe_fast.errors import UserError
+
+HEIGHT, WIDTH = 40, 60
+
+
+@pytest.fixture(scope="module")
+def laid_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GlaS in name and number of its images, whose masks hold ids."""
+    pytest.importorskip("tyro")
+    folder, out = (tmp_path_factory.mktemp(name) for name in ("source", "out"))
+    random = np.random.default_rng(0)
+    for prefix, count in (("train", 85), ("testA", 60), ("testB", 20)):
+        for number in range(1, count + 1):
+            pixels = random.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"{prefix}_{number}.bmp")
+            ids = np.full((HEIGHT, WIDTH), number % 3, np.uint8)
+            ids[:, : WIDTH // 2] = 5
+            Image.fromarray(ids).save(folder / f"{prefix}_{number}_anno.bmp")
+    glas256.main(["--source", str(folder), "--out", str(out)])
+    return out
+
+
+def names(part: Path) -> list[str]:
+    images, masks = ([path.stem for path in list_images(part / kind)] for kind in ("image", "mask"))
+    assert images == masks
+    return images
+
+
+def test_split_is_that_of_the_measurements(laid_out):
+    for results in ("glas", "methods"):
+        record = json.loads((ROOT / "benchmarks" / "results" / "accuracy" / f"{results}.json").read_text())
+        table = record["tables"]["splits"]
+        (digest,) = {row[-1] for row in table["rows"] if row[-2] == 17}
+        assert hashlib.sha256("\n".join(names(laid_out / "train_sup_17")).encode()).hexdigest() == digest
+    both = names(laid_out / "train_sup_17") + names(laid_out / "train_unsup_68")
+    assert sorted(both) == sorted(names(laid_out / "train_sup_85"))
+    assert len(names(laid_out / "val")) == 60
+
+
+def test_files_are_binary_squares_and_native_ones(laid_out):
+    image, mask = (laid_out / "val" / kind / "testA_3.png" for kind in ("image", "mask"))
+    assert read_image(image).shape == (256, 256, 3)
+    assert (read_mask(mask) == (np.arange(256) < 128)).all()  # 3 % 3 is background
+    with Image.open(mask) as opened:
+        assert opened.getextrema() == (0, 255)
+    assert names(laid_out / "native") == [f"testA_{number}" for number in range(1, 7)]
+    assert read_image(laid_out / "native" / "image" / "testA_3.png").shape == (HEIGHT, WIDTH, 3)
+
+
+def test_used_folder_is_refused(laid_out):
+    with pytest.raises(UserError, match="is not an empty folder: choose another --out"):
+        glas256.main(["--source", str(laid_out), "--out", str(laid_out)])
