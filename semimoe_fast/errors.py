@@ -19,6 +19,7 @@ from tqdm import tqdm
 GPU_OUT_OF_MEMORY = r"CUDA error: out of memory|CU\w+_STATUS_ALLOC_FAILED"
 
 OUT_OF_MEMORY = r"DefaultCPUAllocator: can't allocate memory|std::bad_alloc"
+SMALLER = "smaller batches, a smaller --image-size or --width, in prediction a smaller --tile-size"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a used up quota, and the limit of a file's size
 
 # Line breaks, and what changes the terminal or the order of the letters: file names may contain them.
@@ -64,11 +65,10 @@ def explain(error: BaseException) -> str | None:
         line = f"{error.filename or 'the system'}: {error.strerror or error}; {remedy}"
     elif isinstance(error, torch.OutOfMemoryError) or re.search(GPU_OUT_OF_MEMORY, str(error)):
         wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
-        line = f"the GPU is out of memory{f' for {wanted[1]} more' if wanted else ''}; use smaller batches "
-        line += "(in training also --recompute or --accumulate), "
-        line += "a smaller --image-size, --tile-size or --width, or --device cpu"
+        line = f"the GPU is out of memory{f' for {wanted[1]} more' if wanted else ''}; in training use --recompute, "
+        line += f"--accumulate, {SMALLER}; or --device cpu"
     elif isinstance(error, MemoryError | OSError) or re.search(OUT_OF_MEMORY, str(error)):
-        line = "this machine is out of memory; use smaller batches, a smaller --image-size, --tile-size or --width"
+        line = f"this machine is out of memory; in training use {SMALLER}"
     else:
         return None
     return one_line(line)

@@ -59,10 +59,10 @@ class ComputingOptions:
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
     """auto: bf16 autocast on CUDA, fp32 on the CPU."""
-    scale: Annotated[float | None, "FLOAT", "that of the checkpoint"] = None
-    """Predict in tiles at so many pixels of the model per pixel of the image."""
-    mpp: Annotated[float | None, "MICRONS", "that of the checkpoint"] = None
-    """Predict in tiles at so many microns per pixel; the files must say their resolution."""
+    scale: Annotated[float | None, "FLOAT", "as predict"] = None
+    """Predict in tiles at so many pixels of the model per pixel of the image, 0.01 to 16."""
+    mpp: Annotated[float | None, "FLOAT", "as predict"] = None
+    """Predict in tiles at so many microns per pixel, 0.02 to 20; the files must say their resolution."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +113,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             model, pairs, preprocessing, device, config.precision, config.checkpoint, config.scale, config.mpp
         )
 
-    for option, path in outputs.items():
-        text = text_of(option, config, evaluation, curves)
-        write_atomically(path, lambda part, text=text: part.write_text(text, encoding="utf-8"))
-    print("\n\n".join(map(as_text, tables(evaluation))), "", sep="\n")
-    print("\n".join(textwrap.fill(note, 100, subsequent_indent="  ") for note in notes(evaluation)))
+    try:
+        for option, path in outputs.items():
+            text = text_of(option, config, evaluation, curves)
+            write_atomically(path, lambda part, text=text: part.write_text(text, encoding="utf-8"))
+    finally:  # neither a full disk costs the tables nor a closed pipe the files
+        print("\n\n".join(map(as_text, tables(evaluation))), "", sep="\n")
+        print("\n".join(textwrap.fill(note, 100, subsequent_indent="  ") for note in notes(evaluation)))
     for path in outputs.values():
         print(f"written: {one_line(str(path))}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import math
 import os
@@ -21,12 +22,20 @@ from .checkpoint import MOST_PIXELS, Preprocessing
 from .data.folders import list_images
 from .data.readers import SLIDES, Reader
 from .device import Precision, choose_device, configure_prediction
-from .errors import UserError, one_line, printable, run_command, warn
+from .errors import UserError, explain, one_line, printable, run_command, warn
 from .inference.finished import Finished
 from .inference.folding import folded
-from .inference.image import TASK, Field, Fields, Squashed, is_slide, open_for, predict_image
+from .inference.image import TASK, Field, Fields, is_slide, open_for, predict_image
 from .inference.instances import depth, instances_of, skimage
-from .inference.outputs import open_instances, open_streams, write_labels, write_overlay, write_png, write_text
+from .inference.outputs import (
+    full_mpp,
+    open_instances,
+    open_streams,
+    write_labels,
+    write_overlay,
+    write_png,
+    write_text,
+)
 from .inference.polygons import geojson
 from .inference.predictor import require_mask
 from .inference.scale import check_scale
@@ -42,17 +51,8 @@ BAR = "{desc}{percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"  # parts of a la
 
 
 @dataclasses.dataclass(frozen=True)
-class PredictConfig:
-    """Write a mask for every image: a PNG of the size of the image, 255 on glands and 0 elsewhere.
-
-    A checkpoint of --sampling crops is applied at the images' own scale, or at its microns per pixel if both are known,
-    in overlapping tiles; one of --sampling resize to the whole image, squashed to its training square. The mask of
-    an image with a side above 16384 pixels, or of a whole-slide format, is a tiled TIFF, NAME.tif.
-
-    With --instances, glands that touch are separated at valleys of the predicted signed distance field, or of the
-    distance to the background if the checkpoint has no sdf expert. The same call after an interruption or a failure
-    goes on with the images of the folder that are missing. One call at a time writes into a folder.
-    """
+class FileOptions:
+    """What is predicted, and where the results go."""
 
     checkpoint: Path
     """best.safetensors or last.safetensors of a run folder."""
@@ -62,6 +62,38 @@ class PredictConfig:
     """Folder for the masks NAME.png; it is created if missing."""
     overwrite: bool = False
     """Replace existing files of the same names, whether PNG or TIFF; images and the checkpoint never."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputOptions:
+    """The masks, and what is written beside them."""
+
+    threshold: float = 0.5
+    """Foreground probability above which a pixel is gland."""
+    overlay: bool = False
+    """Also write the image with the outlines drawn on it, overlay/NAME.png, of images of up to 67 megapixels."""
+    probability: bool = False
+    """Also write the foreground probability, probability/NAME.ome.tif: tiled, float16."""
+    fields: bool = False
+    """Also write the signed distance field and the probability of the boundary, sdf/ and boundary/NAME.ome.tif."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GlandOptions:
+    """Single glands."""
+
+    instances: bool = False
+    """Also separate glands: label images instances/NAME.png (.tif if large), and polygons instances/NAME.geojson."""
+    seed_level: float = 0.3
+    """With --instances: share of a region's largest sdf above which a pixel is a seed; higher splits more."""
+    least_area: int = 100
+    """With --instances: fewest pixels of a gland, at the size of the image; smaller ones are only in the mask."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputingOptions:
+    """The scale, the tiles and the device."""
+
     scale: Annotated[float | None, "FLOAT", "see above"] = None
     """Predict in tiles at so many pixels of the model per pixel of the image, 0.01 to 16, whatever the checkpoint."""
     mpp: Annotated[float | None, "FLOAT", "see above"] = None
@@ -72,24 +104,24 @@ class PredictConfig:
     """Do not compute tiles of bright background; auto: on for whole-slide formats only."""
     tta: bool = False
     """Average the predictions over the eight flips and rotations, which takes eight times as long."""
-    probability: bool = False
-    """Also write the foreground probability, probability/NAME.ome.tif: tiled, float16."""
-    fields: bool = False
-    """Also write the signed distance field and the probability of the boundary, sdf/ and boundary/NAME.ome.tif."""
-    instances: bool = False
-    """Also separate glands: a label image instances/NAME.png (NAME.tif if large), and polygons, NAME.geojson."""
-    seed_level: float = 0.3
-    """With --instances: share of a region's largest sdf above which a pixel is a seed; higher splits more."""
-    least_area: int = 100
-    """With --instances: fewest pixels of a gland, at the size of the image; smaller ones are only in the mask."""
-    overlay: bool = False
-    """Also write the image with the outlines drawn on it, overlay/NAME.png, of images of up to 67 megapixels."""
-    threshold: float = 0.5
-    """Foreground probability above which a pixel is gland."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
     """auto: bf16 autocast on CUDA, fp32 on the CPU."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictConfig(ComputingOptions, GlandOptions, OutputOptions, FileOptions):  # fields and help start with the last
+    """Write a mask for every image: a PNG of the size of the image, 255 on glands and 0 elsewhere.
+
+    A checkpoint of --sampling crops is applied at the images' own scale, or at its microns per pixel if both are known,
+    in overlapping tiles; one of --sampling resize to the whole image, squashed to its training square. The mask of
+    an image with a side above 16384 pixels, or of a whole-slide format, is a tiled TIFF, NAME.tif.
+
+    With --instances, glands that touch are separated at valleys of the predicted signed distance field, or of the
+    distance to the background if the checkpoint has no sdf expert. The same call after an interruption or a failure
+    goes on with the images of the folder that are missing. One call at a time writes into a folder.
+    """
 
 
 def check(config: PredictConfig) -> None:
@@ -210,25 +242,29 @@ def predict_all(
     missing = [path for path in outputs if path not in done]
     if done:
         print(f"images that an interrupted call has predicted: {len(done)}; going on with the others")
-    warned, failed = False, []
+    notes, failed = 0, []
     with tqdm(total=len(missing), bar_format=BAR) as bar:
         for number, path in enumerate(missing, 1):
             bar.set_description(f"predict {number}/{len(missing)}")
             try:
                 with open_for(path, preprocessing, config.scale, config.mpp) as image:
-                    if image.note and not (warned and isinstance(image, Squashed)):  # one of many squashed ones will do
+                    if image.note and not notes:
                         warn(image.note)
-                        warned |= isinstance(image, Squashed)
+                    notes += image.note is not None
                     finished.start(path)
                     predict_file(image, outputs[path], model, preprocessing, fields, config, bar.update)
                 finished.add(path)
-            except UserError as error:
+            except (UserError, OSError) as error:
+                if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+                    raise  # the next image would fail, too
                 if not config.input.is_dir():
                     finished.forget()  # there is nothing to go on with
                     raise
-                warn(f"{error}; going on with the other images")
+                warn(f"{explain(error)}; going on with the other images")
                 failed.append(path)
             bar.update(number - bar.n)  # the rest of an image that failed
+    if notes > 1:
+        warn(f"the same holds for {notes - 1} more of the images")
     kinds = ", ".join(next(iter(outputs.values())))
     print(one_line(f"images predicted to {config.out}: {len(outputs) - len(failed)} ({kinds})"))
     if failed:
@@ -320,7 +356,7 @@ def predict_file(
             progress(mask.size / pixels)
         if config.instances and not stitched:
             sdf = torch.cat(sdfs).numpy() if "sdf" in fields else None
-            labels = [write_instances(path, np.concatenate(masks), sdf, files, config)]
+            labels = [write_instances(image, np.concatenate(masks), sdf, files, config)]
         if config.overlay:
             write_overlay(path, np.concatenate(labels if config.instances else masks), files["overlay"])
     if not large:
@@ -336,12 +372,12 @@ def require_finite(piece: Fields, source: Path, path: Path) -> None:
 
 
 def write_instances(
-    path: Path, mask: np.ndarray, sdf: np.ndarray | None, files: dict[str, Path], config: PredictConfig
+    image: Reader, mask: np.ndarray, sdf: np.ndarray | None, files: dict[str, Path], config: PredictConfig
 ) -> np.ndarray:
     """Write label image and polygons of an image that is held as a whole; the label image."""
     labels = instances_of(mask, depth(mask) if sdf is None else sdf, config.seed_level, config.least_area)
-    write_labels(files["instances"], labels)
-    write_text(files["polygons"], geojson(labels, path.name))
+    write_labels(files["instances"], labels, full_mpp(image))
+    write_text(files["polygons"], geojson(labels, image.path.name))
     return labels
 
 

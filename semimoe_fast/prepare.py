@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint import write_atomically
+from .data.folders import training_command
 from .errors import UserError, one_line, run_command
 from .options import read_options
 
@@ -151,8 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     counts = prepare(config)
     for part, count in counts.items():
         print(one_line(f"{config.out / part}: {count} images"))
-    alone = "" if any(part.startswith("train_unsup_") for part in counts) else " --unlabeled none"
-    print(one_line(f"train with: python -m semimoe_fast.train --data {shlex.quote(str(config.out))}{alone}"))
+    print(one_line(training_command(config.out, any(part.startswith("train_unsup_") for part in counts))))
 
 
 if __name__ == "__main__":

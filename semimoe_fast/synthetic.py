@@ -11,11 +11,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from .checkpoint import write_atomically
+from .data.folders import training_command
 from .data.glands import picture
 from .errors import UserError, one_line, run_command
 from .options import read_options
 
-MOST_IMAGES, MOST_SIDE = 10**6, 16384
+MOST_IMAGES = 10**6
+SIDES = 16, 16384  # least and most, in pixels
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Folder:
     val: int = 32
     """Images with masks to validate on."""
     size: int = 128
-    """Width and height of an image in pixels; with --sizes, of an image whose glands have the same size."""
+    """Width and height of an image in pixels; with --sizes, glands are as large as in such an image."""
     sizes: Annotated[tuple[int, int] | None, "MIN MAX", "--size"] = None
     """Draw width and height of each image from MIN to MAX pixels; a larger image holds more glands."""
     seed: int = 0
@@ -47,15 +49,14 @@ def write(folder: Folder) -> None:
     """
     if folder.out.exists() and not (folder.out.is_dir() and not any(folder.out.iterdir())):
         raise UserError(f"{folder.out} exists and is not an empty folder: choose another --out")
-    if min(folder.labeled, folder.unlabeled, folder.val, folder.seed) < 0 or folder.size < 16:
-        raise UserError(f"counts and --seed must be at least 0 and --size at least 16, but got {folder}")
-    largest = max([folder.size, *(folder.sizes or ())])
-    if max(folder.labeled, folder.unlabeled, folder.val) > MOST_IMAGES or largest > MOST_SIDE:
-        raise UserError(f"counts are at most {MOST_IMAGES:,} and sides at most {MOST_SIDE:,} pixels, but got {folder}")
-    if folder.seed >= 2**63:
-        raise UserError(f"--seed is {folder.seed}: give at most {2**63 - 1}")
-    if folder.sizes is not None and not 16 <= folder.sizes[0] <= folder.sizes[1]:
-        raise UserError(f"--sizes is {folder.sizes}: give MIN of at least 16 and MAX of at least MIN")
+    images = 0, MOST_IMAGES
+    limits = {"labeled": images, "unlabeled": images, "val": images, "size": SIDES, "seed": (0, 2**63 - 1)}
+    for name, (least, most) in limits.items():
+        if not least <= (value := getattr(folder, name)) <= most:
+            raise UserError(f"--{name} is {value}: give {least} to {most}")
+    if folder.sizes is not None and not SIDES[0] <= folder.sizes[0] <= folder.sizes[1] <= SIDES[1]:
+        low, high = folder.sizes
+        raise UserError(f"--sizes is {low} {high}: give MIN of at least {SIDES[0]}, and MAX from MIN to {SIDES[1]}")
     parts = [
         (f"train_sup_{folder.labeled}", folder.labeled, True),
         (f"train_unsup_{folder.unlabeled}", folder.unlabeled, False),
@@ -63,6 +64,8 @@ def write(folder: Folder) -> None:
     ]
     number = 0  # of the image among all parts
     for part, count, with_masks in parts:
+        if not count:  # training refuses empty folders
+            continue
         for kind in ("image", "mask") if with_masks else ("image",):
             (folder.out / part / kind).mkdir(parents=True)
         for index in tqdm(range(count), part, leave=False, disable=None):
@@ -93,6 +96,8 @@ def main() -> None:
     write(folder)
     counts = f"{folder.labeled} labeled, {folder.unlabeled} unlabeled and {folder.val} validation images"
     print(one_line(f"{folder.out}: {counts}"))
+    if folder.labeled and folder.val:
+        print(one_line(training_command(folder.out, semi_supervised=folder.unlabeled > 0)))
 
 
 if __name__ == "__main__":

@@ -25,14 +25,17 @@ CPU = (
         (OSError(2, "No such file or directory", "f"), "f: No such file or directory; give another path"),
         (
             torch.OutOfMemoryError(GPU),
-            "the GPU is out of memory for 2.00 GiB more; use smaller batches (in training ",
+            "the GPU is out of memory for 2.00 GiB more; in training use --recompute, ",
         ),
-        (RuntimeError("CUDA error: out of memory"), "the GPU is out of memory; use smaller batches"),
+        (RuntimeError("CUDA error: out of memory"), "the GPU is out of memory; in training use --recompute"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(h)`"), "the GPU is out of me"),
-        (RuntimeError(CPU), "this machine is out of memory; use smaller batches"),
-        (MemoryError(), "this machine is out of memory; use smaller batches"),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), "this machine is out of memory; use smaller batches"),
-        (RuntimeError("std::bad_alloc"), "this machine is out of memory; use smaller batches"),
+        (RuntimeError(CPU), "this machine is out of memory; in training use smaller batches"),
+        (MemoryError(), "this machine is out of memory; in training use smaller batches"),
+        (
+            OSError(errno.ENOMEM, "Cannot allocate memory"),
+            "this machine is out of memory; in training use smaller batches",
+        ),
+        (RuntimeError("std::bad_alloc"), "this machine is out of memory; in training use smaller batches"),
     ],
 )
 def test_user_and_system_errors_are_one_line(error: Exception, line: str, capsys) -> None:

@@ -83,7 +83,7 @@ class Cache:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._remove_abandoned()
-                write_atomically(path, lambda unfinished: entry.write(unfinished, part), shared=True)
+                write_atomically(path, lambda unfinished: _write(entry, unfinished, part), shared=True)
                 dataset = entry.read(path)
             except OSError as error:
                 self.writes = False
@@ -108,6 +108,13 @@ class Cache:
         if dataset is None and self.writes:
             warn(f"{path}: {reason}; its images are decoded again")
         return dataset
+
+
+def _write(entry: Entry, path: Path, part: str) -> None:
+    """`Entry.write`. Raises UserError if the files have changed since the key was computed."""
+    entry.write(path, part)
+    if entry.key_of_files(f"{part}, looking for changes") != entry.key:
+        raise UserError(f"{entry.pairs[0].image.parent}: files changed while they were read; start the command again")
 
 
 class Stored(NamedTuple):

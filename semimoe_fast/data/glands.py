@@ -156,7 +156,7 @@ class _Canvas:
 
     def __init__(self, frame: _Frame) -> None:
         coarse = frame.divided(24)  # a coarse grid suffices for the clearance
-        self.points = coarse.points()
+        self.frame, self.points = coarse, coarse.points()
         self.covered = np.full(coarse.shape, -np.inf, np.float32)
 
     def place(self, propose: Callable[[], _Outline], attempts: int, most: int, clearance: float) -> list[_Outline]:
@@ -165,9 +165,10 @@ class _Canvas:
             if len(placed) == most:
                 break
             outline = propose()
-            depth = outline.depth(self.points)
-            if (depth > 0).sum() > 0.006 * 24**2 and np.minimum(depth, self.covered).max() < -clearance:
-                self.covered = np.maximum(self.covered, depth)
+            near = outline.surroundings(self.frame)  # elsewhere its depth is below any clearance
+            depth, covered = outline.depth(self.points[near]), self.covered[near]
+            if (depth > 0).sum() > 0.006 * 24**2 and np.minimum(depth, covered).max(initial=-np.inf) < -clearance:
+                np.maximum(covered, depth, out=covered)
                 placed.append(outline)
         return placed
 

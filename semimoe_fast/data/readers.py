@@ -74,9 +74,9 @@ def open_image(path: Path, scale: float | None = None, mpp: float | None = None)
     """Open an image file at its own scale, at `scale` pixels per pixel of the file, or at `mpp` microns a pixel.
 
     Sides are rounded to whole pixels, at least 1. The smallest level of a pyramid that has enough resolution is
-    resampled, or read as it is if it differs from `mpp` by less than 2 %. `Reader.note` says so, unless the file is
-    read at its own scale. Raises UserError for files that cannot be read and, with `mpp`, do not say their resolution
-    or would be read at a scale outside SCALES.
+    resampled, or read as it is if it differs from `mpp` by less than 2 %. With `mpp`, `Reader.note` says so, unless the
+    file is read at its own scale. Raises UserError for files that cannot be read and, with `mpp`, do not say their
+    resolution or would be read at a scale outside SCALES.
     """
     return at_scale(open_levels(Path(path)), scale, mpp)
 

@@ -6,6 +6,7 @@ say so; Aperio's pages do not, but are known by the description of the first one
 
 from __future__ import annotations
 
+import html
 import logging
 import os
 import re
@@ -31,6 +32,7 @@ GRAY_INVERTED, GRAY, RGB, PALETTE, YCBCR = 0, 1, 2, 3, 6  # values of the tag Ph
 JPEG = 6, 7, 33007, 34892  # values of the tag Compression
 ASSOCIATED_ALPHA = 1  # a value of the tag ExtraSamples: colors are multiplied by alpha
 MICRONS = {"nm": 1e-3, "µm": 1.0, "μm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6, "inch": 25400.0}
+MICRONS |= {"micron": 1.0, r"\u00B5m": 1.0}  # as ImageJ writes it
 REMEDY = "copy it again or save it again as a tiled TIFF"
 
 # Without a handler its messages about each damaged tag go to stderr; what matters is in our own messages.
@@ -236,15 +238,17 @@ def mpp_of(path: Path) -> float | None:
 
 
 def resolution(page: TiffPage) -> float | None:
-    """Microns per pixel, of OME-XML, of Aperio's description or of the tags; None if they say nothing plausible."""
+    """Microns per pixel, of OME-XML, of Aperio's or ImageJ's description or of the tags; None if nothing plausible."""
     description = page.description
     if found := re.search(r'\bPhysicalSizeX="([^"]+)"', description):
         unit = re.search(r'\bPhysicalSizeXUnit="([^"]+)"', description)
-        return plausible_mpp(found[1], MICRONS.get(unit[1] if unit else "µm"))
+        return plausible_mpp(found[1], MICRONS.get(html.unescape(unit[1]) if unit else "µm"))
     if found := re.search(r"\bMPP\s*=\s*([\d.]+)", description):
         return plausible_mpp(found[1])
     tag, unit = page.tags.get("XResolution"), page.tags.get("ResolutionUnit")
     microns = {2: 25400.0, 3: 1e4}.get(int(unit.value) if unit else 2)
+    if found := re.search(r"^ImageJ=.*^unit=(\S+)$", description, re.DOTALL | re.MULTILINE):
+        microns = MICRONS.get(found[1])
     if tag is None or microns is None or 0 in tag.value:
         return None
     return plausible_mpp(tag.value[1] / tag.value[0], microns)

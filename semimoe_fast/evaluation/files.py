@@ -15,8 +15,8 @@ from tqdm import tqdm
 from .. import functional as F
 from ..checkpoint import Preprocessing
 from ..data.components import components
-from ..data.folders import Pair, match, read_image, read_instances, require_size, resize_mask
-from ..data.readers import Reader
+from ..data.folders import Pair, match, read_instances, require_size, resize_mask
+from ..data.readers import Reader, open_image
 from ..data.resampling import nearest
 from ..device import Precision
 from ..errors import UserError, one_line, warn
@@ -73,7 +73,7 @@ def evaluate_model(
 
     Images are predicted as `predict` does it, which takes the same scale and mpp, and the probabilities are resized to
     the size of the image. Only the boundary expert is compared at the size at which the model works, where the width of
-    its ring is defined. Warns of images that are resampled. The model is in eval mode afterwards.
+    its ring is defined. Warns of images that are resampled to `mpp`. The model is in eval mode afterwards.
     Raises UserError, which names the `source` of the model, for probabilities that are not finite; for files that
     cannot be read, and for masks that differ in size from their image.
     """
@@ -129,9 +129,9 @@ def evaluate_files(pairs: Sequence[Pair], folder: Path) -> Evaluation:
     predictions, truths, paths = [], [], match_predictions(pairs, folder)
     for pair, path in zip(tqdm(pairs, "evaluate"), paths, strict=True):
         truth, prediction = read_instances(pair.mask), read_instances(path)
-        image = read_image(pair.image)
-        require_size(pair.mask, truth, pair.image, image.shape[:2])
-        require_size(path, prediction, pair.image, image.shape[:2])
+        with open_image(pair.image) as image:
+            require_size(pair.mask, truth, pair.image, image.size)
+            require_size(path, prediction, pair.image, image.size)
         truths.append(truth)
         predictions.append(prediction)
     _warn_of_gray_values((pair.mask for pair in pairs), truths)

@@ -10,7 +10,7 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from ..data.folders import read_image
+from ..data.readers import open_image
 from ..errors import one_line
 from ..inference.overlay import outline
 from .files import Evaluation
@@ -78,7 +78,9 @@ def _pictures(evaluation: Evaluation) -> Iterator[str]:
     )
     for i in worst:
         name = evaluation.names[i]
-        image = with_outlines(read_image(evaluation.pairs[i].image), evaluation.truths[i], evaluation.predictions[i])
+        with open_image(evaluation.pairs[i].image) as reader:
+            image = reader.read(0, 0, *reader.size)
+        image = with_outlines(image, evaluation.truths[i], evaluation.predictions[i])
         file = io.BytesIO()
         Image.fromarray(image).save(file, "JPEG", quality=85)
         picture = _picture(file.getvalue(), "jpeg", f"{name} with the outlines of truth and prediction")

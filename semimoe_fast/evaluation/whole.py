@@ -11,7 +11,7 @@ from ..data.readers import Reader
 from ..device import Precision, autocast
 from ..inference.image import side_of_tiles
 from ..inference.predictor import foreground
-from ..inference.tiles import TILE, in_tiles, resized
+from ..inference.tiles import TILE, batch_on, in_tiles, resized
 from ..model import SemiMoE
 
 
@@ -33,8 +33,7 @@ def predict_whole(
         return torch.stack([*probabilities.values()], 1)
 
     background = [0.0] * (1 + len(model.expert_tasks))
-    side, batch = side_of_tiles(image, TILE), 8 if device.type == "cuda" else 1
-    pieces = in_tiles(image, forward, background, device, side, batch)
+    pieces = in_tiles(image, forward, background, device, side_of_tiles(image, TILE), batch_on(device))
     fields = torch.cat([piece for _, piece in pieces], 1)
     return dict(zip(names, fields, strict=True))
 

@@ -38,6 +38,7 @@ class Finished:
         finished = [line for line in lines[1:] if line.startswith("[")]
         self.others = 0 if self.resumed else len(finished)  # images of an interrupted call with other settings
         self._lines = set(lines[1:] if self.resumed else [])
+        self._started: dict[Path, str] = {}  # the line of each image as it was when its prediction started
 
     def begin(self) -> None:
         """Create the file, or empty that of a call with other settings."""
@@ -46,6 +47,8 @@ class Finished:
         if not self.resumed:
             self._file.truncate(0)
             self._write(self._first)
+        else:
+            self._write("")  # ends a line that a full disk has cut off
 
     def __contains__(self, image: Path) -> bool:
         return image.exists() and _line(image) in self._lines
@@ -55,12 +58,13 @@ class Finished:
         return json.dumps(image.name) in self._lines
 
     def start(self, image: Path) -> None:
-        """Call it before the first output of an image is in place."""
+        """Call it before an image is predicted, and its first output is in place."""
+        self._started[image] = _line(image)
         self._write(json.dumps(image.name))
 
     def add(self, image: Path) -> None:
         """Call it when all outputs of an image are in place."""
-        self._write(_line(image))
+        self._write(self._started[image])
 
     def forget(self) -> None:
         self.path.unlink(missing_ok=True)

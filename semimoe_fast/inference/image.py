@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..model import STRIDE, SemiMoE
 from .folding import folded
 from .predictor import not_background
-from .tiles import TILE, Forward, in_tiles, resized
+from .tiles import TILE, Forward, batch_on, in_tiles, resized
 
 Field = Literal["probability", "sdf", "boundary"]
 
@@ -79,10 +79,9 @@ def predict_image(
         image = open_for(image, preprocessing)
     device = torch.device(device)
     forward = _forward(model, fields, preprocessing, device, precision)
-    side = side_of_tiles(image, tile)
+    forward = eightfold(forward) if tta else forward
     empty = [EMPTY[name] for name in fields]
-    batch = 4 if device.type == "cuda" else 1  # on the CPU, larger batches only leave the caches
-    pieces = in_tiles(image, eightfold(forward) if tta else forward, empty, device, side, batch, skip_background)
+    pieces = in_tiles(image, forward, empty, device, side_of_tiles(image, tile), batch_on(device), skip_background)
     for row, values in resized(pieces, image.size, image.full_size):
         yield row, Fields(**dict(zip(fields, values, strict=True)))
 
@@ -93,7 +92,7 @@ def side_of_tiles(image: Reader, tile: int) -> int:
 
 
 def open_for(
-    image: Path | np.ndarray, preprocessing: Preprocessing, scale: float | None = None, mpp: float | None = None
+    image: str | Path | np.ndarray, preprocessing: Preprocessing, scale: float | None = None, mpp: float | None = None
 ) -> Reader:
     """Open a file, or uint8 pixels (H, W, 3), at the scale at which a model works.
 
@@ -103,7 +102,7 @@ def open_for(
     makes it very different from the training images. `full_size` is the image's own size. Raises UserError for files
     that cannot be read, and for those too large to be squashed.
     """
-    levels = [ArrayReader(image)] if isinstance(image, np.ndarray) else open_levels(image)
+    levels = [ArrayReader(image)] if isinstance(image, np.ndarray) else open_levels(Path(image))
     full = levels[0]
     if scale is None and mpp is None:
         if preprocessing.sampling == "resize":
@@ -121,11 +120,11 @@ def is_slide(path: Path | None) -> bool:
 
 
 def _squashed(image: Reader, preprocessing: Preprocessing) -> Squashed:
-    height, width = image.full_size
+    name, (height, width) = image.path or "the image", image.full_size
     if max(height, width) > MOST_PIXELS or is_slide(image.path):
         raise UserError(
-            f"{image.path} is {width} x {height} pixels, too large to be squashed to the training square of the "
-            "checkpoint: give --scale (pixels of the model per pixel of the file) or --mpp, to predict it in tiles"
+            f"{name} is {width} x {height} pixels, too large to be squashed to the training square of "
+            "the checkpoint: give --scale (pixels of the model per pixel of the image) or --mpp, to predict it in tiles"
         )
     squashed = Squashed(image, preprocessing)
     squashed.note = mismatch(image, preprocessing)

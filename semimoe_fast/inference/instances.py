@@ -57,8 +57,19 @@ def renumber(labels: np.ndarray, least_area: int) -> np.ndarray:
 
 
 def depth(mask: np.ndarray) -> np.ndarray:
-    """Distance of the foreground of a mask (H, W) to the background, float32, in pixels; 0 where there is none."""
-    return F.squared_distance(mask).clamp(min=0).sqrt().numpy() * mask
+    """Distance of the foreground of a mask (H, W) to the background, float32, in pixels; 0 where there is none.
+
+    Raises UserError for masks that are too large for `F.squared_distance`.
+    """
+    try:
+        squared = F.squared_distance(mask)
+    except ValueError as error:
+        height, width = mask.shape
+        raise UserError(
+            f"glands that touch over {width} x {height} pixels are too large to be separated by their distance to the "
+            "background: take a checkpoint with an sdf expert, or leave out --instances"
+        ) from error
+    return squared.clamp(min=0).sqrt().numpy() * mask
 
 
 def skimage() -> ModuleType:

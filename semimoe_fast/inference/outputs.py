@@ -61,16 +61,18 @@ def write_overlay(path: Path, objects: np.ndarray, file: Path) -> None:
         write_png(file, outline(image.read(0, 0, *image.size), objects))
 
 
-def write_labels(path: Path, labels: np.ndarray) -> None:
-    """Write a label image (H, W) as a PNG of 16 bits, or as a TIFF of 32 bits if it has labels above 65,535."""
+def write_labels(path: Path, labels: np.ndarray, mpp: float | None) -> None:
+    """Write a label image (H, W) as a PNG of 16 bits, or as a TIFF of 32 bits if it has labels above 65,535.
+
+    mpp: microns per pixel, which the TIFF says.
+    """
     wide = path.with_suffix(".tif")
     if labels.max() <= np.iinfo(np.uint16).max:
         write_png(path, labels.astype(np.uint16))
         wide.unlink(missing_ok=True)  # of an earlier call
     else:
-        import tifffile  # scikit-image depends on it
-
-        write_atomically(wide, lambda part: tifffile.imwrite(part, labels.astype(np.uint32)))
+        with replacing(wide) as part, TiledTiff(part, labels.shape, "uint32", mpp) as file:
+            file.write(labels)
         path.unlink(missing_ok=True)
 
 

@@ -32,6 +32,11 @@ Piece = tuple[int, Tensor]  # first row, and the fields of some rows, float32 (F
 Forward = Callable[[Tensor], Tensor]  # uint8 (B, 3, h, w) -> fields, float32 (B, F, h, w), on one device
 
 
+def batch_on(device: torch.device) -> int:
+    """Tiles in one call of the network; on the CPU, more only leave the caches."""
+    return 4 if device.type == "cuda" else 1
+
+
 def overlap_of(tile: int) -> int:
     """Overlap of neighboring tiles in pixels: 128, about what the network sees around a pixel; less for small tiles.
 

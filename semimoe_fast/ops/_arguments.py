@@ -178,6 +178,8 @@ def check_tasks(name: str, heads: Sequence[Tensor]) -> None:
     rows = [len(head) for head in heads]
     if len(rows) != 3 or rows[1] != 1:
         raise ValueError(f"{name} takes the heads of mask (K), sdf (1) and boundary (2 rows), got rows {rows}")
+    if max(rows) > 256:
+        raise ValueError(f"{name} gives labels in uint8, so a head has at most 256 rows, got rows {rows}")
 
 
 def objective_targets(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import portable
+from ._derivatives import first_alone
 
 
 def adaptive_loss(
@@ -60,11 +61,5 @@ def _backward(ctx, grad_output: Tensor) -> tuple:  # noqa: ANN001
     return *_gradients(grad_output, *ctx.saved_tensors, ctx.coefficients, ctx.regularizer), None, None
 
 
-def _refuse_second_derivative(ctx, *_: object) -> None:  # noqa: ANN001
-    raise RuntimeError(
-        "the fused adaptive loss has first derivatives only: for second ones set SEMIMOE_BACKEND=reference"
-    )
-
-
 _forward.register_autograd(_backward, setup_context=_save_for_backward)
-_gradients.register_autograd(_refuse_second_derivative)
+_gradients.register_autograd(first_alone("the fused adaptive loss", "portable"))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _native_batch_norm, _triton, batch_norm_portable, recomputation
+from ._derivatives import first_alone
 from ._layout import dense
 from ._watched import watched
 from .skips import concatenate
@@ -211,11 +212,5 @@ class _BatchNormReLU(torch.autograd.Function):
         return *_backward(ctx, grad_output[:, skips:]), grad_output[:, :skips]
 
 
-def _refuse(ctx: Any, *_: object) -> None:
-    raise RuntimeError(
-        "the fused batch normalization has first derivatives only: for second ones set SEMIMOE_BACKEND=portable"
-    )
-
-
 _normalize.register_autograd(_backward, setup_context=_save_for_backward)
-_gradients.register_autograd(_refuse)
+_gradients.register_autograd(first_alone("the fused batch normalization", "portable"))

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from .reference import at_least_float32
+
 
 def fold_upsampling(weights: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
     """See `functional.fold_upsampling`."""
@@ -78,7 +80,7 @@ def _folded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The kernel of one weight: sums of 2 x 2 neighbors among the taps in reverse order, with zeros around them."""
     outputs, channels = weight.shape[:2]
     taps = weight.permute(0, 2, 3, 1).flatten(1).T.contiguous()  # PyTorch transposes matrices faster than other tensors
-    taps = _at_least_float32(taps.view(3, 3, channels * outputs).flip(0, 1))
+    taps = at_least_float32(taps.view(3, 3, channels * outputs).flip(0, 1))
     kernel = _sums_of_neighbors(taps, padding=1)
     return _in_layout_of_kernels(kernel.view(4, 4, channels, outputs).to(dtype), fused=False)
 
@@ -87,7 +89,7 @@ def _adjoint(grad_kernel: Tensor, dtype: torch.dtype, layout: torch.memory_forma
     """The gradient of one weight: sums of 2 x 2 neighbors, in reverse order."""
     channels, outputs = grad_kernel.shape[:2]
     gradient = grad_kernel.permute(2, 3, 0, 1).reshape(4, 4, channels * outputs)
-    taps = _sums_of_neighbors(_at_least_float32(gradient), padding=0).flip(0, 1).to(dtype)
+    taps = _sums_of_neighbors(at_least_float32(gradient), padding=0).flip(0, 1).to(dtype)
     taps = taps.view(9 * channels, outputs).T.contiguous().view(outputs, 3, 3, channels)
     return taps.permute(0, 3, 1, 2).contiguous(memory_format=layout)
 
@@ -97,10 +99,6 @@ def _sums_of_neighbors(x: Tensor, padding: int) -> Tensor:
     image = x[None].permute(0, 3, 1, 2)  # the stride of the batch tells PyTorch that channels are last
     sums = avg_pool2d(image, 2, stride=1, padding=padding, divisor_override=1)
     return sums.permute(0, 2, 3, 1)[0].contiguous()
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from . import gate_portable
+from ._derivatives import first_alone
 from ._layout import alike
 
-
-def refuse_second_derivative(ctx, *_: object) -> None:  # noqa: ANN001
-    raise RuntimeError("the multi-gate has first derivatives only: for second ones set SEMIMOE_BACKEND=reference")
+refuse_second_derivative = first_alone("the multi-gate", "reference")
 
 
 def project_experts(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _native_objective, _triton, portable
+from ._derivatives import first_alone
 from ._layout import addressable
 from ._watched import watched
 
@@ -100,11 +101,7 @@ def _(grad_output: Tensor, logits: Sequence[Tensor], *_: Tensor) -> list[Tensor]
     return [torch.empty_like(addressable(x)) for x in logits]
 
 
-def _refuse(ctx: Any, *_: object) -> None:
-    raise RuntimeError("the fused objective has first derivatives only: for second ones set SEMIMOE_BACKEND=portable")
-
-
-_gradients.register_autograd(_refuse)
+_gradients.register_autograd(first_alone("the fused objective", "portable"))
 
 
 class _Terms(torch.autograd.Function):

@@ -12,7 +12,7 @@ from .batch_norm_portable import batch_norm_relu
 from .fold_upsampling import fold
 from .gate import apply
 from .gate_portable import label_projections, labels, mix_projections
-from .reference import one_hot, targets_from_distance, touching
+from .reference import at_least_float32, one_hot, targets_from_distance, touching
 
 __all__ = [
     "adaptive_loss",
@@ -133,7 +133,7 @@ def soft_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _softmax_and_one_hot(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    p = _at_least_float32(logits).softmax(1)
+    p = at_least_float32(logits).softmax(1)
     return p, one_hot(target, logits.shape[1], p.dtype)
 
 
@@ -143,12 +143,8 @@ def _dice_loss(overlap: Tensor, mass: Tensor, smooth: float) -> Tensor:
 
 def tanh_mse_loss(raw: Tensor, sdf: Tensor) -> Tensor:
     """See `reference.tanh_mse_loss`; computed in float32 or float64."""
-    tanh = _at_least_float32(raw).tanh()
+    tanh = at_least_float32(raw).tanh()
     return (tanh - sdf.reshape(raw.shape)).square().mean().to(tanh.dtype)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def objective_terms(

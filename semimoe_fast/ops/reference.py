@@ -157,14 +157,21 @@ def pseudo_labels(
 
 def squared_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Mean over images and classes of 1 - (2 sum P T + 1) / (sum (P^2 + T^2) + 1). (B, K, H, W), (B, H, W) -> ()."""
-    p, t = logits.softmax(1), one_hot(target, logits.shape[1], logits.dtype)
+    p = at_least_float32(logits).softmax(1)
+    t = one_hot(target, p.shape[1], p.dtype)
     return (1 - (2 * (p * t).sum((2, 3)) + 1) / ((p**2 + t**2).sum((2, 3)) + 1)).mean()
 
 
 def soft_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Mean over images and classes of 1 - (2 sum P T + e) / (sum P + sum T + e), e = 1e-8."""
-    p, t = logits.softmax(1), one_hot(target, logits.shape[1], logits.dtype)
+    p = at_least_float32(logits).softmax(1)
+    t = one_hot(target, p.shape[1], p.dtype)
     return (1 - (2 * (p * t).sum((2, 3)) + 1e-8) / (p.sum((2, 3)) + t.sum((2, 3)) + 1e-8)).mean()
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """float16 and bfloat16 as float32, because float16 overflows in sums over the pixels of an image."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def one_hot(target: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
@@ -174,7 +181,7 @@ def one_hot(target: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
 
 def tanh_mse_loss(raw: Tensor, sdf: Tensor) -> Tensor:
     """Mean of (tanh(raw) - sdf)^2 over all elements. (B, 1, H, W), (B, 1, H, W) or (B, H, W) -> ()."""
-    return ((raw.tanh() - sdf.reshape(raw.shape)) ** 2).mean()
+    return ((at_least_float32(raw).tanh() - sdf.reshape(raw.shape)) ** 2).mean()
 
 
 def objective_terms(

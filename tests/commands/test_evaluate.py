@@ -164,6 +164,34 @@ def test_files_are_written_before_the_tables_are_printed(of_run: list[str], tmp_
     assert len((tmp_path / "scores.csv").read_text().splitlines()) == 1 + 2 * (2 + 3)
 
 
+def test_masks_of_images_that_pillow_cannot_read(tmp_path: Path) -> None:
+    """JPEG 2000 in a TIFF, which `predict` reads too."""
+    pytest.importorskip("imagecodecs")
+    for kind in ("val/image", "val/mask", "masks"):
+        (tmp_path / kind).mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    tifffile.imwrite(tmp_path / "val/image/a.tif", pixels, photometric="rgb", tile=(32, 32), compression="jpeg2000")
+    for folder in ("val/mask", "masks"):
+        tifffile.imwrite(tmp_path / folder / "a.tif", (pixels[..., 0] > 99).astype(np.uint8))
+    report = tmp_path / "report.html"
+    evaluate.main(["--predictions", f"{tmp_path}/masks", "--data", str(tmp_path), "--report", str(report)])
+    assert "data:image/jpeg" in report.read_text()
+
+
+def test_tables_are_printed_although_a_file_cannot_be_written(
+    of_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(evaluate, "write_atomically", full)
+    with pytest.raises(OSError, match="No space left"):
+        evaluate.main([*of_run, "--csv", str(tmp_path / "scores.csv")])
+    out = capsys.readouterr().out
+    assert "95 %" in out
+    assert "written" not in out
+
+
 def test_outputs_replace_no_input_and_no_other_output(
     of_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

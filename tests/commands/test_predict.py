@@ -16,6 +16,7 @@ from PIL import Image
 from semimoe_fast import checkpoint, evaluate, predict
 from semimoe_fast.data import augment
 from semimoe_fast.data.folders import read_image, read_mask, resize_image
+from semimoe_fast.data.readers import mpp_of
 from semimoe_fast.errors import UserError
 from semimoe_fast.inference import instances_of, polygons_of
 from semimoe_fast.inference.outputs import write_labels
@@ -116,9 +117,10 @@ def test_touching_objects_are_outlined_apart() -> None:
 def test_many_labels_are_written_with_32_bits(tmp_path: Path) -> None:
     labels = np.arange(70_000, dtype=np.int32).reshape(200, 350)
     for count, name, dtype in ((65_535, "a.b.png", np.uint16), (65_536, "a.b.tif", np.uint32)):
-        write_labels(tmp_path / "a.b.png", np.minimum(labels, count))
+        write_labels(tmp_path / "a.b.png", np.minimum(labels, count), mpp=0.5)
         with Image.open(tmp_path / name) as image:
             assert np.array_equal(np.array(image), np.minimum(labels, count).astype(dtype))
+    assert mpp_of(tmp_path / "a.b.tif") == 0.5
 
 
 def refused(arguments: list[str]) -> str:

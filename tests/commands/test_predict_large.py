@@ -118,8 +118,9 @@ def test_squashed_images_far_from_the_training_images_are_said_once(
     model = save_model(tmp_path / "model", sampling="resize", scale=scale)
     call(model, tmp_path / "images", tmp_path / "out", tiles=False)
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert len(lines) == warned
-    for line in lines:
+    assert len(lines) == 2 * warned
+    assert lines[1:] == ["warning: the same holds for 1 more of the images"] * warned
+    for line in lines[:1]:
         assert f"{tmp_path}/images/a.tif is {size[1]} x {size[0]} pixels and squashed to the 32 x 32" in line
         assert ("give --scale 0.4, " if scale else "give --scale, ") in line
 
@@ -276,6 +277,7 @@ def test_one_call_at_a_time_predicts_into_a_folder(tmp_path: Path) -> None:
                 f"{tmp_path}: another process is predicting into this folder; wait until it ends, stop it, or give "
                 "another --out"
             )
+        other.start(image)
         other.add(image)
     assert refused(model, image, tmp_path, overwrite=False) == (
         f"{tmp_path / '.predict.jsonl'} counts images of an interrupted call with other options or images (1): repeat "
@@ -392,3 +394,23 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert explain(caught.value).endswith("out/probability/.a.ome.tif.part: File too large; free space on its disk")
     assert {path.name for path in (tmp_path / "out").rglob("*")} == {"probability", ".predict.jsonl"}
+
+
+def test_a_name_that_is_too_long_for_the_file_system_fails_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The image has the longest name there is, and no room for the ending of an unfinished file."""
+    model, images, out = save_model(tmp_path / "model"), tmp_path / "images", tmp_path / "out"
+    long = save_image(images / f"{'a' * 251}.tif", 40, 50)
+    save_image(images / "b.tif", 40, 50)
+    error = failing(capsys, model, images, out)
+    assert "File name too long; give another path; going on with the other images" in error
+    assert error.splitlines()[-1] == f"error: 1 of 2 images failed: {long.name}"
+    assert (out / "b.png").exists()
+
+
+def test_paths_may_be_text_and_pixels_have_no_path(tmp_path: Path) -> None:
+    model, image = save_model(tmp_path / "model", sampling="resize"), save_image(tmp_path / "a.tif", 40, 50)
+    for one, other in zip(fields_of(model, str(image)), fields_of(model, image), strict=True):
+        assert torch.equal(one, other)
+    pixels = np.zeros((17_000, 4, 3), np.uint8)
+    with pytest.raises(UserError, match=r"^the image is 4 x 17000 pixels, too large to be squashed"):
+        fields_of(model, pixels)

@@ -57,6 +57,26 @@ def files(cached: Cache) -> list[Path]:
 # -------------------------------------------------------------------------------------------------- hits and misses
 
 
+def test_files_that_change_while_they_are_read_are_not_kept(
+    root: Path, cached: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = root / "train" / "image" / "1.png"
+    read_pair = cache.read_pair
+
+    def read_after_a_change(*arguments: object) -> object:
+        save(np.zeros((20, 30, 3), np.uint8), image)
+        return read_pair(*arguments)
+
+    before = image.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(cache, "read_pair", read_after_a_change)
+        with pytest.raises(UserError, match="files changed while they were read; start the command again"):
+            cached.load_part(root, "train", SIZE, with_masks=True)
+    assert files(cached) == []
+    image.write_bytes(before)
+    assert_same(cached.load_part(root, "train", SIZE, True), load_part(root, "train", SIZE, True))
+
+
 @pytest.mark.parametrize("with_masks", [True, False])
 @pytest.mark.parametrize("size", [SIZE, 33])
 def test_a_part_is_decoded_once(root: Path, cached: Cache, monkeypatch, capsys, size: int, with_masks: bool) -> None:

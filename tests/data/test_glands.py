@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
+from semimoe_fast import synthetic
 from semimoe_fast.data.folders import load_part
 from semimoe_fast.data.glands import glands, picture
 from semimoe_fast.errors import UserError
@@ -153,10 +154,15 @@ def test_folder_in_use_is_refused(tmp_path):
             write(Folder(out))
 
 
-def test_bad_numbers_are_refused(tmp_path):
-    with pytest.raises(UserError, match="size=8"):
-        write(Folder(tmp_path / "new", size=8))
-    assert not (tmp_path / "new").exists()
+def test_empty_parts_are_left_out(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("tyro")
+    out = tmp_path / "new"
+    arguments = ["--labeled", "1", "--unlabeled", "0", "--val", "1", "--size", "16"]
+    monkeypatch.setattr("sys.argv", ["synthetic", "--out", str(out), *arguments])
+    synthetic.main()
+    assert sorted(path.name for path in out.iterdir()) == ["train_sup_1", "val"]
+    line = f"train with: python -m semimoe_fast.train --data {out} --unlabeled none"
+    assert capsys.readouterr().out.splitlines()[-1] == line
 
 
 def test_square_pictures_are_those_of_glands():
@@ -211,10 +217,12 @@ def test_sizes_out_of_range_are_refused(tmp_path, sizes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labeled": 10**9}, "counts are at most 1,000,000 and sides at most 16,384 pixels"),
-        ({"size": 10**6}, "counts are at most 1,000,000 and sides at most 16,384 pixels"),
-        ({"sizes": (20, 10**6)}, "counts are at most 1,000,000 and sides at most 16,384 pixels"),
-        ({"seed": 2**64}, f"--seed is {2**64}: give at most {2**63 - 1}"),
+        ({"labeled": 10**9}, "--labeled is 1000000000: give 0 to 1000000"),
+        ({"unlabeled": -1}, "--unlabeled is -1: give 0 to 1000000"),
+        ({"size": 8}, "--size is 8: give 16 to 16384"),
+        ({"size": 10**6}, "--size is 1000000: give 16 to 16384"),
+        ({"sizes": (20, 10**6)}, "--sizes is 20 1000000: give MIN of at least 16, and MAX from MIN to 16384"),
+        ({"seed": 2**64}, f"--seed is {2**64}: give 0 to {2**63 - 1}"),
     ],
 )
 def test_numbers_out_of_range_are_refused_before_anything_is_drawn(tmp_path, changes, message):

@@ -41,6 +41,7 @@ def test_file_systems_without_locks_get_a_warning(
     image.touch()
     with Finished(tmp_path, {}) as finished:
         finished.begin()
+        finished.start(image)
         finished.add(image)
     assert "cannot be locked (No locks available); make sure that no other process" in capsys.readouterr().err
     with Finished(tmp_path, {}) as finished:
@@ -49,6 +50,36 @@ def test_file_systems_without_locks_get_a_warning(
     with Finished(tmp_path, {"tta": "True"}) as finished:
         assert image not in finished
         assert (finished.resumed, finished.others) == (False, 1)
+
+
+def test_an_image_that_changes_while_it_is_predicted_is_not_finished(tmp_path: Path) -> None:
+    image = tmp_path / "a.png"
+    image.write_text("before")
+    with Finished(tmp_path, {}) as finished:
+        finished.begin()
+        finished.start(image)
+        image.write_text("something else")
+        finished.add(image)
+    with Finished(tmp_path, {}) as finished:
+        assert finished.resumed
+        assert image not in finished
+
+
+def test_a_line_that_was_cut_off_does_not_spoil_the_next(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.png", tmp_path / "b.png"
+    with Finished(tmp_path, {}) as finished:
+        finished.begin()
+        first.touch()
+        finished.start(first)
+    record = tmp_path / NAME
+    record.write_text(record.read_text()[:-3])
+    with Finished(tmp_path, {}) as finished:
+        finished.begin()
+        assert not finished.has_started(first)
+        second.touch()
+        finished.start(second)
+    with Finished(tmp_path, {}) as finished:
+        assert finished.has_started(second)
 
 
 def test_record_that_is_no_file_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from scipy import ndimage
 
 from semimoe_fast.errors import UserError
 from semimoe_fast.inference import instances_of
+from semimoe_fast.inference.instances import depth
 
 pytest.importorskip("skimage", reason="instances need scikit-image")
 
@@ -128,6 +129,15 @@ def test_bad_arguments_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             instances_of(mask, sdf, level)
+
+
+def test_a_component_too_wide_for_distances_names_the_remedy() -> None:
+    mask = np.ones((1, 46_342), bool)
+    mask[:, 0] = False
+    with pytest.raises(
+        UserError, match=r"^glands that touch over 46342 x 1 pixels are too large .* leave out --instan"
+    ):
+        depth(mask)
 
 
 def test_without_scikit_image_the_error_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,11 @@ ONE_HEAD = ([zeros(1, 2, 4, 4)], zeros(1, 1, 1), [zeros(2, 2)], [zeros(2)])
         (lambda: F.tanh_mse_loss(zeros(), zeros()), ValueError, "disagree"),
         (lambda: F.mix_projections(zeros(1, 1, 1, 4, 4), zeros(1, 1, 1), [zeros()]), ValueError, "head_biases"),
         (lambda: F.pseudo_labels(*ONE_HEAD), ValueError, "pseudo_labels takes"),
+        (
+            lambda: F.label_projections(zeros(1, 1, 260, 4, 4), zeros(1, 3, 1), [*map(zeros, (257, 1, 2))]),
+            ValueError,
+            "label_projections gives labels in uint8, so a head has at most 256 rows, got rows [257, 1, 2]",
+        ),
     ],
 )
 def test_bad_arguments_get_one_clear_line(call, error: type[Exception], message: str) -> None:

@@ -42,6 +42,21 @@ def test_transforms_see_the_derivative(operation: Callable[[Tensor], Tensor]) ->
     torch.testing.assert_close(tangent, expected, **close)
 
 
+def test_sums_over_float16_do_not_overflow() -> None:
+    """A transform takes the reference, which sums 65,536 pixels in float32 as the other backends do."""
+    x = torch.randn(1, 5, 256, 256, generator=torch.Generator().manual_seed(1)).half()
+    masks, sdf = (x[:, 0] > 0).to(torch.uint8), x[:, 1].float().tanh()
+
+    def terms(x: Tensor) -> Tensor:
+        return F.objective_terms(x[:, :2], x[:, 2:3], x[:, 3:], masks, sdf, masks)
+
+    expected = terms(x)
+    with torch.autograd.forward_ad.dual_level():
+        found = terms(x)
+    assert found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+
+
 def test_another_default_device() -> None:
     """CPU tensors stay on the CPU."""
 
