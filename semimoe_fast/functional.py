@@ -91,7 +91,7 @@ def pseudo_labels(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pseudo-labels from the gated mask, sdf and boundary outputs: argmax, tanh, argmax. No gradient flows.
 
-    Arguments as `multi_gate` with T = 3 heads, for mask (K rows), sdf (1 row) and boundary
+    Arguments as `multi_gate` with T = 3 heads, for mask (K <= 256 rows), sdf (1 row) and boundary
     -> mask uint8 (B, H, W), sdf (B, 1, H, W) in the dtype of the features, boundary uint8 (B, H, W).
     """
     matrices = _arguments.gate_matrices(features, gate_weights, head_weights, head_biases)
@@ -152,7 +152,7 @@ def label_projections(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pseudo-labels from the projections of `project_experts`. Same result as `pseudo_labels`. No gradient flows.
 
-    Arguments as `mix_projections` with T = 3 heads, for mask (K rows), sdf (1 row) and boundary
+    Arguments as `mix_projections` with T = 3 heads, for mask (K <= 256 rows), sdf (1 row) and boundary
     -> mask uint8 (B, H, W), sdf (B, 1, H, W) in the dtype of the projections, boundary uint8 (B, H, W).
     """
     _arguments.check_projections(projections, gate_weights, head_biases)

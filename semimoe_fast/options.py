@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -47,6 +48,12 @@ def read_options(
     given = tyro.cli(shown, prog=f"python -m {command}", args=arguments, default=start, config=markers)
     parts = [getattr(given, name) for name in groups] or [given]
     return options(**{name: value for part in parts for name, value in _values(part).items()})
+
+
+def training_command(data: Path, semi_supervised: bool) -> str:
+    """The last line of a command that has laid out a data folder, with unlabeled images or without."""
+    alone = "" if semi_supervised else " --unlabeled none"
+    return f"train with: python -m semimoe_fast.train --data {shlex.quote(str(data))}{alone}"
 
 
 def require_writable(option: str, path: Path) -> None:

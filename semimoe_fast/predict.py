@@ -23,9 +23,9 @@ from .data.folders import list_images
 from .data.readers import SLIDES, Reader
 from .device import Precision, choose_device, configure_prediction
 from .errors import UserError, explain, one_line, printable, run_command, warn
-from .inference.finished import Finished
+from .inference.finished import Finished, state_of
 from .inference.folding import folded
-from .inference.image import TASK, Field, Fields, is_slide, open_for, predict_image
+from .inference.image import TASK, Field, Fields, Squashed, is_slide, open_for, predict_image
 from .inference.instances import depth, instances_of, skimage
 from .inference.outputs import (
     full_mpp,
@@ -242,29 +242,30 @@ def predict_all(
     missing = [path for path in outputs if path not in done]
     if done:
         print(f"images that an interrupted call has predicted: {len(done)}; going on with the others")
-    notes, failed = 0, []
+    squashed, failed = 0, []  # squashed images that are far from the training images
     with tqdm(total=len(missing), bar_format=BAR) as bar:
         for number, path in enumerate(missing, 1):
             bar.set_description(f"predict {number}/{len(missing)}")
             try:
+                state = state_of(path)
                 with open_for(path, preprocessing, config.scale, config.mpp) as image:
-                    if image.note and not notes:
+                    if image.note and not (squashed and isinstance(image, Squashed)):
                         warn(image.note)
-                    notes += image.note is not None
+                    squashed += bool(image.note) and isinstance(image, Squashed)
                     finished.start(path)
                     predict_file(image, outputs[path], model, preprocessing, fields, config, bar.update)
-                finished.add(path)
+                finished.add(state)
             except (UserError, OSError) as error:
                 if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
-                    raise  # the next image would fail, too
+                    raise  # a full disk, for example, which the next image would meet, too
                 if not config.input.is_dir():
                     finished.forget()  # there is nothing to go on with
                     raise
                 warn(f"{explain(error)}; going on with the other images")
                 failed.append(path)
             bar.update(number - bar.n)  # the rest of an image that failed
-    if notes > 1:
-        warn(f"the same holds for {notes - 1} more of the images")
+    if squashed > 1:
+        warn(f"{squashed - 1} more images are squashed, although they are far from the training images")
     kinds = ", ".join(next(iter(outputs.values())))
     print(one_line(f"images predicted to {config.out}: {len(outputs) - len(failed)} ({kinds})"))
     if failed:
@@ -375,7 +376,7 @@ def write_instances(
     image: Reader, mask: np.ndarray, sdf: np.ndarray | None, files: dict[str, Path], config: PredictConfig
 ) -> np.ndarray:
     """Write label image and polygons of an image that is held as a whole; the label image."""
-    labels = instances_of(mask, depth(mask) if sdf is None else sdf, config.seed_level, config.least_area)
+    labels = instances_of(mask, depth(mask, image.path) if sdf is None else sdf, config.seed_level, config.least_area)
     write_labels(files["instances"], labels, full_mpp(image))
     write_text(files["polygons"], geojson(labels, image.path.name))
     return labels

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint import write_atomically
-from .data.folders import training_command
 from .errors import UserError, one_line, run_command
-from .options import read_options
+from .options import read_options, training_command
 
 Pairs = list[tuple[Path, Path]]  # image and mask
 TRAIN = "train"

@@ -11,10 +11,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from .checkpoint import write_atomically
-from .data.folders import training_command
 from .data.glands import picture
 from .errors import UserError, one_line, run_command
-from .options import read_options
+from .options import read_options, training_command
 
 MOST_IMAGES = 10**6
 SIDES = 16, 16384  # least and most, in pixels
@@ -43,9 +42,9 @@ class Folder:
 
 
 def write(folder: Folder) -> None:
-    """Draw the three parts of a data set and save them below `folder.out`, with a progress bar. All pictures differ.
+    """Draw the parts of a data set that have images, and save them below `folder.out`, with a progress bar.
 
-    Raises UserError for a folder that is not empty and for numbers out of range.
+    All pictures differ. Raises UserError for a folder that is not empty and for numbers out of range.
     """
     if folder.out.exists() and not (folder.out.is_dir() and not any(folder.out.iterdir())):
         raise UserError(f"{folder.out} exists and is not an empty folder: choose another --out")
@@ -57,6 +56,8 @@ def write(folder: Folder) -> None:
     if folder.sizes is not None and not SIDES[0] <= folder.sizes[0] <= folder.sizes[1] <= SIDES[1]:
         low, high = folder.sizes
         raise UserError(f"--sizes is {low} {high}: give MIN of at least {SIDES[0]}, and MAX from MIN to {SIDES[1]}")
+    if not folder.labeled + folder.unlabeled + folder.val:
+        raise UserError("--labeled, --unlabeled and --val are 0: give one of them more")
     parts = [
         (f"train_sup_{folder.labeled}", folder.labeled, True),
         (f"train_unsup_{folder.unlabeled}", folder.unlabeled, False),

@@ -59,14 +59,14 @@ class Cache:
     def load_part(
         self, root: Path, part: str, size: int, with_masks: bool, instances: bool = False, antialias: bool = False
     ) -> Dataset:
-        """Same values and errors as `folders.load_part`."""
+        """Same values as `folders.load_part`; its errors, and UserError for files that change while they are read."""
         pairs = list_pairs(root, part, with_masks)
         return self._load(Entry(pairs, size, "", instances and with_masks, antialias), part)
 
     def load_whole(
         self, root: Path, part: str, with_masks: bool, instances: bool = False, mpp: float | None = None
     ) -> Ragged:
-        """Same values and errors as `ragged.load_whole`."""
+        """Same values as `ragged.load_whole`; its errors, and UserError for files that change while they are read."""
         pairs = list_pairs(root, part, with_masks)
         return self._load(RaggedEntry(pairs, None, "", instances and with_masks, mpp=mpp), part)
 
@@ -114,7 +114,9 @@ def _write(entry: Entry, path: Path, part: str) -> None:
     """`Entry.write`. Raises UserError if the files have changed since the key was computed."""
     entry.write(path, part)
     if entry.key_of_files(f"{part}, looking for changes") != entry.key:
-        raise UserError(f"{entry.pairs[0].image.parent}: files changed while they were read; start the command again")
+        raise UserError(
+            f"{entry.pairs[0].image.parent.parent}: files changed while they were read; start the command again"
+        )
 
 
 class Stored(NamedTuple):

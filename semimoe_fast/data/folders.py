@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import shlex
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -85,12 +84,6 @@ class Pair(NamedTuple):
 
     image: Path
     mask: Path | None
-
-
-def training_command(root: Path, semi_supervised: bool) -> str:
-    """The line of a command that has laid out a data folder, with unlabeled images or without."""
-    alone = "" if semi_supervised else " --unlabeled none"
-    return f"train with: python -m semimoe_fast.train --data {shlex.quote(str(root))}{alone}"
 
 
 def load_part(

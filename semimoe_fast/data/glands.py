@@ -167,7 +167,7 @@ class _Canvas:
             outline = propose()
             near = outline.surroundings(self.frame)  # elsewhere its depth is below any clearance
             depth, covered = outline.depth(self.points[near]), self.covered[near]
-            if (depth > 0).sum() > 0.006 * 24**2 and np.minimum(depth, covered).max(initial=-np.inf) < -clearance:
+            if (depth > 0).sum() > 0.006 * 24**2 and np.minimum(depth, covered).max() < -clearance:
                 np.maximum(covered, depth, out=covered)
                 placed.append(outline)
         return placed

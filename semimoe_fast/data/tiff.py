@@ -247,7 +247,7 @@ def resolution(page: TiffPage) -> float | None:
         return plausible_mpp(found[1])
     tag, unit = page.tags.get("XResolution"), page.tags.get("ResolutionUnit")
     microns = {2: 25400.0, 3: 1e4}.get(int(unit.value) if unit else 2)
-    if found := re.search(r"^ImageJ=.*^unit=(\S+)$", description, re.DOTALL | re.MULTILINE):
+    if description.startswith("ImageJ=") and (found := re.search(r"^unit=(\S+)$", description, re.MULTILINE)):
         microns = MICRONS.get(found[1])
     if tag is None or microns is None or 0 in tag.value:
         return None

@@ -38,7 +38,6 @@ class Finished:
         finished = [line for line in lines[1:] if line.startswith("[")]
         self.others = 0 if self.resumed else len(finished)  # images of an interrupted call with other settings
         self._lines = set(lines[1:] if self.resumed else [])
-        self._started: dict[Path, str] = {}  # the line of each image as it was when its prediction started
 
     def begin(self) -> None:
         """Create the file, or empty that of a call with other settings."""
@@ -51,20 +50,19 @@ class Finished:
             self._write("")  # ends a line that a full disk has cut off
 
     def __contains__(self, image: Path) -> bool:
-        return image.exists() and _line(image) in self._lines
+        return image.exists() and state_of(image) in self._lines
 
     def has_started(self, image: Path) -> bool:
         """Whether the outputs of an image may be those of an interrupted call."""
         return json.dumps(image.name) in self._lines
 
     def start(self, image: Path) -> None:
-        """Call it before an image is predicted, and its first output is in place."""
-        self._started[image] = _line(image)
+        """Call it before the first output of an image is in place."""
         self._write(json.dumps(image.name))
 
-    def add(self, image: Path) -> None:
-        """Call it when all outputs of an image are in place."""
-        self._write(self._started[image])
+    def add(self, state: str) -> None:
+        """Call it when all outputs of an image are in place, with its state before it was read."""
+        self._write(state)
 
     def forget(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -102,6 +100,10 @@ class Finished:
             self._file.flush()
 
 
-def _line(image: Path) -> str:
-    status = image.stat()
+def state_of(image: Path) -> str:
+    """Name, size in bytes and time of change of an image as one line; of a missing image the name alone."""
+    try:
+        status = image.stat()
+    except OSError:
+        return json.dumps([image.name])
     return json.dumps([image.name, status.st_size, status.st_mtime_ns])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -56,18 +57,18 @@ def renumber(labels: np.ndarray, least_area: int) -> np.ndarray:
     return numbers[labels]
 
 
-def depth(mask: np.ndarray) -> np.ndarray:
+def depth(mask: np.ndarray, name: Path | str = "the image") -> np.ndarray:
     """Distance of the foreground of a mask (H, W) to the background, float32, in pixels; 0 where there is none.
 
-    Raises UserError for masks that are too large for `F.squared_distance`.
+    Raises UserError, with the name of the image, for masks that are too large for `F.squared_distance`.
     """
     try:
         squared = F.squared_distance(mask)
     except ValueError as error:
         height, width = mask.shape
         raise UserError(
-            f"glands that touch over {width} x {height} pixels are too large to be separated by their distance to the "
-            "background: take a checkpoint with an sdf expert, or leave out --instances"
+            f"{name}: glands that touch over {width} x {height} pixels are too large to be separated by their distance "
+            "to the background; take a checkpoint with an sdf expert, or leave out --instances"
         ) from error
     return squared.clamp(min=0).sqrt().numpy() * mask
 

@@ -45,7 +45,7 @@ def open_instances(
     geojson = stack.enter_context(GeojsonFile(stack.enter_context(replacing(polygons)), image.path.name))
     part = stack.enter_context(replacing(labels))
     stream = stack.enter_context(TiledTiff(part, image.full_size, "uint32", full_mpp(image)))
-    stitcher = Stitcher(image.full_size, geojson.write, seed_level, least_area)
+    stitcher = Stitcher(image.full_size, geojson.write, seed_level, least_area, name=image.path)
 
     def write(mask: np.ndarray, sdf: np.ndarray | None) -> np.ndarray:
         rows = stitcher.add(mask, sdf)

@@ -17,6 +17,7 @@ component only; every pixel is still in one instance, unless that is too small.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
@@ -38,13 +39,20 @@ class Stitcher:
     found: called once for each complete component, or part of a tall one, that holds instances: with their label image,
     in which 0 is everything else, and the row and column of its first pixel in the image. The numbers go from 1 on, in
     the order of the calls, and in a call in the order of the first pixels. seed_level, least_area: as in
-    `instances_of`. tall: rows of the tallest component that is separated as a whole.
+    `instances_of`. tall: rows of the tallest component that is separated as a whole. name: of the image, for errors.
     """
 
     def __init__(
-        self, size: tuple[int, int], found: Found, seed_level: float = 0.3, least_area: int = 100, tall: int = TALL
+        self,
+        size: tuple[int, int],
+        found: Found,
+        seed_level: float = 0.3,
+        least_area: int = 100,
+        tall: int = TALL,
+        name: Path | str = "the image",
     ) -> None:
         self.size, self.found, self.seed_level, self.least_area, self.tall = size, found, seed_level, least_area, tall
+        self.name = name
         self.count = 0  # instances so far
         self._top = 0  # row of the image in which the window begins
         self._mask = np.zeros((0, size[1]), bool)  # without what is complete
@@ -91,7 +99,7 @@ class Stitcher:
             self._mask[box][pixels] = False
 
     def _instances(self, box: Box, pixels: np.ndarray, least_area: int) -> np.ndarray:
-        field = depth(pixels) if self._sdf is None else self._sdf[box]
+        field = depth(pixels, self.name) if self._sdf is None else self._sdf[box]
         return instances_of(pixels, field, self.seed_level, least_area)
 
     def _leaving(self, instances: np.ndarray) -> np.ndarray:

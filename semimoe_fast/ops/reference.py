@@ -1,8 +1,9 @@
 """The operations exactly as their formulas say: slow, obvious, and the reference of every test.
 
-This file optimizes nothing and imports nothing of the package. `portable` uses its `targets_from_distance`, `touching`
-and `one_hot`; the golden archives check them. Floating-point functions compute in the dtype of their inputs, so float64
-inputs give a float64 reference, and autograd differentiates them.
+This file optimizes nothing and imports nothing of the package. Other files use its `targets_from_distance`,
+`touching`, `one_hot` and `at_least_float32`; the golden archives check the first three. Floating-point functions
+compute in the dtype of their inputs, losses and batch normalization at least in float32; so float64 inputs give a
+float64 reference, and autograd differentiates them.
 
 Symbols (arXiv 2509.13834): B images, E experts, T tasks, C feature channels, K classes, H x W pixels.
 """
@@ -226,7 +227,7 @@ def fold_upsampling(weights: Sequence[Tensor], dtype: torch.dtype | None = None)
 
     kernels = []
     for weight in weights:
-        precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        precise = at_least_float32(weight)
         kernels.append(folded(folded(precise, 2), 3).transpose(0, 1).to(dtype or weight.dtype))
     return kernels
 
@@ -257,7 +258,7 @@ def batch_norm_relu(
         mean, deviation, scale, shift = (v[:, None, None] for v in (mean, (variance + eps).sqrt(), weight, bias))
         return ((run - mean) / deviation * scale + shift).relu().to(x.dtype)
 
-    precise = x.to(torch.promote_types(x.dtype, torch.float32))
+    precise = at_least_float32(x)
     if not training:
         return after_skip(normalized(precise, running_mean, running_var))
     outputs = []

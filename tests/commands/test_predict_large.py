@@ -18,7 +18,7 @@ from semimoe_fast.data import tiff
 from semimoe_fast.data.folders import read_instances, read_mask
 from semimoe_fast.errors import UserError, explain
 from semimoe_fast.inference import open_for, predict_image
-from semimoe_fast.inference.finished import Finished
+from semimoe_fast.inference.finished import Finished, state_of
 from semimoe_fast.model import SemiMoE
 
 pytest.importorskip("tyro", reason="commands read their options with tyro")
@@ -119,7 +119,7 @@ def test_squashed_images_far_from_the_training_images_are_said_once(
     call(model, tmp_path / "images", tmp_path / "out", tiles=False)
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(lines) == 2 * warned
-    assert lines[1:] == ["warning: the same holds for 1 more of the images"] * warned
+    assert lines[1:] == ["warning: 1 more images are squashed, although they are far from the training images"] * warned
     for line in lines[:1]:
         assert f"{tmp_path}/images/a.tif is {size[1]} x {size[0]} pixels and squashed to the 32 x 32" in line
         assert ("give --scale 0.4, " if scale else "give --scale, ") in line
@@ -277,8 +277,7 @@ def test_one_call_at_a_time_predicts_into_a_folder(tmp_path: Path) -> None:
                 f"{tmp_path}: another process is predicting into this folder; wait until it ends, stop it, or give "
                 "another --out"
             )
-        other.start(image)
-        other.add(image)
+        other.add(state_of(image))
     assert refused(model, image, tmp_path, overwrite=False) == (
         f"{tmp_path / '.predict.jsonl'} counts images of an interrupted call with other options or images (1): repeat "
         "that call, give another --out, or --overwrite to forget it"
@@ -324,10 +323,10 @@ def test_a_resumed_call_replaces_only_what_it_began(tmp_path: Path, monkeypatch:
     assert (out / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def failing(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+def failing(capsys: pytest.CaptureFixture, *arguments: object, overwrite: bool = True) -> str:
     """Call predict on a folder with files that cannot be read: what it says on stderr."""
     with pytest.raises(SystemExit) as caught:
-        call(*arguments)
+        call(*arguments, overwrite=overwrite)
     assert caught.value.code == 1
     return capsys.readouterr().err
 
@@ -414,3 +413,25 @@ def test_paths_may_be_text_and_pixels_have_no_path(tmp_path: Path) -> None:
     pixels = np.zeros((17_000, 4, 3), np.uint8)
     with pytest.raises(UserError, match=r"^the image is 4 x 17000 pixels, too large to be squashed"):
         fields_of(model, pixels)
+
+
+def test_an_image_that_changes_after_it_was_opened_is_predicted_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images, out = save_model(tmp_path / "model"), tmp_path / "images", tmp_path / "out"
+    save_image(images / "a.tif", 40, 50)
+    (images / "b.tif").write_bytes(b"damaged")  # so that the record of the call stays
+    opened: list[str] = []
+
+    def open_and_change(path: Path, *rest: object) -> object:
+        reader = open_for(path, *rest)
+        opened.append(path.name)
+        save_image(images / "new.tif", 48, 64).replace(path)
+        return reader
+
+    with monkeypatch.context() as patched:
+        patched.setattr(predict, "open_for", open_and_change)
+        failing(capsys, model, images, out)
+    assert opened == ["a.tif"]
+    failing(capsys, model, images, out, overwrite=False)
+    assert read_mask(out / "a.png").shape == (48, 64)

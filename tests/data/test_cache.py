@@ -61,15 +61,15 @@ def test_files_that_change_while_they_are_read_are_not_kept(
     root: Path, cached: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = root / "train" / "image" / "1.png"
-    read_pair = cache.read_pair
+    write = cache.Entry.write
 
-    def read_after_a_change(*arguments: object) -> object:
+    def write_and_change(*arguments: object) -> None:
+        write(*arguments)
         save(np.zeros((20, 30, 3), np.uint8), image)
-        return read_pair(*arguments)
 
     before = image.read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr(cache, "read_pair", read_after_a_change)
+        patched.setattr(cache.Entry, "write", write_and_change)
         with pytest.raises(UserError, match="files changed while they were read; start the command again"):
             cached.load_part(root, "train", SIZE, with_masks=True)
     assert files(cached) == []

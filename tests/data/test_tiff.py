@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -182,6 +183,14 @@ def test_resolution_of_a_tiff(tmp_path, options, mpp):
     path = write(tmp_path / "image.tif", **options)
     with open_image(path) as reader:
         assert reader.mpp == mpp_of(path) == (mpp and pytest.approx(mpp))
+
+
+def test_long_descriptions_are_searched_once(tmp_path):
+    """A search for the unit from each line on would take minutes."""
+    path = write(tmp_path / "image.tif", metadata=None, description="ImageJ=\n" * 200_000)
+    start = time.process_time()
+    assert mpp_of(path) is None
+    assert time.process_time() - start < 5
 
 
 def test_resolution_of_a_tiff_that_pillow_decodes(tmp_path):

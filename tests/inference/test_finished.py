@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from semimoe_fast.errors import UserError
-from semimoe_fast.inference.finished import NAME, Finished
+from semimoe_fast.inference.finished import NAME, Finished, state_of
 
 
 def test_a_file_that_another_process_removes_is_created_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,8 +41,7 @@ def test_file_systems_without_locks_get_a_warning(
     image.touch()
     with Finished(tmp_path, {}) as finished:
         finished.begin()
-        finished.start(image)
-        finished.add(image)
+        finished.add(state_of(image))
     assert "cannot be locked (No locks available); make sure that no other process" in capsys.readouterr().err
     with Finished(tmp_path, {}) as finished:
         assert image in finished
@@ -57,9 +56,9 @@ def test_an_image_that_changes_while_it_is_predicted_is_not_finished(tmp_path: P
     image.write_text("before")
     with Finished(tmp_path, {}) as finished:
         finished.begin()
-        finished.start(image)
+        state = state_of(image)
         image.write_text("something else")
-        finished.add(image)
+        finished.add(state)
     with Finished(tmp_path, {}) as finished:
         assert finished.resumed
         assert image not in finished
@@ -69,14 +68,12 @@ def test_a_line_that_was_cut_off_does_not_spoil_the_next(tmp_path: Path) -> None
     first, second = tmp_path / "a.png", tmp_path / "b.png"
     with Finished(tmp_path, {}) as finished:
         finished.begin()
-        first.touch()
         finished.start(first)
     record = tmp_path / NAME
     record.write_text(record.read_text()[:-3])
     with Finished(tmp_path, {}) as finished:
         finished.begin()
         assert not finished.has_started(first)
-        second.touch()
         finished.start(second)
     with Finished(tmp_path, {}) as finished:
         assert finished.has_started(second)

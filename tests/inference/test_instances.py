@@ -134,10 +134,8 @@ def test_bad_arguments_are_refused() -> None:
 def test_a_component_too_wide_for_distances_names_the_remedy() -> None:
     mask = np.ones((1, 46_342), bool)
     mask[:, 0] = False
-    with pytest.raises(
-        UserError, match=r"^glands that touch over 46342 x 1 pixels are too large .* leave out --instan"
-    ):
-        depth(mask)
+    with pytest.raises(UserError, match=r"^a\.png: glands that touch over 46342 x 1 pixels are .* leave out --inst"):
+        depth(mask, "a.png")
 
 
 def test_without_scikit_image_the_error_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
