@@ -359,7 +359,7 @@ def predict_file(
             sdf = torch.cat(sdfs).numpy() if "sdf" in fields else None
             labels = [write_instances(image, np.concatenate(masks), sdf, files, config)]
         if config.overlay:
-            write_overlay(path, np.concatenate(labels if config.instances else masks), files["overlay"])
+            write_overlay(image, np.concatenate(labels if config.instances else masks), files["overlay"])
     if not large:
         write_png(mask_file, np.concatenate(masks) * np.uint8(255))
     if stitched:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -55,10 +55,10 @@ def open_instances(
     return write
 
 
-def write_overlay(path: Path, objects: np.ndarray, file: Path) -> None:
-    """Write an image with the outlines of objects (H, W)."""
-    with open_image(path) as image:
-        write_png(file, outline(image.read(0, 0, *image.size), objects))
+def write_overlay(image: Reader, objects: np.ndarray, file: Path) -> None:
+    """Write an image at its full size with the outlines of objects (H, W)."""
+    with nullcontext(image) if image.size == image.full_size else open_image(image.path) as full:
+        write_png(file, outline(full.read(0, 0, *full.size), objects))
 
 
 def write_labels(path: Path, labels: np.ndarray, mpp: float | None) -> None:
