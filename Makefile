@@ -103,4 +103,4 @@ $(VENV)/fuzz.done: constraints.txt | $(VENV)
 $(VENV):
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 15) else \
 	  "error: Python %d.%d is not supported: set PYTHON to Python 3.11 to 3.14, as in make PYTHON=python3.12" % v)'
-	$(PYTHON) -m venv $@
+	$(PYTHON) -m venv $@ || { rm -rf $@; exit 1; }

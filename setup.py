@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).parent.resolve()
 CUDA = os.environ.get("SEMIMOE_CUDA", "AUTO")
+REPOSITORY = "https://github.com/semimoe-fast/semimoe_fast"
 
 
 def find_tool(name: str) -> str:
@@ -75,8 +77,17 @@ class ReproducibleSdist(sdist):
         return path
 
 
+def readme() -> str:
+    """README.md with absolute links, because package indexes do not resolve relative ones."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"(?<=\]\()(?!https?:|#)", f"{REPOSITORY}/blob/main/", text)
+    return re.sub(r'(?<=src=")(?!https?:)', f"{REPOSITORY}/raw/main/", text)
+
+
 sources = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").iterdir())
 setup(
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     ext_modules=[Extension("_semimoe_fast", sources=[], depends=["CMakeLists.txt", *sources])],
     cmdclass={"build_ext": CMakeBuild, "sdist": ReproducibleSdist},
 )

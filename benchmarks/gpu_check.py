@@ -141,10 +141,10 @@ class Check:
     def __init__(self, out: Path, minutes: float) -> None:
         self.out, self.minutes = out, minutes
         machine = describe_machine()
-        self.digest = machine["sources"]
         self.commit = commit()
         self.result: Record = {"machine": machine, "stages": earlier_stages(out, machine)}
         self.arch = "".join(map(str, machine["capability"]))
+        self.build = f"{machine['sources']} for {self.arch} and {sys.implementation.cache_tag}"
         self.current: Record = {}  # the record of the stage that runs
 
     def run(self, stage: str) -> bool:
@@ -158,7 +158,7 @@ class Check:
         return self._run(stage, until)
 
     def is_built(self) -> bool:
-        return read(gpu_stages.FOLDER / BUILT) == self.digest
+        return read(gpu_stages.FOLDER / BUILT) == self.build
 
     def _run(self, stage: str, until: float) -> bool:
         print(f"{stage}: its logs are in {gpu_stages.FOLDER}", flush=True)
@@ -174,7 +174,7 @@ class Check:
             if lacking:
                 record["status"] = f"skipped: {sys.executable} lacks {', '.join(lacking)}: install them first"
             else:
-                STAGES[stage](Work(until, self.arch, self.digest, self.write), record)
+                STAGES[stage](Work(until, self.arch, self.build, self.write), record)
         except Exception as error:  # recorded as the result of this stage, so that the next stages still run
             record["status"] = f"failed: {error!r}"
         finally:

@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "gpu"
-BUILT = "built"  # a file in FOLDER: the digest of the sources that were built last
+BUILT = "built"  # a file in FOLDER: what `Work.build` was built last
 CUDA_TOOLS = "/usr/local/cuda/bin"  # nvcc and compute-sanitizer, if they are not on the path
 GRACE = 15.0  # seconds between SIGINT and SIGKILL
 SAVING = 20.0  # seconds from one writing of the result file to the next
@@ -26,9 +26,16 @@ WORKERS = 8
 
 # The packaging tests are left out: they install the tree into environments of their own and use no GPU.
 TESTS = ("tests", "--ignore=tests/commands/test_packaging.py", "-m", "not network")
-TESTS_FIRST = (
+OF_THE_GPU = (
     r"\[cuda\b(?! on)",  # not "cuda on the cpu", the emulator
-    "_cuda_(?!kernels|context|function)|_synchroniz|_of_a_gpu_|numba.cuda|cupy",
+    "_cuda_(?!kernels|context|function)",
+    "_synchroniz",
+    "_of_a_gpu_",
+    r"numba\.cuda",
+    "cupy",
+)
+TESTS_FIRST = (
+    *OF_THE_GPU,
     r"(gate_triton|adaptive)\.py",
     "triton",
     r"test_(functional|profile)\.py",
@@ -72,7 +79,7 @@ class Work:
 
     until: float  # end of the stage, in seconds of time.monotonic()
     arch: str  # compute capability without the dot, such as 90
-    digest: str  # digest of the sources
+    build: str  # sources, GPU and Python of the build
     save: Callable[[], None] = lambda: None  # writes the result file
 
     @property
@@ -175,7 +182,7 @@ def build(work: Work, record: Record) -> None:
         program = "import json, _semimoe_fast; print(json.dumps(_semimoe_fast.built_with))"
         command = [sys.executable, "-P", "-c", program]
         record["native"] = json.loads(subprocess.check_output(command, env=work.environment))
-        (FOLDER / BUILT).write_text(work.digest)
+        (FOLDER / BUILT).write_text(work.build)
 
 
 def tests(work: Work, record: Record) -> None:

@@ -18,6 +18,11 @@ Compile = Literal["none", "default", "max"]
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of malloc.h
 
 
+def cuda_devices() -> int:
+    """CUDA devices that PyTorch can use: none if the driver is too old, although PyTorch counts them then."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def choose_device(name: str) -> torch.device:
     """The device for "auto", "cpu", "cuda" or "cuda:N"; auto takes CUDA if available. Raises UserError."""
     if name == "auto":
@@ -28,9 +33,8 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device is {name!r}: give auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device is {name!r}: only cpu and cuda are supported")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise UserError(f"--device is {name!r}, but torch sees {count} CUDA devices; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= (count := cuda_devices()):
+        raise UserError(f"--device is {name!r}, but torch can use {count} CUDA devices; use --device cpu")
     return device
 
 

@@ -9,13 +9,14 @@ import platform
 import torch
 
 from . import __version__, ops
+from .device import cuda_devices
 from .errors import run_command
 from .ops import _native
 
 
 def versions() -> list[tuple[str, str]]:
     """Versions of the software and names of the devices, as (name, value)."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    gpus = [torch.cuda.get_device_name(i) for i in range(cuda_devices())]
     return [
         ("semimoe_fast", __version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),

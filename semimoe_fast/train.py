@@ -82,7 +82,7 @@ def configuration(given: Sequence[str] | TrainConfig | None, world: World, lock:
     else:
         config = parse(given, world.size)
     if world.is_main and config.warmup_epochs >= config.epochs:
-        reached = learning_rate(config, config.epochs - 1, config.lr)
+        reached = learning_rate(config, config.epochs - 1, config.base_lr)
         warn(
             f"--warmup-epochs is {config.warmup_epochs} of {config.epochs} epochs: --lr only rises to {reached:.3g}; "
             "give a smaller number"

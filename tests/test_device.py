@@ -1,4 +1,4 @@
-"""Memory settings of a run on the CPU."""
+"""The choice of the device, and memory settings of a run on the CPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from semimoe_fast import info
+from semimoe_fast.device import choose_device
+from semimoe_fast.errors import UserError
 
 PROGRAM = """
 import resource, torch
@@ -19,6 +24,15 @@ def faults():
 
 print(faults(), min(faults() for _ in range(30)))
 """
+
+
+def test_gpus_of_a_driver_that_is_too_old_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch counts them, because NVML does, but cannot use them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert ("GPU", "none") in info.versions()
+    with pytest.raises(UserError, match="--device is 'cuda', but torch can use 0 CUDA devices; use --device cpu"):
+        choose_device("cuda")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the settings are those of glibc")

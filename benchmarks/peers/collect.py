@@ -152,6 +152,25 @@ def scores_of(run: Run) -> list[Any]:
     return [name_of(run), run["seed"], run["arguments"]["lr"], *dice, short(run["commit"])]
 
 
+def commands(runs: Sequence[Run]) -> list[str]:
+    """The commands that train the runs, one for each recipe, learning rate and choice of seeds."""
+    options = "epochs width image_size normalization device".split()
+    common = " ".join(f"--{name.replace('_', '-')} {runs[0]['arguments'][name]}" for name in options)
+    seeds: dict[tuple[str, float, str], set[int]] = {}
+    for run in runs:
+        seeds.setdefault((recipe_of(run), run["arguments"]["lr"], run["method"]), set()).add(run["seed"])
+    methods: dict[tuple[str, float, tuple[int, ...]], list[str]] = {}
+    for (recipe, lr, method), used in seeds.items():
+        methods.setdefault((recipe, lr, tuple(sorted(used))), []).append(method)
+    lines = []
+    for (recipe, lr, used), names in methods.items():
+        name, _, left_out = recipe.partition(" without ")
+        words = ["python -m benchmarks.peers --data DATA", common, "--recipe", name]
+        words += ["--without", *left_out.split(", ")] if left_out else []
+        lines.append(" ".join([*words, "--lr", str(lr), "--method", *names, "--seed", *map(str, used)]))
+    return lines
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers.collect", description="Means over finished runs.")
     parser.add_argument("runs", type=Path, nargs="+", help="folder of finished runs; several are folds")
@@ -161,10 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = [run for members in found.values() for run in members]
     machine = " and ".join(sorted({run["machine"] for run in runs}))
     commit = " and ".join(sorted({short(run["commit"]) for run in runs}))
-    options = "epochs width image_size normalization device".split()
-    chosen = " ".join(f"--{name.replace('_', '-')} {runs[0]['arguments'][name]}" for name in options)
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    write_record(given.out, machine, commit, [f"python -m benchmarks.peers --data DATA {chosen}"], tables(found))
+    write_record(given.out, machine, commit, commands(runs), tables(found))
 
 
 if __name__ == "__main__":

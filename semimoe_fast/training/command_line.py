@@ -60,7 +60,7 @@ def parse(arguments: Sequence[str] | None = None, processes: int = 1) -> TrainCo
             raise UserError(f"--recipe is for a new run: leave it out, the run in {given.resume} keeps its options")
         default = dataclasses.replace(read_config(given.resume), resume=given.resume)
     else:
-        default = SYNTHETIC if given.data is None else TrainConfig()
+        default = SYNTHETIC if given.data in (None, "None") else TrainConfig()  # tyro reads "None" as none
         default = dataclasses.replace(default, **RECIPES.get(given.recipe, {}))
     values = vars(read_options(CommandLine, "semimoe_fast.train", arguments, CommandLine(**vars(default)))).copy()
     del values["recipe"]  # its values are the defaults

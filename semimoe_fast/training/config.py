@@ -214,6 +214,19 @@ class TrainConfig(  # fields and help start with the last base
         return self.unlabeled != NONE
 
     @property
+    def images_per_step(self) -> int:
+        return self.labeled_batch + (self.unlabeled_batch if self.semi_supervised else 0)
+
+    @property
+    def base_lr(self) -> float:
+        """--lr, with --scale-lr times the images of a step relative to the published 4 (supervised: 2).
+
+        The linear scaling rule, arXiv 1706.02677.
+        """
+        published = 4 if self.semi_supervised else 2
+        return self.lr * self.images_per_step / published if self.scale_lr else self.lr
+
+    @property
     def strengths(self) -> Strengths:
         return Strengths(self.stain, self.brightness, self.blur, self.noise)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ..device import choose_device
+from ..device import choose_device, cuda_devices
 from ..errors import UserError, explain, first_sentence
 from ..model import BatchNormReLU
 from ..ops.skips import concatenate
@@ -71,8 +71,10 @@ class World:
             raise UserError(f"--device is {name!r}, but every process needs its own device: give auto, cpu or cuda")
         if name == "cpu" or not (name == "cuda" or torch.cuda.is_available()):
             return torch.device("cpu")
-        if self.local_rank >= (count := torch.cuda.device_count()):
-            raise UserError(f"torch sees {count} CUDA devices: give at most --nproc-per-node {count}, or --device cpu")
+        if self.local_rank >= (count := cuda_devices()):
+            raise UserError(
+                f"torch can use {count} CUDA devices: give --nproc-per-node {count} at most, or --device cpu"
+            )
         device = torch.device("cuda", self.local_rank)
         torch.cuda.set_device(device)  # NCCL and Triton use the current device
         return device

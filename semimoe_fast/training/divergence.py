@@ -14,7 +14,7 @@ from ..errors import UserError
 from .run_folder import LAST
 
 TERMS = "mask", "sdf", "boundary"
-OF_STEPS = "--lr, --momentum or --weight-decay"
+OF_STEPS = "--lr or --weight-decay"
 OF_SUMS = "--coefficients, --regularizer, --unsupervised-weight or --log-var-lr"
 OF_LOG_VARS = "--log-var-lr"
 

@@ -26,7 +26,7 @@ def require_memory(config: TrainConfig, device: torch.device, processes: int) ->
         raise UserError(
             f"--width {config.width}, --image-size {config.image_size} and {_images(config, processes)} images at once "
             f"need at least {needed / GIB:,.0f} GiB, and {where} has {there / GIB:,.0f}; make one of them smaller, or "
-            "use --accumulate or --recompute"
+            f"use --accumulate{'' if _recomputes(config) else ' or --recompute'}"
         )
 
 
@@ -34,10 +34,14 @@ def least_bytes(config: TrainConfig, device: torch.device, processes: int) -> in
     """Bytes of the weights and their copies, and of what the forward pass of one part of a batch keeps."""
     with torch.device("meta"):
         weights = sum(parameter.numel() for parameter in SemiMoE(width=config.width).parameters())
-    recompute = " recompute" if config.recompute or config.compile != "none" else ""  # compilers recompute, too
+    recompute = " recompute" if _recomputes(config) else ""
     kept = KEPT[("bf16" if in_bf16(config.precision, device) else "fp32") + recompute]
     copies = 3 + (config.optimizer == "adamw") + 2 * (config.ema is not None)  # gradients, moments, EMA and its sums
     return 4 * copies * weights + kept * _images(config, processes) * config.width * config.image_size**2
+
+
+def _recomputes(config: TrainConfig) -> bool:
+    return config.recompute or config.compile != "none"  # compilers recompute, too
 
 
 def _images(config: TrainConfig, processes: int) -> int:

@@ -88,10 +88,12 @@ def draw_overlays(
     Of images of any size it draws the square of the training size in the middle.
     """
     model.eval()
-    if isinstance(val, Ragged):
-        val = val.centers(preprocessing.image_size)
     chosen = torch.linspace(0, len(val) - 1, min(rows, len(val))).round().long()
-    images, masks = val.images[chosen], val.masks[chosen]
+    if isinstance(val, Ragged):
+        side = preprocessing.image_size
+        images, masks = val.windows(chosen, (val.sizes[chosen] - side) // 2, side)
+    else:
+        images, masks = val.images[chosen], val.masks[chosen]
     output = model(augment.normalize(images.to(device), preprocessing.mean, preprocessing.std))
     predicted = (gated_foreground(output) > 0.5).cpu()
     sdf = output.sdf[:, 0].float().tanh().cpu().numpy()

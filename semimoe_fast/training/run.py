@@ -26,7 +26,7 @@ from .health import Health, expert_health, warn_of_dead_experts
 from .interruption import Interruption
 from .lock import FolderLock
 from .profile import PAUSE, StepProfile
-from .run_folder import BEST, LAST, METRICS_FILE, new_folder
+from .run_folder import BEST, LAST, METRICS_FILE, OVERLAYS, keep_changes, new_folder
 from .sources import Part
 from .state import StateMismatch, states_of_ranks
 from .trainer import Trainer
@@ -91,13 +91,16 @@ class Run:
             line = f"{path}: saved by {before} processes, resumed by {world.size}: dropout draws other random numbers"
             print(one_line(line))
         run.best_dice = metadata["best_dice"]
+        if world.is_main:
+            keep_changes(config)
         return run
 
     def _require_unsaved(self) -> None:
         """Raise UserError if a run without a checkpoint once had one: to start over would replace what it left."""
         path = self.folder / METRICS_FILE
         epochs = records.read(path)[-1:] if path.is_file() else []
-        if epochs and epochs[0]["epoch"] >= self.config.save_every:  # recorded after the first checkpoint
+        ended = (self.folder / OVERLAYS).exists()  # the report is written after the last checkpoint
+        if epochs and (ended or epochs[0]["epoch"] >= self.config.save_every):  # recorded after the first checkpoint
             raise UserError(
                 f"{self.folder / LAST} is missing, but {epochs[0]['epoch'] + 1} epochs were trained: restore it, or "
                 "start a new run"
@@ -210,7 +213,7 @@ class Run:
         path = self.folder / METRICS_FILE
         kept = records.read(path)
         overlays = (self.trainer.eval_model, self.val, self._preprocessing, self.trainer.device)
-        checkpoint.write_atomically(self.folder / "overlays.png", lambda part: report.draw_overlays(*overlays, part))
+        checkpoint.write_atomically(self.folder / OVERLAYS, lambda part: report.draw_overlays(*overlays, part))
         if any("val" in record for record in kept):
             curves = (kept, self.trainer.model.tasks)
             checkpoint.write_atomically(self.folder / "curves.png", lambda part: report.draw_curves(*curves, part))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shlex
@@ -10,12 +11,13 @@ from pathlib import Path
 
 from .. import checkpoint
 from ..errors import UserError
-from .config import CONFIG_FILE, TrainConfig
+from .config import CONFIG_FILE, MUTABLE, TrainConfig, read_config
 from .lock import FolderLock
 
 RUNS = Path("runs")
 METRICS_FILE = "metrics.jsonl"
 BEST, LAST = "best.safetensors", "last.safetensors"
+OVERLAYS = "overlays.png"
 
 
 def cache_folder(config: TrainConfig) -> Path:
@@ -30,9 +32,21 @@ def new_folder(config: TrainConfig, lock: FolderLock) -> Path:
     lock.take(folder)
     if config.out is not None:
         refuse_used(folder)  # another process may have written into it since the first check
+    _write_config(folder, config)
+    return folder
+
+
+def keep_changes(config: TrainConfig) -> None:
+    """Store options that --resume has changed, so that the next --resume has them too."""
+    stored = read_config(config.resume)
+    changed = dataclasses.replace(stored, **{name: getattr(config, name) for name in MUTABLE})
+    if changed != stored:
+        _write_config(config.resume, changed)
+
+
+def _write_config(folder: Path, config: TrainConfig) -> None:
     text = json.dumps(config.to_dict(), indent=2) + "\n"
     checkpoint.write_atomically(folder / CONFIG_FILE, lambda part: part.write_text(text))
-    return folder
 
 
 def refuse_used(folder: Path) -> None:

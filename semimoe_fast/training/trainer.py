@@ -90,10 +90,7 @@ class Trainer:
 
     @property
     def learning_rate(self) -> float:
-        c, base = self.config, self.config.lr
-        if c.scale_lr:  # linear scaling rule (arXiv 1706.02677); the published recipe has 4 images (supervised: 2)
-            base *= self.images_per_step / (4 if self.semi_supervised else 2)
-        return learning_rate(c, self.epoch, base)
+        return learning_rate(self.config, self.epoch, self.config.base_lr)
 
     @property
     def unsupervised_weight(self) -> float:
@@ -101,7 +98,7 @@ class Trainer:
 
     @property
     def images_per_step(self) -> int:
-        return self.config.labeled_batch + (self.config.unlabeled_batch if self.semi_supervised else 0)
+        return self.config.images_per_step
 
     @property
     def semi_supervised(self) -> bool:

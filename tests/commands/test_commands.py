@@ -192,7 +192,7 @@ def refused(command, arguments: list[str]) -> str:
         ),
         ("--momentum -1", "--momentum is -1.0: give 0 or more"),
         ("--synthetic 0 4 2", "at least one labeled and one validation image"),
-        ("--device cuda:99", "--device is 'cuda:99', but torch sees"),
+        ("--device cuda:99", "--device is 'cuda:99', but torch can use"),
         ("--device tpu", "--device is 'tpu'"),
         ("--resume nowhere", "nowhere: holds no run to resume"),
         ("--data glands", "--synthetic is (2, 4, 2), which changes nothing with --data: leave it out"),
@@ -220,7 +220,11 @@ def test_folder_of_a_run_is_not_overwritten(tiny: list[str], finished: Path) -> 
 
 
 def test_help_shows_the_defaults_of_the_data_set(capsys) -> None:
-    for arguments, epochs in (([], command_line.SYNTHETIC.epochs), (["--data", "DIR"], 200)):
+    for arguments, epochs in (
+        ([], command_line.SYNTHETIC.epochs),
+        (["--data", "None"], command_line.SYNTHETIC.epochs),
+        (["--data", "DIR"], 200),
+    ):
         with pytest.raises(SystemExit) as exit_:
             command_line.parse([*arguments, "--help"])
         assert exit_.value.code == 0

@@ -88,7 +88,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
 
     def build(work, record: dict) -> None:
         record |= {"status": "passed", "built for": work.arch}
-        (gpu_stages.FOLDER / gpu_stages.BUILT).write_text(work.digest)
+        (gpu_stages.FOLDER / gpu_stages.BUILT).write_text(work.build)
 
     monkeypatch.setitem(gpu_stages.STAGES, "build", build)
 

@@ -20,13 +20,15 @@ gpu_stages = pytest.importorskip("benchmarks.gpu_stages", reason="needs the sour
         ("tests/training/test_speed.py::test_peak_memory_of_a_gpu_counts_tensors", True),
         ("tests/ops/test_native.py::test_python_calls_the_cuda_function_with_its_arguments", False),
         ("tests/ops/test_distance_cuda.py::test_random_instances[cuda on the cpu]", False),
-        ("tests/ops/test_distance_cuda.py::test_far_dots", False),
+        ("tests/ops/test_distance_cuda.py::test_far_instances_without_background[1-1-40-5]", False),
         ("tests/ops/test_native.py::test_cuda_kernels_compile_without_spills[90]", False),
         ("tests/commands/test_gpu_check.py::test_machine_without_a_gpu_is_refused", False),
     ],
 )
 def test_tests_that_need_the_gpu_run_first(test: str, first: bool) -> None:
-    assert any(re.search(pattern, test) for pattern in gpu_stages.TESTS_FIRST[:2]) == first
+    assert any(re.search(pattern, test) for pattern in gpu_stages.OF_THE_GPU) == first
+    path, name = test.split("[")[0].split("::")
+    assert f"def {name}(" in (gpu_stages.ROOT / path).read_text()
 
 
 @pytest.mark.parametrize(

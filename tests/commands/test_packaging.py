@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from patience import run_patiently
 
 ROOT = Path(__file__).parents[2]
-SOURCES = "csrc kernels semimoe_fast setup.py CMakeLists.txt pyproject.toml README.md LICENSE".split()
+SOURCES = "csrc kernels semimoe_fast setup.py CMakeLists.txt pyproject.toml MANIFEST.in README.md LICENSE".split()
 NEEDS_NVCC = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree around the tests")
@@ -54,6 +55,8 @@ def copy_sources(folder: Path) -> None:
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, folder / name)
+    (folder / "tests").mkdir()
+    (folder / "tests" / "test_that_is_left_out.py").touch()
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +174,10 @@ def wheel(builder: Environment, sdist: Path, tmp_path_factory: pytest.TempPathFa
 def test_wheel_alone(wheel: Path, environment: Environment, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
+        (metadata,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
+    links = re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", metadata)  # relative ones are dead on a package index
+    assert len(links) > 20
+    assert all("".join(link).startswith(("https://", "#")) for link in links)
     assert {"semimoe_fast/kernels/__init__.py", "semimoe_fast/py.typed"} <= set(names)
     top_level = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert {name.split(".")[0] for name in top_level} == {"semimoe_fast", "_semimoe_fast"}  # nothing called kernels

@@ -114,6 +114,8 @@ def test_collected_scores_are_those_of_the_runs(folder: Path, tmp_path: Path) ->
     command.main(options(folder, runs, "--method", "supervised", "semi-moe", "--seed", "0", "1", "--epochs", "1"))
     collect.main([str(runs), "--out", str(tmp_path / "accuracy" / "tiny.json")])
     tables = json.loads((tmp_path / "accuracy" / "tiny.json").read_text())["tables"]
+    (line,) = json.loads((tmp_path / "accuracy" / "tiny.json").read_text())["command"]
+    assert line.endswith("--recipe published --lr 0.1 --method semi-moe supervised --seed 0 1")
     dice = [json.loads(path.read_text())["scores"]["at_half"]["dice"] for path in runs.glob("supervised*.json")]
     ((method, lr, count, cell, *_), _) = tables["scores"]["rows"]
     assert (method, lr, count) == ("supervised", 0.1, 2)
@@ -128,6 +130,20 @@ def test_collected_scores_are_those_of_the_runs(folder: Path, tmp_path: Path) ->
     command.main(options(folder, runs, "--method", "supervised", "--epochs", "2"))
     with pytest.raises(UserError, match="has another epochs"):
         collect.main([str(runs), "--out", str(tmp_path / "tiny.json")])
+
+
+def test_commands_name_recipe_and_seeds() -> None:
+    def run(method: str, seed: int, lr: float, **more: str) -> dict[str, object]:
+        options = {"epochs": 1, "width": 2, "image_size": 32, "normalization": "glas", "device": "cpu", "lr": lr}
+        return {"method": method, "seed": seed, "arguments": options | more}
+
+    left_out = "strong without ema, lr"
+    runs = [run("cps", 0, 0.5), run("cps", 1, 0.5), run("cps", 0, 2.0), run("cps", 1, 0.5, recipe=left_out)]
+    assert [line.split("--device cpu ")[1] for line in collect.commands(runs)] == [
+        "--recipe published --lr 0.5 --method cps --seed 0 1",
+        "--recipe published --lr 2.0 --method cps --seed 0",
+        "--recipe strong --without ema lr --lr 0.5 --method cps --seed 1",
+    ]
 
 
 @pytest.mark.parametrize(("name", "value"), [("ema", 0.9), ("stain", 0.1)])

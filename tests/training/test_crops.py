@@ -21,6 +21,7 @@ from semimoe_fast.checkpoint import Preprocessing
 from semimoe_fast.data import augment
 from semimoe_fast.data.appearance import apply
 from semimoe_fast.data.folders import Dataset, list_pairs, load_part
+from semimoe_fast.data.ragged import Ragged, starts_of
 from semimoe_fast.data.readers import ArrayReader
 from semimoe_fast.errors import UserError
 from semimoe_fast.evaluation import metrics
@@ -28,7 +29,8 @@ from semimoe_fast.evaluation.files import evaluate_model
 from semimoe_fast.evaluation.scoring import count_set
 from semimoe_fast.evaluation.whole import predict_whole
 from semimoe_fast.inference.predictor import gated_foreground
-from semimoe_fast.training import config, run_folder
+from semimoe_fast.model import SemiMoE
+from semimoe_fast.training import config, report, run_folder
 from semimoe_fast.training.batches import Batches, TrainingData, tensors_of
 from semimoe_fast.training.command_line import RECIPES
 from semimoe_fast.training.config import TrainConfig
@@ -307,6 +309,21 @@ def test_options_that_cannot_be_used_are_refused(crops: TrainConfig, changes: di
     with pytest.raises(UserError) as caught:
         dataclasses.replace(crops, **changes).check()
     assert str(caught.value).startswith(message)
+
+
+def test_overlays_cut_only_the_images_that_they_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To cut the middle of all images would take more memory than the run."""
+    windows, cut = Ragged.windows, []
+    monkeypatch.setattr(
+        Ragged, "windows", lambda self, rows, *rest: cut.append(rows.tolist()) or windows(self, rows, *rest)
+    )
+    sizes = torch.tensor([[20, 50]]).expand(21, 2)
+    pixels, masks = torch.zeros(21_000, 3, dtype=torch.uint8), torch.zeros(21_000, dtype=torch.uint8)
+    val = Ragged(pixels, masks, starts_of(sizes), sizes, ["a"] * 21)
+    preprocessing = Preprocessing(32, (0.5,) * 3, (0.2,) * 3)
+    report.draw_overlays(SemiMoE(width=2), val, preprocessing, CPU, tmp_path / "overlays.png")
+    assert cut == [[0, 4, 8, 12, 16, 20]]
+    assert (tmp_path / "overlays.png").stat().st_size > 1000
 
 
 def test_batch_larger_than_an_epoch_of_crops_is_refused(crops: TrainConfig, data: TrainingData) -> None:

@@ -48,7 +48,9 @@ CPU = torch.device("cpu")
     ids=str,
 )
 def test_run_that_cannot_fit_is_refused(options: dict[str, int]) -> None:
-    with pytest.raises(UserError, match=r"images at once need at least [\d,]+ GiB, and this machine has \d+; make one"):
+    with pytest.raises(
+        UserError, match=r"images at once need at least [\d,]+ GiB, and this machine has [\d,]+; make one"
+    ):
         require_memory(dataclasses.replace(SYNTHETIC, **options), CPU, 1)
     require_memory(SYNTHETIC, CPU, 1)
 

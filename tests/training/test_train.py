@@ -365,14 +365,26 @@ def test_resume_of_a_finished_run_only_reports(finished: Path, tmp_path: Path, c
     assert "last, gated" in capsys.readouterr().out
 
 
-def test_a_run_whose_checkpoint_is_lost_does_not_start_over(tiny_config: config.TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("save_every", [1, 3])
+def test_a_run_whose_checkpoint_is_lost_does_not_start_over(
+    tiny_config: config.TrainConfig, tmp_path: Path, save_every: int
+) -> None:
     folder = tmp_path / "run"
-    start(tiny_config, folder, epochs=3, save_every=1)
+    start(tiny_config, folder, epochs=3, save_every=save_every)
     (folder / run_folder.LAST).unlink()
     kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"last\.safetensors is missing, but 3 epochs were trained: restore it, or"):
         resume(folder)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == kept
+
+
+def test_options_that_a_resumed_run_changes_are_kept(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    before = config.read_config(folder)
+    train.main(dataclasses.replace(before, resume=folder, threads=1, recompute=True))
+    assert config.read_config(folder) == dataclasses.replace(before, threads=1, recompute=True)
+    assert config.read_config(folder) != before
 
 
 def test_a_run_that_only_warms_up_warns(tiny_config: config.TrainConfig, tmp_path: Path, capsys) -> None:
