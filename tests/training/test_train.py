@@ -378,15 +378,6 @@ def test_a_run_whose_checkpoint_is_lost_does_not_start_over(
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == kept
 
 
-def test_options_that_a_resumed_run_changes_are_kept(finished: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
-    before = config.read_config(folder)
-    train.main(dataclasses.replace(before, resume=folder, threads=1, recompute=True))
-    assert config.read_config(folder) == dataclasses.replace(before, threads=1, recompute=True)
-    assert config.read_config(folder) != before
-
-
 def test_a_run_that_only_warms_up_warns(tiny_config: config.TrainConfig, tmp_path: Path, capsys) -> None:
     start(tiny_config, tmp_path / "run", epochs=1, warmup_epochs=2)
     assert (

@@ -1,4 +1,4 @@
-"""The lock of a run folder: one process at a time, released when the process ends or is killed."""
+"""A run folder: its lock, released when the process ends or is killed, and the options that it keeps."""
 
 from __future__ import annotations
 
@@ -125,3 +125,12 @@ def test_named_pipe_is_no_lock_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / LOCK_FILE)
     with FolderLock() as lock, pytest.raises(OSError, match="No such device"):
         lock.take(tmp_path)
+
+
+def test_options_that_a_resumed_run_changes_are_kept(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    before = read_config(folder)
+    train.main(dataclasses.replace(before, resume=folder, threads=1, recompute=True))
+    assert read_config(folder) == dataclasses.replace(before, threads=1, recompute=True)
+    assert read_config(folder) != before
