@@ -37,9 +37,10 @@ def new_folder(config: TrainConfig, lock: FolderLock) -> Path:
 
 
 def keep_changes(config: TrainConfig) -> None:
-    """Store options that --resume has changed, so that the next --resume has them too."""
+    """Store options that --resume has changed, so that the next --resume has them too; --profile is for once."""
     stored = read_config(config.resume)
-    changed = dataclasses.replace(stored, **{name: getattr(config, name) for name in MUTABLE})
+    names = [name for name in MUTABLE if name != "profile"]
+    changed = dataclasses.replace(stored, **{name: getattr(config, name) for name in names})
     if changed != stored:
         _write_config(config.resume, changed)
 
