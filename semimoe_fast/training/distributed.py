@@ -73,7 +73,7 @@ class World:
             return torch.device("cpu")
         if self.local_rank >= (count := cuda_devices()):
             raise UserError(
-                f"torch can use {count} CUDA devices: give --nproc-per-node {count} at most, or --device cpu"
+                f"torch can use {count} CUDA devices: give at most --nproc-per-node {count}, or --device cpu"
             )
         device = torch.device("cuda", self.local_rank)
         torch.cuda.set_device(device)  # NCCL and Triton use the current device
