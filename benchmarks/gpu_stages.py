@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "gpu"
-BUILT = "built"  # a file in FOLDER: what `Work.build` was built last
+BUILT = "built"  # a file in FOLDER: the `build` of the Work that was built last
 CUDA_TOOLS = "/usr/local/cuda/bin"  # nvcc and compute-sanitizer, if they are not on the path
 GRACE = 15.0  # seconds between SIGINT and SIGKILL
 SAVING = 20.0  # seconds from one writing of the result file to the next
