@@ -22,7 +22,7 @@ from PIL import Image
 
 from semimoe_fast.data.folders import Dataset, list_pairs, load_part, read_image, read_mask
 from semimoe_fast.errors import UserError, one_line, run_command
-from semimoe_fast.options import read_options
+from semimoe_fast.options import read_options, require_empty
 from semimoe_fast.prepare import PrepareConfig, prepare
 
 SIDE = 256
@@ -42,12 +42,15 @@ class Options:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = read_options(Options, "benchmarks.glas256", arguments)
-    if options.out.exists() and not (options.out.is_dir() and not any(options.out.iterdir())):
-        raise UserError(f"{options.out} exists and is not an empty folder: choose another --out")
+    require_empty(options.out)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "GlaS"
         prepare(PrepareConfig(options.source, source, labeled=85))
         train = load_part(source, "train_sup_85", SIDE, with_masks=True)
+        if lacking := LABELED - set(train.names):
+            raise UserError(
+                f"{options.source} lacks {min(lacking)}: give --source the folder of GlaS as it was unpacked"
+            )
         for part, names in (
             ("train_sup_17", LABELED),
             ("train_unsup_68", set(train.names) - LABELED),

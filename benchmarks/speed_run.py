@@ -2,8 +2,8 @@
 
     python -m benchmarks.speed_run --data GlaS256 --change "what is new"
 
-GlaS256 is what `python -m benchmarks.glas256` lays out. A record adds a row to speed_run.json and
-leaves its log beside it.
+GlaS256 is what `python -m benchmarks.glas256` lays out. A record adds a row to speed_run.json and leaves its log beside
+it.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for option, path in outputs.items():
             text = text_of(option, config, evaluation, curves)
             write_atomically(path, lambda part, text=text: part.write_text(text, encoding="utf-8"))
-    finally:  # the tables are printed even if a file cannot be written, and after the files: a closed pipe ends it all
+    finally:  # also if a file cannot be written; and after the files, because a closed pipe ends the command
         print("\n\n".join(map(as_text, tables(evaluation))), "", sep="\n")
         print("\n".join(textwrap.fill(note, 100, subsequent_indent="  ") for note in notes(evaluation)))
     for path in outputs.values():

@@ -56,6 +56,12 @@ def training_command(data: Path, semi_supervised: bool) -> str:
     return f"train with: python -m semimoe_fast.train --data {shlex.quote(str(data))}{alone}"
 
 
+def require_empty(folder: Path) -> None:
+    """Raise UserError unless --out is missing or an empty folder."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an empty folder: choose another --out")
+
+
 def require_writable(option: str, path: Path) -> None:
     """Raise UserError if a file cannot be created or replaced at a path."""
     if not path.parent.is_dir():

@@ -265,7 +265,7 @@ def predict_all(
                 failed.append(path)
             bar.update(number - bar.n)  # the rest of an image that failed
     if squashed > 1:
-        warn(f"{squashed - 1} more images are squashed, although they are far from the training images")
+        warn(f"images that are squashed, although they are far from the training images: {squashed - 1} more")
     kinds = ", ".join(next(iter(outputs.values())))
     print(one_line(f"images predicted to {config.out}: {len(outputs) - len(failed)} ({kinds})"))
     if failed:

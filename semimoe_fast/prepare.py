@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .checkpoint import write_atomically
 from .errors import UserError, one_line, run_command
-from .options import read_options, training_command
+from .options import read_options, require_empty, training_command
 
 Pairs = list[tuple[Path, Path]]  # image and mask
 TRAIN = "train"
@@ -48,8 +48,7 @@ def prepare(config: PrepareConfig) -> dict[str, int]:
     split on every machine. Raises UserError for a folder that is in use, no data set, or incomplete, and where there
     are fewer training images than --labeled.
     """
-    if config.out.exists() and not (config.out.is_dir() and not any(config.out.iterdir())):
-        raise UserError(f"{config.out} exists and is not an empty folder: choose another --out")
+    require_empty(config.out)
     name, folder, parts = _find(config.source)
     train = sorted(parts.pop(TRAIN), key=lambda pair: _digest(config.seed, pair[0].name))
     if not 1 <= config.labeled <= len(train):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from .checkpoint import write_atomically
 from .data.glands import picture
 from .errors import UserError, one_line, run_command
-from .options import read_options, training_command
+from .options import read_options, require_empty, training_command
 
 MOST_IMAGES = 10**6
 SIDES = 16, 16384  # least and most, in pixels
@@ -46,8 +46,7 @@ def write(folder: Folder) -> None:
 
     All pictures differ. Raises UserError for a folder that is not empty and for numbers out of range.
     """
-    if folder.out.exists() and not (folder.out.is_dir() and not any(folder.out.iterdir())):
-        raise UserError(f"{folder.out} exists and is not an empty folder: choose another --out")
+    require_empty(folder.out)
     images = 0, MOST_IMAGES
     limits = {"labeled": images, "unlabeled": images, "val": images, "size": SIDES, "seed": (0, 2**63 - 1)}
     for name, (least, most) in limits.items():

@@ -28,7 +28,7 @@ from .training.interruption import Interruption
 from .training.lock import FolderLock
 from .training.memory import require_memory
 from .training.run import Run
-from .training.run_folder import cache_folder, refuse_used
+from .training.run_folder import cache_folder, keep_changes, refuse_used
 from .training.schedule import learning_rate
 from .training.sources import load_data
 
@@ -54,6 +54,8 @@ def train(arguments: Sequence[str] | TrainConfig | None, lock: FolderLock) -> Ru
         data, val = world.main_first(lambda: load_data(config, cache))  # the other ranks read the cache of rank 0
         if config.resume:
             run = Run.resume(config, data, val, device, world)
+            if world.is_main:
+                keep_changes(config)
         else:
             run = Run.start(config, data, val, device, world, lock)
         if world.is_main:

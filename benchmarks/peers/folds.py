@@ -14,7 +14,7 @@ import torch
 
 from semimoe_fast.data.folders import Pair, list_pairs
 from semimoe_fast.errors import UserError, run_command
-from semimoe_fast.options import read_options
+from semimoe_fast.options import read_options, require_empty
 from semimoe_fast.training.sources import only_part
 
 
@@ -34,8 +34,7 @@ class Options:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = read_options(Options, "benchmarks.peers.folds", arguments)
-    if options.out.exists() and not (options.out.is_dir() and not any(options.out.iterdir())):
-        raise UserError(f"{options.out} exists and is not an empty folder: choose another --out")
+    require_empty(options.out)
     labeled = list_pairs(options.data, only_part(options.data, "train_sup_", "--labeled"), with_masks=True)
     unlabeled_part = only_part(options.data, "train_unsup_", "--unlabeled")
     unlabeled = list_pairs(options.data, unlabeled_part, (options.data / unlabeled_part / "mask").is_dir())

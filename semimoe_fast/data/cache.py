@@ -73,6 +73,7 @@ class Cache:
     def _load(self, entry: Entry, part: str) -> Any:
         """The decoded images of an entry whose key is yet unknown."""
         try:
+            states = entry.states()
             entry = replace(entry, key=entry.key_of_files(f"{part}, looking for it in the cache"))
             entry.header()  # reads the headers of images of any size
         except (OSError, UserError):  # a file cannot be read: decoding raises the clear error
@@ -83,7 +84,7 @@ class Cache:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._remove_abandoned()
-                write_atomically(path, lambda unfinished: _write(entry, unfinished, part), shared=True)
+                write_atomically(path, lambda unfinished: _write(entry, unfinished, part, states), shared=True)
                 dataset = entry.read(path)
             except OSError as error:
                 self.writes = False
@@ -110,10 +111,10 @@ class Cache:
         return dataset
 
 
-def _write(entry: Entry, path: Path, part: str) -> None:
-    """`Entry.write`. Raises UserError if the files have changed since the key was computed."""
+def _write(entry: Entry, path: Path, part: str, states: list[tuple[int, int]]) -> None:
+    """`Entry.write`. Raises UserError if the files are not in the states they had before the key was computed."""
     entry.write(path, part)
-    if entry.key_of_files(f"{part}, looking for changes") != entry.key:
+    if entry.states() != states:
         raise UserError(
             f"{entry.pairs[0].image.parent.parent}: files changed while they were read; start the command again"
         )
@@ -167,6 +168,11 @@ class Entry:
         header = self.header(self.map(path).fingerprint)
         with path.open("r+b") as file:
             file.write(header)
+
+    def states(self) -> list[tuple[int, int]]:
+        """Size in bytes and time of change of each file. Raises OSError for missing files."""
+        stats = [path.stat() for pair in self.pairs for path in pair if path is not None]
+        return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
     @property
     def names(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,12 +53,12 @@ def _(grad_output: Tensor, terms: Tensor, log_vars: Tensor, *_: object) -> tuple
     )
 
 
-def _save_for_backward(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001
+def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
     terms, log_vars, ctx.coefficients, ctx.regularizer = inputs
     ctx.save_for_backward(terms, log_vars)
 
 
-def _backward(ctx, grad_output: Tensor) -> tuple:  # noqa: ANN001
+def _backward(ctx: Any, grad_output: Tensor) -> tuple:
     return *_gradients(grad_output, *ctx.saved_tensors, ctx.coefficients, ctx.regularizer), None, None
 
 

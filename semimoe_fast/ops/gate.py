@@ -98,13 +98,13 @@ def _(projections: Tensor, gate_weights: Tensor, grad_outputs: Sequence[Tensor])
     )
 
 
-def _save_mix_for_backward(ctx, inputs: tuple, output: list[Tensor]) -> None:  # noqa: ANN001
+def _save_mix_for_backward(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     projections, gate_weights, biases, _ = inputs
     ctx.biases_dtype = biases.dtype
     ctx.save_for_backward(projections, gate_weights)
 
 
-def _mix_backward(ctx, grad_outputs: Sequence[Tensor]) -> tuple:  # noqa: ANN001
+def _mix_backward(ctx: Any, grad_outputs: Sequence[Tensor]) -> tuple:
     projections, gate_weights = ctx.saved_tensors
     grad_projections, grad_weights, grad_biases = _mix_gradients(projections, gate_weights, grad_outputs)
     return grad_projections, grad_weights.to(gate_weights.dtype), grad_biases.to(ctx.biases_dtype), None
@@ -216,7 +216,7 @@ def _(
     )
 
 
-def _save_experts_for_backward(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001
+def _save_experts_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)  # unused results, such as projections for pseudo-labels, get None
     features, weights, own_biases, ctx.own_rows, ctx.fused = inputs
     ctx.biases_dtype = own_biases.dtype
@@ -224,7 +224,7 @@ def _save_experts_for_backward(ctx, inputs: tuple, output: tuple) -> None:  # no
 
 
 def _experts_backward(
-    ctx,  # noqa: ANN001
+    ctx: Any,
     grad_means: Tensor | None,
     grad_projections: Tensor | None,
     grad_own: Sequence[Tensor | None] | None,

@@ -26,7 +26,7 @@ from .health import Health, expert_health, warn_of_dead_experts
 from .interruption import Interruption
 from .lock import FolderLock
 from .profile import PAUSE, StepProfile
-from .run_folder import BEST, LAST, METRICS_FILE, OVERLAYS, keep_changes, new_folder
+from .run_folder import BEST, LAST, METRICS_FILE, OVERLAYS, new_folder
 from .sources import Part
 from .state import StateMismatch, states_of_ranks
 from .trainer import Trainer
@@ -91,8 +91,6 @@ class Run:
             line = f"{path}: saved by {before} processes, resumed by {world.size}: dropout draws other random numbers"
             print(one_line(line))
         run.best_dice = metadata["best_dice"]
-        if world.is_main:
-            keep_changes(config)
         return run
 
     def _require_unsaved(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import re
 from pathlib import Path
 
@@ -72,7 +73,10 @@ def test_squashed_images_far_from_the_training_images_are_said_once(
     call(model, tmp_path / "images", tmp_path / "out", tiles=False)
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(lines) == 2 * warned
-    assert lines[1:] == ["warning: 1 more images are squashed, although they are far from the training images"] * warned
+    assert (
+        lines[1:]
+        == ["warning: images that are squashed, although they are far from the training images: 1 more"] * warned
+    )
     for line in lines[:1]:
         assert f"{tmp_path}/images/a.tif is {size[1]} x {size[0]} pixels and squashed to the 32 x 32" in line
         assert ("give --scale 0.4, " if scale else "give --scale, ") in line
@@ -121,7 +125,7 @@ def test_instances_of_streamed_images(tmp_path: Path, monkeypatch: pytest.Monkey
         streamed = json.loads((out / "instances" / "a.geojson").read_text())["features"]
         assert found.dtype == np.uint32
         assert len(np.unique(np.stack([found, labels]).reshape(2, -1), axis=1).T) == labels.max() + 1
-        key = lambda feature: feature["id"]  # noqa: E731
+        key = operator.itemgetter("id")
         assert sorted(streamed, key=key) == sorted(features, key=key)
         assert (out / "overlay" / "a.png").read_bytes() == overlay
     call(model, image, out, *options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,10 @@ HEIGHT, WIDTH = 40, 60
 
 
 @pytest.fixture(scope="module")
-def laid_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """GlaS in name and number of its images, whose masks hold ids."""
     pytest.importorskip("tyro")
-    folder, out = (tmp_path_factory.mktemp(name) for name in ("source", "out"))
+    folder = tmp_path_factory.mktemp("source")
     random = np.random.default_rng(0)
     for prefix, count in (("train", 85), ("testA", 60), ("testB", 20)):
         for number in range(1, count + 1):
@@ -31,7 +32,13 @@ def laid_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ids = np.full((HEIGHT, WIDTH), number % 3, np.uint8)
             ids[:, : WIDTH // 2] = 5
             Image.fromarray(ids).save(folder / f"{prefix}_{number}_anno.bmp")
-    glas256.main(["--source", str(folder), "--out", str(out)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def laid_out(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out")
+    glas256.main(["--source", str(source), "--out", str(out)])
     return out
 
 
@@ -65,3 +72,12 @@ def test_files_are_binary_squares_and_native_ones(laid_out):
 def test_used_folder_is_refused(laid_out):
     with pytest.raises(UserError, match="is not an empty folder: choose another --out"):
         glas256.main(["--source", str(laid_out), "--out", str(laid_out)])
+
+
+def test_another_data_set_is_refused(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "other")
+    for path in (tmp_path / "other").glob("train_66*"):
+        path.rename(path.with_name(path.name.replace("66", "99")))
+    with pytest.raises(UserError, match="lacks train_66: give --source the folder of GlaS as it was unpacked"):
+        glas256.main(["--source", str(tmp_path / "other"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
