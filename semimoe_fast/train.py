@@ -59,7 +59,7 @@ def train(arguments: Sequence[str] | TrainConfig | None, lock: FolderLock) -> Ru
         else:
             run = Run.start(config, data, val, device, world, lock)
         if world.is_main:
-            print(f"{settings}; {run.trainer.settings}", *filter(None, [data.note]), sep="\n", flush=True)
+            print(f"{settings}; {run.trainer.settings}", *map(one_line, data.notes), sep="\n", flush=True)
         remedy = f"continue with: {world.command} --resume {shlex.quote(str(run.folder))}"
         with Interruption(world) as interruption, world.exit_on_lost_rank(remedy):
             try:

@@ -37,14 +37,6 @@ def draw(batch: int, size: int, generator: torch.Generator) -> Augmentation:
     return Augmentation(corner, torch.where(cropped, crop, size), coins[:, :2], coins[:, 2])
 
 
-def apply(
-    images: Tensor, masks: Tensor | None, augmentation: Augmentation, mean: Channels, std: Channels
-) -> tuple[Tensor, Tensor | None]:
-    """`resample` to the size of the images, then normalize the images. mean, std: of pixels in [0, 1], by channel."""
-    images, masks = resample(images, masks, augmentation, images.shape[-1])
-    return standardize(images, mean, std), masks
-
-
 def resample(
     images: Tensor, masks: Tensor | None, augmentation: Augmentation, size: int, centered: bool = False
 ) -> tuple[Tensor, Tensor | None]:

@@ -40,7 +40,7 @@ class TrainingData:
     labeled: Dataset | Ragged
     unlabeled: Dataset | Ragged | None
     preprocessing: Preprocessing
-    note: str | None = None  # what a run says about images that are resampled, in one line
+    notes: tuple[str, ...] = ()  # what a run says about the files, each in one line
 
 
 class Images(NamedTuple):

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+import numpy as np
 from torch import Tensor
 
 from ..checkpoint import Preprocessing
 from ..data.cache import Cache
 from ..data.crops import crops_in
-from ..data.folders import NORMALIZATION, Dataset, channel_statistics, list_pairs, load_part, read_header
+from ..data.folders import (
+    NORMALIZATION,
+    Dataset,
+    channel_statistics,
+    list_pairs,
+    load_part,
+    read_header,
+    read_labels,
+)
 from ..data.glands import glands
 from ..data.ragged import Ragged, load_whole
 from ..data.readers import mpp_of
@@ -22,6 +32,7 @@ from .batches import TrainingData
 from .config import NONE, TrainConfig
 
 Part = Dataset | Ragged  # of the data
+MOST_LOOKED_AT = 2**24  # pixels of a mask file that is read to say something about it
 
 
 class Parts(NamedTuple):
@@ -46,9 +57,10 @@ def load_data(config: TrainConfig, cache: Cache | None = None) -> tuple[Training
     cache: store of decoded images for data folders. Raises UserError if the data cannot be read or are too few.
     """
     if config.data is None:
-        (labeled, unlabeled, val), scale = synthetic_data(config), Scale()
+        (labeled, unlabeled, val), scale, ids = synthetic_data(config), Scale(), None
     else:
         parts = parts_of(config)
+        ids = unused_ids(config, parts)
         scale = scale_of(config, parts)
         labeled, unlabeled, val = folder_data(config, parts, scale.mpp, cache)
     if unlabeled is not None and config.unlabeled_batch > (count := images_in_epoch(unlabeled, config)):
@@ -70,7 +82,7 @@ def load_data(config: TrainConfig, cache: Cache | None = None) -> tuple[Training
         scale=scale.scale,
         mpp=scale.mpp,
     )
-    return TrainingData(labeled, unlabeled, preprocessing, scale.note), val
+    return TrainingData(labeled, unlabeled, preprocessing, tuple(filter(None, [scale.note, ids]))), val
 
 
 def images_in_epoch(part: Part, config: TrainConfig) -> int:
@@ -122,6 +134,20 @@ def note(microns: Iterable[float | None], mpp: float | None) -> str | None:
     low, high = (f"{own:.3g}" for own in (resampled[0], resampled[-1]))
     spread = low if low == high else f"{low} to {high}"
     return f"{len(resampled)} images of {spread} microns a pixel are resampled to {mpp:.3g}"
+
+
+def unused_ids(config: TrainConfig, parts: Parts) -> str | None:
+    """One line if masks seem to have the ids of glands, to judge by the first labeled file, but --instances is off."""
+    path = list_pairs(config.data, parts.labeled, with_masks=True)[0].mask
+    if config.instances or math.prod(read_header(path)) > MOST_LOOKED_AT:
+        return None
+    labels = read_labels(path)
+    if (values := len(np.unique(labels[labels != 0]))) < 2:
+        return None
+    return (
+        f"{path} has {values} values that are not 0, all of which are gland; if they are ids of glands, --instances "
+        "keeps touching ones apart"
+    )
 
 
 def _refuse_batch(kind: str, batch: int, images: int) -> NoReturn:

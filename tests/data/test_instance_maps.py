@@ -136,7 +136,7 @@ def test_every_augmentation_keeps_the_ids(extent: int, corner: tuple[int, int]) 
     ids = torch.from_numpy(RNG.integers(LARGE - 300, LARGE, (size, size), np.int32))
     parameters = Augmentation(torch.tensor([corner] * 8), torch.full((8,), extent), coins[:, :2], coins[:, 2])
     images = torch.zeros(8, 3, size, size, dtype=torch.uint8)
-    _, augmented = augment.apply(images, ids.expand(8, -1, -1), parameters, [0.0] * 3, [1.0] * 3)
+    _, augmented = augment.resample(images, ids.expand(8, -1, -1), parameters, size)
     assert augmented.dtype == torch.int32
     (row, column), whole = corner, ids.numpy()
     crop = resize_mask(whole[row : row + extent, column : column + extent], size).numpy()

@@ -7,8 +7,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,13 +21,31 @@ from semimoe_fast.data.folders import Dataset, load_part
 from semimoe_fast.errors import UserError
 from semimoe_fast.evaluation.scoring import count_set
 from semimoe_fast.objective import StepLosses
-from semimoe_fast.training import config, run_folder
+from semimoe_fast.training import config, run_folder, sources
 from semimoe_fast.training.batches import TrainingData
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.sources import load_data
 from semimoe_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
+
+
+def test_ids_that_are_not_used_are_said(tiny_config: TrainConfig, tmp_path: Path, monkeypatch) -> None:
+    synthetic.write(synthetic.Folder(tmp_path / "ids", 4, 4, 1, size=32, instances=True))
+    synthetic.write(synthetic.Folder(tmp_path / "masks", 4, 4, 1, size=32))
+    first = tmp_path / "ids" / "train_sup_4" / "mask" / "0000.png"
+    values = len(np.unique(np.array(Image.open(first)))) - 1
+    assert values > 1
+    expected = f"{first} has {values} values that are not 0, all of which are gland; if they are ids of glands, "
+    assert notes(tiny_config, tmp_path / "ids") == (expected + "--instances keeps touching ones apart",)
+    assert not notes(tiny_config, tmp_path / "masks")
+    assert not notes(tiny_config, tmp_path / "ids", instances=True)
+    monkeypatch.setattr(sources, "MOST_LOOKED_AT", 32 * 32 - 1)
+    assert not notes(tiny_config, tmp_path / "ids")
+
+
+def notes(tiny_config: TrainConfig, data: Path, **changes) -> tuple[str, ...]:
+    return load_data(dataclasses.replace(tiny_config, data=data, **changes))[0].notes
 
 
 def touching(count: int, size: int) -> Tensor:
