@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from ..ops._arguments import tensor_of
 
 
 def array_pair(prediction: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -35,10 +36,8 @@ def _array(name: str, x: Any) -> np.ndarray:
         if x.is_floating_point() or x.is_complex():
             raise TypeError(_ambiguous(name, x.dtype))
         return x.cpu().numpy()
-    if hasattr(x, "__dlpack__"):
-        return _array(name, torch.from_dlpack(x))
-    if hasattr(x, "__cuda_array_interface__"):  # Numba's device arrays do not support DLPack
-        return _array(name, torch.as_tensor(x, device="cuda"))
+    if (shared := tensor_of(x)) is not None:
+        return _array(name, shared)
     raise TypeError(f"{name} is a tensor or an array, got {type(x).__name__}: use np.asarray({name})")
 
 

@@ -59,11 +59,27 @@ def _label_tensor(labels: Any, instances: bool) -> Tensor:
         # a new array, because torch takes no negative strides, other byte orders or read-only memory
         native = labels.astype(labels.dtype.newbyteorder("="), order="C") if instances else labels != 0
         return _label_tensor(torch.from_numpy(native), instances)
-    if hasattr(labels, "__dlpack__"):
-        return _label_tensor(torch.from_dlpack(labels), instances)
-    if hasattr(labels, "__cuda_array_interface__"):  # Numba's device arrays do not support DLPack
-        return _label_tensor(torch.as_tensor(labels, device="cuda"), instances)
+    if (shared := tensor_of(labels)) is not None:
+        return _label_tensor(shared, instances)
     raise TypeError(f"a mask is a tensor or an array, got {type(labels).__name__}: use np.asarray(mask)")
+
+
+def tensor_of(array: Any) -> Tensor | None:
+    """A tensor with the memory of another library's array, ready on the current stream; None for other objects."""
+    if hasattr(array, "__dlpack__"):
+        return torch.from_dlpack(array)
+    if hasattr(array, "__cuda_array_interface__"):  # Numba's device arrays do not support DLPack
+        _wait_for(array.__cuda_array_interface__.get("stream"))
+        return torch.as_tensor(array, device="cuda")
+    return None
+
+
+def _wait_for(stream: int | None) -> None:
+    """Make the current stream wait for that of a CUDA array, which `torch.as_tensor` ignores; None: no need to wait."""
+    if stream in (1, 2):  # the default stream, and that of the thread, which torch.cuda.ExternalStream cannot name
+        torch.cuda.synchronize()
+    elif stream is not None:
+        torch.cuda.current_stream().wait_stream(torch.cuda.ExternalStream(stream))
 
 
 def _require_labels(labels: Tensor | np.ndarray, instances: bool, real: bool) -> None:

@@ -98,6 +98,7 @@ def test_a_seed_decides_the_split(glas: Path, tmp_path: Path) -> None:
 
 
 def test_all_may_be_labeled(crag: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("tyro")
     out = tmp_path / "out"
     prepare.main(["--source", str(crag), "--out", str(out), "--labeled", "4"])
     assert not (out / "train_unsup_0").exists()

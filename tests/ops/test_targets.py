@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -159,6 +161,36 @@ def test_device_arrays_of_other_libraries(library: str) -> None:
     squared = F.squared_distance(array)
     assert squared.is_cuda
     torch.testing.assert_close(squared.cpu(), F.squared_distance(mask), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("stream", "calls"), [(None, []), (1, ["synchronize"]), (2, ["synchronize"]), (4096, [4096])])
+def test_the_stream_of_a_cuda_array_is_waited_for(stream: int | None, calls: list, monkeypatch) -> None:
+    """By an array on the CPU that says it is on a GPU: what PyTorch is asked for, before the array is read."""
+
+    array = SimpleNamespace(__cuda_array_interface__={"stream": stream})
+    asked, current = [], SimpleNamespace(wait_stream=lambda other: asked.append(other))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: asked.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda pointer: pointer)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    monkeypatch.setattr(torch, "as_tensor", lambda other, device: asked.append(device) or torch.from_numpy(MASK))
+    torch.testing.assert_close(F.squared_distance(array), F.squared_distance(MASK), rtol=0, atol=0)
+    assert asked == [*calls, "cuda"]
+
+
+def test_an_array_of_another_stream_is_read_when_it_is_written() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch finds no CUDA device")
+    cuda = pytest.importorskip("numba.cuda")
+    if not cuda.is_available():
+        pytest.skip("numba.cuda finds no CUDA device")
+    stream, size = cuda.stream(), 8192
+    mask = cuda.pinned_array((1, size, size), np.int32)
+    mask[:], mask[:, :, 0] = 0, 1
+    array = cuda.device_array(mask.shape, np.int32, stream=stream)
+    for _ in range(8):  # 256 MB each, while the host goes on
+        array.copy_to_device(mask, stream=stream)
+    squared = F.squared_distance(array)
+    assert (squared[0, :, 1:] == torch.arange(1, size, device="cuda") ** 2).all()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device")
