@@ -2,7 +2,7 @@
 
 A tile is 8 KiB of x, four loads of 16 bytes for each of 128 threads: in channels-last tensors 128 bytes of channels by
 a run of pixels of the group; in NCHW tensors a run of pixels of one image, by several channels if images are small.
-Accesses have 16 bytes if C (channels-last) is a multiple of 8 (float32: 4), or H W (NCHW) of 16. A program takes a
+Accesses have 16 bytes if 8 (float32: 4) divides C (channels-last) or 16 divides H W (NCHW). A program takes a
 chunk of up to 16 tiles, but fewer if there would be less than `PROGRAMS` programs.
 
 Sizes and offsets of tensors have 64 bits, counts of tiles and programs 32. One axis of the grid counts all programs, so

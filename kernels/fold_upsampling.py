@@ -1,6 +1,6 @@
 """Fold the weights of upsampling convolutions into those of transposed convolutions, in one launch; and the adjoint.
 
-A pixel before upsampling meets the taps (before, here, after) of an axis in four places. On each axis, and so on both,
+Along an axis, a pixel before upsampling reaches 4 outputs by the taps (before, here, after). For each axis in turn,
 
     kernel = (after, here + after, before + here, before)
     dbefore = g2 + g3,    dhere = g1 + g2,    dafter = g0 + g1        where g is the gradient of the kernel
@@ -13,7 +13,7 @@ One launch serves all weights, because the small ones alone would not fill a GPU
 weight, and a program selects its weight and kernel by comparing its number with the first program of every weight. All
 shapes are constants, so 16-byte accesses need no check; a model compiles each direction once. A program takes a tile of
 32 x 32 pairs: channels are contiguous in channels-last weights and output channels in kernels, so a tile is transposed
-in shared memory, and reads and writes runs of 128 bytes of float32 or 64 bytes of 16-bit numbers.
+in shared memory; loads and stores are runs of 128 bytes (float32) or 64 bytes (16-bit numbers).
 
 Arithmetic is in float32.
 """

@@ -7,7 +7,7 @@ With P the softmax of the logits, T the one-hot target, and sums over the pixels
     sdf       mean over pixels of (tanh(raw) - sdf)^2
 
 so both dice losses are 1 - ratio, ratio = (2 overlap + e) / (mass + e), and their derivatives need two numbers for
-each set, image and class: with n images times classes, dL/dP = T alpha + beta * (P for the mask, 1 for the boundary),
+each set, image and class: with n = images x classes, dL/dP = T alpha + beta * (P for the mask, 1 for the boundary),
 
     alpha = -2 / (n (mass + e))        beta = ratio / (n (mass + e)), doubled for the mask.
 

@@ -16,7 +16,7 @@ partial sums, C values forward and rows times (C + 1) backward per 512 pixels of
 traffic in bfloat16. They are added in a fixed order, so that every run gives the same bits.
 
 A program takes one chunk of one image of one expert, tile by tile. A tile is (channels x pixels) of 8 KiB, four loads
-of 16 bytes for each of 128 threads. Up to 128 channels it fits into the registers without spills, also backward, and
+of 16 bytes for each of 128 threads. Up to 128 channels it fits into the registers without spills in both passes, and
 several programs on a multiprocessor hide each other's latency. Rows are padded to 16, the minimum of tensor cores. A
 float32 product is three tf32 products, which together keep the precision of float32.
 """

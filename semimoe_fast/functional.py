@@ -16,8 +16,8 @@ Masks and class targets may be (B, 1, H, W) and may be floating-point if they ho
 The check of a floating-point tensor waits for the device on CUDA; integer tensors are never read for a check. Under
 torch.compile(fullgraph=True) use bool or integers.
 
-Errors: TypeError if an argument other than such a mask is not a dense tensor, or is not floating-point where the
-result depends on it continuously, ValueError if devices or shapes disagree.
+Errors: TypeError if an argument other than such a mask is not a dense tensor, or a differentiable one is not
+floating-point; ValueError if devices or shapes disagree.
 
 Source of the formulas: Semi-MoE, arXiv 2509.13834.
 """

@@ -1,4 +1,4 @@
-"""The distance targets as a transform of MONAI, which no other module imports (`pip install 'semimoe_fast[monai]'`)."""
+"""The distance targets as a MONAI transform (`pip install 'semimoe_fast[monai]'`). No other module imports MONAI."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The published recipe: with probability 0.5 a random crop of 7/8 of the side, resized back; with probability 0.75 a
 flip (rows, columns or both, equally likely); with probability 0.5 a transpose; always a rotation by a random multiple
-of 90 degrees. All three are elements of the symmetry group D4 of the square. A transpose with probability 0.5 followed
+of 90 degrees. All but the crop are in the symmetry group D4 of the square. A transpose with probability 0.5 followed
 by a random rotation is uniform over the eight elements of D4, and a flip before them keeps the product uniform. So this
 module tosses three fair coins instead (flip the rows, flip the columns, transpose), which is uniform over D4 too.
 """

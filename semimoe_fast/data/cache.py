@@ -6,8 +6,8 @@ moved images find it again.
 
 A part of up to 1 GiB is read into memory, so that nothing that happens to its file afterwards reaches the run. A larger
 part is memory-mapped: processes share the memory, and it may be larger than memory. Leave its file alone while a run
-uses it: a program that writes into it changes the images, and one that truncates it kills the run by a bus error,
-of which Python then prints the place; the run resumes from its last checkpoint.
+uses it: a program that writes into it changes the images, and one that truncates it kills the run by a bus error.
+Python prints where; `--resume` continues from the last checkpoint.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Masks and instance maps: which of them an image of integers is, and the objects of a mask."""
+"""Tell masks from instance maps in images of integers, and find the objects of a mask."""
 
 from __future__ import annotations
 

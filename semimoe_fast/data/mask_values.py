@@ -1,4 +1,4 @@
-"""The values of a decoded mask file, and the kinds of files that do not say for sure which pixels are foreground."""
+"""The values of a decoded mask file, and the kinds of files whose foreground is ambiguous."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image files with several pages: which of them hold one image in their first page."""
+"""Image files with several pages: check that the first page holds the whole image."""
 
 from __future__ import annotations
 

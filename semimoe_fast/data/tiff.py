@@ -1,7 +1,7 @@
 """Read 8-bit TIFF files by region: only the tiles or strips that a region touches are read and decoded.
 
-tifffile reads the tags and decodes single tiles. Pyramids are the reduced copies in SubIFDs or in further pages that
-say so; Aperio's pages do not, but are known by the description of the first one.
+tifffile reads the tags and decodes single tiles. Pyramids are the reduced copies in SubIFDs or in further pages so
+flagged; Aperio's have no flag and are known by the first page's description.
 """
 
 from __future__ import annotations

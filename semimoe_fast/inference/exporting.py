@@ -1,6 +1,6 @@
 """The predictor as one file that needs none of this package: a program of torch.export (pt2) or an ONNX model.
 
-Input `images`: uint8 RGB (B, 3, H, W), values 0 to 255; H and W are multiples of 16 from 32. It is normalized inside.
+Input `images`: uint8 RGB (B, 3, H, W), values 0 to 255; H and W are multiples of 16, >= 32; normalized inside.
 Outputs `probability`, of the foreground, and, if the model has an sdf expert, `sdf` in [-1, 1]: float32 (B, H, W).
 """
 

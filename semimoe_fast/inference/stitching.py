@@ -1,17 +1,17 @@
 """Instances of an image that arrives in pieces of rows, with memory that does not depend on the height of the image.
 
 An instance depends on nothing but its component of the mask: its seeds have a level of their own, and the watershed
-stays inside. So a window of rows is held that starts where the first open component starts, one that may go on below.
+stays inside. So a window of rows starts where the first open component does, one that may continue below the window.
 A component is complete when it does not touch the last row of the window. Then `instances_of` separates it as a whole,
 and it leaves the window. So components of at most TALL rows have the instances that `instances_of` finds in the whole
-image. Only the numbers differ, and pixels of the same field between two instances, which the watershed of scikit-image
-gives to either, depending on all else in its queue.
+image. Only their numbers differ, and pixels of equal field between two instances: the watershed of scikit-image
+gives them to either, depending on its queue.
 
 The window never holds more than TALL rows and a piece, so taller components are separated in parts. When more than TALL
 rows of an open component are held, it is separated as it is, and two kinds of instances leave it: those that end more
 than TALL / 4 rows above the end of the window, and those of more than TALL rows, which are cut there. What remains goes
 on as a component. Its instances may differ from those of the whole image, because their seed level knows a part of the
-component only; every pixel is still in one instance, unless that is too small.
+component only; every pixel is still in one instance or in a dropped small one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write one channel of an image of any size, rows after rows, as a tiled and compressed BigTIFF.
+"""Write one channel of an image of any size, row by row, as a tiled and compressed BigTIFF.
 
 tifffile has to be given the pixels by an iterator, so several files written at once would each need a thread; and it
 refuses float16 in OME-TIFF. The format is small: a header, the tiles, and one table of tags at the end.

@@ -1,4 +1,4 @@
-"""Whether something must see an operation, so that it has to be called as a custom op."""
+"""Whether tracing, a transform or a tensor subclass needs an operation as a custom op."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Whether the experts of a run still learn.
 
-A channel of an expert's last feature is dead if it is 0, and so its ReLU, at every pixel of every image: no gradient
-passes it there, so it hardly ever returns. An expert with many dead channels predicts little more than one number.
+A channel of an expert's last feature maps is dead if its ReLU is 0 at every pixel of every image: then no gradient
+passes, so it hardly ever returns. An expert with many dead channels predicts little more than one number.
 """
 
 from __future__ import annotations
