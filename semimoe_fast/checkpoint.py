@@ -192,7 +192,8 @@ def read(path: str | Path, device: str | torch.device = "cpu") -> tuple[dict[str
         raise UserError(f"{path}: you may not read it; change its permissions, or give another checkpoint") from error
     except (SafetensorError, OSError, AttributeError) as error:  # AttributeError: this torch lacks the dtype
         raise UserError(
-            f"{path}: not a readable checkpoint ({first_sentence(error)}); it is damaged, or another kind of file"
+            f"{path}: not a readable checkpoint ({first_sentence(error)}), damaged or another kind of file; give the "
+            "best.safetensors or last.safetensors of a run folder"
         ) from error
     try:
         metadata = json.loads(header)

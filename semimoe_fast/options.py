@@ -50,10 +50,13 @@ def read_options(
     return options(**{name: value for part in parts for name, value in _values(part).items()})
 
 
-def training_command(data: Path, semi_supervised: bool) -> str:
-    """The last line of a command that has laid out a data folder, with unlabeled images or without."""
+def training_command(data: Path, semi_supervised: bool, more: str = "") -> str:
+    """The last line of a command that has laid out a data folder, with unlabeled images or without.
+
+    more: further options.
+    """
     alone = "" if semi_supervised else " --unlabeled none"
-    return f"train with: python -m semimoe_fast.train --data {shlex.quote(str(data))}{alone}"
+    return f"train with: python -m semimoe_fast.train --data {shlex.quote(str(data))}{alone}{more}"
 
 
 def require_empty(folder: Path) -> None:

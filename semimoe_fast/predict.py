@@ -174,6 +174,10 @@ def plan(config: PredictConfig) -> dict[Path, dict[str, Path]]:
             (config.out / "instances", ".png"),
             (config.out / "instances", ".geojson"),
         )
+    if config.input.name == "image" and config.out.resolve() == (config.input.parent / "mask").resolve():
+        raise UserError(f"--out is {config.out}, the masks of these images by its name: give another folder")
+    if config.out.suffix in (".png", ".tif", ".tiff"):
+        raise UserError(f"--out is {config.out}, but it is a folder for files NAME.png: leave out {config.out.suffix}")
     for folder, _ in places.values():
         if paths[0].parent.resolve() == folder.resolve():
             raise UserError(f"{folder} is the folder of the images: masks would replace them, give another --out")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +140,7 @@ def _copy(pairs: Pairs, folder: Path, with_masks: bool) -> None:
 
 def _copy_file(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, lambda part: shutil.copyfile(source, part))
+    write_atomically(target, lambda part: part.write_bytes(source.read_bytes()))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -149,7 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     counts = prepare(config)
     for part, count in counts.items():
         print(one_line(f"{config.out / part}: {count} images"))
-    print(one_line(training_command(config.out, any(part.startswith("train_unsup_") for part in counts))))
+    semi_supervised = any(part.startswith("train_unsup_") for part in counts)
+    normalization = json.loads((config.out / SPLIT_FILE).read_text())["dataset"].lower()
+    print(one_line(training_command(config.out, semi_supervised, f" --normalization {normalization}")))
 
 
 if __name__ == "__main__":

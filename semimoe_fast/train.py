@@ -31,6 +31,7 @@ from .training.run import Run
 from .training.run_folder import cache_folder, keep_changes, refuse_used
 from .training.schedule import learning_rate
 from .training.sources import load_data
+from .training.speed import warn_if_long
 
 
 def main(arguments: Sequence[str] | TrainConfig | None = None) -> None:
@@ -60,6 +61,7 @@ def train(arguments: Sequence[str] | TrainConfig | None, lock: FolderLock) -> Ru
             run = Run.start(config, data, val, device, world, lock)
         if world.is_main:
             print(f"{settings}; {run.trainer.settings}", *map(one_line, data.notes), sep="\n", flush=True)
+            warn_if_long(config, config.epochs * run.trainer.steps_per_epoch, device)
         remedy = f"continue with: {world.command} --resume {shlex.quote(str(run.folder))}"
         with Interruption(world) as interruption, world.exit_on_lost_rank(remedy):
             try:

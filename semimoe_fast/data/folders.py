@@ -41,6 +41,8 @@ _one_at_a_time = Lock()
 
 A, B = TypeVar("A"), TypeVar("B")
 
+LAYOUT = "train_sup_N/{image,mask}, train_unsup_M/image and val/{image,mask}"  # of a data folder
+
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, of pixels in [0, 1]
 
 # The values of the published code. (The std of the pixels of GlaS is in fact about (0.168, 0.248, 0.132).)
@@ -186,7 +188,9 @@ def list_images(folder: Path, kinds: str = "PNG, TIFF, BMP or JPEG", also: Colle
     )
     paths = each_once(paths)
     if not paths:
-        raise UserError(f"{folder} holds no image: put {kinds} files there or correct the path")
+        below = sorted(path.parent for path in folder.glob("*/*") if path.suffix.lower() in suffixes)
+        within = f" itself, and folders within it, such as {below[0]}, are not searched" if below else ""
+        raise UserError(f"{folder} holds no image{within}: put {kinds} files there or correct the path")
     by_stem: dict[str, Path] = {}
     for path in paths:
         if not path.is_file():  # reading a named pipe would wait forever
@@ -317,15 +321,28 @@ def channel_statistics(*sets: Tensor) -> Statistics:
 
 
 def _part_folder(root: Path, part: str, kind: str) -> Path:
-    """ROOT/PART/KIND. If it is missing, a UserError lists the parts of ROOT."""
+    """ROOT/PART/KIND. If it is missing, a UserError says what is there instead."""
     folder = root / part / kind
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: correct the path of the data")
-    if not folder.is_dir():
-        parts = sorted(path.parent.name for path in root.glob(f"*/{kind}") if path.is_dir())
-        choice = f"choose one of its parts {', '.join(parts)}" if parts else f"{root} has no PART/{kind} folder"
-        raise UserError(f"{folder} is missing: {choice}")
-    return folder
+    if folder.is_dir():
+        return folder
+    parts = sorted(path.parent.name for path in root.glob(f"*/{kind}") if path.is_dir())
+    if folder.parent.is_dir():
+        found = sorted(path.name for path in folder.parent.iterdir())
+        remedy = f"{folder.parent} has {listed(found) or 'nothing'}; add or rename a folder, or choose another part"
+    elif (root / kind).is_dir():
+        remedy = f"{root} is a part itself; give the folder above it"
+    elif parts:
+        remedy = f"{root} has the parts {listed(parts)}; add it, or choose another part"
+    else:
+        remedy = f"{root} has no part; it needs {LAYOUT}"
+    raise UserError(f"{folder} is missing: {remedy}")
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """The first names, separated by commas."""
+    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])
 
 
 def match(images: Sequence[Path], folder: Path, kind: str, otherwise: str = "remove the image") -> list[Path]:
@@ -334,10 +351,13 @@ def match(images: Sequence[Path], folder: Path, kind: str, otherwise: str = "rem
     otherwise: what to do about a missing file, apart from adding it. Raises UserError for missing and surplus files.
     """
     files = {path.stem: path for path in list_images(folder, "PNG or TIFF")}
+    surplus = sorted(files.keys() - {image.stem for image in images})
     for image in images:
         if image.stem not in files:
-            raise UserError(f"{image} has no {kind}: add {folder / image.stem}.png or {otherwise}")
-    if surplus := sorted(files.keys() - {image.stem for image in images}):
+            near = next((files[stem].name for stem in surplus if stem.startswith(image.stem)), None)
+            remedy = f"rename {near} to the stem of its image" if near else f"add {folder / image.stem}.png"
+            raise UserError(f"{image} has no {kind}: {remedy}, or {otherwise}")
+    if surplus:
         stem = surplus[0]
         raise UserError(f"{files[stem]} has no image: add {images[0].parent / stem}.png or remove the {kind}")
     return [files[image.stem] for image in images]
@@ -364,6 +384,8 @@ def _decode(path: Path) -> tuple[Image.Image, bool]:
         ) from error
     except UserError:
         raise
+    except PermissionError as error:
+        raise UserError(f"{path}: you may not read it; change its permissions") from error
     except Exception as error:  # for a damaged file Pillow's decoders raise almost any exception
         reason = str(error) or type(error).__name__
         raise UserError(f"{path} cannot be read as an image ({reason}): replace or remove it") from error

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .. import functional as F
 from ..checkpoint import Preprocessing
-from ..data.components import components
+from ..data.components import scattered
 from ..data.folders import Pair, match, read_instances, require_size, resize_mask
 from ..data.readers import Reader, open_image
 from ..data.resampling import nearest
@@ -29,7 +29,6 @@ from .summary import Summary, summarize
 from .whole import at_full_size, predict_whole
 
 FILES = "predictions"  # name of the predictor whose masks are read from files
-MOST_PARTS = 3  # of an object; more are rare, even where an image cuts it or resizing tears it
 
 
 class Variant(NamedTuple):
@@ -147,7 +146,7 @@ def match_predictions(pairs: Sequence[Pair], folder: Path) -> list[Path]:
 
 def _warn_of_gray_values(paths: Iterable[Path], maps: Sequence[np.ndarray]) -> None:
     """Warn of the first map whose values are scattered: they are gray values or classes rather than ids of objects."""
-    found = [path for path, labels in zip(paths, maps, strict=True) if _scattered(labels)]
+    found = [path for path, labels in zip(paths, maps, strict=True) if scattered(labels)]
     if found:
         warn(f"{found[0]}{_and_more(found)} looks like gray values or classes, not ids of objects: threshold it first")
 
@@ -155,10 +154,3 @@ def _warn_of_gray_values(paths: Iterable[Path], maps: Sequence[np.ndarray]) -> N
 def _and_more(found: Sequence[object]) -> str:
     """What follows the first of several things in a message."""
     return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-
-
-def _scattered(labels: np.ndarray) -> bool:
-    """Whether most ids have more than MOST_PARTS components each; of many ids, evenly chosen ones are looked at."""
-    ids = np.unique(labels[labels > 0])
-    chosen = ids[:: len(ids) // 10 + 1]
-    return len(chosen) > 0 and np.median([components(labels == i).max() for i in chosen]) > MOST_PARTS

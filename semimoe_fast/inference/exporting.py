@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import io
 import json
 import logging
 import warnings
@@ -138,9 +139,11 @@ def _traced(predictor: Predictor) -> torch.export.ExportedProgram:
 
 
 def _save_pt2(predictor: Predictor, path: Path, texts: Mapping[str, str], outputs: Sequence[str]) -> None:
-    with path.open("wb") as file, warnings.catch_warnings():  # torch warns of a path that does not end in .pt2
+    archive = io.BytesIO()  # PyTorch's writer aborts the process if the disk is full
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "No complete tensor found", UserWarning)  # `export` compares outputs
-        torch.export.save(_traced(predictor), file, extra_files=dict(texts))
+        torch.export.save(_traced(predictor), archive, extra_files=dict(texts))
+    path.write_bytes(archive.getbuffer())
 
 
 def _run_pt2(path: Path, images: Tensor) -> dict[str, Tensor]:

@@ -140,13 +140,13 @@ def mismatch(image: Reader, preprocessing: Preprocessing) -> str | None:
     else:
         ratios = [side * scale / square for side in (height, width)]
         far = max(*ratios, *(1 / ratio for ratio in ratios)) > STRETCHED
-        about, remedy = f" (trained at {scale:.3g} pixels per pixel of a file)", "the scale of the training images"
+        about, remedy = f", whose training images were resized by {scale:.3g}", "their scale"
     if not far:
         return None
     given = "--scale" if scale is None else f"--scale {scale:.3g}"
     return (
-        f"{image.path or 'the image'} is {width} x {height} pixels and squashed to the {square} x {square} of the "
-        f"checkpoint{about}: if it shows more tissue than a training image, give {given}, {remedy}"
+        f"{image.path or 'the image'} is {width} x {height} pixels and resized to the {square} x {square} of the "
+        f"checkpoint{about}: if it shows more or less tissue than a training image, give {given}, {remedy}"
     )
 
 

@@ -79,10 +79,10 @@ def _refuse_changes(stored: TrainConfig, config: TrainConfig) -> None:
         if before != now and field.name == "out":
             raise UserError(f"--out is {now}, but --resume {stored.resume} writes to its own folder: leave out one")
         if before != now and field.name not in MUTABLE:
+            schedule = ", as the schedule depends on it" if field.name == "epochs" else ""
             raise UserError(
                 f"{flag(field.name)} is {now}, but the run in {stored.resume} was started with "
-                f"{'none' if before is None else before}: "
-                "leave it out, or start a new run"
+                f"{'none' if before is None else before}: leave it out, or start a new run{schedule}"
             )
 
 

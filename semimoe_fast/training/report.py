@@ -176,6 +176,7 @@ def summary(records: Records, folder: Path) -> str:
                     f"{f'{title}, {name}':<22}{s['dice']:8.4f}{s['jaccard']:9.4f}"
                     f"{s['swept_dice']:12.4f}{s['swept_jaccard']:9.4f}{s['swept_threshold']:11.2f}"
                 )
+    lines.append("gated: the mask that predict writes; an expert: its U-Net's own prediction")
     lines.append("swept: at the threshold that maximizes Jaccard on the validation images")
     lines.append(
         f"best: epoch {best['epoch'] + 1} of {records[-1]['epoch'] + 1}; curves.png, overlays.png, metrics.jsonl,"

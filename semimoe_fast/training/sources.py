@@ -13,12 +13,15 @@ from torch import Tensor
 
 from ..checkpoint import Preprocessing
 from ..data.cache import Cache
+from ..data.components import scattered
 from ..data.crops import crops_in
 from ..data.folders import (
+    LAYOUT,
     NORMALIZATION,
     Dataset,
     channel_statistics,
     list_pairs,
+    listed,
     load_part,
     read_header,
     read_labels,
@@ -57,12 +60,12 @@ def load_data(config: TrainConfig, cache: Cache | None = None) -> tuple[Training
     cache: store of decoded images for data folders. Raises UserError if the data cannot be read or are too few.
     """
     if config.data is None:
-        (labeled, unlabeled, val), scale, ids = synthetic_data(config), Scale(), None
+        (labeled, unlabeled, val), scale, about_masks = synthetic_data(config), Scale(), None
     else:
         parts = parts_of(config)
-        ids = unused_ids(config, parts)
         scale = scale_of(config, parts)
         labeled, unlabeled, val = folder_data(config, parts, scale.mpp, cache)
+        about_masks = note_of_masks(config, parts, labeled)
     if unlabeled is not None and config.unlabeled_batch > (count := images_in_epoch(unlabeled, config)):
         _refuse_batch("unlabeled", config.unlabeled_batch, count)
     if unlabeled is None and config.labeled_batch > (count := images_in_epoch(labeled, config)):
@@ -82,7 +85,7 @@ def load_data(config: TrainConfig, cache: Cache | None = None) -> tuple[Training
         scale=scale.scale,
         mpp=scale.mpp,
     )
-    return TrainingData(labeled, unlabeled, preprocessing, tuple(filter(None, [scale.note, ids]))), val
+    return TrainingData(labeled, unlabeled, preprocessing, tuple(filter(None, [scale.note, about_masks]))), val
 
 
 def images_in_epoch(part: Part, config: TrainConfig) -> int:
@@ -136,18 +139,23 @@ def note(microns: Iterable[float | None], mpp: float | None) -> str | None:
     return f"{len(resampled)} images of {spread} microns a pixel are resampled to {mpp:.3g}"
 
 
-def unused_ids(config: TrainConfig, parts: Parts) -> str | None:
-    """One line if masks seem to have the ids of glands, to judge by the first labeled file, but --instances is off."""
+def note_of_masks(config: TrainConfig, parts: Parts, labeled: Part) -> str | None:
+    """One line if no labeled mask has a gland, or if the values of the first mask file say something else than masks.
+
+    Those of ids without --instances, and those of gray values.
+    """
+    if not labeled.masks.any():
+        return f"all {len(labeled)} masks of {parts.labeled} are 0, so there is no gland to learn: check the masks"
     path = list_pairs(config.data, parts.labeled, with_masks=True)[0].mask
-    if config.instances or math.prod(read_header(path)) > MOST_LOOKED_AT:
+    if math.prod(read_header(path)) > MOST_LOOKED_AT:
         return None
     labels = read_labels(path)
     if (values := len(np.unique(labels[labels != 0]))) < 2:
         return None
-    return (
-        f"{path} has {values} values that are not 0, all of which are gland; if they are ids of glands, --instances "
-        "keeps touching ones apart"
-    )
+    what = f"{path} has {values} values that are not 0"
+    if scattered(labels):
+        return f"{what} and look like gray values or classes, not ids of glands: threshold the masks first"
+    return None if config.instances else f"{what}, all gland; if they are ids, --instances keeps touching glands apart"
 
 
 def _refuse_batch(kind: str, batch: int, images: int) -> NoReturn:
@@ -209,6 +217,8 @@ def parts_of(config: TrainConfig) -> Parts:
     unlabeled = None
     if config.semi_supervised:
         unlabeled = config.unlabeled or only_part(config.data, "train_unsup_", "--unlabeled")
+    if config.val == NONE:
+        raise UserError(f"--val is {NONE}, but a run needs images to validate on: give the name of a part")
     if config.val in (labeled, unlabeled):
         warn(f"--val is {config.val}, whose images are also trained on: the scores say nothing of new images")
     return Parts(labeled, unlabeled, config.val)
@@ -218,10 +228,18 @@ def only_part(root: Path, prefix: str, flag: str) -> str:
     """The only part of a data folder whose name starts with the prefix. Raises UserError if there are 0 or several."""
     parts = sorted(path.parent.name for path in root.glob("*/image"))
     found = [part for part in parts if part.startswith(prefix)]
-    if len(found) != 1:
-        hint = f", or {flag} {NONE} for the supervised baseline" if flag == "--unlabeled" else ""
-        raise UserError(
-            f"{root}: {len(found)} parts are named {prefix}*; choose one with {flag} NAME{hint} "
-            f"(parts of this folder: {', '.join(parts) or NONE})"
-        )
-    return found[0]
+    if len(found) == 1:
+        return found[0]
+    hint = f", or {flag} {NONE} for the supervised baseline" if flag == "--unlabeled" else ""
+    incomplete = sorted(path for path in root.glob(f"{prefix}*") if path.is_dir())
+    if not found and incomplete:
+        inside = listed(sorted(path.name for path in incomplete[0].iterdir())) or "nothing"
+        raise UserError(f"{incomplete[0]} has no folder image, but {inside}: rename or add it{hint}")
+    if not parts:
+        unpacked = any(root.glob("train_*_anno.bmp")) or (root / "train" / "Images").is_dir()
+        remedy = "lay it out with `python -m semimoe_fast.prepare`" if unpacked else f"it needs {LAYOUT}"
+        raise UserError(f"{root} has no part with images: {remedy}")
+    raise UserError(
+        f"{root}: {len(found)} parts are named {prefix}*; choose one with {flag} NAME{hint} "
+        f"(parts of this folder: {listed(parts)})"
+    )

@@ -93,7 +93,7 @@ def folder_of_known_resolution(root: Path, shapes: Sequence[tuple[int, int]] = (
         ({"sampling": "crops", "mpp": 2.0}, [], "has 1 microns a pixel and is read at 2 (and 1 more)"),
         ({"sampling": "crops"}, ["--mpp", "0.5"], "has 1 microns a pixel and is read at 0.5 (and 1 more)"),
         ({"sampling": "resize"}, ["--scale", "0.5"], None),
-        ({"sampling": "resize"}, [], "is 90 x 60 pixels and squashed to the 32 x 32 of the checkpoint"),
+        ({"sampling": "resize"}, [], "is 90 x 60 pixels and resized to the 32 x 32 of the checkpoint"),
     ],
 )
 def test_a_checkpoint_is_scored_at_the_scale_at_which_it_predicts(

@@ -172,14 +172,15 @@ def test_checkpoint_that_predicts_nan_is_refused(glands_folder: Path, tmp_path: 
 
 
 def test_existing_files_are_replaced_only_with_overwrite(glands_folder: Path, tmp_path: Path) -> None:
-    """The true masks, those of an earlier call, and tables; a call that is refused changes nothing."""
+    """Masks that somebody drew, those of an earlier call, and tables; a call that is refused changes nothing."""
     model, part = save_model(tmp_path / "model"), tmp_path / "val"
     shutil.copytree(glands_folder / "val", part)
-    arguments = options(model, part / "image", part / "mask")
+    (part / "mask").rename(part / "drawn")
+    arguments = options(model, part / "image", part / "drawn")
     before = {path: path.read_bytes() for path in part.rglob("*.png")}
     for _ in range(2):  # a refused call is not one that was interrupted
         message = refused(arguments)
-        first = part / "mask" / "0000.png"
+        first = part / "drawn" / "0000.png"
         assert message == f"{first} exists: give another --out, or --overwrite to replace such files"
     assert {path: path.read_bytes() for path in part.rglob("*") if path.is_file()} == before
     (tmp_path / "out").mkdir()
@@ -188,7 +189,20 @@ def test_existing_files_are_replaced_only_with_overwrite(glands_folder: Path, tm
         f"{tmp_path / 'out' / '0001.tif'} exist"
     )
     predict.main([*arguments, "--overwrite"])
-    assert (part / "mask" / "0000.png").read_bytes() != before[part / "mask" / "0000.png"]
+    assert (part / "drawn" / "0000.png").read_bytes() != before[part / "drawn" / "0000.png"]
+
+
+def test_the_masks_of_a_data_folder_are_never_replaced(glands_folder: Path, tmp_path: Path) -> None:
+    part = tmp_path / "val"
+    shutil.copytree(glands_folder / "val", part)
+    message = refused([*options(save_model(tmp_path / "model"), part / "image", part / "mask"), "--overwrite"])
+    assert message == f"--out is {part / 'mask'}, the masks of these images by its name: give another folder"
+
+
+def test_out_is_no_file(glands_folder: Path, tmp_path: Path) -> None:
+    message = refused(options(save_model(tmp_path / "model"), glands_folder / "val" / "image", tmp_path / "mask.png"))
+    assert message == f"--out is {tmp_path / 'mask.png'}, but it is a folder for files NAME.png: leave out .png"
+    assert not (tmp_path / "mask.png").exists()
 
 
 def test_images_behind_links_are_never_replaced(glands_folder: Path, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_squashed_images_far_from_the_training_images_are_said_once(
         == ["warning: images that are squashed, although they are far from the training images: 1 more"] * warned
     )
     for line in lines[:1]:
-        assert f"{tmp_path}/images/a.tif is {size[1]} x {size[0]} pixels and squashed to the 32 x 32" in line
+        assert f"{tmp_path}/images/a.tif is {size[1]} x {size[0]} pixels and resized to the 32 x 32" in line
         assert ("give --scale 0.4, " if scale else "give --scale, ") in line
 
 

@@ -102,7 +102,9 @@ def test_all_may_be_labeled(crag: Path, tmp_path: Path, capsys: pytest.CaptureFi
     out = tmp_path / "out"
     prepare.main(["--source", str(crag), "--out", str(out), "--labeled", "4"])
     assert not (out / "train_unsup_0").exists()
-    assert capsys.readouterr().out.endswith(f"train with: python -m semimoe_fast.train --data {out} --unlabeled none\n")
+    assert capsys.readouterr().out.endswith(
+        f"train with: python -m semimoe_fast.train --data {out} --unlabeled none --normalization crag\n"
+    )
 
 
 def refused(config: PrepareConfig) -> str:

@@ -91,6 +91,13 @@ def empty(folder):
         path.unlink()
 
 
+def put_in_a_folder(folder):
+    parts = list(folder.iterdir())
+    (folder / "patient").mkdir()
+    for path in parts:
+        path.rename(folder / "patient" / path.name)
+
+
 BAD_PARTS = {
     "image missing": ("image/1.tif", Path.unlink, ["mask/1.png", "no image", "image/1.png", "remove the mask"]),
     "mask missing": ("mask/1.png", Path.unlink, ["image/1.tif", "no mask", "mask/1.png", "remove the image"]),
@@ -103,10 +110,20 @@ BAD_PARTS = {
     ),
     "truncated image": ("image/10.tif", truncate, ["image/10.tif", "truncated", "replace"]),
     "no bytes": ("mask/10.png", lambda path: path.write_bytes(b""), ["mask/10.png", "cannot be read", "replace"]),
+    "a mask with a suffix": (
+        "mask/1.png",
+        lambda path: path.rename(path.with_name("1_anno.png")),
+        ["image/1.tif", "no mask", "rename 1_anno.png to the stem of its image"],
+    ),
+    "images in folders": (
+        "image",
+        put_in_a_folder,
+        ["train/image", "no image", "train/image/patient, are not searched"],
+    ),
     "no images": ("image", empty, ["train/image", "no image", "put PNG"]),
     "no masks": ("mask", empty, ["train/mask", "no image", "put PNG"]),
-    "no image folder": ("image", shutil.rmtree, ["train/image is missing", "no PART/image"]),
-    "no mask folder": ("mask", shutil.rmtree, ["train/mask is missing", "no PART/mask"]),
+    "no image folder": ("image", shutil.rmtree, ["train/image is missing", "train has mask", "add or rename"]),
+    "no mask folder": ("mask", shutil.rmtree, ["train/mask is missing", "train has image", "add or rename"]),
 }
 
 
@@ -150,7 +167,7 @@ def test_unknown_part_names_the_others(root):
     (root / "val" / "image").mkdir(parents=True)
     with pytest.raises(UserError) as caught:
         load_part(root, "test", 16, with_masks=False)
-    assert_one_line(caught, [str(root / "test" / "image"), "missing", "choose one of its parts train, val"])
+    assert_one_line(caught, [str(root / "test" / "image"), "missing", "has the parts train, val", "another part"])
 
 
 def test_missing_root(tmp_path):

@@ -36,12 +36,30 @@ def test_ids_that_are_not_used_are_said(tiny_config: TrainConfig, tmp_path: Path
     first = tmp_path / "ids" / "train_sup_4" / "mask" / "0000.png"
     values = len(np.unique(np.array(Image.open(first)))) - 1
     assert values > 1
-    expected = f"{first} has {values} values that are not 0, all of which are gland; if they are ids of glands, "
-    assert notes(tiny_config, tmp_path / "ids") == (expected + "--instances keeps touching ones apart",)
+    what = f"{first} has {values} values that are not 0"
+    assert notes(tiny_config, tmp_path / "ids") == (
+        f"{what}, all gland; if they are ids, --instances keeps touching glands apart",
+    )
     assert not notes(tiny_config, tmp_path / "masks")
     assert not notes(tiny_config, tmp_path / "ids", instances=True)
+    pixels = np.array(Image.open(first))
+    noise = np.random.default_rng(0).integers(1, 1 + values, pixels.shape).astype(np.uint16)
+    Image.fromarray(np.where(pixels > 0, noise, 0)).save(first)
+    gray = f"{what} and look like gray values or classes, not ids of glands: threshold the masks first"
+    for instances in (False, True):
+        assert notes(tiny_config, tmp_path / "ids", instances=instances) == (gray,)
     monkeypatch.setattr(sources, "MOST_LOOKED_AT", 32 * 32 - 1)
     assert not notes(tiny_config, tmp_path / "ids")
+
+
+def test_masks_without_glands_are_said(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    synthetic.write(synthetic.Folder(tmp_path / "data", 4, 4, 1, size=32))
+    masks = sorted((tmp_path / "data" / "train_sup_4" / "mask").iterdir())
+    for path in masks:
+        assert not notes(tiny_config, tmp_path / "data")
+        Image.new("L", (32, 32)).save(path)
+    said = "all 4 masks of train_sup_4 are 0, so there is no gland to learn: check the masks"
+    assert notes(tiny_config, tmp_path / "data") == (said,)
 
 
 def notes(tiny_config: TrainConfig, data: Path, **changes) -> tuple[str, ...]:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from semimoe_fast import ops
-from semimoe_fast.training.speed import Stopwatch, flops_per_step, peak_memory_bytes
+from semimoe_fast.training.config import TrainConfig
+from semimoe_fast.training.speed import FIRST_LOOK, Stopwatch, flops_per_step, peak_memory_bytes, warn_if_long
 
 
 class Clock:
@@ -64,6 +65,17 @@ def flops_by_formula(width: int, side: int, images: int) -> int:
             passes = 2 if ins == 3 else 3
             total += passes * 2 * images * ins * outs * kernel**2 * here**2
     return total
+
+
+def test_a_run_of_days_is_said(capsys: pytest.CaptureFixture) -> None:
+    """The published recipe on a CPU; not the options of a first look, and not on a GPU."""
+    published, first_look = TrainConfig(), TrainConfig(width=8, image_size=64)
+    warn_if_long(first_look, 20 * 34, torch.device("cpu"))
+    warn_if_long(published, 6800, torch.device("cuda"))
+    assert not capsys.readouterr().err
+    warn_if_long(published, 6800, torch.device("cpu"))
+    assert "warning: 6800 steps at --width 64 and --image-size 256 take more than " in (line := capsys.readouterr().err)
+    assert f"for a first look add {FIRST_LOOK}" in line
 
 
 @pytest.mark.parametrize(("width", "side", "images"), [(2, 32, 1), (4, 64, 3)])

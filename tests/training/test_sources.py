@@ -1,0 +1,64 @@
+"""The parts of a data folder: what a run says of folders that are named or laid out in another way."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from semimoe_fast.data.folders import LAYOUT
+from semimoe_fast.errors import UserError
+from semimoe_fast.training.config import TrainConfig
+from semimoe_fast.training.sources import parts_of
+
+COMPLETE = ("train_sup_3/image", "train_sup_3/mask", "train_unsup_9/image", "val/image", "val/mask")
+
+
+def refused(config: TrainConfig, root: Path, *folders: str, **changes: object) -> str:
+    for folder in folders:
+        (root / folder).mkdir(parents=True)
+    with pytest.raises(UserError) as caught:
+        parts_of(dataclasses.replace(config, data=root, **changes))
+    return str(caught.value)
+
+
+def test_parts_are_found_by_their_names(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    for folder in COMPLETE:
+        (tmp_path / folder).mkdir(parents=True)
+    assert parts_of(dataclasses.replace(tiny_config, data=tmp_path)) == ("train_sup_3", "train_unsup_9", "val")
+
+
+@pytest.mark.parametrize(
+    ("folders", "remedy"),
+    [
+        (
+            ("train_sup_3/images", "train_sup_3/masks"),
+            "ROOT/train_sup_3 has no folder image, but images, masks: rename",
+        ),
+        (("train_sup_3",), "ROOT/train_sup_3 has no folder image, but nothing: rename or add it"),
+        (("patient_1",), f"ROOT has no part with images: it needs {LAYOUT}"),
+        (("train/Images",), "ROOT has no part with images: lay it out with `python -m semimoe_fast.prepare`"),
+        (("a/image", "b/image"), "ROOT: 0 parts are named train_sup_*; choose one with --labeled NAME (parts of this "),
+        (
+            ("train_sup_3/image", "train_unsup_9/images"),
+            "ROOT/train_unsup_9 has no folder image, but images: rename or",
+        ),
+    ],
+)
+def test_other_layouts_are_refused(
+    tiny_config: TrainConfig, tmp_path: Path, folders: tuple[str, ...], remedy: str
+) -> None:
+    message = refused(tiny_config, tmp_path, *folders)
+    assert message.startswith(remedy.replace("ROOT", str(tmp_path)))
+    assert ("--unlabeled none" in message) == ("train_sup_3/image" in folders)
+
+
+def test_unpacked_glas_is_to_be_laid_out(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "train_1_anno.bmp").touch()
+    assert refused(tiny_config, tmp_path).endswith("lay it out with `python -m semimoe_fast.prepare`")
+
+
+def test_a_run_has_images_to_validate_on(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    message = refused(tiny_config, tmp_path, *COMPLETE, val="none")
+    assert message == "--val is none, but a run needs images to validate on: give the name of a part"
