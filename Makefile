@@ -91,7 +91,6 @@ $(VENV)/bench.done: $(NATIVE) | $(VENV)
 	$(INSTALL) --editable '.[test,bench]'
 	@touch $@ $(VENV)/test.done $(VENV)/train.done
 
-# '.[lint]' would install PyTorch too.
 $(VENV)/lint.done: constraints.txt | $(VENV)
 	$(INSTALL) ruff clang-format
 	@touch $@

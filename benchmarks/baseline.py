@@ -1,7 +1,5 @@
 """The published trainer, written from its description, as the baseline of the benchmarks.
 
-    python -m benchmarks.baseline --width 16 --image-size 128 --steps 4 --habits.no-conv-bias
-
 It is eager, fp32 and NCHW. Convolutions before BN have biases. The gating module concatenates the experts' features and
 forms the mixed features of every task. Losses follow their formulas. Loader workers read, augment and compute the
 targets with SciPy and scikit-image. There are five optimizers, and every step reads numbers and empties caches. Each of
@@ -14,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, pairwise
@@ -32,11 +29,8 @@ from torch.utils import data
 from semimoe_fast import functional as F
 from semimoe_fast.data.augment import normalize
 from semimoe_fast.data.folders import NORMALIZATION, list_images, read_image, read_mask, resize_image, resize_mask
-from semimoe_fast.device import choose_device
 from semimoe_fast.model import initialize
 from semimoe_fast.ops import reference
-from semimoe_fast.options import read_options
-from semimoe_fast.synthetic import Folder, write
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.schedule import epoch_order, generator, learning_rate, unsupervised_weight
 from semimoe_fast.training.sources import only_part
@@ -327,54 +321,3 @@ def clock() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-# ------------------------------------------------------------------------------------------------------ command line
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Train a few steps on synthetic glands and print images per second."""
-
-    width: int = 16
-    image_size: int = 128
-    batch: int = 2
-    """Labeled images per step, and as many unlabeled ones."""
-    steps: int = 8
-    workers: int = 2
-    """Number of loader processes."""
-    threads: int = 2
-    device: str = "auto"
-    habits: Habits = dataclasses.field(default_factory=Habits)
-
-
-def main(options: Options) -> None:
-    torch.set_num_threads(options.threads)
-    config = TrainConfig(
-        width=options.width,
-        image_size=options.image_size,
-        labeled_batch=options.batch,
-        unlabeled_batch=options.batch,
-        normalization="glas",
-    )
-    baseline = Baseline(config, choose_device(options.device), options.habits)
-    with tempfile.TemporaryDirectory() as folder:
-        write(
-            Folder(
-                Path(folder) / "glands",
-                labeled=4,
-                unlabeled=options.batch * (options.steps + 1),
-                val=0,
-                size=options.image_size,
-            )
-        )
-        batches = baseline.batches(Path(folder) / "glands", options.workers)
-        baseline.train(batches, 1)  # starts the workers
-        start = clock()
-        baseline.train(batches, options.steps)
-        seconds = clock() - start
-    print(f"{2 * options.batch * options.steps / seconds:.3g} images/s, {1e3 * seconds / options.steps:.4g} ms a step")
-
-
-if __name__ == "__main__":
-    main(read_options(Options, "benchmarks.baseline"))

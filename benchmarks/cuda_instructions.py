@@ -7,7 +7,6 @@ lane-instructions, also where a branch has switched some of the lanes off.
 
 from __future__ import annotations
 
-import argparse
 import math
 import struct
 import subprocess
@@ -34,10 +33,10 @@ SDF_TOLERANCE = 2.0**-22  # the machine rounds some sums and estimates otherwise
 PARAMETERS = 0x210  # address of a kernel's parameters among the constants
 
 
-def disassembly(source: Path = SOURCE) -> str:
+def disassembly() -> str:
     """The machine code of distance.cu for sm_90."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        command = ["nvcc", "-std=c++17", "-arch=sm_90", "-cubin", source, "-o", file.name]
+        command = ["nvcc", "-std=c++17", "-arch=sm_90", "-cubin", SOURCE, "-o", file.name]
         subprocess.run(command, check=True, capture_output=True)
         tool = [TOOLS / "nvdisasm", "-c", file.name]
         return subprocess.run(tool, check=True, capture_output=True, text=True).stdout
@@ -90,9 +89,7 @@ def run(code: str, labels: np.ndarray, *, instances: bool = False, cluster: bool
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--source", type=Path, default=SOURCE, help="the distance.cu to compile")
-    code = disassembly(parser.parse_args().source)
+    code = disassembly()
     labels = glands(1, 256, seed=0)[1].numpy()
     result = run(code, labels)
     for found, expected in zip(

@@ -1,12 +1,7 @@
-"""The time per pixel of the distance targets over the side of the gland masks, as a picture.
-
-python -m benchmarks.plot_targets BENCHMARK.json OUT.png        # of --benchmark-json; `make results` draws it too
-"""
+"""The time per pixel of the distance targets over the side of the gland masks, as a picture: `make results` draws it."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,18 +99,3 @@ def draw(timings: list[Timing], path: Path) -> None:
 
 def highest(line: Line2D) -> float:
     return max(line.get_ydata())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("benchmark", type=Path, help="JSON file that --benchmark-json wrote")
-    parser.add_argument("out", type=Path, help="picture to write")
-    arguments = parser.parse_args()
-    timings = read(json.loads(arguments.benchmark.read_text())["benchmarks"])
-    if not any(t.test == "test_glands" for t in timings):
-        parser.error(f"{arguments.benchmark} has no timings of test_distance.py::test_glands")
-    draw(timings, arguments.out)
-
-
-if __name__ == "__main__":
-    main()

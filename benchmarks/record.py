@@ -68,6 +68,10 @@ def write_record(
         "command": list(command),
         "tables": tables,
     }
+    path.write_text(as_json(record))
+
+
+def as_json(record: dict[str, Any]) -> str:
+    """The text of a file, in which a row of a table is a line."""
     text = json.dumps(record, indent=1)
-    text = INNERMOST.sub(lambda row: "[" + " ".join(line.strip() for line in row[1].splitlines()).strip() + "]", text)
-    path.write_text(text + "\n")
+    return INNERMOST.sub(lambda row: f"[{' '.join(line.strip() for line in row[1].splitlines())}]", text) + "\n"

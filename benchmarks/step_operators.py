@@ -153,7 +153,6 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=2, help="labeled images, and as many unlabeled ones")
     parser.add_argument("--fp32", action="store_true")
-    parser.add_argument("--names", action="store_true", help="also calls and bytes of every operator")
     arguments = parser.parse_args()
     counted = count(arguments.width, arguments.size, arguments.batch, not arguments.fp32)
     print(f"convolutions: {counted.convolutions / 1e12:.2f} TFLOP\n")
@@ -164,9 +163,6 @@ def main() -> None:
     table.append(("all", sum(row[1] for row in table), sum(row[2] for row in table), totals))
     for kind, calls, gigabytes, milliseconds in table:
         print(f"| {kind} | {calls} | {gigabytes:.3f} | {' | '.join(f'{ms:.2f}' for ms in milliseconds)} |")
-    if arguments.names:
-        for name, calls in counted.operators.calls.most_common():
-            print(f"{calls:6} {counted.operators.bytes[name] / 1e6:10.2f} MB  {name}")
 
 
 if __name__ == "__main__":

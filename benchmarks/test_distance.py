@@ -1,7 +1,6 @@
 """Distance targets against other libraries: time per pixel by size of the masks, for the worst masks, and by threads.
 
     make bench ARGS="-k test_distance --benchmark-json=targets.json"
-    .venv/bin/python -m benchmarks.plot_targets targets.json targets.png
 
 Every provider computes the normalized signed distance and the ring of uint8 masks, on one CPU thread or on a GPU; peers
 without batches take one image at a time. The results are checked against ours before the timing. A peer that is not

@@ -1,10 +1,9 @@
 """Synthetic H&E glands: images and exact masks for training, tests and benchmarks without a data set.
 
-A picture is generated in five steps. Random outlines of glands are drawn in a frame, the unit square of a
-square picture. The distance of a pixel
-inside the outline (its depth) determines its tissue: stroma, epithelium or lumen. Tissue and nuclei determine the
-amounts of hematoxylin and eosin. The Beer-Lambert law converts the two stains to color. A microscope model adds blur
-and noise.
+A picture is generated in five steps. Random outlines of glands are drawn in a frame, the unit square of a square
+picture. The distance of a pixel inside the outline (its depth) determines its tissue: stroma, epithelium or lumen.
+Tissue and nuclei determine the amounts of hematoxylin and eosin. The Beer-Lambert law converts the two stains to
+color. A microscope model adds blur and noise.
 
 Segmentation is not trivial: stain, light and texture vary more between images than between gland and stroma within an
 image. Glands touch each other and cross the border of the picture. The stroma also has pale holes (vessels, the edge of

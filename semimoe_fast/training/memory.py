@@ -46,8 +46,7 @@ def _recomputes(config: TrainConfig) -> bool:
 
 def _images(config: TrainConfig, processes: int) -> int:
     """Images that one process takes at once."""
-    batch = config.labeled_batch + (config.unlabeled_batch if config.semi_supervised else 0)
-    return batch // (processes * config.accumulate)
+    return config.images_per_step // (processes * config.accumulate)
 
 
 def total_bytes(device: torch.device) -> int:

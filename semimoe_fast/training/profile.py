@@ -102,7 +102,7 @@ class StepProfile:
         lines = [f"mean of {steps} steps{fewer} after {WARM_UP} of warm-up; the profiler's own cost is included"]
         lines.append(f"{'':<22}{'ms a step':>10}{'share':>9}")
         lines += [f"{name:<22}{time / steps / 1000:10.2f}{time / total:9.1%}" for name, time in rows]
-        lines.append(f"{trainer.images_per_step / seconds:.1f} images/s, {flops / seconds / 1e12:.3g} TFLOP/s")
+        lines.append(f"{trainer.config.images_per_step / seconds:.1f} images/s, {flops / seconds / 1e12:.3g} TFLOP/s")
         lines.append(f"peak memory {memory:.2f} GiB; {device}")
         if self._on_cuda:
             lines.append("host gaps are those of eager steps: a profiled run does not use a CUDA graph")

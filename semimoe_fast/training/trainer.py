@@ -68,7 +68,7 @@ class Trainer:
         graphed = config.cuda_graph and not config.profile and device.type == "cuda" and self.world.size == 1
         self.update = GraphedStep(self._update, device) if graphed else self._update
         self.stopwatch = Stopwatch(device, WARM_UP + 1 if graphed else 1)
-        self.flops = flops_per_step(config.width, config.image_size, self.images_per_step)
+        self.flops = flops_per_step(config.width, config.image_size, self.config.images_per_step)
         if self.world.size > 1:
             self._warm_up_ddp()
 
@@ -97,10 +97,6 @@ class Trainer:
         return unsupervised_weight(self.epoch, self.config.epochs, self.config.unsupervised_weight)
 
     @property
-    def images_per_step(self) -> int:
-        return self.config.images_per_step
-
-    @property
     def semi_supervised(self) -> bool:
         return self.data.unlabeled is not None
 
@@ -120,7 +116,7 @@ class Trainer:
         """
         seconds = self.stopwatch.seconds_per_step()
         return {
-            "images_per_second": None if seconds is None else self.images_per_step / seconds,
+            "images_per_second": None if seconds is None else self.config.images_per_step / seconds,
             "tflop_per_second": None if seconds is None else self.flops / seconds / 1e12,
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "warm_up_seconds": self.stopwatch.warm_up_seconds,

@@ -68,8 +68,8 @@ def outcome(operation: str, arguments: Arguments, device: str, value: float = 0.
     """ "worked", "one line" if all backends refuse, or the difference."""
     arguments = {key: tree_map(lambda tensor: tensor.to(device), argument) for key, argument in arguments.items()}
     expected = results(operation, arguments, "reference")
-    fused = ops.choose(operation, torch.device(device)) == "fused"
-    for name in ("portable", *([None] if fused else [])):
+    chosen, _ = ops.choose(operation, device)
+    for name in ("portable", *([None] if chosen == "fused" else [])):
         if difference := disagreement(results(operation, arguments, name), expected, value):
             return f"{name or 'fused'}: {difference}"
     return "one line" if isinstance(expected, str) else "worked"

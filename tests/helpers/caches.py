@@ -27,9 +27,7 @@ def fail_if_decoding(patch: pytest.MonkeyPatch) -> None:
 
 
 def flip(position: int) -> Callable[[Path], None]:
-    """A function that flips the lowest bit of a byte of a file."""
-
-    """A function that flips one bit of the byte at a position of a file."""
+    """A function that flips the lowest bit of the byte at a position of a file."""
 
     def flip_bit(path: Path) -> None:
         content = bytearray(path.read_bytes())

@@ -78,9 +78,7 @@ def pillow_files(folder: Path) -> Iterator[File]:
 def pictures() -> list[tuple[str, Image.Image, None]]:
     colors = Image.fromarray(COLORS)
     with_alpha = np.dstack([COLORS, 255 - COLORS[..., 0]])
-    modes = {
-        mode: colors.convert(mode) for mode in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "LAB") if mode != "LAB"
-    }
+    modes = {mode: colors.convert(mode) for mode in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV")}
     modes |= {"LA": Image.fromarray(with_alpha).convert("LA"), "RGBA": Image.fromarray(with_alpha)}
     modes |= {mode: Image.fromarray(COLORS[..., 0].astype(kind) * 257) for mode, kind in DEPTHS.items()}
     return [(f"picture {mode}", picture, None) for mode, picture in modes.items()]
