@@ -1,4 +1,4 @@
-"""The time per pixel of the distance targets over the side of the gland masks, as a picture: `make results` draws it."""
+"""The picture that `make results` draws: time per pixel of the distance targets over the side of the gland masks."""
 
 from __future__ import annotations
 
