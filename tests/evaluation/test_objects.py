@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from operations import DLPackArray
 from scipy import ndimage
 
 from semimoe_fast.evaluation import object_scores
@@ -150,19 +151,6 @@ def test_empty_maps() -> None:
     assert object_scores(one[:, :0], one[:, :0]).f1.tolist() == [1, 1, 1]
 
 
-class Foreign:
-    """An array of another library: DLPack alone."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
-
-    def __dlpack__(self, **options: object) -> object:
-        return self.array.__dlpack__(**options)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self.array.__dlpack_device__()
-
-
 def test_ids_of_every_integer_type(golden) -> None:
     archive = golden("objects")
     prediction, truth = (archive[f"synthetic_3_0/{name}"].astype(np.int64) for name in ("prediction", "truth"))
@@ -180,7 +168,7 @@ def test_ids_of_every_integer_type(golden) -> None:
         high = dtype(largest) - truth.max().astype(dtype) + truth.astype(dtype)
         assert same(prediction.astype(dtype), np.where(truth > 0, high, dtype(0)))
     for array in (prediction.astype(np.uint8), prediction.astype(np.int16), np.asfortranarray(prediction)):
-        assert same(array, Foreign(truth))
+        assert same(array, DLPackArray(truth))
     assert same(torch.from_numpy(prediction.astype(np.uint32)), torch.from_numpy(truth.T.copy()).T)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,6 +54,36 @@ def draw(batch: int = 2, height: int = 6, width: int = 5, channels: int = 4) -> 
         "batch_norm_relu": {"x": features[0], "weight": numbers(channels), "bias": numbers(channels)} | running,
         "fold_upsampling": {"weights": [numbers(3, channels, 3, 3)]},
     }
+
+
+class DLPackArray:
+    """An array of another library: DLPack alone."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __dlpack__(self, **arguments: object) -> object:
+        return self.array.__dlpack__(**arguments)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.array.__dlpack_device__()
+
+
+class NoGradient(torch.autograd.Function):
+    """A copy whose backward pass gives no gradient."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad_output: Tensor) -> None:
+        return None
+
+
+def exact(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same numbers in float64 on the CPU, as leaves."""
+    return [tensor.detach().cpu().double().requires_grad_() for tensor in tensors]
 
 
 def call(operation: str, arguments: Arguments) -> list[Tensor]:

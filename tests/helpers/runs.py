@@ -75,6 +75,16 @@ def require_same(run: Path, expected: Path) -> None:
             raise Lost(f"{name} differs")
 
 
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Both runs have bitwise equal checkpoints and records, except for the speed."""
+    for name in (LAST, BEST):
+        (metadata, tensors), (expected_metadata, expected) = (checkpoint.read(run / name) for run in (folder, other))
+        assert metadata == expected_metadata
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+    assert records(folder) == records(other)
+
+
 def records(run: Path) -> list[dict]:
     """The records of the epochs without the measured times."""
     lines = (run / METRICS_FILE).read_text().splitlines()

@@ -19,6 +19,13 @@ def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     return request.param
 
 
+@pytest.fixture
+def default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable chooses the backend, and the fused one of normalization is the compiled module."""
+    monkeypatch.delenv("SEMIMOE_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
     """Restores the number of threads, which a test may change."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from operations import NoGradient
 from torch import Tensor, nn
 
 import semimoe_fast
@@ -21,11 +22,7 @@ LAYOUTS = ("NCHW", "channels-last", "crop", "channel slice")
 # or double in the compiled module. Float32: 2^-24 for each of about ten operations.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
 
-
-@pytest.fixture(autouse=True)
-def _default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SEMIMOE_BACKEND", raising=False)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # "fused" is the compiled module
+pytestmark = pytest.mark.usefixtures("default_backend")
 
 
 class Case(NamedTuple):
@@ -349,17 +346,8 @@ def test_running_statistics_count_their_changes() -> None:
 
 
 def test_no_gradient_from_above() -> None:
-    class Nothing(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad_output: Tensor) -> None:
-            return None
-
     x, weight, bias = (t.requires_grad_() for t in draw(2, 3, 4, 4)[:3])
-    Nothing.apply(F.batch_norm_relu(x, weight, bias, None, None)).sum().backward()
+    NoGradient.apply(F.batch_norm_relu(x, weight, bias, None, None)).sum().backward()
     assert x.grad is None
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from operations import exact
 from torch import Tensor
 from torch.nn.functional import conv2d, conv_transpose2d, interpolate
 
@@ -37,10 +38,6 @@ def draw(
     return [weight.contiguous(memory_format=LAYOUTS[layout]).requires_grad_() for weight in weights]
 
 
-def double(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.detach().cpu().double().requires_grad_() for tensor in tensors]
-
-
 def draw_like(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x) for x in tensors]
 
@@ -53,13 +50,13 @@ def draw_like(tensors: Sequence[Tensor]) -> list[Tensor]:
 def test_values_and_gradients(backend: str, dtype: torch.dtype, result: torch.dtype | None, layout: str) -> None:
     """Up to four products of 0 or 1 are summed in float32: three roundings, and that of the result."""
     weights = draw(dtype=dtype, layout=layout)
-    exact = double(weights)
+    leaves = exact(weights)
     with semimoe_fast.backend(backend):
         kernels = F.fold_upsampling(weights, result)
     grad_kernels = draw_like(kernels)
     gradients = torch.autograd.grad(kernels, weights, grad_kernels)
-    expected = ops.reference.fold_upsampling(exact)
-    oracles = torch.autograd.grad(expected, exact, double(grad_kernels))
+    expected = ops.reference.fold_upsampling(leaves)
+    oracles = torch.autograd.grad(expected, leaves, exact(grad_kernels))
     cases = [(kernels, expected, result or dtype), (gradients, oracles, dtype)]
     for tensors, references, expected_dtype in cases:
         precision = 3 * ROUNDING[torch.promote_types(dtype, torch.float32)] + ROUNDING[expected_dtype] + 1e-15

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from operations import exact
 from torch import Tensor
 
 from semimoe_fast import functional as F
@@ -43,11 +44,6 @@ def interpreted_dot(self, a, b, d, *_: object):
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     random = torch.Generator().manual_seed(seed + 1000 * len(shape) + sum(shape))
     return torch.randn(*shape, generator=random).to(DEVICE, dtype).requires_grad_()
-
-
-def exact(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same numbers in float64 on the CPU, as leaves."""
-    return [tensor.detach().cpu().double().requires_grad_() for tensor in tensors]
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:

@@ -13,12 +13,7 @@ from semimoe_fast.ops import batch_norm
 from semimoe_fast.ops.recomputation import recompute, remember
 
 EXPERTS, NORMS = 3, 22  # NORMS an expert
-
-
-@pytest.fixture(autouse=True)
-def _default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SEMIMOE_BACKEND", raising=False)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+pytestmark = pytest.mark.usefixtures("default_backend")
 
 
 @pytest.fixture

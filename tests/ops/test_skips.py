@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from operations import NoGradient
 from torch import Tensor
 
 from semimoe_fast import functional as F
@@ -14,11 +15,7 @@ from semimoe_fast.ops.skips import concatenate, pool_and_skip
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
-
-@pytest.fixture(autouse=True)
-def _defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SEMIMOE_BACKEND", raising=False)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+pytestmark = pytest.mark.usefixtures("default_backend")
 
 
 def feature_maps(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -216,21 +213,12 @@ def test_other_feature_maps_are_concatenated(x: Tensor, skip: Tensor, name: str)
 def test_gradients_of_a_joined_result_that_are_none(skips: int) -> None:
     """Of a skip connection without channels, and of a result whose gradient nothing needs."""
 
-    class Nothing(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: object, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: object, grad: Tensor) -> None:
-            return None
-
     x, skip = feature_maps(2, 16, 4, 4).requires_grad_(), feature_maps(2, skips, 4, 4).requires_grad_()
     result = F.batch_norm_relu(x, torch.ones(16), torch.zeros(16), None, None, skip=skip)
     result.square().sum().backward(retain_graph=True)
     assert skip.grad.shape == skip.shape
     before = x.grad.clone()
-    Nothing.apply(result).sum().backward()
+    NoGradient.apply(result).sum().backward()
     assert torch.equal(x.grad, before)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operations import DLPackArray
 from torch import Tensor
 
 from semimoe_fast import functional as F
@@ -113,19 +114,6 @@ def test_any_integer_mask(convert) -> None:
     expected = reference.squared_distance(torch.from_numpy(MASK))
     torch.testing.assert_close(F.squared_distance(convert(MASK)), expected, rtol=0, atol=0)
     torch.testing.assert_close(F.squared_distance(convert(MASK)[1]), expected[1], rtol=0, atol=0)
-
-
-class DLPackArray:
-    """An array of another library, which offers nothing but DLPack."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
-
-    def __dlpack__(self, **arguments):
-        return self.array.__dlpack__(**arguments)
-
-    def __dlpack_device__(self):
-        return self.array.__dlpack_device__()
 
 
 def test_mask_through_dlpack() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from runs import records
 from stopping import StopAfter
 
 from semimoe_fast import checkpoint, synthetic, train
@@ -58,11 +59,6 @@ def crops(tiny_config: TrainConfig, mixed: Path) -> TrainConfig:
 @pytest.fixture(scope="module")
 def data(crops: TrainConfig) -> TrainingData:
     return load_data(crops)[0]
-
-
-def records(folder: Path) -> list[dict]:
-    lines = (folder / run_folder.METRICS_FILE).read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "speed"} for line in lines]
 
 
 @pytest.mark.parametrize(("sampling", "jitter"), [("crops", None), ("resize", None), ("resize", 1.3), ("crops", 2.0)])

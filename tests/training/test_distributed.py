@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import assert_same_run, records
 
 from semimoe_fast import checkpoint, train
 from semimoe_fast.errors import UserError
@@ -82,20 +82,6 @@ def launch_and_wait(folder: Path, options: list[str], processes: int = 2) -> tup
 def rank_of(process: int) -> str:
     variables = Path(f"/proc/{process}/environ").read_bytes().decode().split("\0")
     return next(variable for variable in variables if variable.startswith("RANK="))
-
-
-def records(folder: Path) -> list[dict]:
-    lines = (folder / run_folder.METRICS_FILE).read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "speed"} for line in lines]
-
-
-def assert_same_run(folder: Path, other: Path) -> None:
-    for name in (run_folder.LAST, run_folder.BEST):
-        (metadata, tensors), (expected_metadata, expected) = (checkpoint.read(f / name) for f in (folder, other))
-        assert metadata == expected_metadata
-        assert tensors.keys() == expected.keys()
-        assert all(torch.equal(tensors[key], expected[key]) for key in expected)
-    assert records(folder) == records(other)
 
 
 def assert_close(folder: Path, expected: dict[str, torch.Tensor], state: float, moments: float) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import assert_same_run
 from stopping import StopAfter
 
 from semimoe_fast import checkpoint, train
@@ -27,24 +28,6 @@ from semimoe_fast.training.distributed import World
 from semimoe_fast.training.interruption import Interruption
 
 TRAIN = [sys.executable, "-m", "semimoe_fast.train"]
-
-
-def contents(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    return checkpoint.read(path)
-
-
-def assert_same_run(folder: Path, other: Path) -> None:
-    """Both runs have bitwise equal checkpoints and records, except for the speed."""
-    for name in (run_folder.LAST, run_folder.BEST):
-        (metadata, tensors), (expected_metadata, expected) = contents(folder / name), contents(other / name)
-        assert metadata == expected_metadata
-        assert tensors.keys() == expected.keys()
-        assert all(torch.equal(tensors[key], expected[key]) for key in expected)
-    ours, theirs = (
-        [{k: v for k, v in json.loads(line).items() if k != "speed"} for line in text.splitlines()]
-        for text in ((f / run_folder.METRICS_FILE).read_text() for f in (folder, other))
-    )
-    assert ours == theirs
 
 
 def start(tiny_config: config.TrainConfig, folder: Path, **changes) -> None:
@@ -93,7 +76,7 @@ def test_seed_determines_the_run(tiny_config: config.TrainConfig, finished: Path
     start(tiny_config, tmp_path / "same")
     assert_same_run(tmp_path / "same", finished)
     start(tiny_config, tmp_path / "other", seed=4)
-    tensors, expected = (contents(folder / run_folder.LAST)[1] for folder in (tmp_path / "other", finished))
+    tensors, expected = (checkpoint.read(folder / run_folder.LAST)[1] for folder in (tmp_path / "other", finished))
     assert not torch.equal(tensors["model.gating.heads.0.weight"], expected["model.gating.heads.0.weight"])
 
 
@@ -263,7 +246,7 @@ def test_signals(tiny: list[str], tmp_path: Path, number: signal.Signals) -> Non
     else:
         assert process.returncode == 128 + number
         assert f"continue with: python -m semimoe_fast.train --resume {folder}" in output
-    metadata, _ = contents(folder / run_folder.LAST)
+    metadata, _ = checkpoint.read(folder / run_folder.LAST)
     assert metadata["epoch"] >= 1
 
 
