@@ -74,4 +74,4 @@ def write_record(
 def as_json(record: dict[str, Any]) -> str:
     """The text of a file, in which a row of a table is a line."""
     text = json.dumps(record, indent=1)
-    return INNERMOST.sub(lambda row: f"[{' '.join(line.strip() for line in row[1].splitlines())}]", text) + "\n"
+    return INNERMOST.sub(lambda row: f"[{' '.join(line.strip() for line in row[1].strip().splitlines())}]", text) + "\n"

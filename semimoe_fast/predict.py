@@ -46,6 +46,7 @@ from .options import read_options
 UNSETTLED = ("checkpoint", "input", "out", "overwrite")  # options that do not decide what the outputs hold
 MOST_IN_MEMORY = 2**24  # pixels of an image whose instances are separated at once, which takes 50 bytes a pixel
 MOST_WITH_OVERLAY = 2**26  # pixels of an image for --overlay, which holds it as a whole
+SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")  # of a file, where a folder is asked for
 OME = ".ome.tif"  # ending of the files of fields
 BAR = "{desc}{percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"  # parts of a large image count, too
 
@@ -61,7 +62,7 @@ class FileOptions:
     out: Path
     """Folder for the masks NAME.png; it is created if missing."""
     overwrite: bool = False
-    """Replace existing files of the same names, whether PNG or TIFF; images and the checkpoint never."""
+    """Replace existing files of the same names, PNG or TIFF; the checkpoint, images and their masks never."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,8 +159,8 @@ def require_effect(config: PredictConfig, model: SemiMoE, preprocessing: Preproc
 def plan(config: PredictConfig) -> dict[Path, dict[str, Path]]:
     """The files to write for each image, by what they hold: mask, fields, overlay, instances, polygons.
 
-    Raises UserError if there is no image, if an output folder is a file or the folder of the images, or if two images
-    have an output in common.
+    Raises UserError if there is no image, if an output folder is a file or the folder of the images or of their masks,
+    or if two images have an output in common.
     """
     paths = list_images(config.input, also=SLIDES) if config.input.is_dir() else [config.input]
     if not paths[0].exists():
@@ -174,9 +175,10 @@ def plan(config: PredictConfig) -> dict[Path, dict[str, Path]]:
             (config.out / "instances", ".png"),
             (config.out / "instances", ".geojson"),
         )
-    if config.input.name == "image" and config.out.resolve() == (config.input.parent / "mask").resolve():
-        raise UserError(f"--out is {config.out}, the masks of these images by its name: give another folder")
-    if config.out.suffix in (".png", ".tif", ".tiff"):
+    images, out = paths[0].parent.resolve(), config.out.resolve()
+    if images.name == "image" and out == images.parent / "mask" and out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out is {config.out}, which has the masks of these images: give another folder")
+    if config.out.suffix.lower() in SUFFIXES and not config.out.is_dir():
         raise UserError(f"--out is {config.out}, but it is a folder for files NAME.png: leave out {config.out.suffix}")
     for folder, _ in places.values():
         if paths[0].parent.resolve() == folder.resolve():

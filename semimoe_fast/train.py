@@ -30,7 +30,7 @@ from .training.memory import require_memory
 from .training.run import Run
 from .training.run_folder import cache_folder, keep_changes, refuse_used
 from .training.schedule import learning_rate
-from .training.sources import load_data
+from .training.sources import load_data, note_of_masks
 from .training.speed import warn_if_long
 
 
@@ -60,8 +60,10 @@ def train(arguments: Sequence[str] | TrainConfig | None, lock: FolderLock) -> Ru
         else:
             run = Run.start(config, data, val, device, world, lock)
         if world.is_main:
-            print(f"{settings}; {run.trainer.settings}", *map(one_line, data.notes), sep="\n", flush=True)
-            warn_if_long(config, config.epochs * run.trainer.steps_per_epoch, device)
+            notes = filter(None, [data.note, note_of_masks(config, data.labeled)])
+            print(f"{settings}; {run.trainer.settings}", *map(one_line, notes), sep="\n", flush=True)
+            if not config.resume:
+                warn_if_long(config, config.epochs * run.trainer.steps_per_epoch, device, world.size)
         remedy = f"continue with: {world.command} --resume {shlex.quote(str(run.folder))}"
         with Interruption(world) as interruption, world.exit_on_lost_rank(remedy):
             try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -28,6 +29,7 @@ from tqdm import tqdm
 
 from ..errors import UserError, first_sentence, warn
 from .components import split_mask
+from .layout import part_folder
 from .mask_values import stored_values
 from .misread import refuse_misread
 from .pages import check_pages
@@ -40,8 +42,6 @@ MOST_IDS = 2**16 - 1  # an image with more values, such as a depth map, is no in
 _one_at_a_time = Lock()
 
 A, B = TypeVar("A"), TypeVar("B")
-
-LAYOUT = "train_sup_N/{image,mask}, train_unsup_M/image and val/{image,mask}"  # of a data folder
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, of pixels in [0, 1]
 
@@ -102,8 +102,8 @@ def load_part(
 
 def list_pairs(root: Path, part: str, with_masks: bool) -> list[Pair]:
     """The files of ROOT/PART, sorted by path. Raises UserError for missing or empty folders and unpaired files."""
-    images = list_images(_part_folder(root, part, "image"))
-    masks = match(images, _part_folder(root, part, "mask"), "mask") if with_masks else [None] * len(images)
+    images = list_images(part_folder(root, part, "image"))
+    masks = match(images, part_folder(root, part, "mask"), "mask") if with_masks else [None] * len(images)
     return [Pair(*paths) for paths in zip(images, masks, strict=True)]
 
 
@@ -188,8 +188,8 @@ def list_images(folder: Path, kinds: str = "PNG, TIFF, BMP or JPEG", also: Colle
     )
     paths = each_once(paths)
     if not paths:
-        below = sorted(path.parent for path in folder.glob("*/*") if path.suffix.lower() in suffixes)
-        within = f" itself, and folders within it, such as {below[0]}, are not searched" if below else ""
+        below = next((path.parent for path in folder.glob("*/*") if path.suffix.lower() in suffixes), None)
+        within = f" itself, and folders within it, such as {below}, are not searched" if below else ""
         raise UserError(f"{folder} holds no image{within}: put {kinds} files there or correct the path")
     by_stem: dict[str, Path] = {}
     for path in paths:
@@ -225,6 +225,11 @@ def too_deep(path: Path, depth: str) -> UserError:
     return UserError(f"{path} has more than 8 bits per channel ({depth}): save it as 8-bit RGB")
 
 
+def unreadable(path: Path) -> UserError:
+    """The error of a file without permission to read it."""
+    return UserError(f"{path}: you may not read it; change its permissions")
+
+
 def read_header(path: Path) -> tuple[int, int]:
     """Height and width of an image file of any format of Pillow, without its EXIF orientation.
 
@@ -233,6 +238,8 @@ def read_header(path: Path) -> tuple[int, int]:
     try:
         with path.open("rb") as file, Image.open(file) as image:
             return image.height, image.width
+    except PermissionError as error:
+        raise unreadable(path) from error
     except Exception as error:  # for a damaged file Pillow's decoders raise almost any exception
         raise UserError(f"{path} cannot be read as an image ({first_sentence(error)}): replace or remove it") from error
 
@@ -320,31 +327,6 @@ def channel_statistics(*sets: Tensor) -> Statistics:
     return tuple(means), tuple(stds)
 
 
-def _part_folder(root: Path, part: str, kind: str) -> Path:
-    """ROOT/PART/KIND. If it is missing, a UserError says what is there instead."""
-    folder = root / part / kind
-    if not root.is_dir():
-        raise UserError(f"{root} is not a folder: correct the path of the data")
-    if folder.is_dir():
-        return folder
-    parts = sorted(path.parent.name for path in root.glob(f"*/{kind}") if path.is_dir())
-    if folder.parent.is_dir():
-        found = sorted(path.name for path in folder.parent.iterdir())
-        remedy = f"{folder.parent} has {listed(found) or 'nothing'}; add or rename a folder, or choose another part"
-    elif (root / kind).is_dir():
-        remedy = f"{root} is a part itself; give the folder above it"
-    elif parts:
-        remedy = f"{root} has the parts {listed(parts)}; add it, or choose another part"
-    else:
-        remedy = f"{root} has no part; it needs {LAYOUT}"
-    raise UserError(f"{folder} is missing: {remedy}")
-
-
-def listed(names: Sequence[str], most: int = 4) -> str:
-    """The first names, separated by commas."""
-    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])
-
-
 def match(images: Sequence[Path], folder: Path, kind: str, otherwise: str = "remove the image") -> list[Path]:
     """The file of each image, by stem, in a folder of masks or of another `kind`.
 
@@ -354,8 +336,10 @@ def match(images: Sequence[Path], folder: Path, kind: str, otherwise: str = "rem
     surplus = sorted(files.keys() - {image.stem for image in images})
     for image in images:
         if image.stem not in files:
-            near = next((files[stem].name for stem in surplus if stem.startswith(image.stem)), None)
-            remedy = f"rename {near} to the stem of its image" if near else f"add {folder / image.stem}.png"
+            near = next((stem for stem in surplus if re.match(f"{re.escape(image.stem)}[^0-9A-Za-z]", stem)), None)
+            remedy = f"add {folder / image.stem}.png"
+            if near is not None:
+                remedy = f"rename {files[near].name} to {image.stem}{files[near].suffix}"
             raise UserError(f"{image} has no {kind}: {remedy}, or {otherwise}")
     if surplus:
         stem = surplus[0]
@@ -385,7 +369,7 @@ def _decode(path: Path) -> tuple[Image.Image, bool]:
     except UserError:
         raise
     except PermissionError as error:
-        raise UserError(f"{path}: you may not read it; change its permissions") from error
+        raise unreadable(path) from error
     except Exception as error:  # for a damaged file Pillow's decoders raise almost any exception
         reason = str(error) or type(error).__name__
         raise UserError(f"{path} cannot be read as an image ({reason}): replace or remove it") from error

@@ -40,7 +40,7 @@ class TrainingData:
     labeled: Dataset | Ragged
     unlabeled: Dataset | Ragged | None
     preprocessing: Preprocessing
-    notes: tuple[str, ...] = ()  # what a run says about the files, each in one line
+    note: str | None = None  # what a run says about images that are resampled, in one line
 
 
 class Images(NamedTuple):

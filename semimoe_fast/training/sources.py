@@ -16,17 +16,16 @@ from ..data.cache import Cache
 from ..data.components import scattered
 from ..data.crops import crops_in
 from ..data.folders import (
-    LAYOUT,
     NORMALIZATION,
     Dataset,
     channel_statistics,
     list_pairs,
-    listed,
     load_part,
     read_header,
     read_labels,
 )
 from ..data.glands import glands
+from ..data.layout import LAYOUT, listed
 from ..data.ragged import Ragged, load_whole
 from ..data.readers import mpp_of
 from ..data.scaled import differs
@@ -60,12 +59,11 @@ def load_data(config: TrainConfig, cache: Cache | None = None) -> tuple[Training
     cache: store of decoded images for data folders. Raises UserError if the data cannot be read or are too few.
     """
     if config.data is None:
-        (labeled, unlabeled, val), scale, about_masks = synthetic_data(config), Scale(), None
+        (labeled, unlabeled, val), scale = synthetic_data(config), Scale()
     else:
         parts = parts_of(config)
         scale = scale_of(config, parts)
         labeled, unlabeled, val = folder_data(config, parts, scale.mpp, cache)
-        about_masks = note_of_masks(config, parts, labeled)
     if unlabeled is not None and config.unlabeled_batch > (count := images_in_epoch(unlabeled, config)):
         _refuse_batch("unlabeled", config.unlabeled_batch, count)
     if unlabeled is None and config.labeled_batch > (count := images_in_epoch(labeled, config)):
@@ -85,7 +83,7 @@ def load_data(config: TrainConfig, cache: Cache | None = None) -> tuple[Training
         scale=scale.scale,
         mpp=scale.mpp,
     )
-    return TrainingData(labeled, unlabeled, preprocessing, tuple(filter(None, [scale.note, about_masks]))), val
+    return TrainingData(labeled, unlabeled, preprocessing, scale.note), val
 
 
 def images_in_epoch(part: Part, config: TrainConfig) -> int:
@@ -139,14 +137,19 @@ def note(microns: Iterable[float | None], mpp: float | None) -> str | None:
     return f"{len(resampled)} images of {spread} microns a pixel are resampled to {mpp:.3g}"
 
 
-def note_of_masks(config: TrainConfig, parts: Parts, labeled: Part) -> str | None:
+def note_of_masks(config: TrainConfig, labeled: Part) -> str | None:
     """One line if no labeled mask has a gland, or if the values of the first mask file say something else than masks.
 
-    Those of ids without --instances, and those of gray values.
+    Those of ids without --instances, and those of gray values. It decodes that file, unless it is large.
     """
-    if not labeled.masks.any():
-        return f"all {len(labeled)} masks of {parts.labeled} are 0, so there is no gland to learn: check the masks"
-    path = list_pairs(config.data, parts.labeled, with_masks=True)[0].mask
+    if config.data is None:
+        return None
+    part = config.labeled or only_part(config.data, "train_sup_", "--labeled")
+    masks = labeled.masks if isinstance(labeled, Dataset) else map(labeled.mask, range(len(labeled)))
+    if not any(bool(mask.any()) for mask in masks):
+        size = f" at --image-size {config.image_size}" if isinstance(labeled, Dataset) else ""
+        return f"all {len(labeled)} masks of {part} are 0{size}, so there is no gland to learn: check the masks"
+    path = list_pairs(config.data, part, with_masks=True)[0].mask
     if math.prod(read_header(path)) > MOST_LOOKED_AT:
         return None
     labels = read_labels(path)
@@ -154,7 +157,9 @@ def note_of_masks(config: TrainConfig, parts: Parts, labeled: Part) -> str | Non
         return None
     what = f"{path} has {values} values that are not 0"
     if scattered(labels):
-        return f"{what} and look like gray values or classes, not ids of glands: threshold the masks first"
+        return (
+            f"{what} and look like gray values or classes, not ids; if not all of them are gland, threshold the masks"
+        )
     return None if config.instances else f"{what}, all gland; if they are ids, --instances keeps touching glands apart"
 
 
@@ -236,10 +241,14 @@ def only_part(root: Path, prefix: str, flag: str) -> str:
         inside = listed(sorted(path.name for path in incomplete[0].iterdir())) or "nothing"
         raise UserError(f"{incomplete[0]} has no folder image, but {inside}: rename or add it{hint}")
     if not parts:
-        unpacked = any(root.glob("train_*_anno.bmp")) or (root / "train" / "Images").is_dir()
-        remedy = "lay it out with `python -m semimoe_fast.prepare`" if unpacked else f"it needs {LAYOUT}"
+        signs = ("train_*_anno.bmp", "train/Images")
+        remedy = f"it needs {LAYOUT}"
+        if (root / "image").is_dir():
+            remedy = "it seems to be a part itself; give the folder above it"
+        elif any(next(root.glob(below + sign), None) for sign in signs for below in ("", "*/")):
+            remedy = "lay it out with `python -m semimoe_fast.prepare`"
         raise UserError(f"{root} has no part with images: {remedy}")
     raise UserError(
         f"{root}: {len(found)} parts are named {prefix}*; choose one with {flag} NAME{hint} "
-        f"(parts of this folder: {listed(parts)})"
+        f"(parts of this folder: {', '.join(found or parts)})"
     )

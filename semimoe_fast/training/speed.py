@@ -13,8 +13,7 @@ from ..errors import warn
 from ..model import SemiMoE
 from .config import TrainConfig
 
-CPU_FLOPS = 1e11  # operations a second and thread, which convolutions rarely reach
-FIRST_LOOK = "--width 8 --image-size 64 --epochs 20 --lr 0.1 --decay-epochs 5 --warmup-epochs 2"
+CPU_FLOPS = 1e11  # float32 operations a second and thread, which convolutions rarely reach
 
 
 class Stopwatch:
@@ -77,16 +76,24 @@ def flops_per_step(width: int, image_size: int, images: int) -> int:
     return counter.get_total_flops()
 
 
-def warn_if_long(config: TrainConfig, steps: int, device: torch.device) -> None:
-    """Warn of a run on a CPU that takes more than a day even at CPU_FLOPS on every thread."""
+def warn_if_long(config: TrainConfig, steps: int, device: torch.device, processes: int) -> None:
+    """Warn of a run on a CPU that takes more than a day, at CPU_FLOPS on every thread."""
     if device.type == "cuda":
         return
     operations = steps * flops_per_step(config.width, config.image_size, config.images_per_step)
-    if (days := operations / (CPU_FLOPS * torch.get_num_threads() * 24 * 3600)) > 1:
+    days = operations / (CPU_FLOPS * torch.get_num_threads() * processes * 24 * 3600)
+    if days > 1:
         warn(
-            f"{steps} steps at --width {config.width} and --image-size {config.image_size} take more than {days:.0f} "
-            f"days on this CPU; for a first look add {FIRST_LOOK}"
+            f"{steps} steps at --width {config.width} and --image-size {config.image_size} probably take more than "
+            f"{days:.1f} days on this CPU; for a first look add {first_look(config)}"
         )
+
+
+def first_look(config: TrainConfig) -> str:
+    """Options for a run of minutes on a CPU."""
+    options = "--width 8 --image-size 64 --epochs 20"
+    options += "" if config.optimizer == "adamw" else " --lr 0.1"
+    return options + ("" if config.schedule == "cosine" else " --decay-epochs 5") + " --warmup-epochs 2"
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -313,7 +313,7 @@ def test_ambiguous_parts_are_listed(glands_folder: Path, tmp_path: Path) -> None
     assert "nowhere, which is not a folder: give the path" in refused(train.main, ["--data", "nowhere", *SMALL])
     message = refused(train.main, ["--data", str(folder), *SMALL])
     assert "2 parts are named train_sup_*; choose one with --labeled NAME" in message
-    assert "train_sup_1, train_sup_2, train_unsup_4, val" in message
+    assert "(parts of this folder: train_sup_1, train_sup_2)" in message
 
 
 @pytest.mark.slow
@@ -338,3 +338,18 @@ def test_command_line_shows_one_line_and_no_traceback(tiny: list[str], tmp_path:
         assert missing in process.stderr
         assert process.stderr.count("\n") == 1
         assert not process.stdout
+
+
+def test_the_package_lists_its_commands() -> None:
+    def call(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-m", "semimoe_fast", *words], capture_output=True, text=True)
+
+    listed = call()
+    names = re.findall(r"^  (\w+)", listed.stdout, re.MULTILINE)
+    assert (listed.returncode, listed.stderr) == (0, "")
+    assert set(names) == {
+        path.stem for path in Path(train.__file__).parent.glob("*.py") if "run_command(main)" in path.read_text()
+    }
+    wrong = call("train", "--help")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr == f"error: write python -m semimoe_fast.COMMAND, one of {', '.join(names)}\n"

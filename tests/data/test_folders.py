@@ -113,7 +113,12 @@ BAD_PARTS = {
     "a mask with a suffix": (
         "mask/1.png",
         lambda path: path.rename(path.with_name("1_anno.png")),
-        ["image/1.tif", "no mask", "rename 1_anno.png to the stem of its image"],
+        ["image/1.tif", "no mask", "rename 1_anno.png to 1.png"],
+    ),
+    "the mask of another image": (
+        "mask/1.png",
+        lambda path: path.rename(path.with_name("11.png")),
+        ["image/1.tif", "no mask", "add", "mask/1.png"],
     ),
     "images in folders": (
         "image",
@@ -152,6 +157,22 @@ def test_only_regular_files_are_read(root, make, kind):
     with pytest.raises(UserError) as caught:
         load_part(root, "train", 16, with_masks=True)
     assert str(caught.value) == f"{path} is not a file but a {kind}: remove or rename it"
+
+
+def test_a_file_that_may_not_be_read(root, monkeypatch):
+    path = root / "train" / "image" / "1.tif"
+    opened = Path.open
+
+    def open_others(self, *arguments):
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(self, *arguments)
+
+    monkeypatch.setattr(Path, "open", open_others)
+    for read in (folders.read_header, folders.read_image, lambda _: load_part(root, "train", 16, with_masks=True)):
+        with pytest.raises(UserError) as caught:
+            read(path)
+        assert str(caught.value) == f"{path}: you may not read it; change its permissions"
 
 
 def test_image_of_one_pixel(root):

@@ -208,3 +208,13 @@ def test_each_labeled_image_is_held_out_once(folder: Path, tmp_path: Path) -> No
     assert not {*held_out} & {*(folder / "val" / "image").iterdir()}
     with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))} exists and is not an empty folder: choose"):
         folds.main(["--data", str(folder), "--out", str(tmp_path), "--folds", "2"])
+
+
+def test_a_row_of_a_file_is_a_line() -> None:
+    rows = [["a  b", 1.5, None], ["c", 2, True]]
+    text = record.as_json({"command": ["x"], "tables": {"t": {"columns": [], "rows": rows}}})
+    assert json.loads(text)["tables"]["t"]["rows"] == rows
+    assert [line.strip() for line in text.splitlines() if "1.5" in line or '"c"' in line] == [
+        '["a  b", 1.5, null],',
+        '["c", 2, true]',
+    ]

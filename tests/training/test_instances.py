@@ -37,17 +37,16 @@ def test_ids_that_are_not_used_are_said(tiny_config: TrainConfig, tmp_path: Path
     values = len(np.unique(np.array(Image.open(first)))) - 1
     assert values > 1
     what = f"{first} has {values} values that are not 0"
-    assert notes(tiny_config, tmp_path / "ids") == (
-        f"{what}, all gland; if they are ids, --instances keeps touching glands apart",
-    )
+    said = f"{what}, all gland; if they are ids, --instances keeps touching glands apart"
+    assert notes(tiny_config, tmp_path / "ids") == said
     assert not notes(tiny_config, tmp_path / "masks")
     assert not notes(tiny_config, tmp_path / "ids", instances=True)
     pixels = np.array(Image.open(first))
     noise = np.random.default_rng(0).integers(1, 1 + values, pixels.shape).astype(np.uint16)
     Image.fromarray(np.where(pixels > 0, noise, 0)).save(first)
-    gray = f"{what} and look like gray values or classes, not ids of glands: threshold the masks first"
+    gray = f"{what} and look like gray values or classes, not ids; if not all of them are gland, threshold the masks"
     for instances in (False, True):
-        assert notes(tiny_config, tmp_path / "ids", instances=instances) == (gray,)
+        assert notes(tiny_config, tmp_path / "ids", instances=instances) == gray
     monkeypatch.setattr(sources, "MOST_LOOKED_AT", 32 * 32 - 1)
     assert not notes(tiny_config, tmp_path / "ids")
 
@@ -58,12 +57,14 @@ def test_masks_without_glands_are_said(tiny_config: TrainConfig, tmp_path: Path)
     for path in masks:
         assert not notes(tiny_config, tmp_path / "data")
         Image.new("L", (32, 32)).save(path)
-    said = "all 4 masks of train_sup_4 are 0, so there is no gland to learn: check the masks"
-    assert notes(tiny_config, tmp_path / "data") == (said,)
+    for changes, size in (({}, " at --image-size 32"), ({"sampling": "crops"}, "")):
+        said = f"all 4 masks of train_sup_4 are 0{size}, so there is no gland to learn: check the masks"
+        assert notes(tiny_config, tmp_path / "data", **changes) == said
 
 
-def notes(tiny_config: TrainConfig, data: Path, **changes) -> tuple[str, ...]:
-    return load_data(dataclasses.replace(tiny_config, data=data, **changes))[0].notes
+def notes(tiny_config: TrainConfig, data: Path, **changes) -> str | None:
+    chosen = dataclasses.replace(tiny_config, data=data, **changes)
+    return sources.note_of_masks(chosen, load_data(chosen)[0].labeled)
 
 
 def touching(count: int, size: int) -> Tensor:

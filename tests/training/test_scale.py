@@ -71,7 +71,7 @@ def test_images_are_resampled_to_the_given_microns(crops: TrainConfig, tmp_path:
             assert_read_at(given, part, 0, images, 0.5)
             assert_read_at(given, part, 1, images, 0.5)
         assert data.preprocessing[5:] == ("crops", True, pytest.approx(0.75), 0.5)
-        assert data.notes[0] == "4 images of 0.25 to 1 microns a pixel are resampled to 0.5"
+        assert data.note == "4 images of 0.25 to 1 microns a pixel are resampled to 0.5"
     plain = load_data(crops, cache)[0]
     assert plain.labeled.sizes.tolist() == [list(shape) for shape in SHAPES]
     assert load_data(dataclasses.replace(crops, mpp=1.0), cache)[0].labeled.sizes.tolist() == [[24, 33], [32, 35]]
@@ -84,7 +84,7 @@ def test_without_mpp_validation_reads_images_as_predict_does(crops: TrainConfig)
     assert data.preprocessing[5:] == ("crops", False, 1.0, pytest.approx(0.375))
     for index in range(2):
         assert_read_at(crops, "val", index, val, 0.375)
-    assert data.notes[0] == "2 images of 0.25 to 1 microns a pixel are resampled to 0.375"
+    assert data.note == "2 images of 0.25 to 1 microns a pixel are resampled to 0.375"
 
 
 def test_images_of_unknown_resolution(crops: TrainConfig, folder: Path) -> None:
@@ -103,7 +103,7 @@ def test_images_of_unknown_resolution(crops: TrainConfig, folder: Path) -> None:
     save_image(folder / "train_sup_2" / "image" / "1.tif", data.labeled.image(1).numpy(), 0.25)
     data, val = load_data(crops)
     assert data.preprocessing.mpp == pytest.approx(0.25)
-    assert not any("resampled" in note for note in data.notes)
+    assert data.note is None
     assert torch.equal(val.image(1), load_data(crops)[1].image(1))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from semimoe_fast.data.folders import LAYOUT
+from semimoe_fast.data.layout import LAYOUT
 from semimoe_fast.errors import UserError
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.sources import parts_of
@@ -39,6 +39,13 @@ def test_parts_are_found_by_their_names(tiny_config: TrainConfig, tmp_path: Path
         (("train_sup_3",), "ROOT/train_sup_3 has no folder image, but nothing: rename or add it"),
         (("patient_1",), f"ROOT has no part with images: it needs {LAYOUT}"),
         (("train/Images",), "ROOT has no part with images: lay it out with `python -m semimoe_fast.prepare`"),
+        (("CRAG/train/Images",), "ROOT has no part with images: lay it out with `python -m semimoe_fast.prepare`"),
+        (("image", "mask"), "ROOT has no part with images: it seems to be a part itself; give the folder above it"),
+        (
+            ("a/image", "b/image", "train_sup_1/image", "train_sup_2/image", "train_unsup_3/image"),
+            "ROOT: 2 parts are named train_sup_*; choose one with --labeled NAME (parts of this folder: train_sup_1, "
+            "train_sup_2)",
+        ),
         (("a/image", "b/image"), "ROOT: 0 parts are named train_sup_*; choose one with --labeled NAME (parts of this "),
         (
             ("train_sup_3/image", "train_unsup_9/images"),
@@ -51,7 +58,7 @@ def test_other_layouts_are_refused(
 ) -> None:
     message = refused(tiny_config, tmp_path, *folders)
     assert message.startswith(remedy.replace("ROOT", str(tmp_path)))
-    assert ("--unlabeled none" in message) == ("train_sup_3/image" in folders)
+    assert ("--unlabeled none" in message) == ("train_unsup_9/images" in folders)
 
 
 def test_unpacked_glas_is_to_be_laid_out(tiny_config: TrainConfig, tmp_path: Path) -> None:

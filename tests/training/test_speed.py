@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from semimoe_fast import ops
+from semimoe_fast.training.command_line import parse
 from semimoe_fast.training.config import TrainConfig
-from semimoe_fast.training.speed import FIRST_LOOK, Stopwatch, flops_per_step, peak_memory_bytes, warn_if_long
+from semimoe_fast.training.speed import Stopwatch, first_look, flops_per_step, peak_memory_bytes, warn_if_long
 
 
 class Clock:
@@ -67,15 +68,27 @@ def flops_by_formula(width: int, side: int, images: int) -> int:
     return total
 
 
-def test_a_run_of_days_is_said(capsys: pytest.CaptureFixture) -> None:
-    """The published recipe on a CPU; not the options of a first look, and not on a GPU."""
-    published, first_look = TrainConfig(), TrainConfig(width=8, image_size=64)
-    warn_if_long(first_look, 20 * 34, torch.device("cpu"))
-    warn_if_long(published, 6800, torch.device("cuda"))
+def test_a_run_of_days_is_said(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published recipe on a CPU; not the options of a first look, not many processes, and not on a GPU."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    cpu, published = torch.device("cpu"), TrainConfig()
+    warn_if_long(TrainConfig(width=8, image_size=64), 20 * 34, cpu, 1)
+    warn_if_long(published, 6800, cpu, 64)
+    warn_if_long(published, 6800, torch.device("cuda"), 1)
     assert not capsys.readouterr().err
-    warn_if_long(published, 6800, torch.device("cpu"))
-    assert "warning: 6800 steps at --width 64 and --image-size 256 take more than " in (line := capsys.readouterr().err)
-    assert f"for a first look add {FIRST_LOOK}" in line
+    warn_if_long(published, 6800, cpu, 1)
+    line = (
+        "6800 steps at --width 64 and --image-size 256 probably take more than 3.1 days on this CPU; for a first look"
+    )
+    assert capsys.readouterr().err == f"warning: {line} add {first_look(published)}\n"
+
+
+@pytest.mark.parametrize("recipe", [[], ["--recipe", "strong"]])
+def test_the_options_of_a_first_look_are_accepted(recipe: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("tyro")
+    words = ["--data", str(tmp_path), *recipe]
+    looked = parse([*words, *first_look(parse(words)).split()])
+    assert (looked.width, looked.epochs, looked.lr) == (8, 20, 0.015 if recipe else 0.1)
 
 
 @pytest.mark.parametrize(("width", "side", "images"), [(2, 32, 1), (4, 64, 3)])
