@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from semimoe_fast.errors import run_command
 
 ONE_LINE = re.compile(r"error: [^\n]+\n")
@@ -50,6 +52,7 @@ class Child:
             for stream in (1, 2):
                 os.dup2(written, stream)
             sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
+            torch.set_num_threads(torch.get_num_threads())  # makes its pool; two threads that do fail in PyTorch
             run_command(call)
             status = 0
         except SystemExit as error:
