@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint import write_atomically
+from .data.layout import UNPACKED
 from .errors import UserError, one_line, run_command
 from .options import read_options, require_empty, training_command
 
@@ -40,8 +41,8 @@ class PrepareConfig:
     """Seed of the choice of labeled images."""
 
 
-def prepare(config: PrepareConfig) -> dict[str, int]:
-    """Write the parts and split.json; return the number of images in each part.
+def prepare(config: PrepareConfig) -> tuple[str, dict[str, int]]:
+    """Write the parts and split.json; return the name of the data set and the number of images in each part.
 
     The labeled images are the first ones in the order of a digest of seed and file name, so that a seed means the same
     split on every machine. Raises UserError for a folder that is in use, no data set, or incomplete, and where there
@@ -68,7 +69,7 @@ def prepare(config: PrepareConfig) -> dict[str, int]:
     }
     text = json.dumps(split, indent=2) + "\n"
     write_atomically(config.out / SPLIT_FILE, lambda part: part.write_text(text))
-    return {part: len(pairs) for part, pairs in written.items()}
+    return name, {part: len(pairs) for part, pairs in written.items()}
 
 
 def _find(source: Path) -> tuple[str, Path, dict[str, Pairs]]:
@@ -104,8 +105,8 @@ def _crag(folder: Path) -> dict[str, Pairs]:
 
 # Name: glob pattern that identifies the data set, and the function that lists its parts.
 DATASETS: dict[str, tuple[str, Callable[[Path], dict[str, Pairs]]]] = {
-    "GlaS": ("train_*_anno.bmp", _glas),
-    "CRAG": ("train/Images", _crag),
+    "GlaS": (UNPACKED["GlaS"], _glas),
+    "CRAG": (UNPACKED["CRAG"], _crag),
 }
 
 
@@ -139,18 +140,18 @@ def _copy(pairs: Pairs, folder: Path, with_masks: bool) -> None:
 
 
 def _copy_file(source: Path, target: Path) -> None:
+    """Not by shutil, whose error of a full disk names the source."""
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, lambda part: part.write_bytes(source.read_bytes()))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     config = read_options(PrepareConfig, "semimoe_fast.prepare", arguments)
-    counts = prepare(config)
+    name, counts = prepare(config)
     for part, count in counts.items():
         print(one_line(f"{config.out / part}: {count} images"))
     semi_supervised = any(part.startswith("train_unsup_") for part in counts)
-    normalization = json.loads((config.out / SPLIT_FILE).read_text())["dataset"].lower()
-    print(one_line(training_command(config.out, semi_supervised, f" --normalization {normalization}")))
+    print(one_line(training_command(config.out, semi_supervised, f" --normalization {name.lower()}")))
 
 
 if __name__ == "__main__":

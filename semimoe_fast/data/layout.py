@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import UserError
 
+UNPACKED = {"GlaS": "train_*_anno.bmp", "CRAG": "train/Images"}  # what data sets have before `prepare` lays them out
 LAYOUT = "train_sup_N/{image,mask}, train_unsup_M/image and val/{image,mask}"
 
 
@@ -28,6 +29,8 @@ def part_folder(root: Path, part: str, kind: str) -> Path:
         remedy = f"{root} is a part itself; give the folder above it"
     elif parts:
         remedy = f"{root} has the parts {listed(parts)}; add it, or choose another part"
+    elif any(next(root.glob(below + sign), None) for sign in UNPACKED.values() for below in ("", "*/")):
+        remedy = f"{root} has no part; lay it out with `python -m semimoe_fast.prepare`"
     else:
         remedy = f"{root} has no part; it needs {LAYOUT}"
     raise UserError(f"{folder} is missing: {remedy}")

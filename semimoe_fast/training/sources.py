@@ -25,7 +25,7 @@ from ..data.folders import (
     read_labels,
 )
 from ..data.glands import glands
-from ..data.layout import LAYOUT, listed
+from ..data.layout import part_folder
 from ..data.ragged import Ragged, load_whole
 from ..data.readers import mpp_of
 from ..data.scaled import differs
@@ -235,19 +235,10 @@ def only_part(root: Path, prefix: str, flag: str) -> str:
     found = [part for part in parts if part.startswith(prefix)]
     if len(found) == 1:
         return found[0]
+    incomplete = sorted(path.name for path in root.glob(f"{prefix}*") if path.is_dir())
+    if not found and (incomplete or not parts):
+        part_folder(root, [*incomplete, f"{prefix}N"][0], "image")  # raises, and says what is there instead
     hint = f", or {flag} {NONE} for the supervised baseline" if flag == "--unlabeled" else ""
-    incomplete = sorted(path for path in root.glob(f"{prefix}*") if path.is_dir())
-    if not found and incomplete:
-        inside = listed(sorted(path.name for path in incomplete[0].iterdir())) or "nothing"
-        raise UserError(f"{incomplete[0]} has no folder image, but {inside}: rename or add it{hint}")
-    if not parts:
-        signs = ("train_*_anno.bmp", "train/Images")
-        remedy = f"it needs {LAYOUT}"
-        if (root / "image").is_dir():
-            remedy = "it seems to be a part itself; give the folder above it"
-        elif any(next(root.glob(below + sign), None) for sign in signs for below in ("", "*/")):
-            remedy = "lay it out with `python -m semimoe_fast.prepare`"
-        raise UserError(f"{root} has no part with images: {remedy}")
     raise UserError(
         f"{root}: {len(found)} parts are named {prefix}*; choose one with {flag} NAME{hint} "
         f"(parts of this folder: {', '.join(found or parts)})"

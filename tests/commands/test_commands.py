@@ -131,7 +131,9 @@ def test_file_names_that_are_not_utf8(glands_folder: Path, tmp_path: Path, capsy
     with pytest.raises(SystemExit):
         run_command(lambda: train.main(["--data", str(home), *SMALL]))
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {tmp_path}/r\\udce9sultats has no part with images: it needs train_sup_N/")
+    assert error.startswith(
+        f"error: {tmp_path}/r\\udce9sultats/train_sup_N/image is missing: {tmp_path}/r\\udce9sultats has no part"
+    )
 
 
 # bad input

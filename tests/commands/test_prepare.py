@@ -80,8 +80,8 @@ def test_glas(glas: Path, tmp_path: Path, capsys) -> None:
 
 def test_crag(crag: Path, tmp_path: Path) -> None:
     out = tmp_path / "crag"
-    counts = prepare.prepare(PrepareConfig(crag.parent, out, labeled=1))
-    assert counts == {"train_sup_1": 1, "train_unsup_3": 3, "val": 2}
+    prepared = prepare.prepare(PrepareConfig(crag.parent, out, labeled=1))
+    assert prepared == ("CRAG", {"train_sup_1": 1, "train_unsup_3": 3, "val": 2})
     assert (out / "val" / "mask" / "valid_2.png").read_bytes() == (crag / "valid/Annotation/valid_2.png").read_bytes()
     split = json.loads((out / "split.json").read_text())
     assert split["parts"]["val"] == ["valid/Images/valid_1.png", "valid/Images/valid_2.png"]

@@ -91,6 +91,10 @@ def empty(folder):
         path.unlink()
 
 
+def renamed(name):
+    return lambda path: path.rename(path.with_name(name))
+
+
 def put_in_a_folder(folder):
     parts = list(folder.iterdir())
     (folder / "patient").mkdir()
@@ -110,21 +114,9 @@ BAD_PARTS = {
     ),
     "truncated image": ("image/10.tif", truncate, ["image/10.tif", "truncated", "replace"]),
     "no bytes": ("mask/10.png", lambda path: path.write_bytes(b""), ["mask/10.png", "cannot be read", "replace"]),
-    "a mask with a suffix": (
-        "mask/1.png",
-        lambda path: path.rename(path.with_name("1_anno.png")),
-        ["image/1.tif", "no mask", "rename 1_anno.png to 1.png"],
-    ),
-    "the mask of another image": (
-        "mask/1.png",
-        lambda path: path.rename(path.with_name("11.png")),
-        ["image/1.tif", "no mask", "add", "mask/1.png"],
-    ),
-    "images in folders": (
-        "image",
-        put_in_a_folder,
-        ["train/image", "no image", "train/image/patient, are not searched"],
-    ),
+    "a mask with a suffix": ("mask/1.png", renamed("1_anno.png"), ["image/1.tif", "rename 1_anno.png to 1.png"]),
+    "the mask of another image": ("mask/1.png", renamed("11.png"), ["image/1.tif", "no mask", "add", "mask/1.png"]),
+    "images in folders": ("image", put_in_a_folder, ["train/image", "no image", "image/patient, are not searched"]),
     "no images": ("image", empty, ["train/image", "no image", "put PNG"]),
     "no masks": ("mask", empty, ["train/mask", "no image", "put PNG"]),
     "no image folder": ("image", shutil.rmtree, ["train/image is missing", "train has mask", "add or rename"]),
