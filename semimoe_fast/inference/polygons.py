@@ -46,7 +46,7 @@ def polygons_of(labels: Any) -> dict[int, list[Polygon]]:
 
 
 def geojson(labels: Any, name: str) -> str:
-    """A FeatureCollection with one annotation of class Gland for each instance, in the order of the labels.
+    """A FeatureCollection with one annotation of class Gland for each instance, named after its label.
 
     QuPath 0.4 and later import it. The ids of the features are UUIDs that depend on `name`, the name of the image, and
     on the coordinates.
@@ -81,14 +81,14 @@ class GeojsonFile:
 def _features(labels: Any, name: str, row: int, column: int) -> Iterator[str]:
     """The features of the instances, as JSON, if the first pixel of the labels is at (row, column) of the image."""
     origin = np.array([column, row])
-    for polygons in polygons_of(labels).values():
+    for label, polygons in polygons_of(labels).items():
         coordinates: list = [[(ring + origin).tolist() for ring in polygon] for polygon in polygons]
         kind = "MultiPolygon" if len(polygons) > 1 else "Polygon"
         feature = {
             "type": "Feature",
             "id": str(uuid.uuid5(NAMESPACE, json.dumps([name, coordinates]))),
             "geometry": {"type": kind, "coordinates": coordinates if len(polygons) > 1 else coordinates[0]},
-            "properties": {"objectType": "annotation", "classification": CLASSIFICATION},
+            "properties": {"objectType": "annotation", "name": str(label), "classification": CLASSIFICATION},
         }
         yield json.dumps(feature, separators=SEPARATORS)
 

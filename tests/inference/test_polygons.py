@@ -23,6 +23,7 @@ def check(labels: np.ndarray) -> dict:
     rows, columns = np.indices(labels.shape) + 0.5
     drawn = np.zeros_like(labels)
     for label, feature in zip(ids, collection["features"], strict=True):
+        assert feature["properties"]["name"] == str(label)
         shape = shapely.geometry.shape(feature["geometry"])
         assert shape.is_valid, shapely.is_valid_reason(shape)
         assert shape.area == (labels == label).sum()
