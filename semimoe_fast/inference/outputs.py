@@ -16,6 +16,8 @@ from .polygons import GeojsonFile
 from .stitching import Stitcher
 from .tiled_tiff import TiledTiff
 
+VIEW = 1000  # pixels of the longer side of an overlay that is shrunk to a part of a screen
+
 
 def full_mpp(image: Reader) -> float | None:
     """Microns per pixel of an image at its full size."""
@@ -56,9 +58,10 @@ def open_instances(
 
 
 def write_overlay(image: Reader, objects: np.ndarray, file: Path) -> None:
-    """Write an image at its full size with the outlines of objects (H, W)."""
+    """Write an image at its full size with the outlines of objects (H, W), as wide as one pixel of its VIEW."""
+    thickness = max(1, max(image.full_size) // VIEW)
     with nullcontext(image) if image.size == image.full_size else open_image(image.path) as full:
-        write_png(file, outline(full.read(0, 0, *full.size), objects))
+        write_png(file, outline(full.read(0, 0, *full.size), objects, thickness=thickness))
 
 
 def write_labels(path: Path, labels: np.ndarray, mpp: float | None) -> None:

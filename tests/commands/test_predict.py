@@ -16,10 +16,10 @@ from PIL import Image
 from semimoe_fast import checkpoint, evaluate, predict
 from semimoe_fast.data import augment
 from semimoe_fast.data.folders import read_image, read_mask, resize_image
-from semimoe_fast.data.readers import mpp_of
+from semimoe_fast.data.readers import mpp_of, open_image
 from semimoe_fast.errors import UserError
 from semimoe_fast.inference import instances_of, polygons_of
-from semimoe_fast.inference.outputs import write_labels
+from semimoe_fast.inference.outputs import write_labels, write_overlay
 from semimoe_fast.inference.overlay import outline
 from semimoe_fast.model import SemiMoE
 
@@ -112,6 +112,17 @@ def test_touching_objects_are_outlined_apart() -> None:
     inner = np.zeros((8, 9), bool)
     inner[2:6, 2] = inner[2:6, 5:7] = True
     assert np.array_equal(drawn, (labels > 0) & ~inner)
+
+
+@pytest.mark.parametrize(("width", "thickness"), [(1999, 1), (4000, 4)])
+def test_outlines_of_large_images_are_wide(tmp_path: Path, width: int, thickness: int) -> None:
+    Image.new("RGB", (width, 40)).save(tmp_path / "image.png")
+    labels = np.zeros((40, width), np.uint8)
+    labels[10:30, 100:-100] = 1
+    with open_image(tmp_path / "image.png") as image:
+        write_overlay(image, labels, tmp_path / "overlay.png")
+    drawn = read_image(tmp_path / "overlay.png")[:, 500, 1] > 0
+    assert np.flatnonzero(drawn).tolist() == [*range(10, 10 + thickness), *range(30 - thickness, 30)]
 
 
 def test_many_labels_are_written_with_32_bits(tmp_path: Path) -> None:
