@@ -63,6 +63,8 @@ def explain(error: BaseException) -> str | None:
     elif isinstance(error, OSError) and error.errno != errno.ENOMEM:
         remedy = "free space on its disk" if error.errno in FULL else "give another path"
         line = f"{error.filename or 'the system'}: {error.strerror or error}; {remedy}"
+    elif isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of pathlib before Python 3.13
+        line = f"{error}; give another path"
     elif isinstance(error, torch.OutOfMemoryError) or re.search(GPU_OUT_OF_MEMORY, str(error)):
         wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
         line = f"the GPU is out of memory{f' for {wanted[1]} more' if wanted else ''}; in training use --recompute, "

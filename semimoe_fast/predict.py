@@ -175,8 +175,9 @@ def plan(config: PredictConfig) -> dict[Path, dict[str, Path]]:
             (config.out / "instances", ".png"),
             (config.out / "instances", ".geojson"),
         )
-    images, out = paths[0].parent.resolve(), config.out.resolve()
-    if images.name == "image" and out == images.parent / "mask" and out.is_dir() and any(out.iterdir()):
+    folders = {folder for path in paths for folder in (path.parent.absolute(), path.resolve().parent)}  # of links, too
+    masks = {(folder.parent / "mask").resolve() for folder in folders if folder.name == "image"}
+    if config.out.resolve() in masks and config.out.is_dir() and any(config.out.iterdir()):
         raise UserError(f"--out is {config.out}, which has the masks of these images: give another folder")
     if config.out.suffix.lower() in SUFFIXES and not config.out.is_dir():
         raise UserError(f"--out is {config.out}, but it is a folder for files NAME.png: leave out {config.out.suffix}")

@@ -95,9 +95,11 @@ def _glas(folder: Path) -> dict[str, Pairs]:
 
 
 def _crag(folder: Path) -> dict[str, Pairs]:
+    visible = "[!.]*.png"  # macOS adds ._NAME.png
+
     def pairs(part: str) -> Pairs:
-        masks = {path.stem: path for path in sorted((folder / part / "Annotation").glob("*.png"))}
-        images = sorted((folder / part / "Images").glob("*.png"))
+        masks = {path.stem: path for path in sorted((folder / part / "Annotation").glob(visible))}
+        images = sorted((folder / part / "Images").glob(visible))
         return _paired(images, masks, folder / part / "Images" / "*.png", "Annotation/{}.png")
 
     return {TRAIN: pairs("train"), "val": pairs("valid")}
@@ -128,7 +130,7 @@ def _paired(images: Sequence[Path], masks: dict[str, Path], expected: Path, mask
 
 
 def _digest(seed: int, name: str) -> bytes:
-    return hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest()
 
 
 def _copy(pairs: Pairs, folder: Path, with_masks: bool) -> None:

@@ -30,7 +30,7 @@ from .training.memory import require_memory
 from .training.run import Run
 from .training.run_folder import cache_folder, keep_changes, refuse_used
 from .training.schedule import learning_rate
-from .training.sources import load_data, note_of_masks
+from .training.sources import load_data, note_of_masks, with_parts
 from .training.speed import warn_if_long
 
 
@@ -99,7 +99,7 @@ def configuration(given: Sequence[str] | TrainConfig | None, world: World, lock:
         refuse_used(config.out)
         if config.out.resolve() == cache_folder(config).resolve():
             raise UserError(f"--out is {config.out}, where decoded images are kept: give another folder")
-    return config
+    return config if config.resume else with_parts(config)
 
 
 if __name__ == "__main__":

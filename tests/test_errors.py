@@ -35,6 +35,7 @@ CPU = (
             OSError(errno.ENOMEM, "Cannot allocate memory"),
             "this machine is out of memory; in training use smaller batches",
         ),
+        (RuntimeError("Symlink loop from '/a'"), "Symlink loop from '/a'; give another path"),
         (RuntimeError("std::bad_alloc"), "this machine is out of memory; in training use smaller batches"),
     ],
 )

@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -195,12 +196,17 @@ def list_images(folder: Path, kinds: str = "PNG, TIFF, BMP or JPEG", also: Colle
     for path in paths:
         if not path.is_file():  # reading a named pipe would wait forever
             raise UserError(f"{path} is not a file but a {_kind(path)}: remove or rename it")
-        other = by_stem.setdefault(path.stem, path)
+        other = by_stem.setdefault(stem_of(path), path)
         if other != path:
             raise UserError(
                 f"{other} and {path.name} have the same stem: remove or rename one, images and masks are paired by stem"
             )
     return paths
+
+
+def stem_of(path: Path) -> str:
+    """The stem by which files pair. macOS composes letters such as é of two characters, other systems of one."""
+    return unicodedata.normalize("NFC", path.stem)
 
 
 def _kind(path: Path) -> str:
@@ -332,11 +338,12 @@ def match(images: Sequence[Path], folder: Path, kind: str, otherwise: str = "rem
 
     otherwise: what to do about a missing file, apart from adding it. Raises UserError for missing and surplus files.
     """
-    files = {path.stem: path for path in list_images(folder, "PNG or TIFF")}
-    surplus = sorted(files.keys() - {image.stem for image in images})
-    for image in images:
-        if image.stem not in files:
-            near = next((stem for stem in surplus if re.match(f"{re.escape(image.stem)}[^0-9A-Za-z]", stem)), None)
+    files = {stem_of(path): path for path in list_images(folder, "PNG or TIFF")}
+    stems = [stem_of(image) for image in images]
+    surplus = sorted(files.keys() - set(stems))
+    for image, stem in zip(images, stems, strict=True):
+        if stem not in files:
+            near = next((other for other in surplus if re.match(f"{re.escape(stem)}[^0-9A-Za-z]", other)), None)
             remedy = f"add {folder / image.stem}.png"
             if near is not None:
                 remedy = f"rename {files[near].name} to {image.stem}{files[near].suffix}"
@@ -344,7 +351,7 @@ def match(images: Sequence[Path], folder: Path, kind: str, otherwise: str = "rem
     if surplus:
         stem = surplus[0]
         raise UserError(f"{files[stem]} has no image: add {images[0].parent / stem}.png or remove the {kind}")
-    return [files[image.stem] for image in images]
+    return [files[stem] for stem in stems]
 
 
 def _decode(path: Path) -> tuple[Image.Image, bool]:
@@ -358,6 +365,7 @@ def _decode(path: Path) -> tuple[Image.Image, bool]:
             # Pillow silently reduces 16-bit colors to 8 bits. Only the decoder's raw mode, such as RGB;16B, shows it.
             # BGR;16 means 16 bits per pixel, not per channel.
             raw_modes = str([tile[3] for tile in image.tile]).replace("BGR;16", "")
+            deep_ppm = any(tile[0].startswith("ppm") and tile[3][1] > 255 for tile in image.tile)  # the largest value
             bits = max(getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8,)))  # of a TIFF with separate planes
             refuse_misread(path, file, image)
             image.load()
@@ -374,7 +382,7 @@ def _decode(path: Path) -> tuple[Image.Image, bool]:
         reason = str(error) or type(error).__name__
         raise UserError(f"{path} cannot be read as an image ({reason}): replace or remove it") from error
     check_pages(path)
-    return image, image.mode[0] in "IF" or ";16" in raw_modes or bits > 8
+    return image, image.mode[0] in "IF" or ";16" in raw_modes or bits > 8 or deep_ppm
 
 
 def _turn_upright(image: Image.Image, path: Path) -> None:

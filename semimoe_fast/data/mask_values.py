@@ -16,7 +16,8 @@ LOSSY_TIFF = {  # values of the tag Compression
     **dict.fromkeys((33003, 33004, 33005, 34712), "JPEG 2000"),
     50001: "WebP",
 }
-COMPRESSION, PHOTOMETRIC, WHITE_IS_ZERO = 259, 262, 0  # tags of TIFF, and a value of the second
+COMPRESSION, PHOTOMETRIC, SAMPLE_FORMAT = 259, 262, 339  # tags of TIFF
+WHITE_IS_ZERO, SIGNED = 0, (2,)  # values of the last two
 
 
 def stored_values(path: Path, image: Image.Image, deep: bool) -> np.ndarray:
@@ -39,7 +40,8 @@ def stored_values(path: Path, image: Image.Image, deep: bool) -> np.ndarray:
     if image.mode == "P" and _shows_zero_as_white(values, image):
         raise UserError(f"{path} has a palette that shows 0 as white, so its glands may be 0 or not: {REMEDY}")
     if values.ndim == 2:
-        return values
+        signed = values.dtype == np.uint8 and tags.get(SAMPLE_FORMAT) == SIGNED  # Pillow reads 8 bits as unsigned
+        return values.view(np.int8) if signed else values
     alpha = values[..., -1] if "A" in image.getbands() else None
     colors = values if alpha is None else values[..., :-1]
     if deep or (colors != colors[..., :1]).any():  # Pillow keeps only the high bytes of deep colors

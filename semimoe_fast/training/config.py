@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -28,6 +27,7 @@ LARGEST = {  # other integers: 2**31 - 1
     "threads": 1024,
     "seed": 2**63 - 1,
 }
+MOST_FLOAT = 3.4e38  # a float32
 ADDED = {  # options that older runs do not store: the value with which they ran
     "instances": False,
     "recompute": False,
@@ -211,7 +211,7 @@ class TrainConfig(  # fields and help start with the last base
 
     @property
     def semi_supervised(self) -> bool:
-        return self.unlabeled != NONE
+        return self.unlabeled != NONE and (self.data is not None or self.synthetic[1] > 0)
 
     @property
     def images_per_step(self) -> int:
@@ -240,8 +240,8 @@ class TrainConfig(  # fields and help start with the last base
         for field in dataclasses.fields(self):
             values = getattr(self, field.name)
             for value in values if isinstance(values, tuple) else [values]:
-                if isinstance(value, float) and not math.isfinite(value):
-                    raise UserError(f"{flag(field.name)} is {value}: give a finite number")
+                if isinstance(value, float) and not abs(value) <= MOST_FLOAT:
+                    raise UserError(f"{flag(field.name)} is {value}: give a number up to {MOST_FLOAT:g}")
                 if isinstance(value, int) and value > (most := LARGEST.get(field.name, 2**31 - 1)):
                     raise UserError(f"{flag(field.name)} is {value}: give at most {most}")
         positive = (

@@ -15,14 +15,16 @@ class Interruption:
 
     All ranks stop after the same step if any rank got a signal. In a run of one process, a second signal has its
     usual effect. With torchrun it is ignored, because torchrun forwards signals that the ranks may already have got;
-    torchrun kills the ranks after 30 seconds.
+    torchrun kills the ranks after 30 seconds. A signal that was ignored stays so, such as SIGINT in the background of
+    a script.
     """
 
     def __init__(self, world: World) -> None:
         self.world, self.received = world, 0
 
     def __enter__(self) -> Interruption:
-        self.previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+        self.previous = {number: signal.signal(number, self._receive) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Iterable
@@ -180,7 +181,7 @@ def synthetic_data(config: TrainConfig) -> tuple[Dataset, Dataset | None, Datase
         parts.append(Dataset(images, masks, [f"synthetic_{start + i}" for i in range(count)]))
         start += count
     labeled, unlabeled, val = parts
-    return labeled, unlabeled if config.semi_supervised and len(unlabeled) else None, val
+    return labeled, unlabeled if config.semi_supervised else None, val
 
 
 def folder_data(
@@ -227,6 +228,14 @@ def parts_of(config: TrainConfig) -> Parts:
     if config.val in (labeled, unlabeled):
         warn(f"--val is {config.val}, whose images are also trained on: the scores say nothing of new images")
     return Parts(labeled, unlabeled, config.val)
+
+
+def with_parts(config: TrainConfig) -> TrainConfig:
+    """The configuration with the names of its parts, so that a run goes on with them if its folder gets others."""
+    if config.data is None:
+        return config
+    parts = parts_of(config)
+    return dataclasses.replace(config, labeled=parts.labeled, unlabeled=parts.unlabeled or NONE)
 
 
 def only_part(root: Path, prefix: str, flag: str) -> str:

@@ -203,23 +203,27 @@ def test_existing_files_are_replaced_only_with_overwrite(glands_folder: Path, tm
     assert (part / "drawn" / "0000.png").read_bytes() != before[part / "drawn" / "0000.png"]
 
 
-@pytest.mark.parametrize("spelling", ["folder", "file", "link", "relative"])
+@pytest.mark.parametrize("spelling", ["folder", "file", "link", "relative", "linked images", "linked masks"])
 def test_the_masks_of_a_data_folder_are_never_replaced(
     glands_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str
 ) -> None:
     part, model = tmp_path / "val", save_model(tmp_path / "model")
     shutil.copytree(glands_folder / "val", part)
     (tmp_path / "link").symlink_to(part / "image")
+    for name in [name for name in ("image", "mask") if spelling == f"linked {name}s"]:
+        (part / name).rename(tmp_path / name[0])
+        (part / name).symlink_to(tmp_path / name[0])
     monkeypatch.chdir(part / "image")
     images, masks = {
         "folder": (part / "image", part / "mask"),
         "file": (part / "image" / "0000.png", part / "mask"),
         "link": (tmp_path / "link", part / "mask"),
         "relative": (Path(), Path("../mask")),
-    }[spelling]
+    }.get(spelling, (part / "image", part / "mask"))
     message = refused([*options(model, images, masks), "--overwrite"])
     assert message == f"--out is {masks}, which has the masks of these images: give another folder"
-    shutil.rmtree(part / "mask")  # now it may hold pseudo-labels
+    for mask in (part / "mask").iterdir():
+        mask.unlink()  # now it may hold pseudo-labels
     predict.main(options(model, images, masks))
     assert (part / "mask" / "0000.png").is_file()
 

@@ -41,6 +41,8 @@ def crag(tmp_path: Path) -> Path:
         for number in range(1, count + 1):
             save(folder / part / "Images" / f"{part}_{number}.png", number, (3,))
             save(folder / part / "Annotation" / f"{part}_{number}.png", number)
+            for kind in ("Images", "Annotation"):  # as macOS adds them
+                (folder / part / kind / f"._{part}_{number}.png").write_bytes(b"no image")
     return folder
 
 
@@ -86,6 +88,14 @@ def test_crag(crag: Path, tmp_path: Path) -> None:
     split = json.loads((out / "split.json").read_text())
     assert split["parts"]["val"] == ["valid/Images/valid_1.png", "valid/Images/valid_2.png"]
     assert files(out / "train_unsup_3") == {f"image/{Path(name).name}" for name in split["parts"]["train_unsup_3"]}
+
+
+def test_names_that_are_not_utf8(crag: Path, tmp_path: Path) -> None:
+    for kind in ("Images", "Annotation"):
+        (crag / "train" / kind / "train_1.png").rename(crag / "train" / kind / "tr\udce9.png")
+    _, counts = prepare.prepare(PrepareConfig(crag, tmp_path / "out", labeled=4))
+    assert counts["train_sup_4"] == 4
+    assert (tmp_path / "out" / "train_sup_4" / "mask" / "tr\udce9.png").is_file()
 
 
 def test_a_seed_decides_the_split(glas: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from semimoe_fast.data.folders import read_image, read_labels
+from semimoe_fast.data.folders import read_image, read_instances, read_labels
 from semimoe_fast.errors import UserError
 
 MASK = np.zeros((40, 60), np.uint8)  # of two glands
@@ -38,6 +38,11 @@ def planes(path: Path, dtype: type) -> None:
     tifffile.imwrite(path, stacked, photometric="rgb", planarconfig="separate")
 
 
+def deep_ppm(path: Path, mask: np.ndarray) -> None:
+    height, width = mask.shape
+    path.write_bytes(b"P6 %d %d 65535\n" % (width, height) + np.repeat(mask[..., None], 3, -1).astype(">u2").tobytes())
+
+
 ZERO_IS_WHITE = "shows 0 as white, so its glands may be 0 or not: save it as a PNG of one channel"
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "1-bit.tif": (lambda path: tifffile.imwrite(path, MASK > 0, photometric="miniswhite"), ZERO_IS_WHITE),
@@ -56,6 +61,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "black.png": (with_alpha(0 * MASK, 255 * MASK).save, "alpha channel that disagrees with its values"),
     "white.png": (with_alpha(0 * MASK + 255, 255 * MASK).save, "alpha channel that disagrees with its values"),
     "planes.tif": (lambda path: planes(path, np.uint16), "is a color image"),
+    "16-bit.ppm": (lambda path: deep_ppm(path, MASK), "is a color image"),
 }
 
 
@@ -89,8 +95,19 @@ def test_clear_mask_is_read_as_it_is_stored(tmp_path: Path, name: str) -> None:
     np.testing.assert_array_equal(read_labels(tmp_path / name) != 0, MASK * ("empty" not in name))
 
 
-def test_separate_planes_of_16_bits_are_no_8_bit_image(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["planes.tif", "16-bit.ppm"])
+def test_16_bits_are_no_8_bit_image(tmp_path: Path, name: str) -> None:
     """Pillow reads such a file as 8-bit RGB without an error."""
-    planes(tmp_path / "a.tif", np.uint16)
+    REFUSED[name][0](tmp_path / name)
     with pytest.raises(UserError, match="has more than 8 bits per channel"):
-        read_image(tmp_path / "a.tif")
+        read_image(tmp_path / name)
+
+
+def test_negative_values_of_8_bits_are_no_ids(tmp_path: Path) -> None:
+    """Pillow reads them as unsigned."""
+    ids = np.array([[1, 0, 2]], np.int8)
+    tifffile.imwrite(tmp_path / "a.tif", ids)
+    np.testing.assert_array_equal(read_instances(tmp_path / "a.tif"), ids)
+    tifffile.imwrite(tmp_path / "a.tif", ids - 2)
+    with pytest.raises(UserError, match="has the id -2"):
+        read_instances(tmp_path / "a.tif")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,14 @@ def test_ids_of_files_are_objects(tmp_path: Path, dtype: str, kind: str) -> None
     found = scored(write_maps(tmp_path, labels, labels, kind))
     assert found.variants[0].scores.object_counts.tolist() == [[3, 0, 0]]
     assert found.predictions[0].tolist() == (scale * TOUCHING).tolist()
+
+
+def test_names_of_macos_pair_with_those_of_other_systems(tmp_path: Path) -> None:
+    """It composes ü of two characters, others of one."""
+    root = write_maps(tmp_path, TOUCHING, TOUCHING)
+    for file, form in (("val/image/a.png", "NFC"), ("val/mask/a.tif", "NFD"), ("predictions/a.tif", "NFC")):
+        (root / file).rename((root / file).with_stem(unicodedata.normalize(form, "drüse")))
+    assert scored(root).names == [unicodedata.normalize("NFC", "drüse")]
 
 
 def test_masks_are_split_into_components(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -89,6 +90,16 @@ def test_image_of_one_tile_equals_the_untiled_forward_bit_for_bit(size: tuple[in
     assert torch.equal(found[0], mask.softmax(1)[0, 1])
     assert torch.equal(found[1], sdf.tanh()[0, 0])
     assert torch.equal(found[2], boundary.softmax(1)[0, 1])
+
+
+@pytest.mark.parametrize("preprocessing", [CROPS, CROPS._replace(sampling="resize")])
+def test_mirrored_and_read_only_arrays_are_predicted(preprocessing: Preprocessing, model: SemiMoE) -> None:
+    image = noise(50, 61)
+    mirrored = image[..., ::-1]  # from BGR
+    mirrored.flags.writeable = False
+    with warnings.catch_warnings(action="error"):
+        found, expected = (whole(predict_image(model, x, preprocessing)) for x in (mirrored, mirrored.copy()))
+    assert torch.equal(found[0], expected[0])
 
 
 @pytest.mark.parametrize(("size", "tile"), [((150, 333), 64), ((65, 40), 64), ((200, 97), 48)])

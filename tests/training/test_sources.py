@@ -10,7 +10,7 @@ import pytest
 from semimoe_fast.data.layout import LAYOUT
 from semimoe_fast.errors import UserError
 from semimoe_fast.training.config import TrainConfig
-from semimoe_fast.training.sources import parts_of
+from semimoe_fast.training.sources import load_data, parts_of, with_parts
 
 COMPLETE = ("train_sup_3/image", "train_sup_3/mask", "train_unsup_9/image", "val/image", "val/mask")
 
@@ -27,6 +27,26 @@ def test_parts_are_found_by_their_names(tiny_config: TrainConfig, tmp_path: Path
     for folder in COMPLETE:
         (tmp_path / folder).mkdir(parents=True)
     assert parts_of(dataclasses.replace(tiny_config, data=tmp_path)) == ("train_sup_3", "train_unsup_9", "val")
+
+
+def test_a_run_keeps_the_names_of_its_parts(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    """A part that is added later would make the choice ambiguous when the run is resumed."""
+    for folder in COMPLETE:
+        (tmp_path / folder).mkdir(parents=True)
+    config = with_parts(dataclasses.replace(tiny_config, data=tmp_path))
+    baseline = with_parts(dataclasses.replace(tiny_config, data=tmp_path, unlabeled="none"))
+    (tmp_path / "train_sup_4" / "image").mkdir(parents=True)
+    assert parts_of(config) == ("train_sup_3", "train_unsup_9", "val")
+    assert parts_of(baseline) == ("train_sup_3", None, "val")
+    assert not baseline.semi_supervised
+    assert with_parts(tiny_config) == tiny_config  # without --data
+
+
+def test_synthetic_glands_without_unlabeled_ones_make_a_supervised_run(tiny_config: TrainConfig) -> None:
+    config = dataclasses.replace(tiny_config, synthetic=(4, 0, 2), labeled_batch=2, unlabeled_batch=6, scale_lr=True)
+    baseline = dataclasses.replace(config, unlabeled="none")
+    assert (config.images_per_step, config.base_lr) == (baseline.images_per_step, baseline.base_lr) == (2, config.lr)
+    assert load_data(config)[0].unlabeled is None
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,7 @@ def wait_for(condition, seconds: float = 60) -> None:
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGKILL))]
 )
+@pytest.mark.usefixtures("listening")
 def test_signals(tiny: list[str], tmp_path: Path, number: signal.Signals) -> None:
     """A separate process: SIGINT and SIGTERM save and print the remedy; SIGKILL leaves a valid checkpoint."""
     folder = tmp_path / "run"
@@ -264,6 +265,17 @@ def test_signal_answers_at_once(capfd: pytest.CaptureFixture) -> None:
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
+
+
+def test_ignored_signals_stay_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interruption(World()) as interruption:
+            signal.raise_signal(signal.SIGINT)
+        assert not interruption()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
