@@ -28,7 +28,8 @@ from torch.utils import data
 
 from semimoe_fast import functional as F
 from semimoe_fast.data.augment import normalize
-from semimoe_fast.data.folders import NORMALIZATION, list_images, read_image, read_mask, resize_image, resize_mask
+from semimoe_fast.data.folders import NORMALIZATION, read_image, read_mask, resize_image, resize_mask
+from semimoe_fast.data.listing import list_images
 from semimoe_fast.model import initialize
 from semimoe_fast.ops import reference
 from semimoe_fast.training.config import TrainConfig

@@ -9,7 +9,7 @@ from pathlib import Path
 from . import checkpoint
 from .checkpoint import Preprocessing
 from .errors import UserError, one_line, run_command
-from .inference.exporting import Format, export, require_onnx
+from .inference.exporting import export, format_of, require_onnx
 from .inference.predictor import require_mask
 from .options import read_options, require_writable
 
@@ -25,9 +25,7 @@ class ExportConfig:
     checkpoint: Path
     """best.safetensors or last.safetensors of a run folder."""
     out: Path
-    """File to write; its folder must exist, and an existing file is replaced."""
-    format: Format
-    """pt2: for torch.export.load; onnx: for ONNX Runtime and others."""
+    """File to write, NAME.pt2 for torch.export.load or NAME.onnx for ONNX Runtime and others."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,12 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if config.out.resolve() == config.checkpoint.resolve():
         raise UserError(f"--out is {config.out}, the checkpoint itself: give another file")
     require_writable("--out", config.out)
-    if config.format == "onnx":
+    if format_of(config.out) == "onnx":
         require_onnx()
     model, metadata, _ = checkpoint.load(config.checkpoint)
     require_mask(config.checkpoint, model)
     preprocessing = Preprocessing.of(config.checkpoint, metadata)
-    difference = export(model, preprocessing, config.out, config.format)
+    difference = export(model, preprocessing, config.out)
     size = config.out.stat().st_size / 1e6
     path = one_line(str(config.out))
     print(f"{path}: {size:.1f} MB, outputs within {difference:.1g} of the checkpoint's on random images")

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .checkpoint import MOST_PIXELS, Preprocessing
-from .data.folders import list_images
+from .data.layout import listed
+from .data.listing import list_images, note_of_others
 from .data.readers import SLIDES, Reader
 from .device import Precision, choose_device, configure_prediction
 from .errors import UserError, explain, one_line, printable, run_command, warn
@@ -206,6 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = read_options(PredictConfig, "semimoe_fast.predict", arguments)
     check(config)
     outputs = plan(config)
+    if config.input.is_dir() and (note := note_of_others(config.input, SLIDES)):
+        warn(note)
     if config.instances:
         skimage()  # an error now, and not after the first image
     device = choose_device(config.device)
@@ -248,7 +251,7 @@ def predict_all(
     done = [path for path, files in outputs.items() if path in finished and complete(files.values())]
     missing = [path for path in outputs if path not in done]
     if done:
-        print(f"images that an interrupted call has predicted: {len(done)}; going on with the others")
+        print(f"images that an earlier call has predicted: {len(done)}; going on with the others")
     squashed, failed = 0, []  # squashed images that are far from the training images
     with tqdm(total=len(missing), bar_format=BAR) as bar:
         for number, path in enumerate(missing, 1):
@@ -276,7 +279,7 @@ def predict_all(
     kinds = ", ".join(next(iter(outputs.values())))
     print(one_line(f"images predicted to {config.out}: {len(outputs) - len(failed)} ({kinds})"))
     if failed:
-        names = ", ".join(path.name for path in failed)
+        names = listed([path.name for path in failed])
         print(one_line(f"error: {len(failed)} of {len(outputs)} images failed: {names}"), file=sys.stderr)
         sys.exit(1)
 

@@ -60,7 +60,8 @@ def train(arguments: Sequence[str] | TrainConfig | None, lock: FolderLock) -> Ru
         else:
             run = Run.start(config, data, val, device, world, lock)
         if world.is_main:
-            notes = filter(None, [data.note, note_of_masks(config, data.labeled)])
+            before = f"epochs trained before: {run.trainer.epoch} of {config.epochs}" if config.resume else None
+            notes = filter(None, [data.note, note_of_masks(config, data.labeled), before])
             print(f"{settings}; {run.trainer.settings}", *map(one_line, notes), sep="\n", flush=True)
             if not config.resume:
                 warn_if_long(config, config.epochs * run.trainer.steps_per_epoch, device, world.size)

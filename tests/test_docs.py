@@ -37,8 +37,9 @@ def test_python_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "snippets"}
     for line, block in blocks(page, "python"):
-        if "semimoe_fast.monai" in block:
-            pytest.importorskip("monai")
+        for package, sign in (("monai", "semimoe_fast.monai"), ("onnxruntime", "import onnxruntime")):
+            if sign in block:
+                pytest.importorskip(package)
         exec(compile("\n" * line + block, str(page), "exec"), namespace)
 
 

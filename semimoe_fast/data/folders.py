@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
-import unicodedata
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -31,10 +29,10 @@ from tqdm import tqdm
 from ..errors import UserError, first_sentence, warn
 from .components import split_mask
 from .layout import part_folder
+from .listing import list_images, match
 from .mask_values import stored_values
 from .misread import refuse_misread
 from .pages import check_pages
-from .slides import each_once
 
 BITS_PER_SAMPLE = 258  # a tag of TIFF
 LARGE = 2**24  # pixels of an image that is decoded while no other large one is
@@ -173,47 +171,6 @@ def in_threads(call: Callable[[A], B], items: Sequence[A], title: str) -> list[B
         pool.shutdown(cancel_futures=True)
 
 
-def list_images(folder: Path, kinds: str = "PNG, TIFF, BMP or JPEG", also: Collection[str] = frozenset()) -> list[Path]:
-    """The image files of a folder, sorted by path. Hidden files and other files, such as Thumbs.db, are skipped.
-
-    kinds: the files that the message for an empty folder recommends. also: suffixes beside those of Pillow, such as
-    those of slides; a slide of several files is listed once, as `slides.each_once` says. Raises UserError if the
-    folder is missing, has no image, two images with the same stem, or an image name that is not a regular file.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: correct the path")
-    Image.init()
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} | set(also)
-    paths = sorted(
-        path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith(".")
-    )
-    paths = each_once(paths)
-    if not paths:
-        below = next((path.parent for path in folder.glob("*/*") if path.suffix.lower() in suffixes), None)
-        within = f" itself, and folders within it, such as {below}, are not searched" if below else ""
-        raise UserError(f"{folder} holds no image{within}: put {kinds} files there or correct the path")
-    by_stem: dict[str, Path] = {}
-    for path in paths:
-        if not path.is_file():  # reading a named pipe would wait forever
-            raise UserError(f"{path} is not a file but a {_kind(path)}: remove or rename it")
-        other = by_stem.setdefault(stem_of(path), path)
-        if other != path:
-            raise UserError(
-                f"{other} and {path.name} have the same stem: remove or rename one, images and masks are paired by stem"
-            )
-    return paths
-
-
-def stem_of(path: Path) -> str:
-    """The stem by which files pair. macOS composes letters such as é of two characters, other systems of one."""
-    return unicodedata.normalize("NFC", path.stem)
-
-
-def _kind(path: Path) -> str:
-    kinds = {"folder": path.is_dir(), "broken link": not path.exists(), "named pipe": path.is_fifo()}
-    return next((kind for kind, applies in kinds.items() if applies), "device or a socket")
-
-
 def read_image(path: Path) -> np.ndarray:
     """Read an 8-bit image of any format of Pillow as RGB, uint8 (H, W, 3).
 
@@ -331,27 +288,6 @@ def channel_statistics(*sets: Tensor) -> Statistics:
         means.append(mean.item())
         stds.append(max((share * (level - mean).square()).sum().sqrt().item(), 1 / 255))
     return tuple(means), tuple(stds)
-
-
-def match(images: Sequence[Path], folder: Path, kind: str, otherwise: str = "remove the image") -> list[Path]:
-    """The file of each image, by stem, in a folder of masks or of another `kind`.
-
-    otherwise: what to do about a missing file, apart from adding it. Raises UserError for missing and surplus files.
-    """
-    files = {stem_of(path): path for path in list_images(folder, "PNG or TIFF")}
-    stems = [stem_of(image) for image in images]
-    surplus = sorted(files.keys() - set(stems))
-    for image, stem in zip(images, stems, strict=True):
-        if stem not in files:
-            near = next((other for other in surplus if re.match(f"{re.escape(stem)}[^0-9A-Za-z]", other)), None)
-            remedy = f"add {folder / image.stem}.png"
-            if near is not None:
-                remedy = f"rename {files[near].name} to {image.stem}{files[near].suffix}"
-            raise UserError(f"{image} has no {kind}: {remedy}, or {otherwise}")
-    if surplus:
-        stem = surplus[0]
-        raise UserError(f"{files[stem]} has no image: add {images[0].parent / stem}.png or remove the {kind}")
-    return [files[stem] for stem in stems]
 
 
 def _decode(path: Path) -> tuple[Image.Image, bool]:

@@ -179,7 +179,7 @@ def _scale_of(full: Reader, mpp: float) -> float:
     if full.mpp is None:
         raise UserError(
             f"{full.path} does not say how large its pixels are: save it with its resolution (TIFF tags, OME-XML, "
-            "dpi of a PNG), or give a scale instead of microns"
+            "dpi of a PNG), or give a scale (--scale) instead of microns (--mpp)"
         )
     return scale_between(full.path, full.mpp, mpp)
 

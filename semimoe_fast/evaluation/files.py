@@ -15,7 +15,8 @@ from tqdm import tqdm
 from .. import functional as F
 from ..checkpoint import Preprocessing
 from ..data.components import scattered
-from ..data.folders import Pair, match, read_instances, require_size, resize_mask
+from ..data.folders import Pair, read_instances, require_size, resize_mask
+from ..data.listing import match
 from ..data.readers import Reader, open_image
 from ..data.resampling import nearest
 from ..device import Precision

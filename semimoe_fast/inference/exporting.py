@@ -29,6 +29,7 @@ from .folding import folded
 from .predictor import gated_foreground
 
 Format = Literal["pt2", "onnx"]
+FORMATS: dict[str, Format] = {".pt2": "pt2", ".onnx": "onnx"}
 
 # A file's outputs differ from the model's by float32 rounding: BN is folded, and sums have another order. Models of
 # width 2 to 64 differ by less than 1e-5; a wrong weight or normalization makes a difference far above 1e-3.
@@ -61,22 +62,28 @@ class Predictor(nn.Module):
         return fields
 
 
-def export(model: SemiMoE, preprocessing: Preprocessing, path: Path, form: Format) -> float:
-    """Write the predictor of a model to a file, load the file and compare its outputs with the model's.
+def format_of(path: Path) -> Format:
+    """The format of a file of this name. Raises UserError if it is neither of both."""
+    if (form := FORMATS.get(path.suffix.lower())) is None:
+        raise UserError(f"{path}: give a name that ends in .pt2, for PyTorch, or .onnx, for ONNX Runtime and others")
+    return form
+
+
+def export(model: SemiMoE, preprocessing: Preprocessing, path: Path) -> float:
+    """Write the predictor of a model to a file .pt2 or .onnx, load the file and compare its outputs with the model's.
 
     model: on the CPU and in eval mode, with a mask expert.
     Returns the largest difference on random images; the file appears under its name only if that is at most TOLERANCE.
-    Raises UserError if it is more, if the model is too large for the format or if packages are missing.
+    Raises UserError if it is more, for other names, if the model is too large for ONNX or if packages are missing.
     """
+    form = format_of(path)
     kept = [task for task in ("mask", "sdf") if task in model.tasks]
     written = Predictor(folded(model, kept), preprocessing).eval().to(memory_format=torch.contiguous_format)
     size = sum(weight.numel() * weight.element_size() for weight in written.parameters())
     if form == "onnx":
         require_onnx()
         if size > MOST_ONNX_BYTES:
-            raise UserError(
-                f"{path}: the weights are {size / 1e9:.1f} GB, but an ONNX file holds 2.1 GB; give --format pt2"
-            )
+            raise UserError(f"{path}: the weights are {size / 1e9:.1f} GB, and an ONNX file holds 2.1 GB; name it .pt2")
     save, run = (_save_pt2, _run_pt2) if form == "pt2" else (_save_onnx, _run_onnx)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (3, 3, 3 * STRIDE, 5 * STRIDE), dtype=torch.uint8, generator=generator)
@@ -92,7 +99,7 @@ def export(model: SemiMoE, preprocessing: Preprocessing, path: Path, form: Forma
         if not difference <= TOLERANCE:
             raise UserError(
                 f"{path}: not written, because its outputs differ from the checkpoint's by {difference:.2g}, more than "
-                f"{TOLERANCE:g}; give a checkpoint that has not diverged, or another --format"
+                f"{TOLERANCE:g}; give a checkpoint that has not diverged, or write the other format"
             )
 
     write_atomically(path, write)

@@ -241,7 +241,7 @@ class TrainConfig(  # fields and help start with the last base
             values = getattr(self, field.name)
             for value in values if isinstance(values, tuple) else [values]:
                 if isinstance(value, float) and not abs(value) <= MOST_FLOAT:
-                    raise UserError(f"{flag(field.name)} is {value}: give a number up to {MOST_FLOAT:g}")
+                    raise UserError(f"{flag(field.name)} is {value}: give a finite number of float32")
                 if isinstance(value, int) and value > (most := LARGEST.get(field.name, 2**31 - 1)):
                     raise UserError(f"{flag(field.name)} is {value}: give at most {most}")
         positive = (
@@ -354,6 +354,8 @@ def flag(name: str) -> str:
 def read_config(run: Path) -> TrainConfig:
     """The configuration that a run folder stores. Raises UserError if the file is missing or damaged."""
     path = run / CONFIG_FILE
+    if run.is_file() and (run.parent / CONFIG_FILE).is_file():
+        raise UserError(f"{run}: is a file of a run; give its folder, {run.parent}")
     if not path.is_file():  # reading a named pipe would wait forever
         raise UserError(f"{run}: holds no run to resume ({CONFIG_FILE} is no file there); give the folder of a run")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -18,9 +19,10 @@ from ..errors import one_line, warn
 from ..inference.overlay import outline
 from ..inference.predictor import GATED, gated_foreground
 from ..model import SemiMoE
+from .run_folder import BEST
 
 Records = Sequence[dict[str, Any]]
-TITLES = ("image", "truth", "prediction", "signed distance (red: inside)", "boundary")
+TITLES = ("truth", "prediction", "signed distance (red: inside)", "boundary")
 
 
 def draw_curves(records: Records, tasks: Sequence[str], path: Path | IO[bytes]) -> None:
@@ -70,7 +72,7 @@ def draw_curves(records: Records, tasks: Sequence[str], path: Path | IO[bytes]) 
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, handlelength=3)  # shows dashes as such
     gates.set_ylim(0, 1.3)
     gates.legend(title="task: expert", fontsize=7, title_fontsize=7, ncols=3, loc="upper center")
     for axis in (scores, dead):
@@ -100,7 +102,8 @@ def draw_overlays(
     ring = output.boundary.float().softmax(1)[:, 1].cpu().numpy()
     figure = Figure(figsize=(12.5, 2.5 * len(chosen)), layout="constrained")
     axes = figure.subplots(len(chosen), 5, squeeze=False)
-    for title, axis in zip(TITLES, axes[0], strict=True):
+    titles = f"image at {preprocessing.image_size} x {preprocessing.image_size}", *TITLES
+    for title, axis in zip(titles, axes[0], strict=True):
         axis.set_title(title)
     for row, index in enumerate(chosen.tolist()):
         image = images[row].permute(1, 2, 0).numpy()
@@ -182,4 +185,7 @@ def summary(records: Records, folder: Path) -> str:
         f"best: epoch {best['epoch'] + 1} of {records[-1]['epoch'] + 1}; curves.png, overlays.png, metrics.jsonl,"
     )
     lines.append(f"best.safetensors and last.safetensors are in {one_line(str(folder))}")
+    best_file = shlex.quote(str(folder / BEST))
+    command = f"python -m semimoe_fast.predict --checkpoint {best_file} --input FOLDER --out masks"
+    lines.append(one_line(f"predict with: {command}"))
     return "\n".join(lines)

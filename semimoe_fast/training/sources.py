@@ -139,17 +139,23 @@ def note(microns: Iterable[float | None], mpp: float | None) -> str | None:
 
 
 def note_of_masks(config: TrainConfig, labeled: Part) -> str | None:
-    """One line if no labeled mask has a gland, or if the values of the first mask file say something else than masks.
+    """One line if all labeled masks are empty or full, or if the first mask file has other values than a mask.
 
-    Those of ids without --instances, and those of gray values. It decodes that file, unless it is large.
+    Those are ids without --instances, and gray values. It decodes that file, unless it is large.
     """
     if config.data is None:
         return None
     part = config.labeled or only_part(config.data, "train_sup_", "--labeled")
-    masks = labeled.masks if isinstance(labeled, Dataset) else map(labeled.mask, range(len(labeled)))
-    if not any(bool(mask.any()) for mask in masks):
+
+    def masks() -> Iterable[Tensor]:
+        return labeled.masks if isinstance(labeled, Dataset) else map(labeled.mask, range(len(labeled)))
+
+    of_all = f"all {len(labeled)} masks of {part}"
+    if not any(bool(mask.any()) for mask in masks()):
         size = f" at --image-size {config.image_size}" if isinstance(labeled, Dataset) else ""
-        return f"all {len(labeled)} masks of {part} are 0{size}, so there is no gland to learn: check the masks"
+        return f"{of_all} are 0{size}, so there is no gland to learn: check the masks"
+    if all(bool(mask.all()) for mask in masks()):
+        return f"{of_all} are gland everywhere, so there is no background to learn: check the masks"
     path = list_pairs(config.data, part, with_masks=True)[0].mask
     if math.prod(read_header(path)) > MOST_LOOKED_AT:
         return None
@@ -217,6 +223,8 @@ def magnified_size(config: TrainConfig) -> int:
 
 def parts_of(config: TrainConfig) -> Parts:
     """The parts that the options choose. Raises UserError if there is no folder, or no part to choose."""
+    if not config.data.is_dir() and config.resume is not None:
+        raise UserError(f"{config.data}, the data of {config.resume}, is not a folder: give their new path as --data")
     if not config.data.is_dir():
         raise UserError(f"--data is {config.data}, which is not a folder: give the path of a folder")
     labeled = config.labeled or only_part(config.data, "train_sup_", "--labeled")

@@ -40,9 +40,16 @@ def test_folder_with_one_labeled_image_trains(folder_run: Path) -> None:
     assert metadata["preprocessing"]["image_size"] == 32
 
 
-def test_resume_takes_moved_but_not_changed_data(folder_run: Path, glands_folder: Path, tmp_path: Path) -> None:
+def test_resume_takes_moved_but_not_changed_data(
+    folder_run: Path, glands_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     moved = shutil.copytree(glands_folder, tmp_path / "moved")
     train.main(["--resume", str(folder_run), "--data", str(moved)])
+    assert "epochs trained before: 1 of 1\n" in capsys.readouterr().out
+    shutil.move(moved, tmp_path / "again")
+    message = refused(train.main, ["--resume", str(folder_run)])
+    assert message == f"{moved}, the data of {folder_run}, is not a folder: give their new path as --data"
+    moved = tmp_path / "again"
     image = next((moved / "train_unsup_4" / "image").iterdir())
     image.rename(image.with_name("renamed.png"))
     with pytest.raises(UserError, match="the images are not those of the checkpoint"):
@@ -155,6 +162,7 @@ def refused(command, arguments: list[str]) -> str:
         ("--unlabeled none --labeled-batch 3", "--labeled-batch is 3, but there are 2 labeled images"),
         ("--image-size 16 --labeled-batch 1", "batch normalization then sees a single pixel"),
         ("--lr inf", "--lr is inf: give a finite number"),
+        ("--lr 1e39", "--lr is 1e+39: give a finite number of float32"),
         ("--coefficients 1 nan 1", "--coefficients is nan: give a finite number"),
         ("--coefficients -1 1 1", "--coefficients is (-1.0, 1.0, 1.0): give numbers of 0 or more, not all of them 0"),
         ("--coefficients 0 0 0", "--coefficients is (0.0, 0.0, 0.0): give numbers of 0 or more, not all of them 0"),
@@ -212,6 +220,11 @@ def test_named_pipe_as_configuration_does_not_hang(tiny: list[str], tmp_path: Pa
     os.mkfifo(tmp_path / config.CONFIG_FILE)
     message = refused(train.main, ["--resume", str(tmp_path)])
     assert f"{tmp_path}: holds no run to resume ({config.CONFIG_FILE} is no file there)" in message
+
+
+def test_a_file_is_no_run_to_resume(finished: Path) -> None:
+    message = refused(train.main, ["--resume", str(finished / run_folder.LAST)])
+    assert message == f"{finished / run_folder.LAST}: is a file of a run; give its folder, {finished}"
 
 
 def test_folder_of_a_run_is_not_overwritten(tiny: list[str], finished: Path) -> None:

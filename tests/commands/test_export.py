@@ -18,8 +18,9 @@ from PIL import Image
 from semimoe_fast import checkpoint, export, predict
 from semimoe_fast.checkpoint import Preprocessing
 from semimoe_fast.data.augment import normalize
-from semimoe_fast.data.folders import list_images, read_image
+from semimoe_fast.data.folders import read_image
 from semimoe_fast.data.glands import glands
+from semimoe_fast.data.listing import list_images
 from semimoe_fast.errors import UserError
 from semimoe_fast.inference import exporting, predictor
 from semimoe_fast.model import Output, SemiMoE
@@ -56,8 +57,8 @@ def save_model(path: Path, tasks: tuple[str, ...] = ("mask", "sdf", "boundary"))
     return path
 
 
-def run(model: Path, out: Path, form: str) -> None:
-    export.main(["--checkpoint", str(model), "--out", str(out), "--format", form])
+def run(model: Path, out: Path) -> None:
+    export.main(["--checkpoint", str(model), "--out", str(out)])
 
 
 def opened(file: Path) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
@@ -102,7 +103,7 @@ def files(model: Path, tmp_path_factory: pytest.TempPathFactory):
     def file(form: str) -> Path:
         path = folder / f"model.{form}"
         if not path.is_file():
-            run(model, path, form)
+            run(model, path)
         return path
 
     return file
@@ -192,7 +193,7 @@ def assert_described(texts: dict[str, str]) -> None:
 def test_several_classes_and_no_sdf(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = SemiMoE(width=2, num_classes=3, expert_tasks=("boundary", "mask", "mask")).eval()
-    exporting.export(network, PREPROCESSING, tmp_path / "model.pt2", "pt2")
+    exporting.export(network, PREPROCESSING, tmp_path / "model.pt2")
     images = images_of(1, 64)
     found = opened(tmp_path / "model.pt2")(images)
     with torch.no_grad():
@@ -204,10 +205,10 @@ def test_several_classes_and_no_sdf(tmp_path: Path) -> None:
 # refusals
 
 
-def refused(model: Path, out: Path, form: str = "pt2") -> str:
+def refused(model: Path, out: Path) -> str:
     before = {path: path.read_bytes() for path in out.parent.glob("*") if path.is_file()}
     with pytest.raises(UserError) as caught:
-        run(model, out, form)
+        run(model, out)
     assert "\n" not in str(caught.value)
     assert {path: path.read_bytes() for path in out.parent.glob("*") if path.is_file()} == before
     return str(caught.value)
@@ -230,8 +231,9 @@ def test_a_file_that_differs_is_not_written(model: Path, tmp_path: Path, monkeyp
 
 def test_models_without_mask_missing_checkpoints_and_bad_outputs(tmp_path: Path) -> None:
     model = save_model(tmp_path / "sdf", ("sdf",))
-    assert "its experts learn sdf, no mask" in refused(model, tmp_path / "out")
-    assert "does not exist" in refused(tmp_path / "none", tmp_path / "out")
+    assert "its experts learn sdf, no mask" in refused(model, tmp_path / "out.pt2")
+    assert "does not exist" in refused(tmp_path / "none", tmp_path / "out.pt2")
+    assert "out.pth: give a name that ends in .pt2, for PyTorch, or .onnx, for" in refused(model, tmp_path / "out.pth")
     assert "the checkpoint itself: give another file" in refused(model, model)
     assert "there is no folder" in refused(model, tmp_path / "none" / "model.pt2")
     assert "which is a folder: give a file" in refused(model, tmp_path)
@@ -244,9 +246,9 @@ def test_missing_packages_and_too_large_models(model: Path, tmp_path: Path, monk
         patch.setattr(exporting, "MOST_ONNX_BYTES", 1000)
         patch.setattr(exporting, "require_onnx", lambda: None)
         patch.setattr(export, "require_onnx", lambda: None)
-        assert "an ONNX file holds 2.1 GB; give --format pt2" in refused(model, tmp_path / "out", "onnx")
+        assert "an ONNX file holds 2.1 GB; name it .pt2" in refused(model, tmp_path / "out.onnx")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    message = refused(model, tmp_path / "out", "onnx")
+    message = refused(model, tmp_path / "out.onnx")
     assert "onnxscript" in message.partition("an ONNX file needs")[2].partition(":")[0]
     assert "run `pip install 'semimoe_fast[export]'`" in message
 
@@ -256,4 +258,4 @@ def test_every_option_has_one_line_of_help(capsys: pytest.CaptureFixture[str], m
     with pytest.raises(SystemExit):
         export.main(["--help"])
     lines = [line.strip(" │|") for line in capsys.readouterr().out.splitlines()]
-    assert sum(line.startswith("--") and line.endswith("(required)") for line in lines) == 3
+    assert sum(line.startswith("--") and line.endswith("(required)") for line in lines) == 2

@@ -51,6 +51,25 @@ def test_an_interrupted_call_on_a_single_image_goes_on(tmp_path: Path, monkeypat
     assert sorted(path.name for path in out.rglob("*.*")) == ["a.ome.tif", "a.png"]
 
 
+def test_files_that_are_no_images_are_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, images = save_model(tmp_path / "model"), tmp_path / "images"
+    save_image(images / "a.tif", 40, 50)
+    for name in ("Thumbs.db", ".DS_Store"):
+        (images / name).touch()
+    call(model, images, tmp_path / "one")
+    assert "left out" not in capsys.readouterr().err
+    for name in ("scan.heic", "report.pdf"):
+        (images / name).touch()
+    call(model, images, tmp_path / "two")
+    said = f"warning: {images}: left out 2 files that are no images by their names: report.pdf, scan.heic\n"
+    assert said in capsys.readouterr().err
+    (images / "a.tif").unlink()
+    assert refused(model, images, tmp_path / "three") == (
+        f"{images} holds no image (report.pdf, scan.heic are none): put PNG, TIFF, BMP or JPEG files there or correct "
+        "the path"
+    )
+
+
 def test_a_resumed_call_replaces_only_what_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, out = save_model(tmp_path / "model"), tmp_path / "out"
     image = save_image(tmp_path / "images" / "a.tif", 40, 50)

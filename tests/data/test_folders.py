@@ -14,14 +14,8 @@ import torch
 from PIL import Image
 
 from semimoe_fast.data import folders
-from semimoe_fast.data.folders import (
-    list_images,
-    load_part,
-    read_image,
-    read_mask,
-    resize_image,
-    resize_mask,
-)
+from semimoe_fast.data.folders import load_part, read_image, read_mask, resize_image, resize_mask
+from semimoe_fast.data.listing import list_images
 from semimoe_fast.errors import UserError
 
 RNG = np.random.default_rng(0)

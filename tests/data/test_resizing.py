@@ -11,13 +11,13 @@ from torch.nn import functional
 from semimoe_fast.data.folders import (
     NORMALIZATION,
     channel_statistics,
-    list_images,
     load_part,
     read_image,
     read_mask,
     resize_image,
     resize_mask,
 )
+from semimoe_fast.data.listing import list_images
 
 RNG = np.random.default_rng(0)
 COLORS = RNG.integers(0, 256, (20, 30, 3), np.uint8)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from semimoe_fast.data.folders import list_images
+from semimoe_fast.data.listing import list_images
 from semimoe_fast.data.readers import SLIDES, open_image
 from semimoe_fast.errors import UserError
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from semimoe_fast.data.folders import list_images, read_image, read_mask
+from semimoe_fast.data.folders import read_image, read_mask
+from semimoe_fast.data.listing import list_images
 from semimoe_fast.errors import UserError
 
 glas256 = pytest.importorskip("benchmarks.glas256", reason="needs the source tree, and tests run from its root")

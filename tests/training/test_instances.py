@@ -62,6 +62,16 @@ def test_masks_without_glands_are_said(tiny_config: TrainConfig, tmp_path: Path)
         assert notes(tiny_config, tmp_path / "data", **changes) == said
 
 
+def test_masks_without_background_are_said(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    synthetic.write(synthetic.Folder(tmp_path / "data", 4, 4, 1, size=32))
+    for path in sorted((tmp_path / "data" / "train_sup_4" / "mask").iterdir()):
+        assert not notes(tiny_config, tmp_path / "data")
+        Image.new("L", (32, 32), 255).save(path)
+    for changes in ({}, {"sampling": "crops"}):
+        said = "all 4 masks of train_sup_4 are gland everywhere, so there is no background to learn: check the masks"
+        assert notes(tiny_config, tmp_path / "data", **changes) == said
+
+
 def notes(tiny_config: TrainConfig, data: Path, **changes) -> str | None:
     chosen = dataclasses.replace(tiny_config, data=data, **changes)
     return sources.note_of_masks(chosen, load_data(chosen)[0].labeled)
