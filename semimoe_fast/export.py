@@ -25,7 +25,7 @@ class ExportConfig:
     checkpoint: Path
     """best.safetensors or last.safetensors of a run folder."""
     out: Path
-    """File to write, NAME.pt2 for torch.export.load or NAME.onnx for ONNX Runtime and others."""
+    """File to write or replace: NAME.pt2 for PyTorch, NAME.onnx for ONNX Runtime and others."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

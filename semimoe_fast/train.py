@@ -88,6 +88,10 @@ def configuration(given: Sequence[str] | TrainConfig | None, world: World, lock:
         config.check(world.size)
     else:
         config = parse(given, world.size)
+    if not config.resume:
+        config = with_parts(config)
+    if world.is_main and config.data is not None and config.val in (config.labeled, config.unlabeled):
+        warn(f"--val is {config.val}, whose images are also trained on: the scores say nothing of new images")
     if world.is_main and config.warmup_epochs >= config.epochs:
         reached = learning_rate(config, config.epochs - 1, config.base_lr)
         warn(
@@ -100,7 +104,7 @@ def configuration(given: Sequence[str] | TrainConfig | None, world: World, lock:
         refuse_used(config.out)
         if config.out.resolve() == cache_folder(config).resolve():
             raise UserError(f"--out is {config.out}, where decoded images are kept: give another folder")
-    return config if config.resume else with_parts(config)
+    return config
 
 
 if __name__ == "__main__":

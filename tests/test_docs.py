@@ -15,6 +15,7 @@ from PIL import Image
 
 ROOT = next((folder for folder in Path(__file__).parents if (folder / "README.md").is_file()), Path())
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NEEDED = {"semimoe_fast.monai": ["monai"], "import onnxruntime": ["onnx", "onnxscript", "onnxruntime"]}  # by snippets
 FENCED = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="needs the source tree around the tests")
@@ -37,8 +38,8 @@ def test_python_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "snippets"}
     for line, block in blocks(page, "python"):
-        for package, sign in (("monai", "semimoe_fast.monai"), ("onnxruntime", "import onnxruntime")):
-            if sign in block:
+        for sign, packages in NEEDED.items():
+            for package in packages if sign in block else ():
                 pytest.importorskip(package)
         exec(compile("\n" * line + block, str(page), "exec"), namespace)
 

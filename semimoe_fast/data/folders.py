@@ -301,7 +301,7 @@ def _decode(path: Path) -> tuple[Image.Image, bool]:
             # Pillow silently reduces 16-bit colors to 8 bits. Only the decoder's raw mode, such as RGB;16B, shows it.
             # BGR;16 means 16 bits per pixel, not per channel.
             raw_modes = str([tile[3] for tile in image.tile]).replace("BGR;16", "")
-            deep_ppm = any(tile[0].startswith("ppm") and tile[3][1] > 255 for tile in image.tile)  # the largest value
+            largest = [tile[3][1] for tile in image.tile if tile[0].startswith("ppm") and isinstance(tile[3], tuple)]
             bits = max(getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8,)))  # of a TIFF with separate planes
             refuse_misread(path, file, image)
             image.load()
@@ -318,7 +318,7 @@ def _decode(path: Path) -> tuple[Image.Image, bool]:
         reason = str(error) or type(error).__name__
         raise UserError(f"{path} cannot be read as an image ({reason}): replace or remove it") from error
     check_pages(path)
-    return image, image.mode[0] in "IF" or ";16" in raw_modes or bits > 8 or deep_ppm
+    return image, image.mode[0] in "IF" or ";16" in raw_modes or bits > 8 or max(largest, default=0) > 255
 
 
 def _turn_upright(image: Image.Image, path: Path) -> None:

@@ -11,9 +11,9 @@ from PIL import Image
 
 from ..errors import UserError
 from .layout import listed
-from .slides import each_once
+from .slides import each_once, named_by_indexes
 
-OF_SYSTEMS = ("thumbs.db", "desktop.ini")  # what Windows adds to folders
+WINDOWS_FILES = "thumbs.db", "desktop.ini"
 
 
 def list_images(folder: Path, kinds: str = "PNG, TIFF, BMP or JPEG", also: Collection[str] = frozenset()) -> list[Path]:
@@ -34,7 +34,7 @@ def list_images(folder: Path, kinds: str = "PNG, TIFF, BMP or JPEG", also: Colle
         below = next((path.parent for path in folder.glob("*/*") if path.suffix.lower() in suffixes), None)
         within = f" itself, and folders within it, such as {below}, are not searched" if below else ""
         others = _others(folder, suffixes)
-        within += f" ({listed(others)} {'are' if len(others) > 1 else 'is'} none)" if others else ""
+        within += f" (it has {listed(others)})" if others else ""
         raise UserError(f"{folder} holds no image{within}: put {kinds} files there or correct the path")
     by_stem: dict[str, Path] = {}
     for path in paths:
@@ -42,9 +42,10 @@ def list_images(folder: Path, kinds: str = "PNG, TIFF, BMP or JPEG", also: Colle
             raise UserError(f"{path} is not a file but a {_kind(path)}: remove or rename it")
         other = by_stem.setdefault(stem_of(path), path)
         if other != path:
+            composed = "" if other.stem == path.stem else " but for how letters are composed"
             raise UserError(
-                f"{other} and {path.name} have the same stem, by which files pair and results are named: remove or "
-                "rename one"
+                f"{other} and {path.name} have the same stem{composed}: remove or rename one, files pair and results "
+                "are named by stem"
             )
     return paths
 
@@ -53,13 +54,16 @@ def note_of_others(folder: Path, also: Collection[str] = frozenset()) -> str | N
     """One line if a folder has files that `list_images` leaves out because of their suffixes; None if it has none."""
     if not (others := _others(folder, _suffixes() | set(also))):
         return None
-    return f"{folder}: left out {len(others)} files that are no images by their names: {listed(others)}"
+    return f"{folder}: left out, as their names do not end as those of images ({len(others)}): {listed(others)}"
 
 
 def _others(folder: Path, suffixes: Collection[str]) -> list[str]:
-    """The names of the files of other suffixes, without hidden ones and those that Windows adds."""
-    files = (path for path in folder.iterdir() if path.suffix.lower() not in suffixes and path.is_file())
-    return sorted(path.name for path in files if path.name[0] != "." and path.name.lower() not in OF_SYSTEMS)
+    """The names of the files of other suffixes, without hidden ones, those of Windows, and parts of slides."""
+    paths = list(folder.iterdir())
+    named = named_by_indexes(paths)
+    others = (path for path in paths if path.suffix.lower() not in suffixes and path.name not in named)
+    visible = (path for path in others if path.name[0] != "." and path.name.lower() not in WINDOWS_FILES)
+    return sorted(path.name for path in visible if path.is_file())
 
 
 def _suffixes() -> set[str]:

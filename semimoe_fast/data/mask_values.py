@@ -34,6 +34,8 @@ def stored_values(path: Path, image: Image.Image, deep: bool) -> np.ndarray:
         raise UserError(f"{path} holds floating-point values: {REMEDY}")
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         raise UserError(f"{path} is a TIFF that shows 0 as white, so its glands may be 0 or not: {REMEDY}")
+    if image.mode == "1" and image.format == "PPM":
+        raise UserError(f"{path} is a PBM, which shows 0 as white, so its glands may be 0 or not: {REMEDY}")
     if image.mode == "P" and image.format == "GIF":
         raise UserError(f"{path} is a GIF, and programs that write GIF renumber the values: {REMEDY}")
     values = np.array(image)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -35,7 +35,7 @@ def each_once(paths: Sequence[Path]) -> list[Path]:
     the first one stands. Other formats have one file a slide beside a folder, or alone. Raises UserError for several
     .dcm files without OpenSlide, which tells their series.
     """
-    parts = set[str]().union(*(_named_in(path) for path in paths if path.suffix.lower() in INDEXES and path.is_file()))
+    parts = named_by_indexes(paths)
     dicom = [path for path in paths if path.suffix.lower() == ".dcm" and path.is_file()]
     found: set[str] = set()
     for path in dicom if len(dicom) > 1 else ():
@@ -44,6 +44,11 @@ def each_once(paths: Sequence[Path]) -> list[Path]:
             parts.add(path.name)
         found.add(series or path.name)
     return [path for path in paths if path.name not in parts]
+
+
+def named_by_indexes(paths: Iterable[Path]) -> set[str]:
+    """The names in the .vms and .vmu files among some files, which are those of other files of their slides."""
+    return set[str]().union(*(_named_in(path) for path in paths if path.suffix.lower() in INDEXES and path.is_file()))
 
 
 def _named_in(index: Path) -> set[str]:

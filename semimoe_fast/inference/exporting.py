@@ -63,7 +63,7 @@ class Predictor(nn.Module):
 
 
 def format_of(path: Path) -> Format:
-    """The format of a file of this name. Raises UserError if it is neither of both."""
+    """The format of a file of this name. Raises UserError for any other ending."""
     if (form := FORMATS.get(path.suffix.lower())) is None:
         raise UserError(f"{path}: give a name that ends in .pt2, for PyTorch, or .onnx, for ONNX Runtime and others")
     return form
@@ -83,7 +83,7 @@ def export(model: SemiMoE, preprocessing: Preprocessing, path: Path) -> float:
     if form == "onnx":
         require_onnx()
         if size > MOST_ONNX_BYTES:
-            raise UserError(f"{path}: the weights are {size / 1e9:.1f} GB, and an ONNX file holds 2.1 GB; name it .pt2")
+            raise UserError(f"{path}: the weights are {size / 1e9:.1f} GB, but an ONNX file holds 2.1 GB: name it .pt2")
     save, run = (_save_pt2, _run_pt2) if form == "pt2" else (_save_onnx, _run_onnx)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (3, 3, 3 * STRIDE, 5 * STRIDE), dtype=torch.uint8, generator=generator)

@@ -16,7 +16,7 @@ from .polygons import GeojsonFile
 from .stitching import Stitcher
 from .tiled_tiff import TiledTiff
 
-VIEW = 1000  # pixels of the longer side of an overlay that is shrunk to a part of a screen
+VIEWED = 1000  # outlines stay visible when the longer side is shrunk to so many pixels
 
 
 def full_mpp(image: Reader) -> float | None:
@@ -58,8 +58,8 @@ def open_instances(
 
 
 def write_overlay(image: Reader, objects: np.ndarray, file: Path) -> None:
-    """Write an image at its full size with the outlines of objects (H, W), as wide as one pixel of its VIEW."""
-    thickness = max(1, max(image.full_size) // VIEW)
+    """Write an image at its full size with the outlines of objects (H, W), 1/VIEWED of its longer side wide."""
+    thickness = max(1, max(image.full_size) // VIEWED)
     with nullcontext(image) if image.size == image.full_size else open_image(image.path) as full:
         write_png(file, outline(full.read(0, 0, *full.size), objects, thickness=thickness))
 

@@ -241,7 +241,9 @@ class TrainConfig(  # fields and help start with the last base
             values = getattr(self, field.name)
             for value in values if isinstance(values, tuple) else [values]:
                 if isinstance(value, float) and not abs(value) <= MOST_FLOAT:
-                    raise UserError(f"{flag(field.name)} is {value}: give a finite number of float32")
+                    raise UserError(
+                        f"{flag(field.name)} is {value}: give a number from -{MOST_FLOAT:g} to {MOST_FLOAT:g}"
+                    )
                 if isinstance(value, int) and value > (most := LARGEST.get(field.name, 2**31 - 1)):
                     raise UserError(f"{flag(field.name)} is {value}: give at most {most}")
         positive = (

@@ -74,7 +74,7 @@ def draw_curves(records: Records, tasks: Sequence[str], path: Path | IO[bytes]) 
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(fontsize=7, handlelength=3)  # shows dashes as such
     gates.set_ylim(0, 1.3)
-    gates.legend(title="task: expert", fontsize=7, title_fontsize=7, ncols=3, loc="upper center")
+    gates.legend(title="task: expert", fontsize=7, title_fontsize=7, handlelength=3, ncols=3, loc="upper center")
     for axis in (scores, dead):
         axis.set_ylim(-0.02, 1.02)
     pseudo.set_visible(semi_supervised)
@@ -168,7 +168,7 @@ class TensorBoard:
 
 
 def summary(records: Records, folder: Path) -> str:
-    """A table of the scores of the last and the best validated epoch, and the files of the run."""
+    """The scores of the last and the best validated epoch, the files of the run, and the command that predicts."""
     validated = [r for r in records if "val" in r]
     best = max(validated, key=lambda r: r["val"][GATED]["dice"])
     lines = [f"{'validation':<22}{'Dice':>8}{'Jaccard':>9}{'swept Dice':>12}{'Jaccard':>9}{'threshold':>11}"]

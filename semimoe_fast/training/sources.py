@@ -30,7 +30,7 @@ from ..data.layout import part_folder
 from ..data.ragged import Ragged, load_whole
 from ..data.readers import mpp_of
 from ..data.scaled import differs
-from ..errors import UserError, warn
+from ..errors import UserError
 from .batches import TrainingData
 from .config import NONE, TrainConfig
 
@@ -223,18 +223,15 @@ def magnified_size(config: TrainConfig) -> int:
 
 def parts_of(config: TrainConfig) -> Parts:
     """The parts that the options choose. Raises UserError if there is no folder, or no part to choose."""
-    if not config.data.is_dir() and config.resume is not None:
-        raise UserError(f"{config.data}, the data of {config.resume}, is not a folder: give their new path as --data")
     if not config.data.is_dir():
-        raise UserError(f"--data is {config.data}, which is not a folder: give the path of a folder")
+        remedy = "the path of a folder" if config.resume is None else f"the new path of the data of {config.resume}"
+        raise UserError(f"--data is {config.data}, which is not a folder: give {remedy}")
     labeled = config.labeled or only_part(config.data, "train_sup_", "--labeled")
     unlabeled = None
     if config.semi_supervised:
         unlabeled = config.unlabeled or only_part(config.data, "train_unsup_", "--unlabeled")
     if config.val == NONE:
         raise UserError(f"--val is {NONE}, but a run needs images to validate on: give the name of a part")
-    if config.val in (labeled, unlabeled):
-        warn(f"--val is {config.val}, whose images are also trained on: the scores say nothing of new images")
     return Parts(labeled, unlabeled, config.val)
 
 

@@ -44,16 +44,25 @@ def test_resume_takes_moved_but_not_changed_data(
     folder_run: Path, glands_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     moved = shutil.copytree(glands_folder, tmp_path / "moved")
+    (moved / "train_sup_9" / "image").mkdir(parents=True)  # the run keeps its own
     train.main(["--resume", str(folder_run), "--data", str(moved)])
     assert "epochs trained before: 1 of 1\n" in capsys.readouterr().out
     shutil.move(moved, tmp_path / "again")
     message = refused(train.main, ["--resume", str(folder_run)])
-    assert message == f"{moved}, the data of {folder_run}, is not a folder: give their new path as --data"
+    assert message == f"--data is {moved}, which is not a folder: give the new path of the data of {folder_run}"
     moved = tmp_path / "again"
     image = next((moved / "train_unsup_4" / "image").iterdir())
     image.rename(image.with_name("renamed.png"))
     with pytest.raises(UserError, match="the images are not those of the checkpoint"):
         train.main(["--resume", str(folder_run), "--data", str(moved)])
+
+
+def test_validation_on_training_images_is_said_once(
+    glands_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (labeled,) = (path.name for path in glands_folder.glob("train_sup_*"))
+    train.main(["--data", str(glands_folder), *SMALL, "--val", labeled, "--out", str(tmp_path / "run")])
+    assert capsys.readouterr().err.count(f"warning: --val is {labeled}, whose images are also trained on") == 1
 
 
 def test_predict_writes_masks_of_the_input_size(folder_run: Path, glands_folder: Path, tmp_path: Path) -> None:
@@ -161,9 +170,9 @@ def refused(command, arguments: list[str]) -> str:
         ("--unlabeled-batch 5", "--unlabeled-batch is 5, but there are 4 unlabeled images: give at most 4"),
         ("--unlabeled none --labeled-batch 3", "--labeled-batch is 3, but there are 2 labeled images"),
         ("--image-size 16 --labeled-batch 1", "batch normalization then sees a single pixel"),
-        ("--lr inf", "--lr is inf: give a finite number"),
-        ("--lr 1e39", "--lr is 1e+39: give a finite number of float32"),
-        ("--coefficients 1 nan 1", "--coefficients is nan: give a finite number"),
+        ("--lr inf", "--lr is inf: give a number from -3.4e+38 to 3.4e+38"),
+        ("--lr 1e39", "--lr is 1e+39: give a number from -3.4e+38 to 3.4e+38"),
+        ("--coefficients 1 nan 1", "--coefficients is nan: give a number from"),
         ("--coefficients -1 1 1", "--coefficients is (-1.0, 1.0, 1.0): give numbers of 0 or more, not all of them 0"),
         ("--coefficients 0 0 0", "--coefficients is (0.0, 0.0, 0.0): give numbers of 0 or more, not all of them 0"),
         ("--initial-log-var 1000", "--initial-log-var is 1000.0: give a number from -20 to 20"),

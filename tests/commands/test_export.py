@@ -246,7 +246,7 @@ def test_missing_packages_and_too_large_models(model: Path, tmp_path: Path, monk
         patch.setattr(exporting, "MOST_ONNX_BYTES", 1000)
         patch.setattr(exporting, "require_onnx", lambda: None)
         patch.setattr(export, "require_onnx", lambda: None)
-        assert "an ONNX file holds 2.1 GB; name it .pt2" in refused(model, tmp_path / "out.onnx")
+        assert "an ONNX file holds 2.1 GB: name it .pt2" in refused(model, tmp_path / "out.onnx")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     message = refused(model, tmp_path / "out.onnx")
     assert "onnxscript" in message.partition("an ONNX file needs")[2].partition(":")[0]

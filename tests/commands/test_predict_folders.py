@@ -61,11 +61,11 @@ def test_files_that_are_no_images_are_said(tmp_path: Path, capsys: pytest.Captur
     for name in ("scan.heic", "report.pdf"):
         (images / name).touch()
     call(model, images, tmp_path / "two")
-    said = f"warning: {images}: left out 2 files that are no images by their names: report.pdf, scan.heic\n"
+    said = f"warning: {images}: left out, as their names do not end as those of images (2): report.pdf, scan.heic\n"
     assert said in capsys.readouterr().err
     (images / "a.tif").unlink()
     assert refused(model, images, tmp_path / "three") == (
-        f"{images} holds no image (report.pdf, scan.heic are none): put PNG, TIFF, BMP or JPEG files there or correct "
+        f"{images} holds no image (it has report.pdf, scan.heic): put PNG, TIFF, BMP or JPEG files there or correct "
         "the path"
     )
 

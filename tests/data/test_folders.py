@@ -15,7 +15,6 @@ from PIL import Image
 
 from semimoe_fast.data import folders
 from semimoe_fast.data.folders import load_part, read_image, read_mask, resize_image, resize_mask
-from semimoe_fast.data.listing import list_images
 from semimoe_fast.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -180,12 +179,6 @@ def test_unknown_part_names_the_others(root):
 def test_missing_root(tmp_path):
     with pytest.raises(UserError) as caught:
         load_part(tmp_path / "nowhere", "train", 16, with_masks=False)
-    assert_one_line(caught, [str(tmp_path / "nowhere"), "not a folder", "correct the path"])
-
-
-def test_list_of_a_missing_folder(tmp_path):
-    with pytest.raises(UserError) as caught:
-        list_images(tmp_path / "nowhere")
     assert_one_line(caught, [str(tmp_path / "nowhere"), "not a folder", "correct the path"])
 
 

@@ -43,6 +43,11 @@ def deep_ppm(path: Path, mask: np.ndarray) -> None:
     path.write_bytes(b"P6 %d %d 65535\n" % (width, height) + np.repeat(mask[..., None], 3, -1).astype(">u2").tobytes())
 
 
+def plain(kind: str, *largest: int) -> str:
+    """The text of a file of Netpbm."""
+    return " ".join(map(str, (kind, *MASK.shape[::-1], *largest, *MASK.ravel())))
+
+
 ZERO_IS_WHITE = "shows 0 as white, so its glands may be 0 or not: save it as a PNG of one channel"
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "1-bit.tif": (lambda path: tifffile.imwrite(path, MASK > 0, photometric="miniswhite"), ZERO_IS_WHITE),
@@ -61,6 +66,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "black.png": (with_alpha(0 * MASK, 255 * MASK).save, "alpha channel that disagrees with its values"),
     "white.png": (with_alpha(0 * MASK + 255, 255 * MASK).save, "alpha channel that disagrees with its values"),
     "planes.tif": (lambda path: planes(path, np.uint16), "is a color image"),
+    "plain.pbm": (lambda path: path.write_text(plain("P1")), f"is a PBM, which {ZERO_IS_WHITE}"),
+    "packed.pbm": (Image.fromarray(MASK == 0).save, "is a PBM, which shows 0 as white"),
     "16-bit.ppm": (lambda path: deep_ppm(path, MASK), "is a color image"),
 }
 
@@ -79,6 +86,7 @@ def test_unclear_mask_is_refused_with_the_reason(tmp_path: Path, name: str) -> N
 ACCEPTED: dict[str, Callable[[Path], object]] = {
     "1-bit.tif": lambda path: tifffile.imwrite(path, MASK > 0, photometric="minisblack"),
     "1-bit.png": Image.fromarray(MASK > 0).save,
+    "plain.pgm": lambda path: path.write_text(plain("P2", 9)),
     "1-bit.bmp": Image.fromarray(MASK > 0).save,
     "two.png": palette(MASK, BLACK, WHITE).save,
     "class.png": palette(MASK, WHITE, RED).save,  # as QuPath exports labels
