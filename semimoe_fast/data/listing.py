@@ -40,7 +40,7 @@ def list_images(folder: Path, kinds: str = "PNG, TIFF, BMP or JPEG", also: Colle
     for path in paths:
         if not path.is_file():  # reading a named pipe would wait forever
             raise UserError(f"{path} is not a file but a {_kind(path)}: remove or rename it")
-        other = by_stem.setdefault(stem_of(path), path)
+        other = by_stem.setdefault(_stem(path), path)
         if other != path:
             composed = "" if other.stem == path.stem else " but for how letters are composed"
             raise UserError(
@@ -72,7 +72,7 @@ def _suffixes() -> set[str]:
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
-def stem_of(path: Path) -> str:
+def _stem(path: Path) -> str:
     """The stem by which files pair. macOS composes letters such as é of two characters, other systems of one."""
     return unicodedata.normalize("NFC", path.stem)
 
@@ -87,8 +87,8 @@ def match(images: Sequence[Path], folder: Path, kind: str, otherwise: str = "rem
 
     otherwise: what to do about a missing file, apart from adding it. Raises UserError for missing and surplus files.
     """
-    files = {stem_of(path): path for path in list_images(folder, "PNG or TIFF")}
-    stems = [stem_of(image) for image in images]
+    files = {_stem(path): path for path in list_images(folder, "PNG or TIFF")}
+    stems = [_stem(image) for image in images]
     surplus = sorted(files.keys() - set(stems))
     for image, stem in zip(images, stems, strict=True):
         if stem not in files:
