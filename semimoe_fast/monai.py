@@ -42,7 +42,9 @@ class SignedDistanced(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         result = dict(data)
         for key in self.key_iterator(result):
-            mask = torch.as_tensor(data[key]).as_subclass(torch.Tensor)  # without the metadata of a MetaTensor
+            mask = data[key]
+            if isinstance(mask, torch.Tensor):
+                mask = mask.as_subclass(torch.Tensor)  # without the metadata of a MetaTensor
             sdf, boundary = F.distance_targets(mask, self.ring_radius, self.instances)
             result[f"{key}_sdf"], result[f"{key}_boundary"] = sdf, boundary
         return result

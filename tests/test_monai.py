@@ -51,6 +51,14 @@ def test_instances_and_missing_keys(transforms) -> None:
         transforms.SignedDistanced("ids")({"ids": np.full((1, 8, 8), 0.5, np.float32)})
 
 
+def test_arrays_that_pytorch_does_not_take(transforms) -> None:
+    _, masks = glands(1, 32, seed=0)
+    mask = masks.numpy()
+    for array in (mask[:, :, ::-1], mask.astype(">i4")):
+        result = transforms.SignedDistanced("mask")({"mask": array})
+        torch.testing.assert_close(result["mask_sdf"], F.distance_targets(array)[0], rtol=0, atol=0)
+
+
 def test_without_monai_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name == "semimoe_fast.monai" or name.split(".")[0] == "monai"]:
         monkeypatch.delitem(sys.modules, name)

@@ -180,6 +180,8 @@ def read_image(path: Path) -> np.ndarray:
     image, deep = _decode(path)
     if deep:
         raise too_deep(path, f"mode {image.mode}")
+    if image.mode == "La":  # gray times alpha, which Pillow does not convert to RGB
+        image = image.convert("LA")
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 

@@ -282,18 +282,22 @@ def _converter(page: TiffPage) -> Callable[[np.ndarray], np.ndarray]:
     if page.photometric == PALETTE:
         colors = (np.asarray(page.colormap).T >> 8).astype(np.uint8)
         return lambda samples: colors[samples[..., 0]]
-    if page.photometric in (GRAY, GRAY_INVERTED):
-        invert = 255 if page.photometric == GRAY_INVERTED else 0
-        return lambda samples: np.repeat(samples[..., :1] ^ np.uint8(invert), 3, -1)
-    if page.samplesperpixel == 4 and page.extrasamples[:1] == (ASSOCIATED_ALPHA,):
-        return _divide_by_alpha
-    return lambda samples: samples[..., :3]
+    if page.photometric == GRAY_INVERTED:
+        return lambda samples: np.repeat(~samples[..., :1], 3, -1)
+    colors = 1 if page.photometric == GRAY else 3
+    if page.extrasamples[:1] == (ASSOCIATED_ALPHA,):
+        return lambda samples: _as_rgb(_divided(samples[..., :colors], samples[..., colors : colors + 1]))
+    return lambda samples: _as_rgb(samples[..., :colors])
 
 
-def _divide_by_alpha(samples: np.ndarray) -> np.ndarray:
-    alpha = samples[..., 3:].astype(np.int32)
-    colors = np.minimum(255, samples[..., :3].astype(np.int32) * 255 // np.maximum(alpha, 1))
-    return np.where(alpha > 0, colors, 0).astype(np.uint8)
+def _as_rgb(pixels: np.ndarray) -> np.ndarray:
+    return pixels if pixels.shape[-1] == 3 else np.repeat(pixels, 3, -1)
+
+
+def _divided(colors: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Colors, uint8 (..., N), that are stored times alpha, uint8 (..., 1)."""
+    quotient = np.minimum(255, colors.astype(np.int32) * 255 // np.maximum(alpha, 1))
+    return np.where(alpha > 0, quotient, 0).astype(np.uint8)
 
 
 def _orientation(page: TiffPage) -> tuple[bool, bool, bool]:

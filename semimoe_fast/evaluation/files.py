@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from .images import ImageScores, score_images
 from .summary import Summary, summarize
 from .whole import at_full_size, predict_whole
 
+LONGEST = 46_340  # pixels: the largest integer whose square `functional.squared_distance` holds
 FILES = "predictions"  # name of the predictor whose masks are read from files
 
 
@@ -80,7 +82,7 @@ def evaluate_model(
     model.eval()
     truths, levels, counts, remarks = [], [], {}, []
     for pair in tqdm(pairs, "evaluate"):
-        truth = read_instances(pair.mask)
+        truth = _read_truth(pair.mask)
         with open_for(pair.image, preprocessing, scale, mpp) as image:
             require_size(pair.mask, truth, pair.image, image.full_size)
             probabilities = predict_whole(model, image, preprocessing, device, precision)
@@ -128,7 +130,7 @@ def evaluate_files(pairs: Sequence[Pair], folder: Path) -> Evaluation:
     """
     predictions, truths, paths = [], [], match_predictions(pairs, folder)
     for pair, path in zip(tqdm(pairs, "evaluate"), paths, strict=True):
-        truth, prediction = read_instances(pair.mask), read_instances(path)
+        truth, prediction = _read_truth(pair.mask), read_instances(path)
         with open_image(pair.image) as image:
             require_size(pair.mask, truth, pair.image, image.size)
             require_size(path, prediction, pair.image, image.size)
@@ -138,6 +140,17 @@ def evaluate_files(pairs: Sequence[Pair], folder: Path) -> Evaluation:
     _warn_of_gray_values(paths, predictions)
     scores = score_images(predictions, truths)
     return Evaluation(list(pairs), predictions, truths, [Variant(FILES, None, False, scores, summarize(scores))])
+
+
+def _read_truth(path: Path) -> np.ndarray:
+    """The instance map of a mask file. Raises UserError if it is too long for distances."""
+    truth = read_instances(path)
+    if math.hypot(*truth.shape) > LONGEST:
+        raise UserError(
+            f"{path} is {truth.shape[1]} x {truth.shape[0]} pixels, and distances are computed up to a diagonal of "
+            f"{LONGEST:,}: cut image and mask"
+        )
+    return truth
 
 
 def match_predictions(pairs: Sequence[Pair], folder: Path) -> list[Path]:

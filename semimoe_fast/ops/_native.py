@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 import os
 from types import ModuleType
 
@@ -16,10 +15,10 @@ from torch import Tensor
 
 from ..errors import UserError
 from ._backend import BackendError, forced_backend
+from .reference import squared_radius
 
 ABI = 8  # must equal the ABI of csrc/bindings.cpp
 REMEDY = "run `pip install .` in the project's folder"
-INT32_MAX = 2**31 - 1
 SLAB_ROWS, TILE_COLUMNS, PLANES = 32, 256, 5  # must equal those of csrc/distance_cuda.hpp and csrc/general_path.cuh
 
 
@@ -183,11 +182,6 @@ def scratch_of(batch: int, height: int, width: int) -> list[tuple[tuple[int, ...
         ((batch, slabs, tiles), torch.int32),
         ((batch, 3), torch.int32),
     ]
-
-
-def squared_radius(radius: float) -> int:
-    """The largest int32 that is at most radius^2."""
-    return math.floor(min(radius * radius, INT32_MAX))
 
 
 @functools.cache

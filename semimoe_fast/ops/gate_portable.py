@@ -83,9 +83,9 @@ def _pixelwise(rows: Tensor, dy: Tensor, like: Tensor) -> Tensor:
     """rows^T dy for every pixel: (B, C, H, W) in the memory layout of `like`."""
     result = torch.empty_like(like)
     if result.is_contiguous():
-        torch.bmm(rows.mT, dy, out=result.view(like.shape[0], like.shape[1], -1))
+        torch.bmm(rows.mT, dy, out=result.flatten(2))
     elif result.is_contiguous(memory_format=torch.channels_last):
-        torch.bmm(dy.mT, rows, out=result.permute(0, 2, 3, 1).view(like.shape[0], -1, like.shape[1]))
+        torch.bmm(dy.mT, rows, out=result.permute(0, 2, 3, 1).flatten(1, 2))
     else:
         result.copy_((rows.mT @ dy).view_as(like))
     return result

@@ -33,10 +33,11 @@ def joint_objective_terms(
 ) -> Tensor:
     """See `functional.joint_objective_terms`. The result is float64 if any logits are, else float32."""
     logits = [x for prediction in predictions for x in prediction]
-    if _kernels(mask.device.type) is _native_objective:
+    learns_sdf = sdf.requires_grad and torch.is_grad_enabled()  # the kernels differentiate by the predictions alone
+    if learns_sdf or _kernels(mask.device.type) is _native_objective:
         classes, dtype = [logits[0].shape[1], logits[2].shape[1]], _accumulation_dtype(logits)
         logits, sdf = [x if x.dtype == dtype else x.to(dtype) for x in logits], sdf.to(dtype)
-        if dtype == torch.float64 or max(classes) > _native_objective.MOST_CLASSES:
+        if learns_sdf or dtype == torch.float64 or max(classes) > _native_objective.MOST_CLASSES:
             return portable.joint_objective_terms(_sets(logits), mask, sdf, boundary)
         mask, boundary = (_bytes(target, count) for target, count in zip((mask, boundary), classes, strict=True))
     return _Terms.apply(mask.unsqueeze(1), sdf.reshape(logits[1].shape), boundary.unsqueeze(1), *logits)

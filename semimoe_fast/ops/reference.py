@@ -1,7 +1,7 @@
 """The operations exactly as their formulas say: slow, obvious, and the reference of every test.
 
-This file optimizes nothing and imports nothing of the package. Other files use its `targets_from_distance`,
-`touching`, `one_hot` and `at_least_float32`; the golden archives check the first three. Floating-point functions
+This file optimizes nothing and imports nothing of the package. Other files use its `targets_from_distance`, `touching`,
+`one_hot`, `squared_radius` and `at_least_float32`; the golden archives check the first three. Floating-point functions
 compute in the dtype of their inputs, losses and batch normalization at least in float32; so float64 inputs give a
 float64 reference, and autograd differentiates them.
 
@@ -10,11 +10,13 @@ Symbols (arXiv 2509.13834): B images, E experts, T tasks, C feature channels, K 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+INT32_MAX = 2**31 - 1
 UNREACHABLE = 2**40  # exceeds every squared distance in an image; sums of it do not overflow int64
 
 
@@ -64,8 +66,16 @@ def targets_from_distance(foreground: Tensor, squared: Tensor, ring_radius: floa
     sdf = _over_image_maximum(inside) - _over_image_maximum(outside)
     sdf = torch.where(inside == 1, 0.0, sdf)
     constant = torch.where(foreground, 1.0, -1.0).to(sdf.dtype)
-    boundary = (outside > 0) & (outside <= ring_radius * ring_radius)
+    boundary = (outside > 0) & (outside <= squared_radius(ring_radius))
     return torch.where(squared < 0, constant, sdf).float(), boundary.to(torch.uint8)
+
+
+def squared_radius(radius: float) -> int:
+    """The largest int32 whose root is at most the radius: 13 for math.sqrt(13), although its square is below 13."""
+    n = math.floor(min(radius * radius, INT32_MAX - 1))
+    if math.sqrt(n + 1) <= radius:
+        return n + 1
+    return n if math.sqrt(n) <= radius else n - 1
 
 
 def touching(labels: Tensor) -> Tensor:

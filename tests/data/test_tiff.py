@@ -56,6 +56,11 @@ IMAGES = {
     "palette": (GRAYS, {"photometric": "palette", "colormap": PALETTE}),
     "alpha": (np.dstack([COLORS, GRAYS]), {"extrasamples": ["unassalpha"]}),
     "associated alpha": (np.dstack([COLORS, GRAYS]), {"extrasamples": ["assocalpha"]}),
+    "associated alpha and more": (np.dstack([COLORS, GRAYS, GRAYS]), {"extrasamples": ["assocalpha", "unspecified"]}),
+    "gray and associated alpha": (
+        np.dstack([COLORS[..., 0], np.maximum(COLORS[..., 1], 1)]),
+        {"photometric": "minisblack", "planarconfig": "contig", "extrasamples": ["assocalpha"]},
+    ),
     **{f"orientation {turn}": (COLORS, {"extratags": [(274, "H", 1, turn, True)]}) for turn in range(2, 9)},
 }
 

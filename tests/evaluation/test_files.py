@@ -169,6 +169,12 @@ def test_names_of_macos_pair_with_those_of_other_systems(tmp_path: Path) -> None
     assert scored(root).names == [unicodedata.normalize("NFC", "drüse")]
 
 
+def test_maps_that_are_too_long_for_distances_are_refused(tmp_path: Path) -> None:
+    long = np.ones((1, 46_341), np.uint8)
+    with pytest.raises(UserError, match=r"a.png is 46341 x 1 pixels, and distances are computed up to"):
+        scored(write_maps(tmp_path, long, long, "png"))
+
+
 def test_masks_are_split_into_components(tmp_path: Path) -> None:
     mask = np.where(TOUCHING > 0, 255, 0).astype(np.uint8)
     against_ids = scored(write_maps(tmp_path / "ids", mask, TOUCHING.astype(np.uint8)))

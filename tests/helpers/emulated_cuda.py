@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from patience import run_patiently
 
-from semimoe_fast.ops import _native
+from semimoe_fast.ops import _native, reference
 
 Results = tuple[np.ndarray, np.ndarray, np.ndarray]  # squared distance, sdf, boundary
 
@@ -79,7 +79,7 @@ def launch(
     problem = Problem(
         *(mask.ctypes.data, mask.itemsize, instances, *mask.shape),
         *(tensor.data_ptr() for tensor in scratch),
-        *(results[0].data_ptr(), _native.squared_radius(ring_radius or 0)),
+        *(results[0].data_ptr(), reference.squared_radius(ring_radius or 0)),
         *((None, None) if ring_radius is None else (result.data_ptr() for result in results)),
     )
     assert cuda_library().run(ctypes.byref(problem), capability, seed) is None

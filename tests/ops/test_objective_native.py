@@ -167,3 +167,15 @@ def test_unsupported_tensors_are_refused(tensor: int, change, message: str) -> N
     with pytest.raises(ValueError, match=message) as caught:
         _native_objective.backward(tensors[6], [tensors[:3]], tensors[3:6], *tensors[7:])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ops.BACKENDS)
+def test_terms_are_differentiated_by_the_true_field_too(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels differentiate by the predictions alone, so the portable functions take over."""
+    monkeypatch.setenv("SEMIMOE_BACKEND", backend)
+    logits, (mask, sdf, boundary) = draw(2, 2, 8, 8)
+    sdf = sdf[:, 0].requires_grad_()
+    (gradient,) = torch.autograd.grad(F.objective_terms(*logits, mask[:, 0], sdf.tanh(), boundary[:, 0])[1], sdf)
+    (expected,) = torch.autograd.grad(reference.tanh_mse_loss(logits[1], sdf.tanh()[:, None]), sdf)
+    torch.testing.assert_close(gradient, expected)
+    assert expected.any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -70,6 +71,20 @@ def check_target_rules(mask: Tensor, squared: Tensor, sdf: Tensor, ring: Tensor,
     assert (sdf[mask & (squared == 1)] == 0).all()
     assert sdf.max() == (1 if (squared[mask] > 1).any() else 0)
     assert ((ring != 0) == (~mask & (squared <= radius * radius))).all()
+
+
+@pytest.mark.parametrize("square", [0, 1, 2, 13, 18, 29, 52, 53, 25_000_000, 25_000_001])
+def test_the_ring_holds_pixels_whose_distance_is_its_radius(square: int, any_backend: str) -> None:
+    """The float64 square of math.sqrt(13) is below 13, and 25,000,000 and the next integer are one float32."""
+    mask = torch.zeros(1, 9, 5_003 if square > 100 else 9, dtype=torch.uint8)
+    mask[0, 0, 0] = 1
+    radius = math.sqrt(square)
+    _, ring = F.distance_targets(mask, radius)
+    rows, columns = torch.meshgrid(*map(torch.arange, mask.shape[1:]), indexing="ij")
+    squared = rows.square() + columns.square()
+    assert torch.equal(ring[0] != 0, (squared > 0) & (squared <= square))
+    _, smaller = F.distance_targets(mask, math.nextafter(radius, 0))
+    assert torch.equal(smaller[0] != 0, (squared > 0) & (squared < square))
 
 
 @pytest.mark.parametrize("shape", [(46_340, 1), (1, 3_000), (3_000, 2)])
