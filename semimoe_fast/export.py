@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if config.out.resolve() == config.checkpoint.resolve():
         raise UserError(f"--out is {config.out}, the checkpoint itself: give another file")
     require_writable("--out", config.out)
-    if format_of(config.out) == "onnx":
+    if format_of(config.out) == ".onnx":
         require_onnx()
     model, metadata, _ = checkpoint.load(config.checkpoint)
     require_mask(config.checkpoint, model)

@@ -301,7 +301,7 @@ def _decode(path: Path) -> tuple[Image.Image, bool]:
         # Pass an open file: Pillow maps a named file to memory, and then scrambles rotated gray TIFFs.
         with path.open("rb") as file, Image.open(file) as image:
             # Pillow silently reduces 16-bit colors to 8 bits. Only the decoder's raw mode, such as RGB;16B, shows it.
-            # BGR;16 means 16 bits per pixel, not per channel.
+            # BGR;16 means 16 bits per pixel, not per channel. Of a PPM, the largest value beside the raw mode shows it.
             raw_modes = str([tile[3] for tile in image.tile]).replace("BGR;16", "")
             largest = [tile[3][1] for tile in image.tile if tile[0].startswith("ppm") and isinstance(tile[3], tuple)]
             bits = max(getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8,)))  # of a TIFF with separate planes

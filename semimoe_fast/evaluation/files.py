@@ -25,12 +25,12 @@ from ..errors import UserError, one_line, warn
 from ..inference.image import Squashed, open_for
 from ..inference.predictor import GATED, is_boundary
 from ..model import SemiMoE
+from ..ops._arguments import MAX_SIDE
 from . import metrics
 from .images import ImageScores, score_images
 from .summary import Summary, summarize
 from .whole import at_full_size, predict_whole
 
-LONGEST = 46_340  # pixels: the largest integer whose square `functional.squared_distance` holds
 FILES = "predictions"  # name of the predictor whose masks are read from files
 
 
@@ -145,10 +145,10 @@ def evaluate_files(pairs: Sequence[Pair], folder: Path) -> Evaluation:
 def _read_truth(path: Path) -> np.ndarray:
     """The instance map of a mask file. Raises UserError if it is too long for distances."""
     truth = read_instances(path)
-    if math.hypot(*truth.shape) > LONGEST:
+    if math.hypot(*truth.shape) > MAX_SIDE:
         raise UserError(
             f"{path} is {truth.shape[1]} x {truth.shape[0]} pixels, and distances are computed up to a diagonal of "
-            f"{LONGEST:,}: cut image and mask"
+            f"{MAX_SIDE:,}: cut image and mask"
         )
     return truth
 

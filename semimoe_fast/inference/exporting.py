@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +27,7 @@ from ..model import STRIDE, SemiMoE
 from .folding import folded
 from .predictor import gated_foreground
 
-Format = Literal["pt2", "onnx"]
-FORMATS: dict[str, Format] = {".pt2": "pt2", ".onnx": "onnx"}
+FORMATS = ".pt2", ".onnx"  # the endings of files
 
 # A file's outputs differ from the model's by float32 rounding: BN is folded, and sums have another order. Models of
 # width 2 to 64 differ by less than 1e-5; a wrong weight or normalization makes a difference far above 1e-3.
@@ -62,11 +60,11 @@ class Predictor(nn.Module):
         return fields
 
 
-def format_of(path: Path) -> Format:
-    """The format of a file of this name. Raises UserError for any other ending."""
-    if (form := FORMATS.get(path.suffix.lower())) is None:
+def format_of(path: Path) -> str:
+    """The ending of a file's name, one of FORMATS. Raises UserError for any other."""
+    if (ending := path.suffix.lower()) not in FORMATS:
         raise UserError(f"{path}: give a name that ends in .pt2, for PyTorch, or .onnx, for ONNX Runtime and others")
-    return form
+    return ending
 
 
 def export(model: SemiMoE, preprocessing: Preprocessing, path: Path) -> float:
@@ -76,15 +74,15 @@ def export(model: SemiMoE, preprocessing: Preprocessing, path: Path) -> float:
     Returns the largest difference on random images; the file appears under its name only if that is at most TOLERANCE.
     Raises UserError if it is more, for other names, if the model is too large for ONNX or if packages are missing.
     """
-    form = format_of(path)
+    ending = format_of(path)
     kept = [task for task in ("mask", "sdf") if task in model.tasks]
     written = Predictor(folded(model, kept), preprocessing).eval().to(memory_format=torch.contiguous_format)
     size = sum(weight.numel() * weight.element_size() for weight in written.parameters())
-    if form == "onnx":
+    if ending == ".onnx":
         require_onnx()
         if size > MOST_ONNX_BYTES:
             raise UserError(f"{path}: the weights are {size / 1e9:.1f} GB, but an ONNX file holds 2.1 GB: name it .pt2")
-    save, run = (_save_pt2, _run_pt2) if form == "pt2" else (_save_onnx, _run_onnx)
+    save, run = (_save_pt2, _run_pt2) if ending == ".pt2" else (_save_onnx, _run_onnx)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (3, 3, 3 * STRIDE, 5 * STRIDE), dtype=torch.uint8, generator=generator)
     with torch.no_grad():

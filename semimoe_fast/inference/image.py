@@ -41,8 +41,8 @@ class Squashed(ArrayReader):
     """A whole image as a square of a model's image size; it is predicted as one tile."""
 
     def __init__(self, image: Reader, preprocessing: Preprocessing) -> None:
-        pixels = torch.from_numpy(np.require(image.read(0, 0, *image.size), requirements=["C", "W"]))
-        square = resize_image(pixels, preprocessing.image_size, preprocessing.antialias)
+        pixels = np.require(image.read(0, 0, *image.size), requirements=["C", "W"])  # PyTorch takes no mirrored arrays
+        square = resize_image(torch.from_numpy(pixels), preprocessing.image_size, preprocessing.antialias)
         mpp = None if image.mpp is None else image.mpp * image.size[0] / preprocessing.image_size
         super().__init__(square.permute(1, 2, 0).numpy(), image.path, mpp)
         self.full_size = image.full_size

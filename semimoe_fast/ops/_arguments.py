@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .reference import INT32_MAX
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INT32_MAX = 2**31 - 1
 MAX_SIDE = 46_340  # the largest integer whose square int32 holds
 SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 

@@ -203,16 +203,17 @@ def test_existing_files_are_replaced_only_with_overwrite(glands_folder: Path, tm
     assert (part / "drawn" / "0000.png").read_bytes() != before[part / "drawn" / "0000.png"]
 
 
-@pytest.mark.parametrize("spelling", ["folder", "file", "link", "relative", "linked images", "linked masks"])
+@pytest.mark.parametrize("spelling", ["folder", "file", "link", "relative", "linked image", "linked mask"])
 def test_the_masks_of_a_data_folder_are_never_replaced(
     glands_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str
 ) -> None:
     part, model = tmp_path / "val", save_model(tmp_path / "model")
     shutil.copytree(glands_folder / "val", part)
     (tmp_path / "link").symlink_to(part / "image")
-    for name in [name for name in ("image", "mask") if spelling == f"linked {name}s"]:
-        (part / name).rename(tmp_path / name[0])
-        (part / name).symlink_to(tmp_path / name[0])
+    if spelling.startswith("linked "):
+        linked = part / spelling.removeprefix("linked ")
+        linked.rename(tmp_path / "moved")
+        linked.symlink_to(tmp_path / "moved")
     monkeypatch.chdir(part / "image")
     images, masks = {
         "folder": (part / "image", part / "mask"),
