@@ -36,7 +36,6 @@ ARGUMENTS = {  # arguments of SemiMoE
     "expert_tasks": tuple[Literal["mask", "sdf", "boundary"], ...],
 }
 Sampling = Literal["resize", "crops"]
-NOT_IN_OLDER_CHECKPOINTS = ("instances", "sampling", "antialias", "scale", "mpp")  # of the preprocessing
 MOST_PIXELS = 16384  # limit of the side of an image; a network on larger images fits into no memory
 LEAST_STD = 1e-4  # of pixels in [0, 1]; that of images of one color is stored as 1/255
 REMEDY = "take a checkpoint that this package wrote, undamaged"
@@ -58,7 +57,7 @@ class Preprocessing(NamedTuple):
     mean: Channels  # of pixels in [0, 1]
     std: Channels
     ring_radius: float = 2.0  # in pixels
-    instances: bool = False  # the masks are instance maps; older checkpoints do not store it
+    instances: bool = False  # the masks are instance maps
     sampling: Sampling = "resize"  # of training images: whole ones as squares, or crops at their own scale or at mpp
     antialias: bool = False  # training images are shrunk with antialiasing
     scale: float | None = None  # pixels of the model per pixel of a training file, median of both sides
@@ -70,8 +69,6 @@ class Preprocessing(NamedTuple):
         values = metadata.get("preprocessing")
         if values is None:
             raise UserError(f"{path}: holds no image size and statistics; take a checkpoint of a training run")
-        if isinstance(values, dict):
-            values = {name: cls._field_defaults[name] for name in NOT_IN_OLDER_CHECKPOINTS} | values
         check_types(path, "preprocessing", values, get_type_hints(cls), REMEDY)
         size, std, ring_radius = values["image_size"], values["std"], values["ring_radius"]
         if not 1 <= size <= MOST_PIXELS:

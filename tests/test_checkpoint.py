@@ -93,7 +93,7 @@ def test_bad_checkpoints_are_refused_by_name(tmp_path: Path, write, message: str
 
 
 WEIGHTS = SemiMoE(**MODEL).state_dict()
-STATISTICS = {"image_size": 32, "mean": [0.5, 0.5, 0.5], "std": [0.1, 0.1, 0.1], "ring_radius": 2.0}
+STATISTICS = Preprocessing(32, [0.5] * 3, [0.1] * 3)._asdict()  # lists, as in JSON
 
 
 def hostile(header: object = None, weights: dict[str, torch.Tensor | None] | None = None) -> Callable[[Path], None]:

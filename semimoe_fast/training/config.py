@@ -28,23 +28,8 @@ LARGEST = {  # other integers: 2**31 - 1
     "seed": 2**63 - 1,
 }
 MOST_FLOAT = 3.4e38  # a float32
-ADDED = {  # options that older runs do not store: the value with which they ran
-    "instances": False,
-    "recompute": False,
-    "sampling": "resize",
-    "antialias": False,
-    "mpp": None,
-    "stain": 0.0,
-    "brightness": 0.0,
-    "blur": 0.0,
-    "noise": 0.0,
-    "scale_jitter": None,
-    "optimizer": "sgd",
-    "schedule": "steps",
-}
 MOST_STRENGTHS = {"stain": 1, "brightness": 1, "blur": 5, "noise": 1}
 MOST_JITTER = 2  # mirror images fill up to 3/4 of a square, and `augment.resample` mirrors an image once
-REMOVED = {"joint_forward": False}  # options that only older runs store: the value with which all runs run now
 MOST_LOG_VAR = 20  # exp(20) is 5e8; the losses are at most about 1
 MUTABLE = ("data", "device", "threads", "data_device", "cuda_graph", "recompute", "profile")  # --resume may change them
 
@@ -364,15 +349,8 @@ def read_config(run: Path) -> TrainConfig:
         values = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON ({first_sentence(error)}); {REMEDY}") from error
-    if isinstance(values, dict):
-        values = of_this_version(values)
     hints = {name: hint for name, hint in get_type_hints(TrainConfig).items() if name in TrainConfig().to_dict()}
     check_types(path, "the configuration", values, hints, REMEDY)
     if unknown := values.keys() - hints.keys():
         raise UserError(f"{path}: has {min(unknown)!r}, which is no option of this version; {REMEDY}")
     return TrainConfig.from_dict(values)
-
-
-def of_this_version(values: dict[str, Any]) -> dict[str, Any]:
-    """The stored options of an older run as this version stores them."""
-    return ADDED | {name: value for name, value in values.items() if REMOVED.get(name, ...) != value}

@@ -52,7 +52,7 @@ def draw_curves(records: Records, tasks: Sequence[str], path: Path | IO[bytes]) 
             points = [(r["epoch"] + 1, r["val"][name][score]) for r in validated if name in r["val"]]
             label = f"{name}, {score.capitalize()}" if name == GATED or score == "dice" else None
             scores.plot(*zip(*points, strict=True), style, marker=".", color=color, label=label)
-    examined = [r for r in records if "health" in r]  # older runs have no health
+    examined = [r for r in records if "health" in r]
     for axis, name in ((dead, "dead_channels"), (spread, "spread")):
         for k, task in enumerate(tasks):
             values = [r["health"][name][k] for r in examined]

@@ -20,7 +20,7 @@ from ..inference.predictor import GATED
 from ..validation import check_types
 from . import divergence, records, report
 from .batches import TrainingData
-from .config import CONFIG_FILE, MUTABLE, NONE, TrainConfig, of_this_version
+from .config import CONFIG_FILE, MUTABLE, NONE, TrainConfig
 from .distributed import World
 from .health import Health, expert_health, warn_of_dead_experts
 from .interruption import Interruption
@@ -228,7 +228,7 @@ class Run:
 
 def lasting(value: Any) -> Any:
     """The options of a stored configuration that a resumed run may not change."""
-    return {k: v for k, v in of_this_version(value).items() if k not in MUTABLE} if isinstance(value, dict) else value
+    return {k: v for k, v in value.items() if k not in MUTABLE} if isinstance(value, dict) else value
 
 
 def summary_of(record: dict[str, Any]) -> str:

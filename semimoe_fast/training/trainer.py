@@ -269,7 +269,7 @@ class Trainer:
         for name, parameter, optimizer in self._optimized():
             for key in self._moments(optimizer):
                 shared[f"optim.{name}.{key}"] = torch.zeros(()) if key == "step" else parameter
-        own = self._averaged_state() | self._own_state()  # older checkpoints and other devices may lack some of them
+        own = self._averaged_state() | self._own_state()  # one process and other devices lack some of them
         own = {key: value for key, value in own.items() if key in state or key == "random.cpu"}
         check_state(state, shared | own)
         for rank in ranks[1:]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import subprocess
@@ -326,11 +325,3 @@ def test_batch_larger_than_an_epoch_of_crops_is_refused(crops: TrainConfig, data
     crops_in_epoch = Batches(crops, data, CPU, World()).unlabeled.count
     with pytest.raises(UserError, match=f"--unlabeled-batch is 100, but there are {crops_in_epoch} unlabeled"):
         load_data(dataclasses.replace(crops, unlabeled_batch=100))
-
-
-def test_runs_from_before_the_options_resume(finished: Path, tmp_path: Path) -> None:
-    values = json.loads((finished / config.CONFIG_FILE).read_text())
-    older = {name: value for name, value in values.items() if name not in config.ADDED}
-    (tmp_path / config.CONFIG_FILE).write_text(json.dumps(older))
-    assert config.read_config(tmp_path) == config.read_config(finished)
-    assert not config.read_config(tmp_path).strengths

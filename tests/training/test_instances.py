@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 
 from semimoe_fast import checkpoint, evaluate, synthetic, train
 from semimoe_fast import functional as F
-from semimoe_fast.checkpoint import Preprocessing
 from semimoe_fast.data.folders import Dataset, load_part
 from semimoe_fast.errors import UserError
 from semimoe_fast.evaluation.scoring import count_set
 from semimoe_fast.objective import StepLosses
-from semimoe_fast.training import config, run_folder, sources
+from semimoe_fast.training import run_folder, sources
 from semimoe_fast.training.batches import TrainingData
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.sources import load_data
@@ -163,36 +160,6 @@ def test_run_on_a_folder_of_instance_maps(tiny_config: TrainConfig, tmp_path: Pa
     record = json.loads((runs / "instances" / run_folder.METRICS_FILE).read_text())
     scores = json.loads((tmp_path / "scores.json").read_text())["predictors"]
     assert scores["boundary expert"] == record["val"]["boundary expert"]  # which is compared at the training size
-
-
-def before_the_option(run: Path, copy: Path) -> Path:
-    """A copy of a run folder from before --instances and --recompute, when there was --joint-forward."""
-    shutil.copytree(run, copy)
-    stored = json.loads((copy / config.CONFIG_FILE).read_text())
-    assert (stored.pop("instances"), stored.pop("recompute")) == (False, False)
-    stored["joint_forward"] = False
-    (copy / config.CONFIG_FILE).write_text(json.dumps(stored))
-    for name in (run_folder.LAST, run_folder.BEST):
-        metadata, tensors = checkpoint.read(copy / name)
-        assert (metadata["config"].pop("instances"), metadata["config"].pop("recompute")) == (False, False)
-        metadata["config"]["joint_forward"] = False
-        assert metadata["preprocessing"].pop("instances") is False
-        save_file(tensors, copy / name, {checkpoint.METADATA_KEY: json.dumps(metadata)})
-    return copy
-
-
-def test_run_from_before_the_option_resumes(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = before_the_option(finished, tmp_path / "old")
-    stored = config.read_config(old)
-    assert (stored.instances, stored.recompute) == (False, False)
-    monkeypatch.setattr(Trainer, "train_step", lambda *_: pytest.fail("the run starts over"))
-    train.main(dataclasses.replace(stored, resume=old))
-    path = old / config.CONFIG_FILE
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"joint_forward": True}))
-    with pytest.raises(UserError, match="has 'joint_forward', which is no option of this version"):
-        config.read_config(old)
-    preprocessing = Preprocessing.of(old / run_folder.BEST, checkpoint.read(old / run_folder.BEST)[0])
-    assert preprocessing.instances is False
 
 
 def test_resume_cannot_change_the_option(finished: Path) -> None:
