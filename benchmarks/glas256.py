@@ -5,7 +5,7 @@ The split is a fixed one, not that of a seed of `prepare`:
 
 train_sup_17      the labeled images
 train_unsup_68    the other training images; training ignores their masks, the upper bound and scores read them
-train_sup_85      all training images, of the speed run
+train_all_85      all training images, of the speed run
 val               the 60 images of test A
 native            testA_1 to testA_6 at their own size
 """
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for part, names in (
             ("train_sup_17", LABELED),
             ("train_unsup_68", set(train.names) - LABELED),
-            ("train_sup_85", train.names),
+            ("train_all_85", train.names),
         ):
             write(train, names, options.out / part)
         val = load_part(source, "val", SIDE, with_masks=True)

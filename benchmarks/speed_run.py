@@ -37,7 +37,7 @@ RECIPE = (
     "--lr 0.03 --scale-jitter 1.5"
 )
 RULES = (  # after the recipe: of an option given twice, the last counts
-    f"--labeled train_sup_85 --unlabeled none --val val --image-size 128 --device cpu --threads {THREADS}"
+    f"--labeled train_all_85 --unlabeled none --val val --image-size 128 --device cpu --threads {THREADS}"
 )
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
 HISTORY = "speed_run.json"
@@ -117,7 +117,7 @@ def log(runs: Mapping[int, Timed], origin: dict[str, Any]) -> Iterator[dict[str,
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train_sup_85 and val")
+    parser.add_argument("--data", type=Path, required=True, help="folder with train_all_85 and val")
     parser.add_argument("--change", required=True, help="what is new, for the table")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder of {HISTORY} and the logs")
     given = parser.parse_args(arguments)

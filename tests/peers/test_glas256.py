@@ -14,6 +14,7 @@ from PIL import Image
 from semimoe_fast.data.folders import read_image, read_mask
 from semimoe_fast.data.listing import list_images
 from semimoe_fast.errors import UserError
+from semimoe_fast.training.sources import only_part
 
 glas256 = pytest.importorskip("benchmarks.glas256", reason="needs the source tree, and tests run from its root")
 RESULTS = Path(glas256.__file__).parent / "results" / "accuracy"
@@ -56,8 +57,9 @@ def test_split_is_that_of_the_measurements(laid_out):
         (digest,) = {row[-1] for row in table["rows"] if row[-2] == 17}
         assert hashlib.sha256("\n".join(names(laid_out / "train_sup_17")).encode()).hexdigest() == digest
     both = names(laid_out / "train_sup_17") + names(laid_out / "train_unsup_68")
-    assert sorted(both) == sorted(names(laid_out / "train_sup_85"))
+    assert sorted(both) == sorted(names(laid_out / "train_all_85"))
     assert len(names(laid_out / "val")) == 60
+    assert only_part(laid_out, "train_sup_", "--labeled") == "train_sup_17"  # which commands take without --labeled
 
 
 def test_files_are_binary_squares_and_native_ones(laid_out):

@@ -39,7 +39,7 @@ def test_the_rules_overrule_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tyro")
     monkeypatch.setattr(speed_run, "RECIPE", f"{speed_run.RECIPE} --image-size 64 --threads 1 --val easy")
     config = parse(["--data", "GlaS256", *speed_run.options(2).split()])
-    assert (config.labeled, config.unlabeled, config.val) == ("train_sup_85", "none", "val")
+    assert (config.labeled, config.unlabeled, config.val) == ("train_all_85", "none", "val")
     assert (config.image_size, config.device, config.threads, config.seed) == (128, "cpu", 2, 2)
     assert config.val_every == config.epochs  # scored once
 
