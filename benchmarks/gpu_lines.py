@@ -61,9 +61,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """End a process whose CUDA context is broken, after the failure is written or sent to the controller."""
+    """End a process whose CUDA context is broken, after the failure is written or sent to the controller.
+
+    A capture that failed leaves its stream current and its memory pool in use, so that later tests would fail as well.
+    """
     torch = sys.modules.get("torch")  # not imported here, where it would delay tests without CUDA
     if report.failed and torch is not None and torch.cuda.is_initialized():
+        if "captur" in report.longreprtext:
+            os._exit(LOST)
         try:
             torch.cuda.synchronize()
         except RuntimeError:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import os
 import platform
 import statistics
@@ -201,6 +202,8 @@ def interleave(
                 start = timer()
                 steps()
                 seconds[name].append(timer() - start)
+    del entered, steps
+    gc.collect()  # a trainer and its CUDA graph refer to each other
     return {name: times[WARM_UP_ROUNDS:] for name, times in seconds.items()}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -71,6 +72,16 @@ def configure(device: torch.device, precision: Precision, deterministic: bool) -
         *(["deterministic"] if deterministic else []),
     ]
     return ", ".join([torch.cuda.get_device_name(device), *settings])
+
+
+@contextlib.contextmanager
+def untuned() -> Iterator[None]:
+    """A context without cudnn.benchmark, which tries all algorithms for every new shape: for batches of many shapes."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def configure_prediction(device: torch.device, precision: Precision) -> None:

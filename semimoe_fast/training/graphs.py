@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +70,7 @@ class GraphedStep:
         main.wait_stream(self.stream)
 
     def _capture(self, call: Callable[[], None]) -> Callable[[], None]:
+        gc.collect()  # not during the capture: it might free another trainer's graph
         graph = torch.cuda.CUDAGraph()
         # thread_local: the thread that prepares batches may allocate pinned memory during the capture
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):

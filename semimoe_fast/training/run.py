@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from .. import checkpoint
 from ..checkpoint import REMEDY, Preprocessing
+from ..device import untuned
 from ..errors import UserError, one_line, warn
 from ..evaluation.scoring import count_set, score_set
 from ..inference.predictor import GATED
@@ -145,8 +146,9 @@ class Run:
         }
         last = trainer.epoch == config.epochs - 1
         if last or trainer.epoch % config.val_every == config.val_every - 1:
-            record["val"] = self._validate()
-            record["health"] = self._examine_experts()._asdict()
+            with untuned():
+                record["val"] = self._validate()
+                record["health"] = self._examine_experts()._asdict()
         trainer.next_epoch()
         if "val" in record and record["val"][GATED]["dice"] > self.best_dice:
             self.best_dice = record["val"][GATED]["dice"]

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import warn
 from ..model import SemiMoE
+from ..ops import backend
 from .config import TrainConfig
 
 CPU_FLOPS = 1e11  # float32 operations a second and thread, which convolutions rarely reach
@@ -20,10 +21,11 @@ class Stopwatch:
     """Mean time of the steps of an epoch, without the warm-up: the first steps of a run, which compile and capture.
 
     The warm-up may span several epochs. The stopwatch synchronizes the device after the warm-up and after every epoch.
+    After the first step, in which cuDNN tries algorithms that need more, it starts the peak memory of a GPU anew.
     """
 
     def __init__(self, device: torch.device, warm_up_steps: int) -> None:
-        self.device, self.warm_up_steps = device, warm_up_steps
+        self.device, self.warm_up_steps, self.first = device, warm_up_steps, True
         self.warm_up_seconds = 0.0  # time of the steps only, without validation
         self.start()
 
@@ -33,6 +35,9 @@ class Stopwatch:
 
     def tick(self) -> None:
         """Call after every step."""
+        if self.first and self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.first = False
         if not self.warm_up_steps:
             self.steps += 1
             return
@@ -69,7 +74,7 @@ def flops_per_step(width: int, image_size: int, images: int) -> int:
     with torch.device("meta"):
         experts = SemiMoE(width=width).experts
         batch = torch.empty(images, 3, image_size, image_size)
-    with FlopCounterMode(display=False) as counter:
+    with backend("portable"), FlopCounterMode(display=False) as counter:  # fused operations refuse meta tensors
         for expert in experts:
             _, own = expert(batch)
             own.sum().backward()

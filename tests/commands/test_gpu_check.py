@@ -172,16 +172,17 @@ def test_broken_cuda_context_ends_the_process(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(os, "_exit", statuses.append)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    failed = SimpleNamespace(failed=True)
+    failed = SimpleNamespace(failed=True, longreprtext="AssertionError")
     gpu_lines.pytest_runtest_logreport(failed)
-    assert not statuses
+    gpu_lines.pytest_runtest_logreport(SimpleNamespace(failed=True, longreprtext="stream is capturing"))
+    assert statuses == [gpu_lines.LOST]
+    statuses.clear()
 
     def synchronize() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     gpu_lines.pytest_runtest_logreport(SimpleNamespace(failed=False))
-    assert not statuses
     gpu_lines.pytest_runtest_logreport(failed)
     assert statuses == [gpu_lines.LOST] == [gpu_stages.LOST]
 

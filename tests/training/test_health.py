@@ -15,6 +15,7 @@ from semimoe_fast.data.folders import Dataset
 from semimoe_fast.data.ragged import Ragged, starts_of
 from semimoe_fast.inference.predictor import foreground
 from semimoe_fast.model import SemiMoE
+from semimoe_fast.training import run
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.health import Health, expert_health, warn_of_dead_experts
 from semimoe_fast.training.run import Run
@@ -98,3 +99,21 @@ def test_run_records_health_and_warns(
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert [r["health"]["dead_channels"][1] for r in records if "val" in r] == [1.0] * len(records)
     assert "of the features of the sdf expert are 0 on labeled images" in capsys.readouterr().err
+
+
+def test_validation_and_health_do_not_tune_cudnn(
+    tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their batches have many shapes, each of which cudnn.benchmark would try all algorithms for."""
+    tuned = []
+
+    def watch(name: str) -> None:
+        function = getattr(run, name)
+        monkeypatch.setattr(run, name, lambda *a: tuned.append(torch.backends.cudnn.benchmark) or function(*a))
+
+    watch("count_set")
+    watch("expert_health")
+    torch.backends.cudnn.benchmark = True
+    train.main(dataclasses.replace(tiny_config, epochs=1, warmup_epochs=0, out=tmp_path / "run"))
+    assert tuned == [False, False]
+    assert torch.backends.cudnn.benchmark

@@ -51,6 +51,17 @@ def test_epoch_of_only_warm_up_steps_has_no_speed(monkeypatch: pytest.MonkeyPatc
     assert (watch.seconds_per_step(), watch.warm_up_seconds) == (None, 16)
 
 
+def test_peak_memory_of_a_gpu_starts_after_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append(f"reset {device}"))
+    clock, watch = Clock(monkeypatch), Stopwatch(torch.device("cuda:1"), 3)
+    assert not calls
+    clock.epoch(watch, 1, 1)
+    clock.epoch(watch, 1, 1, 1)
+    assert calls == ["reset cuda:1"]
+
+
 def flops_by_formula(width: int, side: int, images: int) -> int:
     """Two operations per weight and pixel: forward, weight gradient, and input gradient (except for the images)."""
     total = 0
@@ -98,6 +109,9 @@ def test_flops_match_the_formula(width: int, side: int, images: int, caplog: pyt
     assert flops_per_step(width, side, images) == flops_by_formula(width, side, images)
     assert torch.equal(torch.get_rng_state(), state)
     assert not caplog.records  # no fallback: the meta tensors of the count compute nothing
+    flops_per_step.cache_clear()
+    with ops.backend("fused"):
+        assert flops_per_step(width, side, images) == flops_by_formula(width, side, images)
 
 
 def test_peak_memory_is_at_least_the_resident_memory() -> None:
