@@ -130,6 +130,7 @@ HOSTILE = {
     "width is beyond 64 bits": (with_model(width=10**30), "do not fit its own configuration"),
     "width is negative": (with_model(width=-2), "do not fit its own configuration"),
     "channels are absurd": (with_model(in_channels=10**9), "do not fit its own configuration"),
+    "channels overflow": (with_model(in_channels=2**61), "do not fit its own configuration"),
     "classes are absurd": (with_model(num_classes=10**9), "do not fit its own configuration"),
     "classes are beyond 64 bits, mask is the second expert": (
         with_model(num_classes=10**30, expert_tasks=["sdf", "mask", "boundary"]),
@@ -389,3 +390,10 @@ def test_checkpoint_that_may_not_be_read_is_not_called_damaged(
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="pipe is no file: give the best"):
         checkpoint.read(tmp_path / "pipe")
+
+
+def test_model_without_channels(tmp_path):
+    with pytest.warns(UserWarning, match="zero-element"):
+        checkpoint.save(tmp_path / "a", SemiMoE(width=0))
+    with pytest.raises(UserError, match="do not fit its own configuration"):
+        load(tmp_path / "a")

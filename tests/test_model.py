@@ -294,3 +294,13 @@ def test_frozen_batch_norm_keeps_its_statistics_and_counts_nothing() -> None:
     for norm, old in zip(norms, before, strict=True):
         for buffer, expected in zip(norm.buffers(), old.buffers(), strict=True):
             assert torch.equal(buffer, expected)
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_backward_pre_hooks_fire(head):
+    model, fired = SemiMoE(width=2), []
+    module = model.experts[1].head if head else model.experts[1]
+    module.register_full_backward_pre_hook(lambda *_: fired.append(1))
+    output = model(torch.randn(2, 3, 32, 32, requires_grad=True))
+    (output.mask.sum() + output.own[1].sum()).backward()
+    assert fired

@@ -186,3 +186,19 @@ def test_an_image_that_changes_after_it_was_opened_is_predicted_again(
     assert opened == ["a.tif"]
     failing(capsys, model, images, out, overwrite=False)
     assert read_mask(out / "a.png").shape == (48, 64)
+
+
+def test_one_squashed_image_is_said_once(tmp_path, capsys):
+    model = save_model(tmp_path / "model", sampling="resize")
+    save_image(tmp_path / "images" / "a.tif", 40, 400)
+    call(model, tmp_path / "images", tmp_path / "out", tiles=False)
+    told = capsys.readouterr().err
+    assert "a.tif is 400 x 40 pixels and resized" in told
+    assert "more" not in told.replace("shows more", "")
+
+
+def test_a_single_image_that_fails_leaves_no_list(tmp_path):
+    model, image = save_model(tmp_path / "model"), save_image(tmp_path / "a.tif", 70, 90)
+    image.write_bytes(image.read_bytes()[:-4000])
+    assert "a.tif is truncated" in refused(model, image, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())

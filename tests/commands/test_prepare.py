@@ -158,3 +158,7 @@ def test_a_named_pipe_is_refused_before_anything_is_copied(glas: Path, tmp_path:
     with pytest.raises(UserError, match=f"{name} is not a file: remove it"):
         prepare.prepare(PrepareConfig(glas, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_no_labeled_image_is_refused(glas: Path, tmp_path: Path) -> None:
+    assert "--labeled is 0: give 1 to " in refused(PrepareConfig(glas, tmp_path / "out", labeled=0))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from semimoe_fast.data import augment
-from semimoe_fast.data.crops import FOREGROUND, JITTER, Crops, Foreground, crops_in
+from semimoe_fast.data import augment, crops
+from semimoe_fast.data.crops import FOREGROUND, JITTER, Crops, Foreground, corners, crops_in
 from semimoe_fast.data.ragged import Ragged, starts_of
 
 CPU = torch.device("cpu")
@@ -144,3 +144,36 @@ def test_masks_of_crops_lie_on_their_images(extent: int) -> None:
     difference = masks[0, inside, 0] - images[0, 0, inside, 0]
     assert difference.abs().max() <= 0.5 + 1e-4  # float32 coordinates, as above
     assert difference.mean().abs() < 0.05  # -0.4 to -0.5 by the rule of INTER_NEAREST
+
+
+def test_corners_reach_the_last_place():
+    draws = torch.linspace(0, 1 - 1e-9, 101, dtype=torch.float64)[:, None].expand(-1, 2)
+    corner = corners(torch.tensor([[3, -3]]).expand(101, 2), draws)
+    assert corner[:, 0].unique().tolist() == [0, 1, 2, 3]
+    assert corner[:, 1].unique().tolist() == [-3, -2, -1, 0]
+
+
+def test_windows_hold_the_largest_crop():
+    made = Crops(ragged((100, 100)), SIZE, CPU, jitter=1.3)
+    rows = torch.zeros(2000, dtype=torch.int64)
+    corner, augmentation = made.draw(rows, torch.Generator().manual_seed(0))
+    assert augmentation.extent.max() == 42  # of 41.6
+    assert made.cut(rows[:2], corner[:2])[0].shape == (2, 3, 42, 42)
+
+
+def test_a_crop_around_a_foreground_pixel_holds_it(monkeypatch):
+    monkeypatch.setattr(crops, "FOREGROUND", 1.0)
+    images = ragged((400, 500), foreground=0)
+    images.masks[500 * 200 + 250] = 1
+    corner, augmentation = draw(images, [0] * 2000)
+    place = torch.tensor([200, 250]) - corner
+    assert ((place >= 0) & (place < augmentation.extent[:, None])).all()
+    assert (place == 0).any(0).all()
+    assert (place == augmentation.extent[:, None] - 1).any(0).all()
+
+
+def test_shares_are_right_on_average():
+    made = Crops(ragged((10, 10), (64, 64), (32, 64), (8, 100)), SIZE, CPU)
+    orders = [made.order(12, torch.Generator().manual_seed(seed)) for seed in range(200)]
+    counts = torch.stack([order.bincount(minlength=4) for order in orders]).double()
+    assert ((counts.mean(0) - torch.tensor([1.5, 6, 3, 1.5])).abs() < 0.15).all()  # 4 standard deviations of 1/2

@@ -229,3 +229,8 @@ def test_numbers_out_of_range_are_refused_before_anything_is_drawn(tmp_path, cha
     with pytest.raises(UserError, match=message):
         write(Folder(tmp_path / "a", **changes))
     assert not (tmp_path / "a").exists()
+
+
+def test_sizes_go_from_min_to_max(tmp_path):
+    shapes = {synthetic._shape(synthetic.Folder(tmp_path, sizes=(20, 22)), number) for number in range(200)}
+    assert shapes == {(height, width) for height in (20, 21, 22) for width in (20, 21, 22)}

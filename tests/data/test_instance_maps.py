@@ -227,3 +227,9 @@ def test_folder_of_synthetic_instances(tmp_path: Path) -> None:
     parts = [load_part(out, part, 32, True, instances=True) for part in ("train_sup_2", "val")]
     assert torch.equal(torch.cat([part.masks for part in parts]), ids[[0, 1, 3]])
     assert torch.equal(torch.cat([part.images for part in parts]), images[[0, 1, 3]])
+
+
+def test_as_many_ids_as_16_bits_hold(tmp_path):
+    ids = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(ids).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_instances(tmp_path / "a.png"), ids)

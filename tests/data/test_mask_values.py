@@ -10,6 +10,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from semimoe_fast.data.components import scattered
 from semimoe_fast.data.folders import read_image, read_instances, read_labels
 from semimoe_fast.errors import UserError
 
@@ -119,3 +120,23 @@ def test_negative_values_of_8_bits_are_no_ids(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", ids - 2)
     with pytest.raises(UserError, match="has the id -2"):
         read_instances(tmp_path / "a.tif")
+
+
+def test_palette_of_white_alone(tmp_path):
+    palette(np.zeros((4, 5), np.uint8), [255, 255, 255]).save(tmp_path / "a.png")
+    assert not read_labels(tmp_path / "a.png").any()
+
+
+def test_mpo(tmp_path):
+    mask = np.zeros((40, 60), np.uint8)
+    mask[5:15, 10:40] = 255
+    Image.fromarray(mask).save(tmp_path / "a.mpo", save_all=True, append_images=[Image.fromarray(mask)])
+    with pytest.raises(UserError, match="is compressed as JPEG, which"):
+        read_labels(tmp_path / "a.mpo")
+
+
+@pytest.mark.parametrize(("parts", "expected"), [(3, False), (4, True)])
+def test_objects_of_a_few_parts_are_ids(parts, expected):
+    labels = np.zeros((3, 2 * parts), np.uint8)
+    labels[0, ::2], labels[2, ::2] = 1, 2
+    assert scattered(labels) == expected

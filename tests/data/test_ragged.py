@@ -192,3 +192,11 @@ def test_header_of_another_size_is_refused(root: Path, cached: Cache, monkeypatc
 
 def test_starts_are_sums_of_the_areas_before() -> None:
     assert starts_of(torch.tensor([[2, 3], [1, 1], [5, 2]])).tolist() == [0, 6, 7]
+
+
+def test_bytes_are_those_of_images_and_masks(root: Path) -> None:
+    part = load_whole(root, "train", True)
+    pixels = sum(height * width for height, width in SHAPES.values())
+    assert part.nbytes == pixels * (3 + part.masks.element_size())
+    part.masks = None
+    assert part.nbytes == 3 * pixels

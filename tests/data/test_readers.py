@@ -190,3 +190,25 @@ def test_slides_without_openslide(tmp_path, monkeypatch):
     (tmp_path / "slide.ndpi").write_bytes(b"II*\0")
     with pytest.raises(UserError, match=r"slides need OpenSlide \(.*\): pip install openslide-python openslide-bin"):
         open_image(tmp_path / "slide.ndpi")
+
+
+def test_a_level_has_enough_resolution_on_both_axes():
+    full, half = (ArrayReader(np.zeros((h, w, 3), np.uint8)) for h, w in ((5, 1000), (2, 500)))
+    assert readers._at_scale([full, half], 0.5, None).size == (2, 500)
+    reader = readers._at_scale([full, half], 0.6, None)
+    assert reader.source is full
+    reader = readers._at_scale([full, ArrayReader(np.zeros((3, 400, 3), np.uint8))], 0.5, None)
+    assert reader.source is full
+
+
+def test_dpi_of_x(tmp_path):
+    Image.fromarray(COLORS).save(tmp_path / "a.png", dpi=(50800, 25400))
+    assert mpp_of(tmp_path / "a.png") == pytest.approx(0.5, rel=1e-3)
+
+
+def test_a_refused_scale_closes_the_file(tmp_path):
+    path = write(tmp_path / "image.tif")
+    with pytest.raises(UserError, match="does not say how large its pixels are"):
+        open_image(path, mpp=0.5)
+    opened = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.exists()]
+    assert str(path) not in opened

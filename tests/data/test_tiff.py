@@ -348,3 +348,31 @@ def test_a_contiguous_image_is_read_by_rows(tmp_path, monkeypatch):
     with open_image(path) as reader:
         assert np.array_equal(reader.read(35, 20, 10, 10), COLORS[35:45, 20:30])
         assert reader.file.bytes == 157 * 3 * 20
+
+
+def test_big_endian_bigtiff(tmp_path):
+    with open_image(write(tmp_path / "image.tif", bigtiff=True, byteorder=">")) as reader:
+        assert isinstance(reader, tiff.PageReader)
+        assert reader.mpp is None
+
+
+def test_resolution_without_a_unit(tmp_path):
+    Image.fromarray(COLORS).save(tmp_path / "image.tif", tiffinfo={282: 50800.0, 283: 50800.0})
+    with tifffile.TiffFile(tmp_path / "image.tif") as file:
+        assert "ResolutionUnit" not in file.pages[0].tags
+    assert mpp_of(tmp_path / "image.tif") == pytest.approx(0.5)
+
+
+def test_resolution_of_0(tmp_path):
+    path = write(tmp_path / "image.tif", resolution=((0, 1), (0, 1)))
+    with tiff.open_levels(path)[0] as reader:
+        assert reader.mpp is None
+
+
+def test_levels_in_any_order(tmp_path):
+    full = COLORS.repeat(8, 0).repeat(8, 1)
+    with tifffile.TiffWriter(tmp_path / "image.tif") as file:
+        file.write(full, photometric="rgb", tile=(256, 256), subifds=2)
+        for step in (4, 2):
+            file.write(full[::step, ::step], photometric="rgb", tile=(256, 256), subfiletype=1)
+    assert [level.size for level in tiff.open_levels(tmp_path / "image.tif")] == [(984, 1256), (246, 314)]

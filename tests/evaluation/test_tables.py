@@ -19,7 +19,7 @@ from PIL import Image
 from semimoe_fast.data.folders import Pair
 from semimoe_fast.evaluation import metrics, page, score_images, summarize
 from semimoe_fast.evaluation.files import Evaluation, Variant
-from semimoe_fast.evaluation.tables import as_csv, as_json, as_text, notes, tables
+from semimoe_fast.evaluation.tables import _short, as_csv, as_json, as_text, notes, tables
 
 LONG = f"case_{'x' * 40}_tile_7"
 HOSTILE = '<script>alert("1")<b>&, =a'
@@ -196,3 +196,26 @@ def test_pictures_show_both_outlines(evaluation: Evaluation) -> None:
         (2 * scale, 20 * scale, (200, 200, 200)),
     ):
         assert tuple(drawn[row, column]) == color
+
+
+@pytest.mark.parametrize(("count", "few"), [(19, True), (20, False)])
+def test_few_images(tmp_path: Path, count: int, few: bool) -> None:
+    maps = [np.eye(5, dtype=np.uint8)] * count
+    scores = score_images(maps, maps)
+    pairs = [Pair(tmp_path / f"{i}.png", tmp_path / f"{i}.png") for i in range(count)]
+    found = Evaluation(pairs, maps, maps, [Variant("predictions", None, False, scores, summarize(scores, 10))])
+    assert any(note.startswith("fewer than 20 images") for note in notes(found)) == few
+
+
+def test_long_names_are_as_long_as_the_column():
+    name = "".join(map(chr, range(65, 105)))
+    assert _short(name) == "..." + name[-31:]
+    assert _short(name[:34]) == name[:34]
+
+
+def test_the_truth_shows_beside_an_equal_prediction():
+    labels = np.zeros((60, 80), np.uint8)
+    labels[10:50, 10:70] = 1
+    drawn = page.with_outlines(np.zeros((60, 80, 3), np.uint8), labels, labels)
+    for color in (page.TRUTH, page.PREDICTION):
+        assert (drawn == color).all(-1).any()

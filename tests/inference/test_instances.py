@@ -149,3 +149,13 @@ def test_unsigned_sdf_is_not_wrapped_around() -> None:
     expected = instances_of(depth > 0, depth.astype(float), least_area=1)
     assert expected.max() == 2
     assert np.array_equal(instances_of(depth > 0, depth, least_area=1), expected)
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int16])
+def test_fields_of_any_dtype_are_those_of_their_numbers(dtype):
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        mask, sdf = random.random((12, 14)) < 0.7, random.integers(0, 6, (12, 14)).astype(dtype)
+        assert np.array_equal(
+            instances_of(mask, sdf, least_area=1), instances_of(mask, sdf.astype(float), least_area=1)
+        )

@@ -137,3 +137,29 @@ def test_polygons_are_those_of_the_whole_image(tmp_path: Path) -> None:
     with GeojsonFile(tmp_path / "b", "b.png"):
         pass
     assert (tmp_path / "b").read_text() == geojson(np.zeros((3, 3), int), "b.png")
+
+
+def valleys(rows, every):
+    """A mask of 9 columns, and a field with a valley after `every` rows."""
+    mask = np.zeros((rows, 11), bool)
+    mask[:, 1:10] = True
+    field = np.where(np.arange(rows) % every < every - 1, 1, 0.1)
+    return mask, np.broadcast_to(field[:, None], mask.shape).astype(np.float32)
+
+
+def test_the_tallest_component_that_is_separated_as_a_whole(tmp_path):
+    """It ends with a window: in parts, a seed level of its own would split its lower half again."""
+    mask, sdf = valleys(16, 4)
+    calls = []
+    stitcher = Stitcher((20, 11), lambda *found: calls.append(found), least_area=1, tall=16)
+    stitcher.add(mask, sdf)
+    assert not calls
+    stitcher.add(np.zeros((4, 11), bool), np.zeros((4, 11), np.float32))
+    assert len(calls) == 1
+
+
+def test_a_quarter_of_a_tall_component_stays_in_the_window():
+    mask, sdf = valleys(60, 4)
+    stitcher = Stitcher((60, 11), lambda *_: None, least_area=1, tall=16)
+    stitcher.add(mask[:20], sdf[:20])
+    assert stitcher.count == 4  # of 5; the last 4 rows are those of one

@@ -10,6 +10,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from semimoe_fast.inference.outputs import write_labels
 from semimoe_fast.inference.tiled_tiff import TiledTiff
 
 
@@ -42,3 +43,10 @@ def test_missing_rows_are_an_error(tmp_path: Path) -> None:
         TiledTiff(tmp_path / "a", (600, 9), "uint8") as f,
     ):
         f.write(np.zeros((520, 9), np.uint8))
+
+
+def test_labels_in_another_format_replace_those_of_an_earlier_call(tmp_path):
+    labels = np.arange(70_000, dtype=np.int32).reshape(200, 350)
+    for count, suffix in ((65_535, ".png"), (65_536, ".tif"), (65_535, ".png")):
+        write_labels(tmp_path / "a.png", np.minimum(labels, count), mpp=0.5)
+        assert [path.suffix for path in tmp_path.iterdir()] == [suffix]

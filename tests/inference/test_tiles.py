@@ -6,6 +6,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from semimoe_fast.checkpoint import Preprocessing
 from semimoe_fast.data.augment import normalize
 from semimoe_fast.data.readers import ArrayReader
 from semimoe_fast.inference import folded, predict_image
-from semimoe_fast.inference.image import eightfold
+from semimoe_fast.inference.image import eightfold, is_slide, mismatch
 from semimoe_fast.inference.tiles import axis, in_tiles, is_empty, overlap_of, resized
 from semimoe_fast.model import SemiMoE
 
@@ -206,3 +207,18 @@ def test_memory_does_not_depend_on_the_height(model: SemiMoE) -> None:
                 pass
         largest.append((tensors.bytes, max(regions)))
     assert largest[0] == largest[1]
+
+
+@pytest.mark.parametrize(
+    ("size", "far"), [((64, 110), True), ((110, 64), True), ((64, 100), False), ((100, 64), False)]
+)
+def test_long_images_are_said_whichever_side_is_long(size, far):
+    image = ArrayReader(np.zeros((*size, 3), np.uint8))
+    assert (mismatch(image, CROPS._replace(sampling="resize")) is not None) == far
+
+
+def test_slides_are_known_by_their_names():
+    assert is_slide(Path("A.SVS"))
+    assert is_slide(Path("a.ndpi"))
+    assert not is_slide(Path("a.tif"))
+    assert not is_slide(None)

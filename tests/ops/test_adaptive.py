@@ -66,3 +66,11 @@ def test_second_derivatives_are_refused() -> None:
     (first,) = torch.autograd.grad(F.adaptive_loss(terms, log_vars), [log_vars], create_graph=True)
     with pytest.raises(RuntimeError, match="first derivatives only"):
         first.sum().backward()
+
+
+def test_strided_terms():
+    terms, log_vars = torch.randn(6)[::2], torch.randn(6)[::2]
+    with ops.backend("reference"):
+        expected = F.adaptive_loss(terms, log_vars)
+    with ops.backend("fused"):
+        torch.testing.assert_close(F.adaptive_loss(terms, log_vars), expected)

@@ -31,6 +31,8 @@ TWO_IMAGE_SIZES = (  # the mask differs from sdf and boundary
     *(zeros(1, 2, 8, 8), zeros(1, 1, 4, 4), zeros(1, 2, 4, 4)),
     *(zeros(1, 8, 8).long(), zeros(1, 4, 4), zeros(1, 4, 4).long()),
 )
+OTHER_SDF_SIZE = (zeros(1, 2, 8, 8), zeros(1, 1, 4, 4), zeros(1, 2, 8, 8))
+OTHER_SDF_TARGETS = (zeros(1, 8, 8).long(), zeros(1, 4, 4), zeros(1, 8, 8).long())
 ONE_HEAD = ([zeros(1, 2, 4, 4)], zeros(1, 1, 1), [zeros(2, 2)], [zeros(2)])
 
 
@@ -47,6 +49,7 @@ ONE_HEAD = ([zeros(1, 2, 4, 4)], zeros(1, 1, 1), [zeros(2, 2)], [zeros(2)])
         (lambda: joint_terms([ONE_SET, (zeros(1, 2, 4, 5), *ONE_SET[1:])]), ValueError, "disagree"),
         (lambda: F.adaptive_loss(zeros(3), zeros(2)), ValueError, "as many terms"),
         (lambda: F.objective_terms(*TWO_IMAGE_SIZES), ValueError, "of the same images"),
+        (lambda: F.objective_terms(*OTHER_SDF_SIZE, *OTHER_SDF_TARGETS), ValueError, "of the same images"),
         (lambda: F.project_experts([zeros(1, 2, 4, 4)], [zeros(1, 2)], (), [zeros(2)]), ValueError, "own_biases match"),
         (lambda: F.multi_gate([], zeros(1, 1, 2), [], []), ValueError, "features are E tensors"),
         (lambda: gate_with_shapes((1, 1, 2), (2, 2), 2), ValueError, "gate_weights"),
@@ -174,3 +177,9 @@ def test_complex_targets_are_refused() -> None:
         F.squared_dice_loss(zeros(1, 2, 4, 4), zeros(1, 4, 4).cfloat())
     with pytest.raises(TypeError, match=r"the sdf is of dtype torch\.complex64"):
         F.tanh_mse_loss(zeros(1, 1, 4, 4), zeros(1, 4, 4).cfloat())
+
+
+def test_256_rows_are_as_many_as_uint8_names():
+    rows = (256, 1, 2)
+    mask, _, _ = F.label_projections(torch.randn(1, 1, sum(rows), 4, 4), torch.ones(1, 3, 1), [*map(zeros, rows)])
+    assert mask.dtype == torch.uint8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import semimoe_fast
 from semimoe_fast import functional as F
 from semimoe_fast.ops import _native_batch_norm
 
@@ -59,3 +60,40 @@ def test_unsupported_tensors_are_refused(index: int, change, message: str) -> No
     with pytest.raises(ValueError, match=message) as caught:
         _native_batch_norm.batch_norm_relu_bwd(*tensors, 2)
     assert "\n" not in str(caught.value)
+
+
+def test_running_statistics_of_other_kinds():
+    x, weight, bias = torch.randn(2, 3, 4, 5), torch.ones(3), torch.zeros(3)
+    results = []
+    for backend in ("reference", "fused"):
+        mean, var = torch.zeros(3), torch.ones(6)[::2]
+        with semimoe_fast.backend(backend):
+            F.batch_norm_relu(x, weight, bias, mean, var)
+        results.append((mean, var))
+    torch.testing.assert_close(*results)
+
+
+def test_strided_parameters():
+    x, weight, bias = torch.randn(2, 3, 4, 5), torch.randn(6)[::2], torch.randn(6)[1::2]
+    results = []
+    for backend in ("reference", "fused"):
+        with semimoe_fast.backend(backend):
+            results.append(F.batch_norm_relu(x, weight, bias, None, None))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def test_running_variance_of_a_constant_is_not_negative():
+    for eps in (1e-5, 1e-3, 0.1, 3e-4):
+        for backend in ("portable", "fused"):
+            mean, var = torch.zeros(3), torch.ones(3)
+            with semimoe_fast.backend(backend):
+                F.batch_norm_relu(
+                    torch.zeros(2, 3, 4, 5), torch.ones(3), torch.zeros(3), mean, var, momentum=1.0, eps=eps
+                )
+            assert (var >= 0).all(), (eps, backend, var)
+
+
+def test_skip_on_another_device():
+    x, ones = torch.randn(2, 3, 4, 5), torch.ones(3)
+    with pytest.raises(ValueError, match="skip is on meta, x on cpu: move them to one device"):
+        F.batch_norm_relu(x, ones, ones, None, None, skip=x.to("meta"))

@@ -251,3 +251,12 @@ def test_bad_masks_get_one_clear_line(call, error: type[Exception], message: str
         call()
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("radius", [46341.0, 1e6, float("inf")])
+@pytest.mark.parametrize("backend", ["reference", "portable", "fused"])
+def test_a_ring_of_any_radius(backend, radius):
+    mask = torch.zeros(1, 4, 5, dtype=torch.uint8)
+    mask[0, 1, 1] = 1
+    with ops.backend(backend):
+        assert torch.equal(F.distance_targets(mask, radius)[1], 1 - mask)

@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from semimoe_fast.training.batches import Batch, Batches, TrainingData, data_device, map_tensors, prefetch, tensors_of
+from semimoe_fast.data.folders import Dataset
+from semimoe_fast.training.batches import (
+    Batch,
+    Batches,
+    MagnifiedSquares,
+    TrainingData,
+    data_device,
+    map_tensors,
+    prefetch,
+    tensors_of,
+)
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.distributed import World
 from semimoe_fast.training.sources import load_data
@@ -131,3 +141,11 @@ def test_map_tensors_keeps_none(config, data) -> None:
     doubled: Batch = map_tensors(batch._replace(unlabeled=None), lambda t: t.to(torch.float64))
     assert doubled.unlabeled is None
     assert all(isinstance(t, Tensor) and t.dtype == torch.float64 for t in tensors_of(doubled))
+
+
+def test_magnified_squares_are_at_independent_places():
+    dataset = Dataset(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), None, ["a"])
+    source = MagnifiedSquares(dataset, CPU, 2.0)
+    _, augmentation = source.draw(torch.zeros(1000, dtype=torch.int64), torch.Generator().manual_seed(0))
+    row, column = augmentation.corner.double().T
+    assert (row != column).double().mean() > 0.8

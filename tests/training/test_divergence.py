@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 
@@ -102,3 +103,10 @@ def test_diverged_run_of_two_processes_ends_both_with_one_line(tiny_config: Trai
     assert len(re.findall("^error: .* in epoch 1: restart with smaller --lr", told, re.MULTILINE)) == 1
     assert "Traceback" not in told
     assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_the_unsupervised_loss_is_named(tmp_path: Path) -> None:
+    totals = {"supervised_total": 1.0, "unsupervised_total": math.inf, "total": math.inf}
+    losses = totals | dict.fromkeys(("supervised_terms", "unsupervised_terms", "loss_weights"), [1.0] * 3)
+    with pytest.raises(UserError, match="the unsupervised loss became inf in epoch 1: restart with smaller --coeff"):
+        divergence.require_finite(losses, {}, 0, tmp_path)

@@ -17,7 +17,7 @@ from semimoe_fast.inference.predictor import foreground
 from semimoe_fast.model import SemiMoE
 from semimoe_fast.training import run
 from semimoe_fast.training.config import TrainConfig
-from semimoe_fast.training.health import Health, expert_health, warn_of_dead_experts
+from semimoe_fast.training.health import MANY, Health, expert_health, warn_of_dead_experts
 from semimoe_fast.training.run import Run
 
 CPU = torch.device("cpu")
@@ -117,3 +117,24 @@ def test_validation_and_health_do_not_tune_cudnn(
     train.main(dataclasses.replace(tiny_config, epochs=1, warmup_epochs=0, out=tmp_path / "run"))
     assert tuned == [False, False]
     assert torch.backends.cudnn.benchmark
+
+
+def test_three_quarters_are_many(tmp_path, capsys):
+    health = Health((MANY, 0.0, 0.0), (0.3, 0.3, 0.3))
+    warn_of_dead_experts(TASKS, health, None, 0, tmp_path)
+    assert "75% of the features of the mask expert are 0" in capsys.readouterr().err
+
+
+def test_a_channel_that_some_images_use_is_alive(monkeypatch):
+    model, calls = SemiMoE(width=4), []
+    run_experts = model.run_experts
+
+    def shut_after_the_first(pixels):
+        calls.append(len(pixels))
+        means, *rest = run_experts(pixels)
+        return means * (len(calls) == 1), *rest
+
+    monkeypatch.setattr(model, "run_experts", shut_after_the_first)
+    health = expert_health(model, images(11), PREPROCESSING, CPU)
+    assert calls == [8, 3]
+    assert health.dead_channels == (0, 0, 0)

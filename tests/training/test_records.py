@@ -88,3 +88,17 @@ def test_run_without_valid_records_finishes_with_warnings(finished: Path, tmp_pa
     told = capsys.readouterr().err
     assert "2 damaged lines are dropped from the file" in told
     assert "holds no record of a validation;" in told
+
+
+def test_records_are_sorted(line: dict, tmp_path: Path) -> None:
+    path = write(tmp_path / "m", *(line | {"epoch": epoch} for epoch in (0, 2, 1)))
+    assert [record["epoch"] for record in records.read(path)] == [0, 1, 2]
+
+
+def test_checkpoint_lost_in_the_second_epoch(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    for name in (run_folder.LAST, run_folder.OVERLAYS):
+        (folder / name).unlink()
+    records.truncate(folder / run_folder.METRICS_FILE, 2)
+    with pytest.raises(UserError, match="is missing, but 2 epochs were trained: restore it, or start a new run"):
+        train.main(dataclasses.replace(read_config(folder), resume=folder))

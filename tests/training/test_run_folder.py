@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 from semimoe_fast import train
 from semimoe_fast.errors import UserError
 from semimoe_fast.training import run_folder
+from semimoe_fast.training.command_line import SYNTHETIC
 from semimoe_fast.training.config import TrainConfig, read_config
 from semimoe_fast.training.lock import LOCK_FILE, FolderLock
 
@@ -135,3 +137,9 @@ def test_options_that_a_resumed_run_changes_are_kept(finished: Path, tmp_path: P
     assert read_config(folder) == dataclasses.replace(before, threads=1, recompute=True)
     run_folder.keep_changes(dataclasses.replace(before, resume=folder, threads=7, profile=True))
     assert read_config(folder) == dataclasses.replace(before, threads=7)
+
+
+def test_the_first_folder_has_no_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with FolderLock() as lock:
+        assert re.fullmatch(r"synthetic-\d{8}-\d{6}", run_folder.new_folder(SYNTHETIC, lock).name)

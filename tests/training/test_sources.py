@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from semimoe_fast.data.folders import load_part
 from semimoe_fast.data.layout import LAYOUT
 from semimoe_fast.errors import UserError
 from semimoe_fast.training.config import TrainConfig
-from semimoe_fast.training.sources import load_data, parts_of, with_parts
+from semimoe_fast.training.sources import load_data, note_of_masks, parts_of, with_parts
 
 COMPLETE = ("train_sup_3/image", "train_sup_3/mask", "train_unsup_9/image", "val/image", "val/mask")
 
@@ -91,3 +94,20 @@ def test_unpacked_glas_is_to_be_laid_out(tiny_config: TrainConfig, tmp_path: Pat
 def test_a_run_has_images_to_validate_on(tiny_config: TrainConfig, tmp_path: Path) -> None:
     message = refused(tiny_config, tmp_path, *COMPLETE, val="none")
     assert message == "--val is none, but a run needs images to validate on: give the name of a part"
+
+
+def test_two_values_are_said(tiny_config, tmp_path):
+    for kind, shape in (("image", (32, 32, 3)), ("mask", (32, 32))):
+        (tmp_path / "train_sup_1" / kind).mkdir(parents=True)
+        pixels = np.zeros(shape, np.uint8)
+        pixels[4:10, 4:10], pixels[20:30, 20:30] = 1, 2
+        Image.fromarray(pixels).save(tmp_path / "train_sup_1" / kind / "a.png")
+    config = dataclasses.replace(tiny_config, data=tmp_path)
+    assert "has 2 values that are not 0" in (note_of_masks(config, load_part(tmp_path, "train_sup_1", 32, True)) or "")
+
+
+def test_stored_squares_hold_the_largest_magnification(tiny_config):
+    config = dataclasses.replace(tiny_config, image_size=32, scale_jitter=1.3)  # 41.6 pixels
+    data, val = load_data(config)
+    assert data.labeled.images.shape[-1] == data.unlabeled.images.shape[-1] == 42
+    assert val.images.shape[-1] == 32
