@@ -19,7 +19,7 @@ def root(tmp_path):
     return tmp_path
 
 
-def test_a_change_that_keeps_the_size_is_seen(root, monkeypatch):  # cache-states
+def test_a_change_that_keeps_the_size_is_seen(root, monkeypatch):
     image = root / "train" / "image" / "1.png"
     store = cache.Entry.write
 
@@ -34,7 +34,7 @@ def test_a_change_that_keeps_the_size_is_seen(root, monkeypatch):  # cache-state
         Cache(root / "cache").load_part(root, "train", 16, True)
 
 
-def test_negative_sides(root, capsys):  # cache-sizes-check
+def test_negative_sides(root, capsys):
     cached = Cache(root / "cache")
     expected = cached.load_whole(root, "train", True)
     (path,) = (root / "cache").glob("*.safetensors")

@@ -62,6 +62,7 @@ def test_unsupported_tensors_are_refused(index: int, change, message: str) -> No
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("default_backend")
 def test_running_statistics_of_other_kinds():
     x, weight, bias = torch.randn(2, 3, 4, 5), torch.ones(3), torch.zeros(3)
     results = []
@@ -73,6 +74,7 @@ def test_running_statistics_of_other_kinds():
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.usefixtures("default_backend")
 def test_strided_parameters():
     x, weight, bias = torch.randn(2, 3, 4, 5), torch.randn(6)[::2], torch.randn(6)[1::2]
     results = []
@@ -82,6 +84,7 @@ def test_strided_parameters():
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("default_backend")
 def test_running_variance_of_a_constant_is_not_negative():
     for eps in (1e-5, 1e-3, 0.1, 3e-4):
         for backend in ("portable", "fused"):
@@ -90,7 +93,7 @@ def test_running_variance_of_a_constant_is_not_negative():
                 F.batch_norm_relu(
                     torch.zeros(2, 3, 4, 5), torch.ones(3), torch.zeros(3), mean, var, momentum=1.0, eps=eps
                 )
-            assert (var >= 0).all(), (eps, backend, var)
+            assert (var >= 0).all()
 
 
 def test_skip_on_another_device():
