@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from refusals import refused
 from safetensors.torch import save_file
 
 from semimoe_fast import checkpoint, evaluate, predict, train
@@ -153,14 +154,6 @@ def test_file_names_that_are_not_utf8(glands_folder: Path, tmp_path: Path, capsy
 
 
 # bad input
-
-
-def refused(command, arguments: list[str]) -> str:
-    """Run a command that must refuse; the one line of its error."""
-    with pytest.raises(UserError) as caught:
-        command(arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(

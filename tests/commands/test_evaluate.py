@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from refusals import refused
 
 from semimoe_fast import checkpoint, evaluate, predict
-from semimoe_fast.errors import UserError
 from semimoe_fast.model import SemiMoE
 from semimoe_fast.training import run_folder
 from semimoe_fast.training.config import CONFIG_FILE
@@ -27,14 +27,6 @@ pytest.importorskip("tyro", reason="commands read their options with tyro")
 def of_run(finished: Path, glands_folder: Path) -> list[str]:
     """Options that score the tiny run on images of another size than its own."""
     return ["--checkpoint", str(finished / run_folder.BEST), "--data", str(glands_folder), "--device", "cpu"]
-
-
-def refused(arguments: list[str]) -> str:
-    """The one line of the error of a command that must refuse."""
-    with pytest.raises(UserError) as caught:
-        evaluate.main(arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_outputs(of_run: list[str], tmp_path: Path, capsys) -> None:
@@ -122,8 +114,11 @@ def test_a_checkpoint_is_scored_at_the_scale_at_which_it_predicts(
 
 def test_scales_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     arguments = ["--checkpoint", "none", "--data", "none"]
-    assert refused([*arguments, "--scale", "0"]) == "--scale is 0.0: give a number from 0.01 to 16"
-    assert refused([*arguments, "--scale", "1", "--mpp", "1"]) == "--scale and --mpp: both given; give one of them"
+    assert refused(evaluate.main, [*arguments, "--scale", "0"]) == "--scale is 0.0: give a number from 0.01 to 16"
+    assert (
+        refused(evaluate.main, [*arguments, "--scale", "1", "--mpp", "1"])
+        == "--scale and --mpp: both given; give one of them"
+    )
 
 
 def test_curves_are_those_of_the_checkpoints_run(finished: Path, tmp_path: Path, capsys) -> None:
@@ -198,25 +193,33 @@ def test_outputs_replace_no_input_and_no_other_output(
     monkeypatch.setattr(evaluate, "evaluate_model", lambda *_: pytest.fail("scores first"))
     monkeypatch.setattr(evaluate, "evaluate_files", lambda *_: pytest.fail("scores first"))
     same = ["--csv", str(tmp_path / "scores"), "--json", f"{tmp_path}/../{tmp_path.name}/scores"]
-    assert refused([*of_run, *same]).endswith("/scores, which is the file of --csv too: give another file")
+    assert refused(evaluate.main, [*of_run, *same]).endswith(
+        "/scores, which is the file of --csv too: give another file"
+    )
     run, data = Path(of_run[1]).parent, Path(of_run[3])
     inputs = [run / run_folder.BEST, run / run_folder.METRICS_FILE, run / CONFIG_FILE]
     for path in (*inputs, data / "val/image/0000.png", data / "val/mask/0001.png"):
         before = path.read_bytes()
-        assert refused([*of_run, "--json", str(path)]) == f"--json is {path}, which is an input too: give another file"
+        assert (
+            refused(evaluate.main, [*of_run, "--json", str(path)])
+            == f"--json is {path}, which is an input too: give another file"
+        )
         assert path.read_bytes() == before
     masks = shutil.copytree(data / "val" / "mask", tmp_path / "masks")
     target = (masks / "0001.png").rename(tmp_path / "target.png")
     (masks / "0001.png").symlink_to(target)
     arguments = ["--predictions", str(masks), "--data", str(data), "--report", str(target)]
-    assert "which is an input too" in refused(arguments)
+    assert "which is an input too" in refused(evaluate.main, arguments)
 
 
 def test_options_of_the_model_need_a_checkpoint() -> None:
     arguments = ["--predictions", "none", "--data", "none"]
-    assert refused([*arguments, "--device", "cpu"]) == "--device is cpu, but --predictions needs no model: leave it out"
-    assert "--precision is bf16, but" in refused([*arguments, "--precision", "bf16"])
-    assert "--mpp is 0.5, but" in refused([*arguments, "--mpp", "0.5"])
+    assert (
+        refused(evaluate.main, [*arguments, "--device", "cpu"])
+        == "--device is cpu, but --predictions needs no model: leave it out"
+    )
+    assert "--precision is bf16, but" in refused(evaluate.main, [*arguments, "--precision", "bf16"])
+    assert "--mpp is 0.5, but" in refused(evaluate.main, [*arguments, "--mpp", "0.5"])
 
 
 def test_options_reach_the_model(of_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,8 +236,10 @@ def test_options_reach_the_model(of_run: list[str], monkeypatch: pytest.MonkeyPa
 
 
 def test_exactly_one_source_is_given() -> None:
-    assert "--checkpoint and --predictions: neither given" in refused(["--data", "none"])
-    assert "both given; give exactly one" in refused(["--data", "none", "--checkpoint", "a", "--predictions", "b"])
+    assert "--checkpoint and --predictions: neither given" in refused(evaluate.main, ["--data", "none"])
+    assert "both given; give exactly one" in refused(
+        evaluate.main, ["--data", "none", "--checkpoint", "a", "--predictions", "b"]
+    )
 
 
 @pytest.mark.parametrize("option", ["--csv", "--json", "--report"])
@@ -245,7 +250,7 @@ def test_output_files_are_checked_first(option: str, tmp_path: Path) -> None:
         (tmp_path / "missing" / "file", "create it first"),
         (Path("/dev/null"), "a device or a pipe"),
     ):
-        line = refused([*arguments, str(path)])
+        line = refused(evaluate.main, [*arguments, str(path)])
         assert line.startswith(f"{option} is {path}")
         assert message in line
 
@@ -269,7 +274,7 @@ def test_a_full_disk_leaves_the_old_file(of_run: list[str], tmp_path: Path, monk
 def test_missing_predictions_are_named(glands_folder: Path, tmp_path: Path) -> None:
     masks = shutil.copytree(glands_folder / "val" / "mask", tmp_path / "masks")
     (masks / "0001.png").unlink()
-    line = refused(["--predictions", str(masks), "--data", str(glands_folder)])
+    line = refused(evaluate.main, ["--predictions", str(masks), "--data", str(glands_folder)])
     assert f"{glands_folder / 'val' / 'image' / '0001.png'} has no prediction: add {masks / '0001.png'}" in line
 
 
@@ -281,10 +286,10 @@ def test_checkpoints_with_other_experts(glands_folder: Path, tmp_path: Path) -> 
     evaluate.main(["--checkpoint", str(tmp_path / "three"), *arguments, "--json", str(tmp_path / "scores.json")])
     names = set(json.loads((tmp_path / "scores.json").read_text())["predictors"])
     assert names == {"gated", "mask expert 1", "mask expert 2", "sdf expert"}
-    assert "no mask" in refused(["--checkpoint", str(tmp_path / "none"), *arguments])
+    assert "no mask" in refused(evaluate.main, ["--checkpoint", str(tmp_path / "none"), *arguments])
 
 
 def test_checkpoint_for_gray_images_is_refused(glands_folder: Path, tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "gray", SemiMoE(in_channels=1, width=2))
     arguments = ["--checkpoint", str(tmp_path / "gray"), "--data", str(glands_folder), "--device", "cpu"]
-    assert "gray: takes images of 1 channels, not RGB" in refused(arguments)
+    assert "gray: takes images of 1 channels, not RGB" in refused(evaluate.main, arguments)

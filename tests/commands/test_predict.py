@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import refused
 
 from semimoe_fast import checkpoint, evaluate, predict
 from semimoe_fast.data import augment
 from semimoe_fast.data.folders import read_image, read_mask, resize_image
 from semimoe_fast.data.readers import mpp_of, open_image
-from semimoe_fast.errors import UserError
 from semimoe_fast.inference import instances_of, polygons_of
 from semimoe_fast.inference.outputs import write_labels, write_overlay
 from semimoe_fast.inference.overlay import outline
@@ -134,24 +134,17 @@ def test_many_labels_are_written_with_32_bits(tmp_path: Path) -> None:
     assert mpp_of(tmp_path / "a.b.tif") == 0.5
 
 
-def refused(arguments: list[str]) -> str:
-    with pytest.raises(UserError) as caught:
-        predict.main(arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 def test_outputs_that_would_replace_images_are_refused(tmp_path: Path) -> None:
     images = tmp_path / "instances"
     images.mkdir()
     (images / "a.png").touch()
     arguments = options(Path("none"), images, tmp_path)
-    assert refused([*arguments, "--instances"]) == (
+    assert refused(predict.main, [*arguments, "--instances"]) == (
         f"{images} is the folder of the images: masks would replace them, give another --out"
     )
-    assert "none does not exist" in refused([*arguments, "--overlay"])
+    assert "none does not exist" in refused(predict.main, [*arguments, "--overlay"])
     (tmp_path / "overlay").touch()
-    assert refused([*arguments, "--overlay"]) == (
+    assert refused(predict.main, [*arguments, "--overlay"]) == (
         f"{tmp_path / 'overlay'} is a file, not a folder: remove it, or give another --out"
     )
 
@@ -164,7 +157,7 @@ def test_bad_values_are_refused(tmp_path: Path) -> None:
         ("--seed-level nan", "--seed-level is nan: give a number from 0 to below 1"),
         ("--least-area -1", "--least-area is -1: give 0 or more"),
     ):
-        assert refused([*arguments, *given.split()]) == message
+        assert refused(predict.main, [*arguments, *given.split()]) == message
 
 
 @pytest.mark.parametrize("head", ["mask", "sdf"])
@@ -177,7 +170,7 @@ def test_checkpoint_that_predicts_nan_is_refused(glands_folder: Path, tmp_path: 
     del metadata["format"], metadata["model"]
     checkpoint.save(path, model, metadata)
     image = next((glands_folder / "val" / "image").iterdir())
-    message = refused(options(path, image, tmp_path / "out", "--instances"))
+    message = refused(predict.main, options(path, image, tmp_path / "out", "--instances"))
     assert message == f"{path} predicts NaN or inf on {image}: give a checkpoint that has not diverged"
     assert not list((tmp_path / "out").glob("*.png"))
 
@@ -190,13 +183,13 @@ def test_existing_files_are_replaced_only_with_overwrite(glands_folder: Path, tm
     arguments = options(model, part / "image", part / "drawn")
     before = {path: path.read_bytes() for path in part.rglob("*.png")}
     for _ in range(2):  # a refused call is not one that was interrupted
-        message = refused(arguments)
+        message = refused(predict.main, arguments)
         first = part / "drawn" / "0000.png"
         assert message == f"{first} exists: give another --out, or --overwrite to replace such files"
     assert {path: path.read_bytes() for path in part.rglob("*") if path.is_file()} == before
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "0001.tif").touch()  # predict removes a mask of this name when it writes 0001.png
-    assert refused(options(model, part / "image", tmp_path / "out")).startswith(
+    assert refused(predict.main, options(model, part / "image", tmp_path / "out")).startswith(
         f"{tmp_path / 'out' / '0001.tif'} exist"
     )
     predict.main([*arguments, "--overwrite"])
@@ -221,7 +214,7 @@ def test_the_masks_of_a_data_folder_are_never_replaced(
         "link": (tmp_path / "link", part / "mask"),
         "relative": (Path(), Path("../mask")),
     }.get(spelling, (part / "image", part / "mask"))
-    message = refused([*options(model, images, masks), "--overwrite"])
+    message = refused(predict.main, [*options(model, images, masks), "--overwrite"])
     assert message == f"--out is {masks}, which has the masks of these images: give another folder"
     for mask in (part / "mask").iterdir():
         mask.unlink()  # now it may hold pseudo-labels
@@ -230,7 +223,9 @@ def test_the_masks_of_a_data_folder_are_never_replaced(
 
 
 def test_out_is_no_file(glands_folder: Path, tmp_path: Path) -> None:
-    message = refused(options(save_model(tmp_path / "model"), glands_folder / "val" / "image", tmp_path / "mask.png"))
+    message = refused(
+        predict.main, options(save_model(tmp_path / "model"), glands_folder / "val" / "image", tmp_path / "mask.png")
+    )
     assert message == f"--out is {tmp_path / 'mask.png'}, but it is a folder for files NAME.png: leave out .png"
     assert not (tmp_path / "mask.png").exists()
 
@@ -244,7 +239,7 @@ def test_images_behind_links_are_never_replaced(glands_folder: Path, tmp_path: P
     (tmp_path / "out" / "0000.png").symlink_to(store / "0000.png")
     before = (store / "0000.png").read_bytes()
     for out in (store, tmp_path / "out"):
-        message = refused(options(model, links, out, "--overwrite"))
+        message = refused(predict.main, options(model, links, out, "--overwrite"))
         assert message == f"{out / '0000.png'} is an input, {store / '0000.png'}: give another --out"
     assert (store / "0000.png").read_bytes() == before
     assert (tmp_path / "out" / "0000.png").is_symlink()
@@ -254,8 +249,10 @@ def test_scikit_image_is_asked_for_before_any_work(tmp_path: Path, monkeypatch: 
     (tmp_path / "image.png").touch()
     monkeypatch.setitem(sys.modules, "skimage", None)
     arguments = options(Path("none"), tmp_path / "image.png", tmp_path / "out")
-    assert refused([*arguments, "--instances"]).endswith("is not installed: run `pip install scikit-image`")
-    assert "none does not exist" in refused(arguments)  # a mask does not need it
+    assert refused(predict.main, [*arguments, "--instances"]).endswith(
+        "is not installed: run `pip install scikit-image`"
+    )
+    assert "none does not exist" in refused(predict.main, arguments)  # a mask does not need it
 
 
 def test_names_that_are_not_utf8(glands_folder: Path, tmp_path: Path) -> None:

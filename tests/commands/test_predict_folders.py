@@ -6,7 +6,8 @@ import resource
 from pathlib import Path
 
 import pytest
-from predictions import call, failing, refused, save_image, save_model
+from predictions import call, failing, save_image, save_model
+from refusals import refused
 
 from semimoe_fast import predict
 from semimoe_fast.data.folders import read_mask
@@ -22,12 +23,12 @@ def test_one_call_at_a_time_predicts_into_a_folder(tmp_path: Path) -> None:
     with Finished(tmp_path, {}) as other:
         other.begin()
         for given in (image, image.parent):
-            assert refused(model, given, tmp_path) == (
+            assert refused(call, model, given, tmp_path) == (
                 f"{tmp_path}: another process is predicting into this folder; wait until it ends, stop it, or give "
                 "another --out"
             )
         other.add(state_of(image))
-    assert refused(model, image, tmp_path, overwrite=False) == (
+    assert refused(call, model, image, tmp_path, overwrite=False) == (
         f"{tmp_path / '.predict.jsonl'} counts images of an interrupted call with other options or images (1): repeat "
         "that call, give another --out, or --overwrite to forget it"
     )
@@ -46,7 +47,9 @@ def test_an_interrupted_call_on_a_single_image_goes_on(tmp_path: Path, monkeypat
         with pytest.raises(KeyboardInterrupt):
             call(model, image, out, "--probability", overwrite=False)
     assert sorted(path.name for path in out.rglob("*.*")) == [".predict.jsonl", "a.ome.tif"]
-    assert refused(model, image, out, "--probability", "--tta", overwrite=False).startswith(f"{out}/probability/a.ome")
+    assert refused(call, model, image, out, "--probability", "--tta", overwrite=False).startswith(
+        f"{out}/probability/a.ome"
+    )
     call(model, image, out, "--probability", overwrite=False)
     assert sorted(path.name for path in out.rglob("*.*")) == ["a.ome.tif", "a.png"]
 
@@ -64,7 +67,7 @@ def test_files_that_are_no_images_are_said(tmp_path: Path, capsys: pytest.Captur
     said = f"warning: {images}: left out, as their names do not end as those of images (2): report.pdf, scan.heic\n"
     assert said in capsys.readouterr().err
     (images / "a.tif").unlink()
-    assert refused(model, images, tmp_path / "three") == (
+    assert refused(call, model, images, tmp_path / "three") == (
         f"{images} holds no image (it has report.pdf, scan.heic): put PNG, TIFF, BMP or JPEG files there or correct "
         "the path"
     )
@@ -84,7 +87,9 @@ def test_a_resumed_call_replaces_only_what_it_began(tmp_path: Path, monkeypatch:
     save_image(tmp_path / "images" / "b.tif", 40, 50)
     (out / "b.png").write_text("of the user")
     (out / "a.png").write_text("of the interrupted call")
-    assert refused(model, image.parent, out, overwrite=False).startswith(f"{out / 'b.png'} exists: give another --out")
+    assert refused(call, model, image.parent, out, overwrite=False).startswith(
+        f"{out / 'b.png'} exists: give another --out"
+    )
     (out / "b.png").unlink()
     call(model, image.parent, out, overwrite=False)
     assert sorted(path.name for path in out.iterdir()) == ["a.png", "b.png"]
@@ -200,5 +205,5 @@ def test_one_squashed_image_is_said_once(tmp_path, capsys):
 def test_a_single_image_that_fails_leaves_no_list(tmp_path):
     model, image = save_model(tmp_path / "model"), save_image(tmp_path / "a.tif", 70, 90)
     image.write_bytes(image.read_bytes()[:-4000])
-    assert "a.tif is truncated" in refused(model, image, tmp_path / "out")
+    assert "a.tif is truncated" in refused(call, model, image, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from predictions import call, failing, fields_of, refused, save_image, save_model
+from predictions import call, failing, fields_of, save_image, save_model
+from refusals import refused
 
 from semimoe_fast import predict
 from semimoe_fast.data import tiff
@@ -47,7 +48,7 @@ def test_scale_decides_and_the_mask_has_the_size_of_the_file(tmp_path: Path, cap
     for model, scale in ((crops, 1.0), (squares, None)):  # its own scale; squashed
         mask = read_mask(call(model, image, tmp_path / "out", tiles=model != squares) / "image.png")
         assert np.array_equal(mask, (fields_of(model, image, scale)[0] > 0.5).numpy())
-    assert refused(crops, save_image(tmp_path / "plain.tif", 70, 70), tmp_path / "out", "--mpp", "1").startswith(
+    assert refused(call, crops, save_image(tmp_path / "plain.tif", 70, 70), tmp_path / "out", "--mpp", "1").startswith(
         f"{tmp_path / 'plain.tif'} does not say how large its pixels are"
     )
 
@@ -94,7 +95,7 @@ def test_large_masks_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     call(model, image, out, "--overlay")
     assert (out / "overlay" / "a.png").exists()
     monkeypatch.setattr(predict, "MOST_WITH_OVERLAY", 14_999)
-    assert refused(model, image, out, "--overlay") == (
+    assert refused(call, model, image, out, "--overlay") == (
         f"{image} is 150 x 100 pixels, and --overlay takes images of up to 0.015 megapixels: leave it out, or cut the "
         "image"
     )
@@ -140,7 +141,7 @@ def test_slides_and_large_images_are_not_squashed(tmp_path: Path, monkeypatch: p
 
     model, image = save_model(tmp_path / "m", sampling="resize"), save_image(tmp_path / "a.tif", 70, 90)
     monkeypatch.setattr(module, "MOST_PIXELS", 80)
-    message = refused(model, image, tmp_path / "out", tiles=False)
+    message = refused(call, model, image, tmp_path / "out", tiles=False)
     assert message.startswith(f"{image} is 90 x 70 pixels, too large to be squashed")
     assert "--scale" in message
     call(model, image, tmp_path / "out", "--scale", "1")
@@ -161,16 +162,16 @@ def test_slides_and_large_images_are_not_squashed(tmp_path: Path, monkeypatch: p
 )
 def test_bad_values_are_refused(tmp_path: Path, given: str, message: str) -> None:
     image = save_image(tmp_path / "a.tif", 20, 20)
-    assert refused(tmp_path / "none", image, tmp_path / "out", *given.split()) == message
+    assert refused(call, tmp_path / "none", image, tmp_path / "out", *given.split()) == message
 
 
 def test_options_without_effect_are_refused(tmp_path: Path) -> None:
     image, crops = save_image(tmp_path / "a.tif", 70, 90), save_model(tmp_path / "crops", ("mask",))
-    assert refused(crops, image, tmp_path / "out", "--fields") == (
+    assert refused(call, crops, image, tmp_path / "out", "--fields") == (
         f"--fields: {crops} has no expert for sdf or boundary; leave it out"
     )
     squares = save_model(tmp_path / "squares", sampling="resize")
-    assert refused(squares, image, tmp_path / "out") == (
+    assert refused(call, squares, image, tmp_path / "out") == (
         f"--tile-size is 64, but images are squashed to the 32 x 32 of {squares}: add --scale or --mpp to predict in "
         "tiles, or leave it out"
     )
@@ -184,7 +185,7 @@ def test_a_file_is_opened_once_and_its_scale_has_limits(tmp_path: Path, monkeypa
     monkeypatch.setattr(tiff, "open_levels", lambda path: opened.append(path) or open_levels(path))
     call(save_model(tmp_path / "known", mpp=2.0), image, tmp_path / "out")
     assert opened == [image]
-    assert refused(save_model(tmp_path / "odd", mpp=1e-6), image, tmp_path / "out") == (
+    assert refused(call, save_model(tmp_path / "odd", mpp=1e-6), image, tmp_path / "out") == (
         f"{image} has 1 microns a pixel and would be read at 1e-06, 1e+06 pixels per pixel of the file: choose "
         "microns at which they are 0.01 to 16, or correct its resolution"
     )
@@ -206,7 +207,7 @@ def test_names_of_ome_tiffs(tmp_path: Path) -> None:
     out = call(model, image.parent, tmp_path / "out", "--probability")
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == ["probability/x.ome.tif", "x.ome.png"]
     other = save_image(tmp_path / "images" / "x.tif", 40, 50)
-    assert refused(model, image.parent, tmp_path / "new", "--probability") == (
+    assert refused(call, model, image.parent, tmp_path / "new", "--probability") == (
         f"{image} and {other.name} would both be written to {tmp_path / 'new' / 'probability' / 'x.ome.tif'}: remove "
         "or rename one"
     )

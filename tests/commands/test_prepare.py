@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from refusals import refused
 
 from semimoe_fast import prepare
 from semimoe_fast.errors import UserError
@@ -117,37 +118,30 @@ def test_all_may_be_labeled(crag: Path, tmp_path: Path, capsys: pytest.CaptureFi
     )
 
 
-def refused(config: PrepareConfig) -> str:
-    with pytest.raises(UserError) as caught:
-        prepare.prepare(config)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 def test_a_folder_in_use_is_refused_first(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for out in (tmp_path, tmp_path / "file"):
-        assert refused(PrepareConfig(tmp_path / "missing", out)) == (
+        assert refused(prepare.prepare, PrepareConfig(tmp_path / "missing", out)) == (
             f"{out} exists and is not an empty folder: choose another --out"
         )
 
 
 def test_bad_folders_are_refused(glas: Path, crag: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert "missing is not a folder" in refused(PrepareConfig(tmp_path / "missing", out))
+    assert "missing is not a folder" in refused(prepare.prepare, PrepareConfig(tmp_path / "missing", out))
     assert "has neither train_*_anno.bmp (GlaS) nor train/Images (CRAG)" in refused(
-        PrepareConfig(crag / "train" / "Images", out)
+        prepare.prepare, PrepareConfig(crag / "train" / "Images", out)
     )
-    assert "--labeled is 6: give 1 to 5" in refused(PrepareConfig(glas, out, labeled=6))
+    assert "--labeled is 6: give 1 to 5" in refused(prepare.prepare, PrepareConfig(glas, out, labeled=6))
     (glas / "train_3_anno.bmp").unlink()
-    assert "train_3.bmp has no mask train_3_anno.bmp" in refused(PrepareConfig(glas, out))
+    assert "train_3.bmp has no mask train_3_anno.bmp" in refused(prepare.prepare, PrepareConfig(glas, out))
     (glas / "train_3.bmp").unlink()
     (glas / "testB_1.bmp").unlink()
-    assert "testB_1_anno.bmp has no image testB_1" in refused(PrepareConfig(glas, out))
+    assert "testB_1_anno.bmp has no image testB_1" in refused(prepare.prepare, PrepareConfig(glas, out))
     (glas / "testB_1_anno.bmp").unlink()
-    assert "testB_*.bmp: there is no such file" in refused(PrepareConfig(glas, out))
+    assert "testB_*.bmp: there is no such file" in refused(prepare.prepare, PrepareConfig(glas, out))
     (crag / "valid" / "Images" / "valid_1.png").unlink()
-    assert "valid_1.png has no image valid_1" in refused(PrepareConfig(crag, out))
+    assert "valid_1.png has no image valid_1" in refused(prepare.prepare, PrepareConfig(crag, out))
     assert not out.exists()
 
 
@@ -161,4 +155,4 @@ def test_a_named_pipe_is_refused_before_anything_is_copied(glas: Path, tmp_path:
 
 
 def test_no_labeled_image_is_refused(glas: Path, tmp_path: Path) -> None:
-    assert "--labeled is 0: give 1 to " in refused(PrepareConfig(glas, tmp_path / "out", labeled=0))
+    assert "--labeled is 0: give 1 to " in refused(prepare.prepare, PrepareConfig(glas, tmp_path / "out", labeled=0))

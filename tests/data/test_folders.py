@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import refused
 
 from semimoe_fast.data import folders
 from semimoe_fast.data.folders import load_part, read_image, read_mask, resize_image, resize_mask
@@ -121,9 +122,7 @@ BAD_PARTS = {
 def test_bad_part(root, case):
     path, spoil, parts = BAD_PARTS[case]
     spoil(root / "train" / path)
-    with pytest.raises(UserError) as caught:
-        load_part(root, "train", 16, with_masks=True)
-    assert_one_line(caught, [str(root), *parts])
+    assert_parts(refused(load_part, root, "train", 16, with_masks=True), [str(root), *parts])
 
 
 @pytest.mark.parametrize(
@@ -139,9 +138,10 @@ def test_only_regular_files_are_read(root, make, kind):
     """Reading a named pipe would wait forever."""
     path = root / "train" / "image" / "9.png"
     make(path)
-    with pytest.raises(UserError) as caught:
-        load_part(root, "train", 16, with_masks=True)
-    assert str(caught.value) == f"{path} is not a file but a {kind}: remove or rename it"
+    assert (
+        refused(load_part, root, "train", 16, with_masks=True)
+        == f"{path} is not a file but a {kind}: remove or rename it"
+    )
 
 
 def test_a_file_that_may_not_be_read(root, monkeypatch):
@@ -155,9 +155,7 @@ def test_a_file_that_may_not_be_read(root, monkeypatch):
 
     monkeypatch.setattr(Path, "open", open_others)
     for read in (folders.read_header, folders.read_image, lambda _: load_part(root, "train", 16, with_masks=True)):
-        with pytest.raises(UserError) as caught:
-            read(path)
-        assert str(caught.value) == f"{path}: you may not read it; change its permissions"
+        assert refused(read, path) == f"{path}: you may not read it; change its permissions"
 
 
 def test_image_of_one_pixel(root):
@@ -171,23 +169,21 @@ def test_image_of_one_pixel(root):
 
 def test_unknown_part_names_the_others(root):
     (root / "val" / "image").mkdir(parents=True)
-    with pytest.raises(UserError) as caught:
-        load_part(root, "test", 16, with_masks=False)
-    assert_one_line(caught, [str(root / "test" / "image"), "missing", "has the parts train, val", "another part"])
+    assert_parts(
+        refused(load_part, root, "test", 16, with_masks=False),
+        [str(root / "test" / "image"), "missing", "has the parts train, val", "another part"],
+    )
 
 
 def test_missing_root(tmp_path):
-    with pytest.raises(UserError) as caught:
-        load_part(tmp_path / "nowhere", "train", 16, with_masks=False)
-    assert_one_line(caught, [str(tmp_path / "nowhere"), "not a folder", "correct the path"])
+    assert_parts(
+        refused(load_part, tmp_path / "nowhere", "train", 16, with_masks=False),
+        [str(tmp_path / "nowhere"), "not a folder", "correct the path"],
+    )
 
 
-def assert_one_line(caught, parts):
-    """The error message is one line that contains all parts."""
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
+def assert_parts(line: str, parts: list[str]) -> None:
+    assert [part for part in parts if part not in line] == []
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -227,9 +223,7 @@ DEEP = {"16-bit": np.uint16, "32-bit": np.int32, "float": np.float32}
 @pytest.mark.parametrize("kind", DEEP)
 def test_deep_image_is_refused(tmp_path, kind):
     path = save(IDS.astype(DEEP[kind]), tmp_path / "a.tif")
-    with pytest.raises(UserError) as caught:
-        read_image(path)
-    assert_one_line(caught, [str(path), "more than 8 bits per channel", "save it as 8-bit RGB"])
+    assert_parts(refused(read_image, path), [str(path), "more than 8 bits per channel", "save it as 8-bit RGB"])
 
 
 @pytest.mark.parametrize("channels", [3, 4])
@@ -237,9 +231,7 @@ def test_deep_image_is_refused(tmp_path, kind):
 def test_deep_color_is_refused(tmp_path, channels, suffix):
     path = tmp_path / f"a.{suffix}"
     deep_png(path, channels)
-    with pytest.raises(UserError) as caught:
-        read_image(path)
-    assert_one_line(caught, [str(path), "more than 8 bits per channel", "save it as 8-bit RGB"])
+    assert_parts(refused(read_image, path), [str(path), "more than 8 bits per channel", "save it as 8-bit RGB"])
 
 
 MASKS = {
@@ -272,25 +264,19 @@ def test_palette_mask_is_its_indices(tmp_path):
 
 def test_colored_mask_is_refused(tmp_path):
     path = save(COLORS, tmp_path / "a.png")
-    with pytest.raises(UserError) as caught:
-        read_mask(path)
-    assert_one_line(caught, [str(path), "color image (mode RGB)", "one channel"])
+    assert_parts(refused(read_mask, path), [str(path), "color image (mode RGB)", "one channel"])
 
 
 def test_deep_color_mask_is_refused(tmp_path):
     """Pillow keeps only the high bytes of such ids, so the channels stay equal but most ids become 0."""
     cv2 = pytest.importorskip("cv2")
     cv2.imwrite(str(tmp_path / "a.png"), np.repeat(IDS[..., None], 3, 2).astype(np.uint16))
-    with pytest.raises(UserError) as caught:
-        read_mask(tmp_path / "a.png")
-    assert_one_line(caught, [str(tmp_path / "a.png"), "color image", "one channel"])
+    assert_parts(refused(read_mask, tmp_path / "a.png"), [str(tmp_path / "a.png"), "color image", "one channel"])
 
 
 def test_float_mask_is_refused(tmp_path):
     path = save(IDS.astype(np.float32), tmp_path / "a.tif")
-    with pytest.raises(UserError) as caught:
-        read_mask(path)
-    assert_one_line(caught, [str(path), "floating-point", "one channel"])
+    assert_parts(refused(read_mask, path), [str(path), "floating-point", "one channel"])
 
 
 ORIENTATIONS = {  # EXIF tag -> function that turns the stored pixels upright

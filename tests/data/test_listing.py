@@ -5,27 +5,20 @@ from __future__ import annotations
 import unicodedata
 from pathlib import Path
 
-import pytest
+from refusals import refused
 
 from semimoe_fast.data.listing import list_images, note_of_others
 from semimoe_fast.data.readers import SLIDES
-from semimoe_fast.errors import UserError
-
-
-def refused(folder: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        list_images(folder)
-    return str(caught.value)
 
 
 def test_a_missing_folder(tmp_path: Path) -> None:
-    assert refused(tmp_path / "nowhere") == f"{tmp_path / 'nowhere'} is not a folder: correct the path"
+    assert refused(list_images, tmp_path / "nowhere") == f"{tmp_path / 'nowhere'} is not a folder: correct the path"
 
 
 def test_names_that_differ_in_how_letters_are_composed(tmp_path: Path) -> None:
     for form, ending in (("NFC", ".png"), ("NFD", ".tif")):
         (tmp_path / unicodedata.normalize(form, f"drüse{ending}")).touch()
-    assert "have the same stem but for how letters are composed: remove or rename one" in refused(tmp_path)
+    assert "have the same stem but for how letters are composed: remove or rename one" in refused(list_images, tmp_path)
 
 
 def test_files_that_are_no_images_are_named(tmp_path: Path) -> None:
@@ -39,7 +32,7 @@ def test_files_that_are_no_images_are_named(tmp_path: Path) -> None:
     assert note_of_others(tmp_path) == f"{said} (3): report.pdf, scan.heic, slide.svs"
     assert note_of_others(tmp_path, SLIDES) == f"{said} (2): report.pdf, scan.heic"
     (tmp_path / "a.png").unlink()
-    assert refused(tmp_path) == (
+    assert refused(list_images, tmp_path) == (
         f"{tmp_path} holds no image (it has report.pdf, scan.heic, slide.svs): put PNG, TIFF, BMP or JPEG files there "
         "or correct the path"
     )

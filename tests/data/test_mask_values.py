@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from refusals import refused
 
 from semimoe_fast.data.components import scattered
 from semimoe_fast.data.folders import read_image, read_instances, read_labels
@@ -77,11 +78,9 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_unclear_mask_is_refused_with_the_reason(tmp_path: Path, name: str) -> None:
     write, message = REFUSED[name]
     write(tmp_path / name)
-    with pytest.raises(UserError) as caught:
-        read_labels(tmp_path / name)
-    assert str(caught.value).startswith(f"{tmp_path / name} ")
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    line = refused(read_labels, tmp_path / name)
+    assert line.startswith(f"{tmp_path / name} ")
+    assert message in line
 
 
 ACCEPTED: dict[str, Callable[[Path], object]] = {

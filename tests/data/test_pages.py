@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from refusals import refused
 
 from semimoe_fast.data.folders import read_image, read_labels
 from semimoe_fast.data.readers import open_image
-from semimoe_fast.errors import UserError
 
 COLORS = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
 CHANNELS = np.ascontiguousarray(COLORS.transpose(2, 0, 1))
@@ -45,9 +45,7 @@ def test_first_page_that_is_not_the_image_is_refused(
 ) -> None:
     path = tmp_path / "a.ome.tif"
     write(path)
-    with pytest.raises(UserError) as caught:
-        read(path)
-    assert str(caught.value).startswith(f"{path} {message}")
+    assert refused(read, path).startswith(f"{path} {message}")
 
 
 @pytest.mark.parametrize("kind", ["imagej", "ome"])

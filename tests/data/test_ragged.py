@@ -9,6 +9,7 @@ import pytest
 import torch
 from caches import flip
 from PIL import Image
+from refusals import refused
 from safetensors import safe_open
 
 from semimoe_fast.data import cache, folders
@@ -176,11 +177,8 @@ def test_bad_files_raise_the_same_errors_as_without_a_cache(root: Path, cached: 
     ]
     for damage in damages:
         damage()
-        with pytest.raises(UserError) as expected:
-            load_whole(root, "train", True)
-        with pytest.raises(UserError) as caught:
-            cached.load_whole(root, "train", True)
-        assert str(caught.value) == str(expected.value)
+        expected = refused(load_whole, root, "train", True)
+        assert refused(cached.load_whole, root, "train", True) == expected
         assert not list(cached.folder.iterdir() if cached.folder.exists() else [])
 
 

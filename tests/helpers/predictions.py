@@ -10,7 +10,6 @@ import tifffile
 import torch
 
 from semimoe_fast import checkpoint, predict
-from semimoe_fast.errors import UserError
 from semimoe_fast.inference import open_for, predict_image
 from semimoe_fast.model import SemiMoE
 
@@ -47,13 +46,6 @@ def call(model: Path, images: Path, out: Path, *more: str, tiles: bool = True, o
     words += ["--tile-size", "64"] * tiles + ["--overwrite"] * overwrite
     predict.main([str(word) for word in [*words, *more]])
     return out
-
-
-def refused(*arguments: object, **options: bool) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*arguments, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def failing(capsys: pytest.CaptureFixture, *arguments: object, overwrite: bool = True) -> str:

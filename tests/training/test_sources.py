@@ -8,22 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from refusals import refused
 
 from semimoe_fast.data.folders import load_part
 from semimoe_fast.data.layout import LAYOUT
-from semimoe_fast.errors import UserError
 from semimoe_fast.training.config import TrainConfig
 from semimoe_fast.training.sources import load_data, note_of_masks, parts_of, with_parts
 
 COMPLETE = ("train_sup_3/image", "train_sup_3/mask", "train_unsup_9/image", "val/image", "val/mask")
 
 
-def refused(config: TrainConfig, root: Path, *folders: str, **changes: object) -> str:
+def refused_layout(config: TrainConfig, root: Path, *folders: str, **changes: object) -> str:
     for folder in folders:
         (root / folder).mkdir(parents=True)
-    with pytest.raises(UserError) as caught:
-        parts_of(dataclasses.replace(config, data=root, **changes))
-    return str(caught.value)
+    return refused(parts_of, dataclasses.replace(config, data=root, **changes))
 
 
 def test_parts_are_found_by_their_names(tiny_config: TrainConfig, tmp_path: Path) -> None:
@@ -82,17 +80,17 @@ def test_synthetic_glands_without_unlabeled_ones_make_a_supervised_run(tiny_conf
 def test_other_layouts_are_refused(
     tiny_config: TrainConfig, tmp_path: Path, folders: tuple[str, ...], remedy: str
 ) -> None:
-    message = refused(tiny_config, tmp_path, *folders)
+    message = refused_layout(tiny_config, tmp_path, *folders)
     assert message.startswith(f"{tmp_path}{remedy.replace('ROOT', str(tmp_path))}")
 
 
 def test_unpacked_glas_is_to_be_laid_out(tiny_config: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "train_1_anno.bmp").touch()
-    assert refused(tiny_config, tmp_path).endswith("lay it out with `python -m semimoe_fast.prepare`")
+    assert refused_layout(tiny_config, tmp_path).endswith("lay it out with `python -m semimoe_fast.prepare`")
 
 
 def test_a_run_has_images_to_validate_on(tiny_config: TrainConfig, tmp_path: Path) -> None:
-    message = refused(tiny_config, tmp_path, *COMPLETE, val="none")
+    message = refused_layout(tiny_config, tmp_path, *COMPLETE, val="none")
     assert message == "--val is none, but a run needs images to validate on: give the name of a part"
 
 
