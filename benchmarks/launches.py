@@ -40,11 +40,11 @@ class Launch:
         """Size of all tensors of the launch. A kernel reads or writes each of them once."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
-    @functools.cached_property
+    @property
     def disassembly(self) -> str:
         return _run_on(self.binary.asm["cubin"], "nvdisasm", "-c")
 
-    @functools.cached_property
+    @property
     def resources(self) -> dict[str, int]:
         """Registers and stack bytes per thread, and shared memory bytes per block."""
         usage = _run_on(self.binary.asm["cubin"], "cuobjdump", "--dump-resource-usage")
@@ -109,6 +109,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
         yield from _tensors(tuple(values.values()))
 
 
+@functools.cache  # launches share binaries
 def _run_on(cubin: bytes, tool: str, *options: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

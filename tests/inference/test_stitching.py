@@ -48,10 +48,10 @@ def stitched(mask: np.ndarray, sdf: np.ndarray | None, piece: int, tall: int, le
 
 def agreement(found: np.ndarray, expected: np.ndarray) -> tuple[int, int]:
     """Instances of one label image that cover exactly the same pixels as one of the other, and those of either."""
-    pairs, both = np.unique(np.stack([found.ravel(), expected.ravel()]), axis=1, return_counts=True)
-    inside = (pairs > 0).all(0)
+    pairs, both = np.unique(found.ravel().astype(np.int64) << 32 | expected.ravel(), return_counts=True)
+    ours, theirs = pairs >> 32, pairs & 0xFFFF_FFFF
     a, b = np.bincount(found.ravel()), np.bincount(expected.ravel())
-    same = int(((both == a[pairs[0]]) & (both == b[pairs[1]]) & inside).sum())
+    same = int(((both == a[ours]) & (both == b[theirs]) & (ours > 0) & (theirs > 0)).sum())
     return same, max(np.count_nonzero(a[1:]), np.count_nonzero(b[1:]))
 
 

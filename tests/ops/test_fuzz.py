@@ -53,24 +53,26 @@ def test_random_cases_under_sanitizers(program: str, build: Path, tmp_path: Path
     if run_patiently(probe, input=b"int main() {}", capture_output=True).returncode != 0:
         pytest.skip("the compiler's sanitizers were not found")
     run(tool("cmake"), "--build", build)
-    output = run(build / program, "5", "0")
-    print(output)  # how many cases were checked in 5 s
+    output = run(build / program, "2", "0")
+    print(output)  # how many cases were checked in 2 s
     checked = re.match(r"(\d+) images checked", output)
     assert checked is not None
     assert int(checked[1]) > 0  # the number depends on the machine
 
 
-@pytest.mark.parametrize("level", ["-O0", pytest.param("-O3", marks=pytest.mark.slow)])
-def test_kernels_share_no_function(build: Path, level: str) -> None:
-    """The linker keeps one copy of a shared function, which may use instructions that the processor lacks."""
+def test_kernels_share_no_function(build: Path) -> None:
+    """The linker keeps one copy of a shared function, which may use instructions that the processor lacks.
+
+    Compiled without optimization, which puts no function into its caller.
+    """
     commands = json.loads((build / "compile_commands.json").read_text())
     kernels = [shlex.split(entry["command"]) for entry in commands if entry["file"].endswith("kernels.cpp")]
     assert kernels
     for command in kernels:
         (name,) = re.findall(r"-DSEMIMOE_SIMD=(\w+)", " ".join(command))
         (table,) = re.findall(r"csrc/(\w+)\.cpp$", command[-1])
-        compiled = build / f"{name}_{table}{level}.o"
+        compiled = build / f"{name}_{table}.o"
         command[command.index("-o") + 1] = str(compiled)
-        run(*command, "-fno-sanitize=all", level)
+        run(*command, "-fno-sanitize=all", "-O0")
         symbols = run(tool("nm"), "--extern-only", "--defined-only", "--demangle", "--format=posix", compiled)
         assert [line.rsplit(maxsplit=3)[0] for line in symbols.splitlines()] == [f"semimoe::{name}::{table}"]

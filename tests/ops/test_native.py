@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
+import subprocess
 import sys
 import threading
 import types
@@ -195,21 +196,31 @@ def test_old_driver_is_explained(driver: int, runs: bool, monkeypatch: pytest.Mo
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")
-@pytest.mark.parametrize(
-    "architecture", [90, *(pytest.param(sm, marks=pytest.mark.slow) for sm in (75, 80, 86, 89, 100, 120))]
-)
-def test_cuda_kernels_compile_without_spills(architecture: int, tmp_path: Path) -> None:
-    command = ["nvcc", "-std=c++17", f"-arch=sm_{architecture}", "-Xptxas=-v", "-Werror=all-warnings", "-cubin"]
+def test_cuda_kernels_compile_without_warnings(tmp_path: Path) -> None:
+    command = ["nvcc", "-std=c++17", "-arch=sm_90", "-Werror=all-warnings", "-cubin"]
     compiled = run_patiently(
         [*command, SOURCES / "distance.cu", "-o", tmp_path / "distance.cubin"], capture_output=True, text=True
     )
     assert compiled.returncode == 0, compiled.stderr
-    kernels = len(re.findall("^__global__", (SOURCES / "distance.cu").read_text(), re.MULTILINE))
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled.stderr)
-    assert spills == [("0", "0", "0")] * kernels, compiled.stderr
     cubin = (tmp_path / "distance.cubin").read_bytes()
     assert b"distance_read_kernel" in cubin
     assert b"_GLOBAL__N_" not in cubin, "an anonymous namespace, named after the folder: not reproducible"
+
+
+def test_cuda_kernels_use_no_local_memory() -> None:
+    """No stack and no spilled register, in the code of every GPU generation that the module was built for."""
+    native = _native.module()
+    if native.built_with["cuda"] is None:
+        pytest.skip("the compiled module was built without CUDA")
+    triton = pytest.importorskip("triton", reason="its package has cuobjdump")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    listed = subprocess.run(
+        [tool, "--dump-resource-usage", native.__file__], check=True, capture_output=True, text=True
+    )
+    assert set(re.findall(r"arch = sm_(\d+)", listed.stdout)) == set(native.built_with["cuda_archs"].split())
+    used = re.findall(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", listed.stdout)
+    assert used
+    assert set(used) == {("0", "0")}
 
 
 def test_python_calls_the_cuda_function_with_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
