@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import in_fork
 from PIL import Image
 
 ROOT = next((folder for folder in Path(__file__).parents if (folder / "README.md").is_file()), Path())
@@ -94,14 +95,22 @@ def test_commands_run(page: Path, tmp_path: Path) -> None:
     """Every line of the page's shell blocks, in order, in one folder with the data sets that it names."""
     pytest.importorskip("tyro")
     as_distributed(tmp_path)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
     for _, block in blocks(page, "sh"):
         for line in block.splitlines():
-            command = substituted(line)
-            folder = ROOT if command.startswith("make") else tmp_path
-            done = subprocess.run(shlex.split(command), cwd=folder, env=environment, capture_output=True, text=True)
-            assert done.returncode == 0, f"{page.name}: {line}\n{done.stdout}{done.stderr}"
+            ended = in_fork(lambda command=shlex.split(substituted(line)): execute(command, tmp_path))
+            assert ended.status == 0, f"{page.name}: {line}\n{ended.output}"
+
+
+def execute(command: list[str], folder: Path) -> None:
+    """Run a command; one that runs a module here runs in this process, whose imports are done."""
+    os.chdir(ROOT if command[0] == "make" else folder)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    if command[:2] == ["python", "-m"]:
+        sys.argv = command[2:]
+        runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+    else:
+        os.execvp(command[0], command)
 
 
 def test_make_has_the_targets_that_the_pages_name() -> None:
