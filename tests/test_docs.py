@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import runpy
@@ -97,7 +98,7 @@ def test_commands_run(page: Path, tmp_path: Path) -> None:
     as_distributed(tmp_path)
     for _, block in blocks(page, "sh"):
         for line in block.splitlines():
-            ended = in_fork(lambda command=shlex.split(substituted(line)): execute(command, tmp_path))
+            ended = in_fork(functools.partial(execute, shlex.split(substituted(line)), tmp_path))
             assert ended.status == 0, f"{page.name}: {line}\n{ended.output}"
 
 

@@ -28,14 +28,24 @@ def nothing() -> None:
 
 
 def start(config: TrainConfig, run: Path, processes: int = 1, before: Callable[[], object] = nothing) -> list[Child]:
-    """Start or resume the run in folder `run`, one child a process. Each child calls `before` first.
-
-    The parent plays the part of torchrun: it hosts the store of the ranks and sets their environment.
-    """
+    """Start or resume the run in folder `run`, one child a process. Each child calls `before` first."""
     if (run / CONFIG_FILE).exists():
         config = dataclasses.replace(read_config(run), resume=run)
     else:  # killed before it wrote its configuration
         config = dataclasses.replace(config, out=run)
+
+    def main() -> None:
+        before()
+        train.main(config)
+
+    return start_ranks(main, processes)
+
+
+def start_ranks(call: Callable[[], object], processes: int) -> list[Child]:
+    """The children that run `call`, in rank order.
+
+    The parent plays the part of torchrun: it hosts the store of the ranks and sets their environment.
+    """
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) if processes > 1 else None
 
     def main(rank: int) -> None:
@@ -43,8 +53,7 @@ def start(config: TrainConfig, run: Path, processes: int = 1, before: Callable[[
             os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(processes)}
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
             os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
-        before()
-        train.main(config)
+        call()
 
     children = [Child(lambda rank=rank: main(rank)) for rank in range(processes)]
     children[0].store = store  # lives as long as the children

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from refusals import refused
-from runs import records
+from runs import finish, records
 from stopping import StopAfter
 
 from semimoe_fast import checkpoint, synthetic, train
@@ -226,19 +223,10 @@ def test_evaluation_of_the_files_gives_the_counts_of_validation(crops: TrainConf
 @pytest.mark.slow
 def test_two_processes_train_and_validate_as_one(crops: TrainConfig, mixed: Path, tmp_path: Path) -> None:
     """Without dropout, which differs by rank, and with synchronized BN."""
-    pytest.importorskip("tyro")
     one, two = tmp_path / "one", tmp_path / "two"
-    options = f"--data {mixed} --sampling crops --image-size 32 --width 2 --epochs 2 --warmup-epochs 1 --lr 0.01 "
-    options += "--steps-per-epoch 2 --dropout 0 --sync-bn --device cpu --stain 0.2 --noise 0.05"
-    train.main([*options.split(), "--out", str(one)])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(
-        [*command, "-m", "semimoe_fast.train", *options.split(), "--out", str(two)],
-        check=True,
-        capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
-        timeout=120,
-    )
+    config = dataclasses.replace(crops, epochs=2, lr=0.01, dropout=0.0, sync_bn=True, instances=False)
+    train.main(dataclasses.replace(config, out=one))
+    finish(config, two, processes=2)
     for ours, theirs in zip(records(two), records(one), strict=True):
         # other order of fp32 sums, over 23 layers of two channels, as in test_distributed.py
         assert ours["total"] == pytest.approx(theirs["total"], rel=1e-3)

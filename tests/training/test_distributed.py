@@ -1,9 +1,10 @@
-"""Runs of several processes (torchrun, gloo): equality with one process, interruption, lost ranks, bad settings."""
+"""Runs of several processes (gloo): equality with one process, interruption, lost ranks, bad settings."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,14 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import Child, Ended
 from refusals import refused
-from runs import assert_same_run, records
+from runs import assert_same_run, records, start, start_ranks
 
 from semimoe_fast import checkpoint, train
 from semimoe_fast.errors import UserError
 from semimoe_fast.model import SemiMoE
-from semimoe_fast.training import command_line, distributed, report, run_folder
-from semimoe_fast.training.config import TrainConfig
+from semimoe_fast.training import distributed, report, run_folder
+from semimoe_fast.training.config import TrainConfig, read_config
 from semimoe_fast.training.distributed import World
 from semimoe_fast.training.sources import load_data
 from semimoe_fast.training.trainer import Trainer
@@ -30,59 +32,42 @@ EPOCHS = 4  # of two steps; long enough to interrupt
 
 
 @pytest.fixture(scope="module")
-def options(tiny: list[str]) -> list[str]:
+def configuration(tiny_config: TrainConfig) -> TrainConfig:
     """Three validation images, which two processes cannot share equally."""
-    return [*tiny, "--synthetic", "2", "4", "3"]
+    return dataclasses.replace(tiny_config, synthetic=(2, 4, 3))
 
 
 @pytest.fixture(scope="module")
-def pair(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pair(configuration: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an uninterrupted run of two processes."""
     folder = tmp_path_factory.mktemp("runs") / "pair"
-    assert_finishes(folder, *options, "--epochs", str(EPOCHS), "--out", str(folder))
+    assert_finishes(dataclasses.replace(configuration, epochs=EPOCHS), folder)
     return folder
 
 
-def launch(*options: str, processes: int = 2) -> subprocess.Popen:
-    pytest.importorskip("tyro", reason="commands read their options with tyro")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.Popen(
-        [*command, "-m", "semimoe_fast.train", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
-    )
+def assert_finishes(config: TrainConfig, folder: Path, processes: int = 2) -> None:
+    """Start or resume a run and check that it succeeds and that only the main process prints."""
+    resumed = folder.exists()
+    ended = [child.wait() for child in start(config, folder, processes)]
+    assert [child.status for child in ended] == [0] * processes, ended
+    lines = report.summary(records(folder), folder).count("\n") + 2  # 1 for the settings, 1 for the last line
+    assert [len(printed(child)) for child in ended] == [lines + resumed] + [0] * (processes - 1), ended
+    assert ended[0].output.count(f"are in {folder}") == 1
 
 
-def assert_finishes(folder: Path, *options: str, processes: int = 2) -> None:
-    """Launch a run and check that it succeeds and that only one process prints."""
-    process = launch(*options, processes=processes)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert output.count(f"are in {folder}") == 1
-    assert output.count("\n") == printed_lines(folder) + ("--resume" in options)  # which says how much was trained
+def printed(child: Ended) -> list[str]:
+    """The lines of a child, without the progress bar."""
+    return [line for line in re.split(r"[\r\n]+", child.output) if line and not line.startswith("train: ")]
 
 
-def printed_lines(folder: Path) -> int:
-    return report.summary(records(folder), folder).count("\n") + 2  # 1 for the settings, 1 for the last line
-
-
-def launch_and_wait(folder: Path, options: list[str], processes: int = 2) -> tuple[subprocess.Popen, list[int]]:
-    """Launch a run, wait for its first checkpoint; return torchrun and the ids of its processes in rank order."""
-    process = launch(*options, "--epochs", str(EPOCHS), "--out", str(folder), processes=processes)
+def start_and_wait(config: TrainConfig, folder: Path, processes: int = 2) -> list[Child]:
+    """Start a run and wait for its first checkpoint."""
+    children = start(dataclasses.replace(config, epochs=EPOCHS), folder, processes)
     deadline = time.monotonic() + 60
     while not (folder / run_folder.LAST).exists():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, "timeout"
+        assert time.monotonic() < deadline, [child.wait(1) for child in children]
         time.sleep(0.02)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return process, sorted((int(child) for child in children), key=rank_of)
-
-
-def rank_of(process: int) -> str:
-    variables = Path(f"/proc/{process}/environ").read_bytes().decode().split("\0")
-    return next(variable for variable in variables if variable.startswith("RANK="))
+    return children
 
 
 def assert_close(folder: Path, expected: dict[str, torch.Tensor], state: float, moments: float) -> None:
@@ -97,12 +82,12 @@ def assert_close(folder: Path, expected: dict[str, torch.Tensor], state: float, 
 
 
 @pytest.mark.slow
-def test_two_processes_with_sync_bn_equal_one(options: list[str], tmp_path: Path) -> None:
+def test_two_processes_with_sync_bn_equal_one(configuration: TrainConfig, tmp_path: Path) -> None:
     """Parameters, BN statistics, optimizers and metrics, without dropout, which differs by rank."""
-    options = [*options, "--dropout", "0", "--lr", "0.01", "--sync-bn"]
+    config = dataclasses.replace(configuration, dropout=0.0, lr=0.01, sync_bn=True)
     one, two = tmp_path / "one", tmp_path / "two"
-    train.main([*options, "--out", str(one)])
-    assert_finishes(two, *options, "--recompute", "--out", str(two))
+    train.main(dataclasses.replace(config, out=one))
+    assert_finishes(dataclasses.replace(config, recompute=True), two)
     # other order of fp32 sums, over 23 layers of two channels whose BN sees as few as 8 pixels: measured 2e-4, and 1e-2
     # in the moments; without --sync-bn the errors are 0.3 and 9
     assert_close(two, checkpoint.read(one / run_folder.LAST)[1], 2e-3, 0.1)
@@ -128,17 +113,16 @@ class Apart(World):
         return [tensor]
 
 
-def test_gradients_are_averaged_over_the_ranks(options: list[str], tmp_path: Path) -> None:
+def test_gradients_are_averaged_over_the_ranks(configuration: TrainConfig, tmp_path: Path) -> None:
     """Expected: two trainers in this process, one per rank, whose gradients the test averages."""
-    options = [*options, "--dropout", "0"]
-    parsed = command_line.parse(options)
-    torch.set_num_threads(parsed.threads)
-    data, _ = load_data(parsed)
-    trainers = [Trainer(parsed, data, torch.device("cpu"), Apart(rank, 2)) for rank in range(2)]
+    config = dataclasses.replace(configuration, dropout=0.0)
+    torch.set_num_threads(config.threads)
+    data, _ = load_data(config)
+    trainers = [Trainer(config, data, torch.device("cpu"), Apart(rank, 2)) for rank in range(2)]
     for trainer in trainers:
         for optimizer in (trainer.optimizer, trainer.adam):
             optimizer.step = lambda: None  # the step of the class is called below, after averaging
-    for _ in range(parsed.epochs):
+    for _ in range(config.epochs):
         for batches in zip(*(trainer.begin_epoch() for trainer in trainers), strict=True):
             for trainer, batch in zip(trainers, batches, strict=True):
                 trainer.train_step(batch)
@@ -153,7 +137,7 @@ def test_gradients_are_averaged_over_the_ranks(options: list[str], tmp_path: Pat
     for mine, other in zip(*(trainer.model.buffers() for trainer in trainers), strict=True):
         assert not mine.is_floating_point() or not torch.equal(mine, other)  # the ranks trained different rows
         mine.copy_((mine + other) / 2)  # a run averages them at the end of each epoch
-    assert_finishes(tmp_path / "run", *options, "--recompute", "--out", str(tmp_path / "run"))
+    assert_finishes(dataclasses.replace(config, recompute=True), tmp_path / "run")
     expected = trainers[0].state() | {f"model.{k}": v for k, v in trainers[0].model.state_dict().items()}
     assert_close(tmp_path / "run", expected, 1e-5, 1e-5)  # only the order of the averages differs
 
@@ -166,94 +150,88 @@ def test_ranks_draw_different_dropout(pair: Path) -> None:
 
 
 @pytest.mark.slow
-def test_signal_to_one_rank_stops_all_ranks_and_the_run_resumes_bitwise(options: list[str], tmp_path: Path) -> None:
+def test_signal_to_one_rank_stops_all_ranks_and_the_run_resumes_bitwise(
+    configuration: TrainConfig, tmp_path: Path
+) -> None:
     """Three ranks, because the sum of two gradients does not depend on DDP's buckets."""
-    options = [*options, *"--synthetic 3 6 2 --labeled-batch 3 --unlabeled-batch 3".split()]
+    config = dataclasses.replace(configuration, synthetic=(3, 6, 2), labeled_batch=3, unlabeled_batch=3, epochs=EPOCHS)
     folder, uninterrupted = tmp_path / "run", tmp_path / "uninterrupted"
-    process, ranks = launch_and_wait(folder, options, processes=3)
-    os.kill(ranks[1], signal.SIGTERM)  # not the main process
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode != 0
+    children = start_and_wait(config, folder, processes=3)
+    os.kill(children[1].process, signal.SIGTERM)  # not the main process
+    ended = [child.wait() for child in children]
+    assert [child.status for child in ended] == [128 + signal.SIGTERM] * 3
     remedy = f"torchrun --nproc-per-node 3 -m semimoe_fast.train --resume {folder}"
-    assert output.splitlines()[1:] == [f"interrupted by SIGTERM; continue with: {remedy}"]
-    assert_finishes(folder, "--resume", str(folder), processes=3)
-    assert_finishes(uninterrupted, *options, "--epochs", str(EPOCHS), "--out", str(uninterrupted), processes=3)
+    settings, *lines = printed(ended[0])
+    assert lines == [f"interrupted by SIGTERM; continue with: {remedy}"], settings
+    assert [printed(child) for child in ended[1:]] == [[], []]
+    assert_finishes(config, folder, processes=3)
+    assert_finishes(config, uninterrupted, processes=3)
     assert_same_run(folder, uninterrupted)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
-def test_lost_rank_ends_the_run_which_resumes(options: list[str], pair: Path, tmp_path: Path, capsys, lost) -> None:
+def test_lost_rank_ends_the_run_which_resumes(
+    configuration: TrainConfig, pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], lost: int
+) -> None:
     folder = tmp_path / "run"
-    process, ranks = launch_and_wait(folder, options)
-    os.kill(ranks[lost], signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
-    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert lines[0].startswith("error: another process of this run was lost (")
-    assert lines[0].endswith(f"continue with: torchrun --nproc-per-node 2 -m semimoe_fast.train --resume {folder}")
+    children = start_and_wait(configuration, folder)
+    children[lost].kill()
+    assert children[lost].wait().status == -signal.SIGKILL
+    survivor = children[1 - lost].wait()
+    assert survivor.status == 1, survivor
+    (line,) = (line for line in printed(survivor) if line.startswith("error: "))
+    assert line.startswith("error: another process of this run was lost (")
+    assert line.endswith(f"continue with: torchrun --nproc-per-node 2 -m semimoe_fast.train --resume {folder}")
     if lost == 0:
-        assert_finishes(folder, "--resume", str(folder))
+        assert_finishes(configuration, folder)
         assert_same_run(folder, pair)
     else:  # one process resumes
-        train.main(["--resume", str(folder)])
+        train.main(dataclasses.replace(read_config(folder), resume=folder))
         assert "saved by 2 processes, resumed by 1: dropout draws other random numbers" in capsys.readouterr().out
         assert [record["epoch"] for record in records(folder)] == list(range(EPOCHS))
         assert "rank1.random.cpu" not in checkpoint.read(folder / run_folder.LAST)[1]
 
 
 @pytest.mark.slow
-def test_user_error_is_printed_once(options: list[str], tmp_path: Path) -> None:
-    process = launch(*options, "--labeled-batch", "3", "--out", str(tmp_path / "run"))
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert output == ""
-    lines = [line for line in errors.splitlines() if "error: " in line]
+def test_user_error_is_printed_once(tiny: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = [*tiny, "--labeled-batch", "3", "--out", str(tmp_path / "run")]
+    ended = subprocess.run([*command, "-m", "semimoe_fast.train", *options], capture_output=True, text=True, timeout=60)
+    assert ended.returncode != 0
+    assert ended.stdout == ""
+    lines = [line for line in ended.stderr.splitlines() if "error: " in line]
     assert lines == ["error: --labeled-batch is 3, which 2 processes cannot share: give a multiple of 2"]
     assert not (tmp_path / "run").exists()
 
 
-SLOW_MAIN = """
-import time
-from datetime import timedelta
-from semimoe_fast.training import distributed
-distributed.TIMEOUT = timedelta(seconds=4)
-with distributed.join() as world:
-    started = time.monotonic()
-    world.main_first(lambda: time.sleep(8) if world.is_main else print(time.monotonic() - started > 7))
-"""
-
-
 @pytest.mark.slow
-def test_ranks_wait_for_rank_0_beyond_the_timeout(tmp_path: Path) -> None:
+def test_ranks_wait_for_rank_0_beyond_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding may take longer than TIMEOUT."""
-    (tmp_path / "slow_main.py").write_text(SLOW_MAIN)
-    command = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    process = subprocess.run(
-        [sys.executable, *command, str(tmp_path / "slow_main.py")],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert process.returncode == 0, process.stderr
-    assert process.stdout == "True\n"
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=1))
+
+    def decode_slowly() -> None:
+        with distributed.join() as world:
+            started = time.monotonic()
+            world.main_first(lambda: time.sleep(3) if world.is_main else print(time.monotonic() - started > 2))
+
+    ended = [child.wait() for child in start_ranks(decode_slowly, 2)]
+    assert [child.status for child in ended] == [0, 0], ended
+    assert [child.output for child in ended] == ["", "True\n"]
 
 
 @pytest.mark.slow
-def test_main_process_caches_the_images(glands_folder: Path, tmp_path: Path) -> None:
+def test_main_process_caches_the_images(tiny_config: TrainConfig, glands_folder: Path, tmp_path: Path) -> None:
     """The run is the same with a cache and, after one warning, without one."""
-    options = "--image-size 32 --width 2 --epochs 1 --warmup-epochs 0 --device cpu --data".split()
+    config = dataclasses.replace(tiny_config, data=glands_folder, epochs=1, warmup_epochs=0)
     runs = [tmp_path / name / "run" for name in ("kept", "not")]
     for run in runs:
         run.parent.mkdir()
     (tmp_path / "not" / "cache").touch()
     for run, warnings in zip(runs, (0, 1), strict=True):
-        process = launch(*options, str(glands_folder), "--out", str(run))
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-        assert errors.count("decoded images are not kept") == warnings
+        ended = [child.wait() for child in start(config, run, 2)]
+        assert [child.status for child in ended] == [0, 0], ended
+        assert "".join(child.output for child in ended).count("decoded images are not kept") == warnings
     assert len(list((tmp_path / "kept" / "cache").iterdir())) == 3
     assert_same_run(*runs)
 
