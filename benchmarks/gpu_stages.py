@@ -25,7 +25,7 @@ SAVING = 20.0  # seconds from one writing of the result file to the next
 WORKERS = 8
 
 # The packaging tests are left out: they install the tree into environments of their own and use no GPU.
-TESTS = ("tests", "--ignore=tests/commands/test_packaging.py", "-m", "not network")
+TESTS = ("tests", "--ignore=tests/commands/test_packaging.py")
 OF_THE_GPU = (
     r"\[cuda\b(?! on)",  # not "cuda on the cpu", the emulator
     "_cuda_(?!kernels|context|function)",

@@ -1,4 +1,4 @@
-"""Install the package as users do (from the tree, editable, as a wheel), and use it inside and outside the tree."""
+"""Build the archives of the package, install its wheel, and use it inside and outside the tree."""
 
 from __future__ import annotations
 
@@ -111,35 +111,6 @@ def install(environment: Environment, *arguments: str | Path, **variables: str) 
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.network
-def test_pip_install(tree: Path, environment: Environment, tmp_path: Path) -> None:
-    """Install in build isolation, without torch, for two GPU generations; use it from the root and elsewhere."""
-    install(environment, tree, SEMIMOE_CUDA_ARCHS="80,90")
-    root, elsewhere = environment.report(cwd=tree), environment.report(cwd=tmp_path)
-    assert Path(root["package"]).is_relative_to(tree)
-    assert Path(elsewhere["package"]).is_relative_to(environment.site)
-    for report in (root, elsewhere):
-        assert Path(report["kernels"]).is_relative_to(environment.site)
-        assert Path(report["native"]).is_relative_to(environment.site)
-        assert report["built_with"]["cuda_archs"] == ("80 90" if shutil.which("nvcc") else "")
-    for folder in (tree, tmp_path):
-        assert "usage" in environment.run("-m", "semimoe_fast.train", "--help", cwd=folder)
-        assert "fused" in environment.run("-m", "semimoe_fast.info", cwd=folder)
-
-
-@pytest.mark.slow
-def test_editable_install(tree: Path, environment: Environment, tmp_path: Path) -> None:
-    """The build does not find nvcc."""
-    install(environment, "--no-build-isolation", "--editable", tree, SEMIMOE_CUDA="AUTO", CUDACXX="/nowhere/nvcc")
-    for folder in (tree, tmp_path):
-        report = environment.report(cwd=folder)
-        assert Path(report["package"]) == tree / "semimoe_fast" / "__init__.py"
-        assert Path(report["kernels"]) == tree / "kernels" / "__init__.py"
-        assert Path(report["native"]).parent == tree
-        assert report["built_with"]["cuda"] is None
-
-
 @pytest.fixture(scope="module")
 def builder(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     return Environment(tmp_path_factory.mktemp("builder") / "venv")
@@ -152,8 +123,9 @@ def build_sdist(builder: Environment, tree: Path, out: Path) -> Path:
 
 
 def build_wheel(builder: Environment, source: Path, out: Path) -> Path:
-    """The wheel without CUDA of a folder or a source archive."""
-    built = builder.pip("wheel", "--no-build-isolation", "--wheel-dir", out, source, SEMIMOE_CUDA="OFF", **WHEN)
+    """The wheel of a folder or a source archive, whose build does not find nvcc."""
+    without = {"SEMIMOE_CUDA": "AUTO", "CUDACXX": "/nowhere/nvcc"}
+    built = builder.pip("wheel", "--no-build-isolation", "--wheel-dir", out, source, **without, **WHEN)
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = out.glob("*.whl")
     return wheel
@@ -171,7 +143,7 @@ def wheel(builder: Environment, sdist: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.slow
-def test_wheel_alone(wheel: Path, environment: Environment, tmp_path: Path) -> None:
+def test_installed_wheel(wheel: Path, tree: Path, environment: Environment, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (metadata,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
@@ -183,10 +155,16 @@ def test_wheel_alone(wheel: Path, environment: Environment, tmp_path: Path) -> N
     assert {name.split(".")[0] for name in top_level} == {"semimoe_fast", "_semimoe_fast"}  # nothing called kernels
 
     install(environment, "--no-index", wheel)
-    report = environment.report(cwd=tmp_path)
-    for part in ("package", "kernels", "native"):
-        assert Path(report[part]).is_relative_to(environment.site)
-    assert report["built_with"]["cuda"] is None
+    root, elsewhere = environment.report(cwd=tree), environment.report(cwd=tmp_path)
+    assert Path(root["package"]).is_relative_to(tree)
+    assert Path(elsewhere["package"]).is_relative_to(environment.site)
+    for report in (root, elsewhere):
+        assert Path(report["kernels"]).is_relative_to(environment.site)
+        assert Path(report["native"]).is_relative_to(environment.site)
+        assert report["built_with"]["cuda"] is None
+    for folder in (tree, tmp_path):
+        assert "usage" in environment.run("-m", "semimoe_fast.train", "--help", cwd=folder)
+        assert "fused" in environment.run("-m", "semimoe_fast.info", cwd=folder)
 
 
 @pytest.mark.slow
