@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import re
-import runpy
 import shlex
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from forks import in_fork
+from forks import in_fork, run_module
 from PIL import Image
 
 ROOT = next((folder for folder in Path(__file__).parents if (folder / "README.md").is_file()), Path())
@@ -103,13 +102,12 @@ def test_commands_run(page: Path, tmp_path: Path) -> None:
 
 
 def execute(command: list[str], folder: Path) -> None:
-    """Run a command; one that runs a module here runs in this process, whose imports are done."""
+    """Become the command. A module runs in this process."""
     os.chdir(ROOT if command[0] == "make" else folder)
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     if command[:2] == ["python", "-m"]:
-        sys.argv = command[2:]
-        runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+        run_module(*command[2:])
     else:
         os.execvp(command[0], command)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import in_fork, run_module
 from PIL import Image
 from refusals import refused
 from safetensors.torch import save_file
@@ -333,28 +335,19 @@ def test_ambiguous_parts_are_listed(glands_folder: Path, tmp_path: Path) -> None
     assert "(parts of this folder: train_sup_1, train_sup_2)" in message
 
 
-@pytest.mark.slow
 def test_command_line_shows_one_line_and_no_traceback(tiny: list[str], tmp_path: Path) -> None:
     missing = str(tmp_path / "nothing")
     (tmp_path / "nothing.file").touch()
-    for command in (
+    for name, *options in (
         ["train", "--data", missing],
         ["evaluate", "--checkpoint", missing, "--data", missing],
         ["predict", "--checkpoint", missing, "--input", missing, "--out", missing],
         ["train", *tiny, "--out", f"{missing}.file/run"],
     ):
-        process = subprocess.run(
-            [sys.executable, "-m", f"semimoe_fast.{command[0]}", *command[1:]],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | {"TQDM_DISABLE": "1"},
-        )
-        assert process.returncode == 2
-        assert process.stderr.startswith("error: ")
-        assert missing in process.stderr
-        assert process.stderr.count("\n") == 1
-        assert not process.stdout
+        ended = in_fork(functools.partial(run_module, f"semimoe_fast.{name}", *options))
+        assert ended.status == 2
+        assert re.fullmatch(r"error: [^\n]+\n", ended.output)
+        assert missing in ended.output
 
 
 def test_the_package_lists_its_commands() -> None:

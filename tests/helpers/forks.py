@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import signal
 import sys
 import time
@@ -88,6 +89,12 @@ class Child:
                 self.output += part
         except BlockingIOError:
             pass
+
+
+def run_module(name: str, *arguments: str) -> None:
+    """What `python -m NAME ARGUMENTS` does, in this process, whose imports are done."""
+    sys.argv = [name, *arguments]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def in_fork(call: Callable[[], object], seconds: float = 120) -> Ended:

@@ -76,7 +76,7 @@ def check_target_rules(mask: Tensor, squared: Tensor, sdf: Tensor, ring: Tensor,
 @pytest.mark.parametrize("square", [0, 1, 2, 13, 18, 29, 52, 53, 25_000_000, 25_000_001])
 def test_the_ring_holds_pixels_whose_distance_is_its_radius(square: int, any_backend: str) -> None:
     """The float64 square of math.sqrt(13) is below 13, and 25,000,000 and the next integer are one float32."""
-    mask = torch.zeros(1, 9, 5_003 if square > 100 else 9, dtype=torch.uint8)
+    mask = torch.zeros(1, *((2, 5_003) if square > 100 else (9, 9)), dtype=torch.uint8)
     mask[0, 0, 0] = 1
     radius = math.sqrt(square)
     _, ring = F.distance_targets(mask, radius)
