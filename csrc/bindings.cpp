@@ -226,41 +226,19 @@ PYBIND11_MODULE(_semimoe_fast, module) {
   py::list instruction_sets;
   for (const semimoe::Kernels* kernels : semimoe::supported_kernels()) instruction_sets.append(kernels->name);
   module.attr("instruction_sets") = py::tuple(instruction_sets);
-  module.def("squared_distance", &squared_distance, py::arg("labels"), py::arg("element_size"), py::arg("instances"),
-             py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("out"), py::arg("instruction_set"),
-             py::arg("threads"), without_gil);
-  module.def("distance_targets", &distance_targets, py::arg("labels"), py::arg("element_size"), py::arg("instances"),
-             py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("squared_ring_radius"), py::arg("sdf"),
-             py::arg("boundary"), py::arg("instruction_set"), py::arg("threads"), without_gil);
-  module.def("objective_terms", &objective_terms, py::arg("sizes"), py::arg("logits"), py::arg("targets"),
-             py::arg("terms"), py::arg("alpha"), py::arg("beta"), py::arg("instruction_set"), py::arg("threads"),
-             without_gil);
-  module.def("objective_gradients", &objective_gradients, py::arg("sizes"), py::arg("logits"), py::arg("targets"),
-             py::arg("alpha"), py::arg("beta"), py::arg("grad_output"), py::arg("gradients"),
-             py::arg("instruction_set"), py::arg("threads"), without_gil);
-  module.def("batch_norm_relu_forward", &batch_norm_relu_forward, py::arg("sizes"), py::arg("element"),
-             py::arg("channels_last"), py::arg("x"), py::arg("addresses"), py::arg("eps"), py::arg("y"),
-             py::arg("instruction_set"), py::arg("threads"), without_gil);
-  module.def("batch_norm_update_running", &batch_norm_update_running, py::arg("groups"), py::arg("channels"),
-             py::arg("values"), py::arg("addresses"), py::arg("momentum"), py::arg("eps"));
-  module.def("batch_norm_relu_eval", &batch_norm_relu_eval, py::arg("sizes"), py::arg("element"),
-             py::arg("channels_last"), py::arg("x"), py::arg("addresses"), py::arg("y"), py::arg("instruction_set"),
-             py::arg("threads"), without_gil);
-  module.def("batch_norm_relu_backward", &batch_norm_relu_backward, py::arg("sizes"), py::arg("element"),
-             py::arg("channels_last"), py::arg("x"), py::arg("grad_output"), py::arg("addresses"), py::arg("grad_x"),
-             py::arg("grad_weight"), py::arg("grad_bias"), py::arg("instruction_set"), py::arg("threads"), without_gil);
-  module.def("blur", &blur, py::arg("sizes"), py::arg("images"), py::arg("weights"), py::arg("radius"),
-             py::arg("instruction_set"), py::arg("threads"), without_gil);
-  module.def("max_pool", &max_pool, py::arg("sizes"), py::arg("element"), py::arg("x"), py::arg("pooled"),
-             py::arg("instruction_set"), py::arg("threads"), without_gil);
-  module.def("max_pool_backward", &max_pool_backward, py::arg("sizes"), py::arg("element"), py::arg("x"),
-             py::arg("grad_pooled"), py::arg("dy"), py::arg("dy_stride"), py::arg("dx"), py::arg("instruction_set"),
-             py::arg("threads"), without_gil);
+  module.def("squared_distance", &squared_distance, without_gil);
+  module.def("distance_targets", &distance_targets, without_gil);
+  module.def("objective_terms", &objective_terms, without_gil);
+  module.def("objective_gradients", &objective_gradients, without_gil);
+  module.def("batch_norm_relu_forward", &batch_norm_relu_forward, without_gil);
+  module.def("batch_norm_update_running", &batch_norm_update_running);
+  module.def("batch_norm_relu_eval", &batch_norm_relu_eval, without_gil);
+  module.def("batch_norm_relu_backward", &batch_norm_relu_backward, without_gil);
+  module.def("blur", &blur, without_gil);
+  module.def("max_pool", &max_pool, without_gil);
+  module.def("max_pool_backward", &max_pool_backward, without_gil);
 #ifdef SEMIMOE_CUDA_VERSION
-  module.def("distance_cuda", &distance_cuda, py::arg("mask"), py::arg("element_size"), py::arg("instances"),
-             py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("words"), py::arg("gaps"), py::arg("far"),
-             py::arg("state"), py::arg("squared"), py::arg("squared_ring_radius"), py::arg("sdf"), py::arg("boundary"),
-             py::arg("stream"), without_gil);
+  module.def("distance_cuda", &distance_cuda, without_gil);
   module.def("driver_version", &semimoe::driver_version);
 #endif
 }

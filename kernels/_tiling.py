@@ -136,24 +136,13 @@ def chunk_sizes(start, tiling, CHUNKS: tl.constexpr):
     return (pixels_before(end, tiling) - pixels_before(first, tiling)).to(tl.float32)[:, None]
 
 
-def layout_of(x: Tensor) -> torch.memory_format:
-    """Channels-last or contiguous. Tensors of one channel or of images of one pixel are both: channels-last here."""
-    is_last = x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if is_last else torch.contiguous_format
-
-
-def dense(x: Tensor) -> Tensor:
-    """x in place if it is channels-last or contiguous, else a contiguous copy."""
-    return x.contiguous(memory_format=layout_of(x))
-
-
 def tiling_of(x: Tensor, groups: int) -> Tiling:
     """The tiling of a dense tensor (B, C, H, W)."""
     batch, channels, height, width = x.shape
     images, pixels = batch // groups, height * width
     elements = TILE_BYTES // x.element_size()
     padded = triton.next_power_of_2(channels)
-    channels_last = layout_of(x) == torch.channels_last
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
     if channels_last:
         images, pixels = 1, images * pixels
         tile_channels = min(padded, ROW_BYTES // x.element_size())

@@ -38,9 +38,7 @@ from torch import Tensor
 
 from ._tiling import (
     chunk_sizes,
-    dense,
     grid_of,
-    layout_of,
     load_channels,
     load_chunks,
     load_reference,
@@ -291,15 +289,11 @@ def batch_norm_relu_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = relu(batch_norm(x)) with the statistics of each group; y, mean and 1 / sqrt(variance + eps).
 
-    x: (B, C, H, W), float32, bfloat16 or float16, B a multiple of `groups`; weight, bias: (C,). y has the dtype of x
-    and its layout, NCHW or channels-last; of any other layout it is NCHW. The statistics are (groups, C) float32, with
-    the biased variance; NaN if there are no pixels.
+    x: (B, C, H, W), float32, bfloat16 or float16, contiguous or channels-last, not empty, B a multiple of `groups`;
+    weight, bias: (C,). y is as x. The statistics are (groups, C) float32, with the biased variance.
     """
-    x = dense(x)
     y = torch.empty_like(x)
     mean, inverse_deviation = (x.new_empty(groups, x.shape[1], dtype=torch.float32) for _ in range(2))
-    if not x.numel():
-        return y, mean.fill_(torch.nan), inverse_deviation.fill_(torch.nan)
     tiling = tiling_of(x, groups)
     means, squares = partial_sums(x, groups, tiling)
     with torch.cuda.device_of(x):
@@ -340,7 +334,6 @@ def batch_norm_relu_eval(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, 
 
     Shapes of the others, dtypes and layouts as in `batch_norm_relu_fwd`.
     """
-    x = dense(x)
     y = torch.empty_like(x)
     if x.numel():
         groups = mean.numel() // x.shape[1]
@@ -364,11 +357,7 @@ def batch_norm_relu_bwd(
 
     grad_output: (B, C, H, W) in the dtype of x; other arguments: those of `batch_norm_relu_fwd` and its statistics.
     """
-    x = dense(x)
-    grad_output = grad_output.contiguous(memory_format=layout_of(x))
     grad_x = torch.empty_like(x)
-    if not x.numel():
-        return grad_x, *(x.new_zeros(x.shape[1], dtype=torch.float32) for _ in range(2))
     tiling = tiling_of(x, groups)
     sums, products = partial_sums(x, groups, tiling)
     mean_sums, mean_products = (sums.new_empty(groups, x.shape[1]) for _ in range(2))

@@ -25,11 +25,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._batch import launches
 from ._math import tanh
 
 WARPS = 4
 VECTOR_BYTES = 16  # bytes of a thread's widest load
+
+
+@triton.jit
+def _place(pixels, BLOCK: tl.constexpr):
+    """Image and block of pixels of the program. One axis of the grid counts both, so neither number has a limit."""
+    program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(pixels, BLOCK)
+    return program // blocks, program % blocks
 
 
 @triton.jit
@@ -64,8 +70,8 @@ def mix_projections_fwd_kernel(
     BLOCK: tl.constexpr,
 ):
     pixels = tl.cast(pixels, tl.int64)  # offsets of planes may exceed 32 bits
-    image = tl.program_id(1).to(tl.int64)
-    p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    image, block = _place(pixels, BLOCK)
+    p = block * BLOCK + tl.arange(0, BLOCK)
     tasks: tl.constexpr = len(outputs)
     z = projections + image * EXPERTS * HEAD_ROWS * pixels
     for k in tl.static_range(tasks):
@@ -105,8 +111,8 @@ def label_projections_fwd_kernel(
     BLOCK: tl.constexpr,
 ):
     pixels = tl.cast(pixels, tl.int64)  # offsets of planes may exceed 32 bits
-    image = tl.program_id(1).to(tl.int64)
-    p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    image, block = _place(pixels, BLOCK)
+    p = block * BLOCK + tl.arange(0, BLOCK)
     z = projections + image * EXPERTS * HEAD_ROWS * pixels
     weights = gate_weights + image * 3 * EXPERTS
     out = image * pixels + p
@@ -136,8 +142,7 @@ def mix_projections_bwd_kernel(
     BLOCK: tl.constexpr,
 ):
     pixels = tl.cast(pixels, tl.int64)
-    block, blocks = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    image = tl.program_id(1).to(tl.int64)
+    image, block = _place(pixels, BLOCK)
     p = block * BLOCK + tl.arange(0, BLOCK)
     inside = p < pixels
     e = tl.arange(0, PADDED)
@@ -151,7 +156,7 @@ def mix_projections_bwd_kernel(
             valid = (e < EXPERTS)[:, None] & inside[None, :]
             z = tl.load(projections + plane, mask=valid, other=1.0).to(tl.float32)  # the ones of row E sum grad itself
             tl.store(grad_projections + plane, weights[:, None] * grad[None, :], mask=valid)
-            sums = grad_rows + ((image * blocks + block) * HEAD_ROWS + row) * (EXPERTS + 1) + e
+            sums = grad_rows + (tl.program_id(0).to(tl.int64) * HEAD_ROWS + row) * (EXPERTS + 1) + e
             tl.store(sums, tl.sum(grad[None, :] * z, 1), mask=e <= EXPERTS)
 
 
@@ -165,11 +170,10 @@ def forward(projections: Tensor, gate_weights: Tensor, biases: Tensor, rows: Seq
     with torch.cuda.device_of(projections):
         if projections.numel():
             block = _block(projections)
-            for images, (z, weights, out) in launches(batch, projections, gate_weights, outputs):
-                mix_projections_fwd_kernel[(_blocks(projections, block), images)](
-                    z, weights, biases, out, height * width,
-                    tuple(rows), _first(rows), head_rows, experts, block, num_warps=WARPS,
-                )  # fmt: skip
+            mix_projections_fwd_kernel[(batch * _blocks(projections, block),)](
+                projections, gate_weights, biases, tuple(outputs), height * width,
+                tuple(rows), _first(rows), head_rows, experts, block, num_warps=WARPS,
+            )  # fmt: skip
     return outputs
 
 
@@ -184,11 +188,10 @@ def labels(projections: Tensor, gate_weights: Tensor, biases: Tensor, classes: i
     with torch.cuda.device_of(projections):
         if projections.numel():
             block = _block(projections)
-            for images, (z, weights, *out) in launches(batch, projections, gate_weights, mask, sdf, boundary):
-                label_projections_fwd_kernel[(_blocks(projections, block), images)](
-                    z, weights, biases, *out, height * width,
-                    classes, head_rows, experts, block, num_warps=WARPS,
-                )  # fmt: skip
+            label_projections_fwd_kernel[(batch * _blocks(projections, block),)](
+                projections, gate_weights, biases, mask, sdf, boundary, height * width,
+                classes, head_rows, experts, block, num_warps=WARPS,
+            )  # fmt: skip
     return mask, sdf, boundary
 
 
@@ -207,11 +210,11 @@ def backward(
     partial = torch.empty(batch, blocks, head_rows, experts + 1, dtype=torch.float32, device=projections.device)
     with torch.cuda.device_of(projections):
         if projections.numel():
-            for images, parts in launches(batch, projections, gate_weights, grad_outputs, grad_projections, partial):
-                mix_projections_bwd_kernel[(blocks, images)](
-                    *parts, height * width, tuple(rows), _first(rows), head_rows, experts,
-                    triton.next_power_of_2(experts + 1), block, num_warps=WARPS,
-                )  # fmt: skip
+            mix_projections_bwd_kernel[(batch * blocks,)](
+                projections, gate_weights, tuple(grad_outputs), grad_projections, partial,
+                height * width, tuple(rows), _first(rows), head_rows, experts,
+                triton.next_power_of_2(experts + 1), block, num_warps=WARPS,
+            )  # fmt: skip
     grad_rows = partial.sum(1)
     grad_weights = torch.stack([task.sum(1) for task in grad_rows[..., :experts].split(rows, 1)], 1)
     return grad_projections, grad_weights, grad_rows[..., experts].sum(0)

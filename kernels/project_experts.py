@@ -30,8 +30,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._batch import launches
-
 CHUNK = 512  # pixels of a program
 TILE_BYTES = 8192
 LEAST_DOT = 16  # minimum rows, columns and depth of a tensor-core product
@@ -46,6 +44,7 @@ def _project_expert(
     sums,  # (C,) of this chunk
     projections,  # (O, P)
     own,  # (O_e, P)
+    chunk,
     stride_c,
     stride_p,
     pixels,
@@ -69,7 +68,6 @@ def _project_expert(
     to_rows = r[:, None].to(OFFSET) * pixels + p[None, :]
     heads = tl.cast(pixels, tl.int64) * HEAD_ROWS  # elements of the head rows, which precede the own rows
     total = tl.zeros([BLOCK_C], tl.float32)
-    chunk = tl.program_id(0)
     for first in range(chunk * CHUNK, (chunk + 1) * CHUNK, BLOCK_P):
         start, inside = tl.cast(first, tl.int64), (first + p < pixels)[None, :]
         x = tl.load(tile + start * stride_p, mask=(c < CHANNELS)[:, None] & inside, other=0.0)
@@ -102,15 +100,16 @@ def project_experts_fwd_kernel(
     BLOCK_P: tl.constexpr,
     OFFSET: tl.constexpr,  # integer type of offsets within an image
 ):
-    image = tl.program_id(1).to(tl.int64)
+    program, chunks = tl.program_id(0), tl.cdiv(pixels, CHUNK)  # one axis for images and chunks: neither has a limit
+    image, chunk = (program // chunks).to(tl.int64), program % chunks
     experts: tl.constexpr = len(features)
-    partial = (image * tl.num_programs(0) + tl.program_id(0)) * experts
+    partial = program.to(tl.int64) * experts
     for e in tl.static_range(experts):
-        if tl.program_id(2) == e:
+        if tl.program_id(1) == e:
             _project_expert(
                 features[e] + image * stride_b, weights, own_biases + OWN_FIRST[e], sums + (partial + e) * CHANNELS,
                 projections + (image * experts + e) * HEAD_ROWS * pixels, own[e] + image * OWN_ROWS[e] * pixels,
-                stride_c, stride_p, pixels, HEAD_ROWS, OWN_ROWS[e], OWN_FIRST[e], CHANNELS,
+                chunk, stride_c, stride_p, pixels, HEAD_ROWS, OWN_ROWS[e], OWN_FIRST[e], CHANNELS,
                 CHUNK, BLOCK_R, BLOCK_C, BLOCK_P, OFFSET,
             )  # fmt: skip
 
@@ -125,6 +124,7 @@ def _project_expert_backward(
     grad_features,  # (C, P), strides (grad_stride_c, grad_stride_p)
     grad_weights,  # (ROWS, C) of this chunk
     grad_biases,  # (ROWS,)
+    chunk,
     stride_c,
     stride_p,
     grad_stride_c,
@@ -155,7 +155,6 @@ def _project_expert_backward(
     heads = tl.cast(pixels, tl.int64) * HEAD_ROWS  # elements of the head rows, which precede the own rows
     dw = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     db = tl.zeros([BLOCK_R], tl.float32)
-    chunk = tl.program_id(0)
     for first in range(chunk * CHUNK, (chunk + 1) * CHUNK, BLOCK_P):
         start, inside = tl.cast(first, tl.int64), (first + p < pixels)[None, :]
         valid = (c < CHANNELS)[:, None] & inside
@@ -201,11 +200,12 @@ def project_experts_bwd_kernel(
     BLOCK_P: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
-    image = tl.program_id(1).to(tl.int64)
+    program, chunks = tl.program_id(0), tl.cdiv(pixels, CHUNK)  # one axis for images and chunks: neither has a limit
+    image, chunk = (program // chunks).to(tl.int64), program % chunks
     experts: tl.constexpr = len(features)
-    partial = (image * tl.num_programs(0) + tl.program_id(0)) * experts
+    partial = program.to(tl.int64) * experts
     for e in tl.static_range(experts):
-        if tl.program_id(2) == e:
+        if tl.program_id(1) == e:
             plane = image * experts + e
             _project_expert_backward(
                 features[e] + image * stride_b, weights,
@@ -214,7 +214,7 @@ def project_experts_bwd_kernel(
                 None if grad_own is None else grad_own[e] + image * OWN_ROWS[e] * pixels,
                 grad_features[e] + image * grad_stride_b,
                 grad_weights + (partial + e) * ROWS * CHANNELS, grad_biases + (partial + e) * ROWS,
-                stride_c, stride_p, grad_stride_c, grad_stride_p, pixels,
+                chunk, stride_c, stride_p, grad_stride_c, grad_stride_p, pixels,
                 HEAD_ROWS, OWN_ROWS[e], OWN_FIRST[e], ROWS, CHANNELS, CHUNK, BLOCK_R, BLOCK_C, BLOCK_P, OFFSET,
             )  # fmt: skip
 
@@ -236,10 +236,10 @@ def forward(
     if x.numel():
         with torch.cuda.device_of(x):
             weights = weights.to(x.dtype)
-            for images, (part, *results) in launches(batch, features, sums, projections, own):
-                project_experts_fwd_kernel[(chunks, images, len(features))](
-                    part, weights, own_biases, *results, *_plane_strides(x), height * width, **constants
-                )
+            project_experts_fwd_kernel[(batch * chunks, len(features))](
+                tuple(features), weights, own_biases, sums, projections, tuple(own),
+                *_plane_strides(x), height * width, **constants,
+            )  # fmt: skip
     return sums.sum(1) / (height * width), projections, own
 
 
@@ -266,12 +266,10 @@ def backward(
         with torch.cuda.device_of(x):
             strides = *_plane_strides(x), *_plane_strides(grad_features[0])
             weights = weights.to(x.dtype)
-            for images, (part, *gradients) in launches(
-                batch, features, grad_means, grad_projections, grad_own, grad_features, partial, partial_biases
-            ):
-                project_experts_bwd_kernel[(chunks, images, len(features))](
-                    part, weights, *gradients, *strides, height * width, ROWS=rows, **constants
-                )
+            project_experts_bwd_kernel[(batch * chunks, len(features))](
+                tuple(features), weights, grad_means, grad_projections, None if grad_own is None else tuple(grad_own),
+                tuple(grad_features), partial, partial_biases, *strides, height * width, ROWS=rows, **constants,
+            )  # fmt: skip
     grad_rows, grad_biases = partial.sum((0, 1)), partial_biases.sum((0, 1))
     own = [(e, slice(head_rows, head_rows + o)) for e, o in enumerate(own_rows)]
     grad_weights = torch.cat([grad_rows[:, :head_rows].sum(0), *(grad_rows[e, rows] for e, rows in own)])

@@ -254,11 +254,10 @@ def batch_norm_relu(
     bias: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    momentum: float | None = 0.1,
+    momentum: float = 0.1,
     eps: float = 1e-5,
     groups: int = 1,
     training: bool = True,
-    num_batches_tracked: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> Tensor:
     """relu(weight (x - mean) / sqrt(variance + eps) + bias), per channel: nn.BatchNorm2d and ReLU in one.
@@ -270,21 +269,16 @@ def batch_norm_relu(
 
     x: (B, C, H, W), float32, bfloat16 or float16, with statistics in float32, or float64; weight, bias: (C,);
     running_mean, running_var: (C,), updated in place; None if none are wanted -> y as x, channels-last if x is.
-    momentum: weight of the newest run in the running statistics; None averages all runs and needs num_batches_tracked.
-    num_batches_tracked: integer tensor with one element, which counts the runs in place.
+    momentum: weight of the newest run in the running statistics.
     skip: (B, S, H, W) -> the result is the concatenation (B, S + C, H, W) of skip and y. In training on the CPU, y is
     written into it, if both are channels-last and S and C are multiples of 16.
     Differentiable in x, weight, bias and skip; the fused backend once. Raises ValueError for other shapes, if `groups`
     does not divide B, in training if a run has at most one value per channel, and in evaluation without running
     statistics.
     """
-    _arguments.check_batch_norm(
-        x, weight, bias, running_mean, running_var, momentum, eps, groups, training, num_batches_tracked, skip
-    )
-    compute = ops.implementation("batch_norm_relu", x.device)
-    return compute(
-        x, weight, bias, running_mean, running_var, momentum, eps, groups, training, num_batches_tracked, skip
-    )
+    arguments = x, weight, bias, running_mean, running_var, momentum, eps, groups, training, skip
+    _arguments.check_batch_norm(*arguments)
+    return ops.implementation("batch_norm_relu", x.device)(*arguments)
 
 
 def fold_upsampling(weights: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:

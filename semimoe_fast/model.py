@@ -98,8 +98,8 @@ class BatchNormReLU(nn.BatchNorm2d):
     """Batch normalization and ReLU: (B, C, H, W) -> (B, C, H, W), or the concatenation of `skip` and that.
 
     In training each of `groups` equal runs of consecutive images is normalized with its own statistics, as if it were a
-    call of its own. The caller counts the batches (`num_batches_tracked`); momentum None, which needs the count, is not
-    supported. For SyncBN use `training.distributed.World.synchronize_batch_norm`, not nn.SyncBatchNorm's conversion.
+    call of its own. The caller counts the batches (`num_batches_tracked`). For SyncBN use
+    `training.distributed.World.synchronize_batch_norm`, not nn.SyncBatchNorm's conversion.
     """
 
     def forward(self, x: Tensor, groups: int = 1, skip: Tensor | None = None) -> Tensor:
@@ -113,7 +113,7 @@ class BatchNormReLU(nn.BatchNorm2d):
             self.eps,
             groups,
             self.training,
-            skip=skip,
+            skip,
         )
 
 

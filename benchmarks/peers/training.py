@@ -162,7 +162,7 @@ class Training:
             point["unlabeled_dice"] = self.score(self.splits.scored).pixels.dice
         _, mean, std, *_ = self.splits.preprocessing
         whole = augment.whole(self.splits.labeled.images.to(self.device), self.config.image_size)
-        labeled = augment.standardize(whole, mean, std)
+        labeled = augment.normalize(whole, mean, std)
         with autocast(self.config.precision, self.device):
             return point | self.method.eval().watched(labeled)
 
@@ -191,7 +191,7 @@ class Training:
         if batch.appearance is not None:
             images = appearance.apply(images, batch.appearance)
         _, mean, std, *_ = self.splits.preprocessing
-        return augment.standardize(images, mean, std).contiguous(memory_format=torch.channels_last), masks
+        return augment.normalize(images, mean, std).contiguous(memory_format=torch.channels_last), masks
 
     def save(self, path: Path) -> None:
         tensors = {f"method.{key}": value for key, value in self.method.state_dict().items()}

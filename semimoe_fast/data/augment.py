@@ -76,13 +76,11 @@ def whole(images: Tensor, size: int) -> Tensor:
 
 
 def normalize(images: Tensor, mean: Channels, std: Channels) -> Tensor:
-    """(image / 255 - mean) / std per channel: uint8 (..., 3, H, W) to float32, `mean` and `std` of pixels in [0, 1]."""
-    return standardize(images.float(), mean, std)
+    """(image / 255 - mean) / std per channel: pixels in [0, 255], uint8 or float32 (..., 3, H, W), to float32.
 
-
-def standardize(images: Tensor, mean: Channels, std: Channels) -> Tensor:
-    """The same for pixels of float32 (..., 3, H, W) in [0, 255]."""
-    return (images / 255 - _per_channel(mean, images.device)) / _per_channel(std, images.device)
+    mean, std: of pixels in [0, 1].
+    """
+    return (images.float() / 255 - _per_channel(mean, images.device)) / _per_channel(std, images.device)
 
 
 def _per_channel(values: Channels, device: torch.device) -> Tensor:

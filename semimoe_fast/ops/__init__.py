@@ -32,24 +32,6 @@ __all__ = [
 
 logger = logging.getLogger("semimoe_fast")
 
-OPERATIONS = (
-    "squared_distance",
-    "distance_targets",
-    "multi_gate",
-    "pseudo_labels",
-    "project_experts",
-    "mix_projections",
-    "label_projections",
-    "squared_dice_loss",
-    "soft_dice_loss",
-    "tanh_mse_loss",
-    "objective_terms",
-    "joint_objective_terms",
-    "adaptive_loss",
-    "batch_norm_relu",
-    "fold_upsampling",
-)
-
 
 class Fused(NamedTuple):
     """A fused implementation, and the module (`_native` or `_triton`) that runs it on each device."""
@@ -73,6 +55,7 @@ FUSED = {
     "batch_norm_relu": Fused(batch_norm.batch_norm_relu, cpu=_native, cuda=_triton),
     "fold_upsampling": Fused(fold_upsampling.fold_upsampling, cpu=_triton, cuda=_triton),
 }
+OPERATIONS = (*FUSED, "squared_dice_loss", "soft_dice_loss", "tanh_mse_loss")
 
 WITHOUT_DERIVATIVE = ("squared_distance", "distance_targets")
 

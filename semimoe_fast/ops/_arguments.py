@@ -269,33 +269,26 @@ def check_batch_norm(
     bias: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    momentum: float | None,
+    momentum: float,
     eps: float,
     groups: int,
     training: bool,
-    num_batches_tracked: Tensor | None,
     skip: Tensor | None,
 ) -> None:
     if not isinstance(groups, int) or not isinstance(training, bool):
         raise TypeError(f"groups is {groups!r} and training {training!r}: give an integer, and True or False")
-    if not isinstance(eps, Real) or not isinstance(momentum, Real | None):
-        raise TypeError(f"eps is {eps!r} and momentum {momentum!r}: give numbers, for momentum also None")
+    if not isinstance(eps, Real) or not isinstance(momentum, Real):
+        raise TypeError(f"eps is {eps!r} and momentum {momentum!r}: give numbers")
     tensors = {"x": x, "weight": weight, "bias": bias}
     running = {"running_mean": running_mean, "running_var": running_var}
     if running_mean is not None or running_var is not None:
         tensors |= running
     elif not training:
         raise ValueError("evaluation needs running_mean and running_var, got None: give them, or training=True")
-    counter = {} if num_batches_tracked is None else {"num_batches_tracked": num_batches_tracked}
     check_floats(**tensors)
-    check_tensors(x=x, **counter)
     shapes = [tuple(tensor.shape) for tensor in tensors.values()]
     if x.ndim != 4 or any(shape != (x.shape[1],) for shape in shapes[1:]):
         raise ValueError(f"x is (B, C, H, W), and {', '.join([*tensors][1:])} are (C,), got {shapes}")
-    if counter and (num_batches_tracked.numel() != 1 or num_batches_tracked.is_floating_point()):
-        raise ValueError(
-            f"num_batches_tracked is one integer, got {num_batches_tracked.dtype} {tuple(num_batches_tracked.shape)}"
-        )
     if skip is not None:
         check_floats(skip=skip)
         check_tensors(x=x, skip=skip)
@@ -310,8 +303,6 @@ def check_batch_norm(
             f"training needs more than 1 value per channel in each run, got {tuple(x.shape)} in {groups} run(s): "
             "give larger batches, or training=False"
         )
-    if momentum is None and running_mean is not None and not counter:
-        raise ValueError("momentum None averages all runs: give num_batches_tracked, which counts them, or a momentum")
 
 
 def check_fold_upsampling(weights: Sequence[Tensor], dtype: torch.dtype | None) -> None:

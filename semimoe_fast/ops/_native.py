@@ -9,6 +9,7 @@ import functools
 import importlib
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,11 @@ def module_for(device_type: str) -> ModuleType:
     if reason is not None:
         raise RuntimeError(reason)
     return _load()[0]
+
+
+def on_cpu(function: str, *arguments: Any) -> None:
+    """Call a function of the compiled module for CPU tensors, on PyTorch's number of threads."""
+    getattr(module_for("cpu"), function)(*arguments, instruction_set(), torch.get_num_threads())
 
 
 def serves_cpu() -> bool:
@@ -106,20 +112,11 @@ def squared_distance(labels: Tensor, instances: bool, out: Tensor) -> None:
     else all are one; out: int32 (B, H, W). Both are contiguous and on one device. On a GPU the kernels are queued on
     the current stream. Raises ValueError if the image diagonal exceeds 46,340 pixels.
     """
-    native = module_for(labels.device.type)
     _check(labels, out=(out, torch.int32))
     if labels.is_cuda:
-        _distance_cuda(native, labels, instances, squared=out)
+        _distance_cuda(module_for("cuda"), labels, instances, squared=out)
     else:
-        native.squared_distance(
-            labels.data_ptr(),
-            labels.element_size(),
-            instances,
-            *labels.shape,
-            out.data_ptr(),
-            instruction_set(),
-            torch.get_num_threads(),
-        )
+        on_cpu("squared_distance", *_labels(labels, instances), out.data_ptr())
 
 
 def distance_targets(labels: Tensor, instances: bool, sdf: Tensor, boundary: Tensor, ring_radius: float) -> None:
@@ -130,22 +127,17 @@ def distance_targets(labels: Tensor, instances: bool, sdf: Tensor, boundary: Ten
     labels: as `squared_distance` takes it; sdf: float32 (B, H, W); boundary: uint8 (B, H, W). All are contiguous and on
     one device. Stream and errors as `squared_distance`.
     """
-    native = module_for(labels.device.type)
     _check(labels, sdf=(sdf, torch.float32), boundary=(boundary, torch.uint8))
     if labels.is_cuda:
+        native = module_for("cuda")
         _distance_cuda(native, labels, instances, squared=sdf, ring_radius=ring_radius, sdf=sdf, boundary=boundary)
     else:
-        native.distance_targets(
-            labels.data_ptr(),
-            labels.element_size(),
-            instances,
-            *labels.shape,
-            squared_radius(ring_radius),
-            sdf.data_ptr(),
-            boundary.data_ptr(),
-            instruction_set(),
-            torch.get_num_threads(),
-        )
+        outputs = sdf.data_ptr(), boundary.data_ptr()
+        on_cpu("distance_targets", *_labels(labels, instances), squared_radius(ring_radius), *outputs)
+
+
+def _labels(labels: Tensor, instances: bool) -> tuple[int, ...]:
+    return labels.data_ptr(), labels.element_size(), instances, *labels.shape
 
 
 def _distance_cuda(
@@ -160,10 +152,7 @@ def _distance_cuda(
     scratch = [torch.empty(shape, dtype=dtype, device=labels.device) for shape, dtype in scratch_of(*labels.shape)]
     with torch.cuda.device(labels.device):
         native.distance_cuda(
-            labels.data_ptr(),
-            labels.element_size(),
-            instances,
-            *labels.shape,
+            *_labels(labels, instances),
             *(tensor.data_ptr() for tensor in scratch),
             squared.data_ptr(),
             squared_radius(ring_radius),

@@ -33,9 +33,7 @@ def batch_norm_relu_fwd(
     mean, inverse_deviation = (torch.empty(groups, x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
     statistics = _statistics(weight, bias, mean, inverse_deviation, groups)
     maps = _maps(x, groups, y)
-    _native.module_for("cpu").batch_norm_relu_forward(
-        *maps, x.data_ptr(), statistics, eps, y.data_ptr(), _native.instruction_set(), torch.get_num_threads()
-    )
+    _native.on_cpu("batch_norm_relu_forward", *maps, x.data_ptr(), statistics, eps, y.data_ptr())
     return y, mean, inverse_deviation
 
 
@@ -79,14 +77,7 @@ def batch_norm_relu_eval(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, 
     mean, inverse_deviation = torch.atleast_2d(mean, inverse_deviation)
     statistics = _statistics(weight, bias, mean, inverse_deviation, groups := len(mean))
     if x.numel() > 0:
-        _native.module_for("cpu").batch_norm_relu_eval(
-            *_maps(x, groups),
-            x.data_ptr(),
-            statistics,
-            y.data_ptr(),
-            _native.instruction_set(),
-            torch.get_num_threads(),
-        )
+        _native.on_cpu("batch_norm_relu_eval", *_maps(x, groups), x.data_ptr(), statistics, y.data_ptr())
     return y
 
 
@@ -101,15 +92,8 @@ def batch_norm_relu_bwd(
     maps = _maps(x, groups, grad_output)
     statistics = _statistics(weight, bias, mean, inverse_deviation, groups)
     gradients = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
-    _native.module_for("cpu").batch_norm_relu_backward(
-        *maps,
-        x.data_ptr(),
-        grad_output.data_ptr(),
-        statistics,
-        *(gradient.data_ptr() for gradient in gradients),
-        _native.instruction_set(),
-        torch.get_num_threads(),
-    )
+    addresses = [gradient.data_ptr() for gradient in gradients]
+    _native.on_cpu("batch_norm_relu_backward", *maps, x.data_ptr(), grad_output.data_ptr(), statistics, *addresses)
     return gradients
 
 

@@ -24,14 +24,7 @@ def convolve_(images: Tensor, kernel: Tensor) -> None:
             "a blur takes contiguous float32 images (B, C, H, W) and float32 weights (B, R + 1) on the CPU, got "
             + " and ".join(f"{x.dtype} {tuple(x.shape)} with strides {x.stride()} on {x.device.type}" for x in tensors)
         )
-    _native.module_for("cpu").blur(
-        images.shape,
-        images.data_ptr(),
-        kernel.data_ptr(),
-        kernel.shape[1] - 1,
-        _native.instruction_set(),
-        torch.get_num_threads(),
-    )
+    _native.on_cpu("blur", images.shape, images.data_ptr(), kernel.data_ptr(), kernel.shape[1] - 1)
 
 
 def _serves(x: Tensor) -> bool:

@@ -34,8 +34,7 @@ def forward(
         torch.empty(shape, dtype=dtype, device="cpu") for shape in (3, (sizes[0], columns), (sizes[0], columns))
     )
     addresses = [_address(x, x.shape) for x in (terms, alpha, beta)]
-    native = _native.module_for("cpu")
-    native.objective_terms(sizes, logits, views, *addresses, _native.instruction_set(), torch.get_num_threads())
+    _native.on_cpu("objective_terms", sizes, logits, views, *addresses)
     return terms, alpha, beta
 
 
@@ -54,18 +53,10 @@ def backward(
     columns = _columns(predictions, sizes)
     grad_output = grad_output.contiguous()
     gradients = [[torch.empty_like(x) for x in prediction] for prediction in predictions]
-    native = _native.module_for("cpu")
-    native.objective_gradients(
-        sizes,
-        logits,
-        views,
-        _address(alpha, (sizes[0], columns)),
-        _address(beta, (sizes[0], columns)),
-        _address(grad_output, (3,)),
-        [_view(x, x.shape) for gradient in gradients for x in gradient],
-        _native.instruction_set(),
-        torch.get_num_threads(),
-    )
+    shapes = (sizes[0], columns), (sizes[0], columns), (3,)
+    addresses = [_address(x, shape) for x, shape in zip((alpha, beta, grad_output), shapes, strict=True)]
+    outputs = [_view(x, x.shape) for gradient in gradients for x in gradient]
+    _native.on_cpu("objective_gradients", sizes, logits, views, *addresses, outputs)
     return gradients
 
 

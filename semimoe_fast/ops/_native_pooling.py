@@ -29,14 +29,7 @@ def max_pool(x: Tensor) -> Tensor:
     """x, which the module `takes` -> (B, C, H / 2, W / 2)."""
     batch, channels, height, width = x.shape
     pooled = x.new_empty(batch, height // 2, width // 2, channels).permute(0, 3, 1, 2)
-    _native.module_for("cpu").max_pool(
-        x.shape,
-        ELEMENTS.index(x.dtype),
-        x.data_ptr(),
-        pooled.data_ptr(),
-        _native.instruction_set(),
-        torch.get_num_threads(),
-    )
+    _native.on_cpu("max_pool", x.shape, ELEMENTS.index(x.dtype), x.data_ptr(), pooled.data_ptr())
     return pooled
 
 
@@ -49,15 +42,6 @@ def max_pool_backward(x: Tensor, grad_pooled: Tensor, grad_x: Tensor) -> Tensor:
         step = x.shape[1]
     grad_pooled = grad_pooled.contiguous(memory_format=torch.channels_last)
     total = torch.empty_like(x)
-    _native.module_for("cpu").max_pool_backward(
-        x.shape,
-        ELEMENTS.index(x.dtype),
-        x.data_ptr(),
-        grad_pooled.data_ptr(),
-        grad_x.data_ptr(),
-        step,
-        total.data_ptr(),
-        _native.instruction_set(),
-        torch.get_num_threads(),
-    )
+    addresses = x.data_ptr(), grad_pooled.data_ptr(), grad_x.data_ptr(), step, total.data_ptr()
+    _native.on_cpu("max_pool_backward", x.shape, ELEMENTS.index(x.dtype), *addresses)
     return total

@@ -25,25 +25,24 @@ def batch_norm_relu(
     bias: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    momentum: float | None = 0.1,
+    momentum: float = 0.1,
     eps: float = 1e-5,
     groups: int = 1,
     training: bool = True,
-    num_batches_tracked: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> Tensor:
     """See `functional.batch_norm_relu`."""
     wants_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias))
     if x.dtype == torch.float64 or (wants_gradients and not training):
         return batch_norm_portable.batch_norm_relu(
-            x, weight, bias, running_mean, running_var, momentum, eps, groups, training, num_batches_tracked, skip
+            x, weight, bias, running_mean, running_var, momentum, eps, groups, training, skip
         )
     weight, bias = weight.float(), bias.float()
     as_op = watched(x, weight, bias, *([] if skip is None else [skip]))
     evaluate = _evaluate if as_op else _forward_with
     if not training:
         y = evaluate(x, weight, bias, running_mean.float(), torch.rsqrt(running_var.float() + eps))
-        return y if skip is None else concatenate(skip, y)
+        return concatenate(skip, y)
     native = _kernels(x.device.type) is _native_batch_norm
     if skip is not None and not as_op and native and _native_batch_norm.joins(skip, x):
         result, *statistics = _BatchNormReLU.apply(x, weight, bias, eps, groups, skip)
@@ -51,10 +50,10 @@ def batch_norm_relu(
     else:
         y, *statistics = (_normalize if as_op else _BatchNormReLU.apply)(x, weight, bias, eps, groups)
         recomputation.remember(y, evaluate, x, weight, bias, *statistics)
-        result = y if skip is None else concatenate(skip, y)
+        result = concatenate(skip, y)
     if running_mean is not None:
         values = x.numel() // x.shape[1] // groups
-        _update(as_op, running_mean, running_var, *statistics, momentum, eps, values, num_batches_tracked)
+        _update(as_op, running_mean, running_var, *statistics, momentum, eps, values)
     return result
 
 
@@ -64,23 +63,20 @@ def _update(
     running_var: Tensor,
     mean: Tensor,
     inverse_deviation: Tensor,
-    momentum: float | None,
+    momentum: float,
     eps: float,
     values: int,
-    num_batches_tracked: Tensor | None,
 ) -> None:
     """Update running statistics as `batch_norm_portable.update_running` does."""
     statistics = running_mean, running_var, mean, inverse_deviation
-    if momentum is None or not all(t.dtype == torch.float32 and t.is_contiguous() for t in statistics[:2]):
-        batch_norm_portable.update_running(*statistics, momentum, eps, values, num_batches_tracked)
+    if not all(t.dtype == torch.float32 and t.is_contiguous() for t in statistics[:2]):
+        batch_norm_portable.update_running(*statistics, momentum, eps, values)
         return
     if as_op:
         _update_running(*statistics, momentum, eps, values)
     else:
         _move_running(*statistics, momentum, eps, values)
         torch.autograd.graph.increment_version((running_mean, running_var))  # as the op does
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(len(mean))
 
 
 def _kernels(device_type: str) -> ModuleType:

@@ -15,11 +15,10 @@ def batch_norm_relu(
     bias: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    momentum: float | None = 0.1,
+    momentum: float = 0.1,
     eps: float = 1e-5,
     groups: int = 1,
     training: bool = True,
-    num_batches_tracked: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> Tensor:
     """See `functional.batch_norm_relu`. PyTorch's batch normalization of each group."""
@@ -29,7 +28,7 @@ def batch_norm_relu(
     if not training:
         statistics = running_mean.to(dtype), running_var.to(dtype)
         y = torch.nn.functional.batch_norm(x, *statistics, weight, bias, eps=eps).relu_()
-        return y if skip is None else concatenate(skip, y)
+        return concatenate(skip, y)
     outputs, means, inverse_deviations = zip(
         *(torch.native_batch_norm(run, weight, bias, None, None, True, 0.0, eps) for run in x.chunk(groups)),
         strict=True,
@@ -37,9 +36,9 @@ def batch_norm_relu(
     if running_mean is not None:
         mean, inverse_deviation = torch.stack(means), torch.stack(inverse_deviations)
         values = x.numel() // x.shape[1] // groups
-        update_running(running_mean, running_var, mean, inverse_deviation, momentum, eps, values, num_batches_tracked)
+        update_running(running_mean, running_var, mean, inverse_deviation, momentum, eps, values)
     y = (outputs[0] if groups == 1 else torch.cat(outputs)).relu_()
-    return y if skip is None else concatenate(skip, y)
+    return concatenate(skip, y)
 
 
 @torch.no_grad()
@@ -48,19 +47,15 @@ def update_running(
     running_var: Tensor,
     mean: Tensor,
     inverse_deviation: Tensor,
-    momentum: float | None,
+    momentum: float,
     eps: float,
     values: int,
-    num_batches_tracked: Tensor | None,
 ) -> None:
     """Update running statistics (C,) in place by each group in turn, as calls of nn.BatchNorm2d would.
 
     mean, inverse_deviation: 1 / sqrt(variance + eps), (groups, C); values: number of values of a channel in a group.
-    num_batches_tracked counts the groups; with momentum None all groups so far have the same weight.
     """
     variance = (inverse_deviation.pow(-2) - eps).clamp_(min=0) * (values / (values - 1))
     for group_mean, group_variance in zip(mean.to(running_mean.dtype), variance.to(running_var.dtype), strict=True):
-        if num_batches_tracked is not None:
-            num_batches_tracked.add_(1)
-        for running, current in ((running_mean, group_mean), (running_var, group_variance)):
-            running.lerp_(current, num_batches_tracked.to(running.dtype).reciprocal() if momentum is None else momentum)
+        running_mean.lerp_(group_mean, momentum)
+        running_var.lerp_(group_variance, momentum)

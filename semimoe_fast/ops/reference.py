@@ -248,11 +248,10 @@ def batch_norm_relu(
     bias: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    momentum: float | None = 0.1,
+    momentum: float = 0.1,
     eps: float = 1e-5,
     groups: int = 1,
     training: bool = True,
-    num_batches_tracked: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> Tensor:
     """relu(weight (x - mean) / sqrt(variance + eps) + bias); in float32 for bfloat16 and float16.
@@ -278,9 +277,6 @@ def batch_norm_relu(
         if running_mean is not None:
             with torch.no_grad():
                 n = run[:, 0].numel()
-                if num_batches_tracked is not None:
-                    num_batches_tracked += 1
-                share = 1 / num_batches_tracked.to(running_mean.dtype) if momentum is None else momentum
-                running_mean.copy_((1 - share) * running_mean + share * mean)
-                running_var.copy_((1 - share) * running_var + share * variance * n / (n - 1))
+                running_mean.copy_((1 - momentum) * running_mean + momentum * mean)
+                running_var.copy_((1 - momentum) * running_var + momentum * variance * n / (n - 1))
     return after_skip(torch.cat(outputs))

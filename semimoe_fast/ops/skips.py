@@ -24,8 +24,10 @@ def pool_and_skip(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.nn.functional.max_pool2d(x, 2), x
 
 
-def concatenate(skip: Tensor, y: Tensor) -> Tensor:
-    """(B, S, H, W), (B, C, H, W) -> (B, S + C, H, W), not kept for the backward pass under `recompute`."""
+def concatenate(skip: Tensor | None, y: Tensor) -> Tensor:
+    """(B, S, H, W), (B, C, H, W) -> (B, S + C, H, W), not kept for backward under `recompute`; y without a skip."""
+    if skip is None:
+        return y
     return remember(torch.cat([skip, y], 1), lambda *parts: torch.cat(parts, 1), skip, y)
 
 

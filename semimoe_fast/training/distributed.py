@@ -258,7 +258,7 @@ class SyncBatchNormReLU(nn.SyncBatchNorm):
 
     def forward(self, x: Tensor, groups: int = 1, skip: Tensor | None = None) -> Tensor:
         y = torch.cat([super(SyncBatchNormReLU, self).forward(part) for part in x.chunk(groups)]).relu()
-        return y if skip is None else concatenate(skip, y)
+        return concatenate(skip, y)
 
 
 class CPUSyncBatchNormReLU(BatchNormReLU):
@@ -268,7 +268,7 @@ class CPUSyncBatchNormReLU(BatchNormReLU):
         if not self.training:
             return super().forward(x, skip=skip)
         y = torch.cat([self._normalized(part) for part in x.chunk(groups)]).relu()
-        return y if skip is None else concatenate(skip, y)
+        return concatenate(skip, y)
 
     def _normalized(self, x: Tensor) -> Tensor:
         wide = x.float()

@@ -53,7 +53,7 @@ def expert_health(
     for pixels in images.images.split(8):
         with autocast(precision, device):
             resized = augment.whole(pixels.to(device), preprocessing.image_size)
-            normalized = augment.standardize(resized, preprocessing.mean, preprocessing.std)
+            normalized = augment.normalize(resized, preprocessing.mean, preprocessing.std)
             means, _, own = model.run_experts(normalized)
         alive = alive | (means != 0).any(0)  # a mean of features after ReLU is 0 only if all of them are
         predictions.append(torch.stack([*own_foreground(own, model.expert_tasks).values()]).flatten(1))

@@ -195,7 +195,7 @@ class Trainer:
             )
             if batch.appearance is not None:
                 images = appearance.apply(images, batch.appearance)
-            images = augment.standardize(images, self.mean, self.std)
+            images = augment.normalize(images, self.mean, self.std)
             return images.contiguous(memory_format=torch.channels_last), masks
 
     def _warm_up_ddp(self) -> None:

@@ -31,16 +31,15 @@ class Case(NamedTuple):
     bias: Tensor
     running_mean: Tensor
     running_var: Tensor
-    counter: Tensor  # int64 ()
 
     def to(self, dtype: torch.dtype) -> Case:
         """Leaves and buffers of another dtype; the layout of x is kept."""
         x, *parameters = (t.detach().to(dtype).clone().requires_grad_() for t in self[:3])
-        return Case(x, *parameters, *(t.to(dtype).clone() for t in self[3:5]), self.counter.clone())
+        return Case(x, *parameters, *(t.to(dtype).clone() for t in self[3:]))
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "NCHW", mean: float = 0.0) -> Case:
-    """Random feature maps whose channels have different deviations, and running statistics after 3 batches."""
+    """Random feature maps whose channels have different deviations, and running statistics."""
     random = torch.Generator().manual_seed(sum(shape))
     channels = shape[1]
 
@@ -50,7 +49,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "NCHW", 
     x = (torch.randn(shape, generator=random) * positive()[:, None, None] + mean).to(dtype)
     weight, bias = positive(), torch.randn(channels, generator=random)
     running_mean, running_var = torch.randn(channels, generator=random), positive()
-    return Case(in_layout(x, layout), weight, bias, running_mean, running_var, torch.tensor(3))
+    return Case(in_layout(x, layout), weight, bias, running_mean, running_var)
 
 
 def in_layout(x: Tensor, layout: str) -> Tensor:
@@ -65,14 +64,14 @@ def in_layout(x: Tensor, layout: str) -> Tensor:
 
 
 def run(backend: str, case: Case, grad_output: Tensor, dtype: torch.dtype | None = None, **options) -> list[Tensor]:
-    """y, the gradients of x, weight and bias, running mean and variance, and the counter; on copies of the case."""
+    """y, the gradients of x, weight and bias, and running mean and variance; on copies of the case."""
     leaves = case.x.detach().requires_grad_(), *(t.clone().requires_grad_() for t in case[1:3])
     copy = Case(*leaves, *(t.clone() for t in case[3:])) if dtype is None else case.to(dtype)
-    x, weight, bias, *statistics, counter = copy
+    x, weight, bias, *statistics = copy
     with semimoe_fast.backend(backend):
-        y = F.batch_norm_relu(x, weight, bias, *statistics, num_batches_tracked=counter, **options)
+        y = F.batch_norm_relu(x, weight, bias, *statistics, **options)
     gradients = torch.autograd.grad(y, [x, weight, bias], grad_output.to(y.dtype))
-    return [y.detach(), *gradients, *statistics, counter]
+    return [y.detach(), *gradients, *statistics]
 
 
 def decided_gradient(case: Case, threshold: float = 1e-4, **options) -> Tensor:
@@ -114,19 +113,19 @@ def test_equals_the_reference(backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+@pytest.mark.parametrize("momentum", [0.1, 1.0])
 @pytest.mark.parametrize("backend", ["reference", "portable", "fused"])
-def test_groups_are_calls_of_batch_norm_2d(backend: str, momentum: float | None, groups: int) -> None:
-    """Outputs, gradients, running statistics and the number of batches."""
+def test_groups_are_calls_of_batch_norm_2d(backend: str, momentum: float, groups: int) -> None:
+    """Outputs, gradients and running statistics."""
     case = draw(6, 5, 4, 3).to(torch.float64)
     grad_output = torch.randn(case.x.shape, dtype=torch.float64)
     module = nn.BatchNorm2d(5, momentum=momentum, dtype=torch.float64)
-    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    module.load_state_dict(dict(zip(names, case[1:], strict=True)))
+    names = ("weight", "bias", "running_mean", "running_var")
+    module.load_state_dict(dict(zip(names, case[1:], strict=True)), strict=False)
     x = case.x.detach().clone().requires_grad_()
     y = torch.cat([module(part).relu() for part in x.chunk(groups)])
     gradients = torch.autograd.grad(y, [x, module.weight, module.bias], grad_output)
-    state = [module.running_mean, module.running_var, module.num_batches_tracked]
+    state = [module.running_mean, module.running_var]
     results = run(backend, case, grad_output, torch.float64, momentum=momentum, groups=groups)
     for result, expected in zip(results, [y.detach(), *gradients, *state], strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)  # float64 against float64
@@ -173,7 +172,7 @@ def test_large_means(layout: str, instruction_set: str) -> None:
     case = draw(4, 16, 40, 40, layout=layout, mean=1e4)
     half_unit = 2.0**-11  # of 10,000
     grad_output = decided_gradient(case, threshold=4 * half_unit)
-    y, grad_x, grad_weight, _, mean, variance, _ = run("fused", case, grad_output, momentum=1.0)
+    y, grad_x, grad_weight, _, mean, variance = run("fused", case, grad_output, momentum=1.0)
     exact = run("reference", case, grad_output, torch.float64, momentum=1.0)
     assert ((mean - exact[4]).abs() <= half_unit).all()
     assert relative_error(variance, exact[5]) <= 1e-6
@@ -188,7 +187,7 @@ def test_large_means_with_an_outlier(instruction_set: str) -> None:
     """The first pixel is far from all others, a bad origin of differences: 6 bits of its block's float32 are lost."""
     case = draw(4, 16, 40, 40, layout="channels-last", mean=1e4)
     case.x[0, :, 0, 0] = 0
-    *_, mean, variance, _ = run("fused", case, torch.zeros(case.x.shape), momentum=1.0)
+    *_, mean, variance = run("fused", case, torch.zeros(case.x.shape), momentum=1.0)
     exact = run("reference", case, torch.zeros(case.x.shape), torch.float64, momentum=1.0)
     assert ((mean - exact[4]).abs() <= 2.0**-11 + 1e-3).all()  # 64 float32 sums of 10,000, among 6,400
     assert relative_error(variance, exact[5]) <= 2.0**6 * 8 * 2.0**-24  # 64 additions round as 8
@@ -222,7 +221,7 @@ def test_constant_channels(instruction_set: str) -> None:
     """Their variance is 0, and so are their running variance at momentum 1 and their gradient."""
     case = draw(2, 4, 5, 6)
     case.x[:] = torch.tensor([0.0, 1.0, 1e4, -3.3e7])[:, None, None]
-    y, grad_x, _, _, mean, variance, _ = run("fused", case, torch.ones(case.x.shape), momentum=1.0)
+    y, grad_x, _, _, mean, variance = run("fused", case, torch.ones(case.x.shape), momentum=1.0)
     assert torch.equal(y, case.bias.relu()[:, None, None].expand_as(y))
     assert torch.equal(mean, case.x[0, :, 0, 0])
     assert ((variance >= 0) & (variance < 1e-10)).all()  # deviation^2 - eps, both 1e-5
@@ -234,7 +233,7 @@ def test_evaluation_keeps_the_statistics(backend: str) -> None:
     case = draw(3, 5, 4, 4)
     before = [t.clone() for t in case[3:]]
     with semimoe_fast.backend(backend), torch.no_grad():
-        y = F.batch_norm_relu(*case[:5], groups=2, training=False, num_batches_tracked=case.counter)
+        y = F.batch_norm_relu(*case, groups=2, training=False)
         assert all(torch.equal(x, y) for x, y in zip(case[3:], before, strict=True))
         expected = nn.functional.batch_norm(case.x, *before[:2], case.weight, case.bias).relu()
         torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)  # a few roundings
@@ -258,8 +257,8 @@ def test_evaluation_repeats_training_bit_for_bit(dtype: torch.dtype, instruction
 def test_without_running_statistics(backend: str) -> None:
     case = draw(2, 3, 4, 4)
     with semimoe_fast.backend(backend):
-        y = F.batch_norm_relu(*case[:3], None, None, momentum=None)
-        assert torch.equal(y, F.batch_norm_relu(*case[:5]))
+        y = F.batch_norm_relu(*case[:3], None, None)
+        assert torch.equal(y, F.batch_norm_relu(*case))
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "channels-last"])
@@ -273,8 +272,8 @@ def test_layout_is_kept(backend: str, layout: str) -> None:
 def test_parameters_of_half_precision() -> None:
     case = draw(2, 3, 4, 4, dtype=torch.bfloat16)
     weight, bias = (t.bfloat16().requires_grad_() for t in case[1:3])
-    y = F.batch_norm_relu(case.x, weight, bias, *case[3:5])
-    expected = F.batch_norm_relu(case.x, weight.float(), bias.float(), *case[3:5])
+    y = F.batch_norm_relu(case.x, weight, bias, *case[3:])
+    expected = F.batch_norm_relu(case.x, weight.float(), bias.float(), *case[3:])
     assert torch.equal(y, expected)
     assert [g.dtype for g in torch.autograd.grad(y.sum(), [weight, bias])] == [torch.bfloat16] * 2
 
@@ -285,7 +284,7 @@ def test_parameters_of_half_precision() -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("module", [reference, portable])
 def test_gradcheck(module, training: bool) -> None:
-    x, weight, bias, *statistics = draw(4, 2, 2, 3).to(torch.float64)[:5]
+    x, weight, bias, *statistics = draw(4, 2, 2, 3).to(torch.float64)
 
     def function(*tensors: Tensor) -> Tensor:
         return module.batch_norm_relu(*tensors, *statistics, groups=2, training=training)
@@ -306,29 +305,28 @@ def test_opcheck(layout: str) -> None:
 
 
 def test_second_derivatives_are_refused() -> None:
-    x, weight, bias, *statistics = draw(2, 3, 4, 4).to(torch.float32)[:5]
+    x, weight, bias, *statistics = draw(2, 3, 4, 4).to(torch.float32)
     y = F.batch_norm_relu(x, weight, bias, *statistics)
     (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="set SEMIMOE_BACKEND=portable"):
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_compiles_without_graph_breaks(momentum: float | None) -> None:
+def test_compiles_without_graph_breaks() -> None:
     case = draw(4, 3, 8, 8, layout="channels-last")
     function = torch.compile(F.batch_norm_relu, fullgraph=True, backend="aot_eager")
     results = []
     for compute in (F.batch_norm_relu, function):
-        x, weight, bias, *statistics, counter = case.to(torch.float32)
-        y = compute(x, weight, bias, *statistics, momentum=momentum, groups=2, num_batches_tracked=counter)
-        results.append([y, *torch.autograd.grad(y.square().sum(), [x, weight, bias]), *statistics, counter])
+        x, weight, bias, *statistics = case.to(torch.float32)
+        y = compute(x, weight, bias, *statistics, groups=2)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, weight, bias]), *statistics])
     for result, expected in zip(*results, strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_trace_holds_the_operation() -> None:
     """torch.jit.trace sees no plain function: it would record uninitialized memory."""
-    x, weight, bias, *statistics = draw(2, 3, 4, 4)[:5]
+    x, weight, bias, *statistics = draw(2, 3, 4, 4)
     evaluate = lambda x: F.batch_norm_relu(x, weight, bias, *statistics, training=False)  # noqa: E731
     traced = torch.jit.trace(evaluate, x, check_trace=False)
     assert torch.equal(traced(x + 1), evaluate(x + 1))
@@ -336,7 +334,7 @@ def test_a_trace_holds_the_operation() -> None:
 
 def test_running_statistics_count_their_changes() -> None:
     """Autograd relies on it. Strided statistics are updated too."""
-    x, weight, bias, *statistics = draw(2, 3, 4, 4)[:5]
+    x, weight, bias, *statistics = draw(2, 3, 4, 4)
     strided = [torch.stack([t, t], 1)[:, 0] for t in statistics]
     for running in (statistics, strided):
         before = [t._version for t in running]

@@ -152,24 +152,6 @@ def test_planes_beyond_32_bits() -> None:
         torch.testing.assert_close(result, near, rtol=0, atol=0)
 
 
-def test_batch_split_over_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three launches, the last with one image, give the same result as one."""
-    features, own = [draw(5, 4, 5, 7, seed=e) for e in range(3)], [draw(o, 4, seed=o) for o in OWN]
-    gates, biases = draw(5, 3, 3), [draw(o) for o in HEADS]
-    leaves = [*features, *own, gates, *biases]
-
-    def results() -> list[Tensor]:
-        means, projections, predictions = F.project_experts(features, own, own, biases)
-        outputs = [means, projections, *predictions, *F.mix_projections(projections, gates, biases)]
-        gradients = torch.autograd.grad(sum(output.square().sum() for output in outputs), leaves)
-        return [*outputs, *gradients, *F.label_projections(projections, gates, biases)]
-
-    whole = results()
-    monkeypatch.setattr("semimoe_fast.kernels._batch.IMAGES", 2)
-    for split, expected in zip(results(), whole, strict=True):
-        torch.testing.assert_close(split, expected, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("used", [(0,), (1,), (2,), (3, 4)], ids=["means", "projections", "one own", "two own"])
 def test_gradients_if_only_some_results_are_used(used: tuple[int, ...]) -> None:
     features, own = [draw(2, 4, 5, 7, seed=e) for e in range(3)], [draw(o, 4, seed=9 + o) for o in OWN]

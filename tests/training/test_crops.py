@@ -98,7 +98,7 @@ def test_a_step_sees_the_crops_with_the_changes_of_appearance(crops: TrainConfig
     assert masks.shape == (2, 32, 32)
     assert masks.max() > 1  # ids
     sampled, expected_masks = augment.resample(labeled.images, labeled.masks, labeled.augmentation, 32, True)
-    expected = augment.standardize(apply(sampled, labeled.appearance), trainer.mean, trainer.std)
+    expected = augment.normalize(apply(sampled, labeled.appearance), trainer.mean, trainer.std)
     assert torch.equal(images, expected)
     assert torch.equal(masks, expected_masks)
     plain, _ = trainer._augmented(labeled._replace(appearance=None))
