@@ -12,8 +12,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from .errors import UserError
 
 
-def check_types(path: Path, title: str, values: Any, hints: Mapping[str, Any], remedy: str) -> dict[str, Any]:
-    """Return `values` if they are a dict with all keys of `hints` and values of these types; else raise UserError.
+def check_types(path: Path, title: str, values: Any, hints: Mapping[str, Any], remedy: str) -> None:
+    """Raise UserError unless `values` is a dict with all keys of `hints` and values of these types.
 
     title: name of the object in the message. hints: int, float, str, bool, None, Path, Literal, their unions, tuples.
     """
@@ -26,7 +26,6 @@ def check_types(path: Path, title: str, values: Any, hints: Mapping[str, Any], r
             raise UserError(
                 f"{path}: {name} of {title} is {shown(values[name])}, not {type_description(hint)}; {remedy}"
             )
-    return values
 
 
 def matches(value: Any, hint: Any) -> bool:

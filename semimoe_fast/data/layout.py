@@ -36,6 +36,6 @@ def part_folder(root: Path, part: str, kind: str) -> Path:
     raise UserError(f"{folder} is missing: {remedy}")
 
 
-def listed(names: Sequence[str], most: int = 4) -> str:
-    """The first names, separated by commas."""
-    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])
+def listed(names: Sequence[str]) -> str:
+    """The first four names, separated by commas."""
+    return ", ".join([*names[:4], *(["..."] if len(names) > 4 else [])])

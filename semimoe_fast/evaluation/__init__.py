@@ -1,4 +1,4 @@
-"""Metrics over pixels, objects and surfaces, their summary over a set of images, and overlays."""
+"""Metrics over pixels, objects and surfaces, and their summary over a set of images."""
 
 from .images import ImageScores, score_images
 from .objects import ObjectScores, object_scores

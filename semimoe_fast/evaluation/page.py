@@ -10,6 +10,7 @@ from html import escape
 import numpy as np
 from PIL import Image
 
+from ..data import resampling
 from ..data.readers import open_image
 from ..errors import one_line
 from ..inference.overlay import outline
@@ -91,11 +92,10 @@ def with_outlines(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) 
     """The image (H, W, 3), resized to PICTURE_SIDE, with the outlines of both maps (H, W)."""
     height, width = image.shape[:2]
     scale = PICTURE_SIDE / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    row, column = (np.arange(new) * old // new for new, old in zip(size[::-1], (height, width), strict=True))
-    image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    image = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
     for labels, color, thickness in ((truth, TRUTH, TRUTH_WIDTH), (prediction, PREDICTION, PREDICTION_WIDTH)):
-        image = outline(image, labels[row[:, None], column], color, thickness)
+        image = outline(image, resampling.nearest(labels, size), color, thickness)
     return image
 
 

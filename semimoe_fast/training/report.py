@@ -83,14 +83,14 @@ def draw_curves(records: Records, tasks: Sequence[str], path: Path | IO[bytes]) 
 
 @torch.no_grad()
 def draw_overlays(
-    model: SemiMoE, val: Dataset | Ragged, preprocessing: Preprocessing, device: torch.device, path: Path, rows: int = 6
+    model: SemiMoE, val: Dataset | Ragged, preprocessing: Preprocessing, device: torch.device, path: Path
 ) -> None:
-    """Draw `rows` validation images: image, true outline, gated mask, gated sdf and gated boundary.
+    """Draw at most six validation images: image, true outline, gated mask, gated sdf and gated boundary.
 
     Of images of any size it draws the square of the training size in the middle.
     """
     model.eval()
-    chosen = torch.linspace(0, len(val) - 1, min(rows, len(val))).round().long()
+    chosen = torch.linspace(0, len(val) - 1, min(6, len(val))).round().long()
     if isinstance(val, Ragged):
         side = preprocessing.image_size
         images, masks = val.windows(chosen, (val.sizes[chosen] - side) // 2, side)

@@ -213,6 +213,14 @@ def test_long_names_are_as_long_as_the_column():
     assert _short(name[:34]) == name[:34]
 
 
+def test_outlines_lie_where_the_center_of_a_pixel_of_the_picture_does():
+    """Row 1 of a picture at a quarter of the size shows rows 4 to 7, whose center is at row 6."""
+    side = 4 * page.PICTURE_SIDE
+    labels = (np.indices((side, side))[0] >= 6).astype(np.uint8)
+    drawn = page.with_outlines(np.zeros((side, side, 3), np.uint8), labels, labels)
+    assert drawn.any((1, 2)).argmax() == 1
+
+
 def test_the_truth_shows_beside_an_equal_prediction():
     labels = np.zeros((60, 80), np.uint8)
     labels[10:50, 10:70] = 1
