@@ -13,8 +13,6 @@
 
 namespace semimoe {
 
-constexpr std::int64_t kBlurPerThread = 1 << 15;  // fewer pixels do not pay for a thread
-
 // The index that stands for i, which is outside 0 ... count - 1 by less than count: the border mirrors the inside.
 inline std::int64_t mirrored(std::int64_t i, std::int64_t count) {
   return i < 0 ? -i : i < count ? i : 2 * (count - 1) - i;
@@ -45,7 +43,7 @@ inline void blur_plane(const BlurKernels& kernels, const float* weights, std::in
 inline void blur(const BlurKernels& kernels, int threads, const float* weights, std::int64_t radius, std::int64_t batch,
                  std::int64_t channels, std::int64_t height, std::int64_t width, float* images) {
   const std::int64_t pixels = height * width;
-  Workers(threads, batch * channels * pixels, kBlurPerThread).each(batch * channels, [&](std::int64_t plane) {
+  Workers(threads, batch * channels * pixels).each(batch * channels, [&](std::int64_t plane) {
     blur_plane(kernels, weights + plane / channels * (radius + 1), radius, height, width, images + plane * pixels);
   });
 }

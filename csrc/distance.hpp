@@ -25,8 +25,6 @@
 
 namespace semimoe {
 
-// A thread with fewer pixels takes longer to start than it saves.
-constexpr std::int64_t kPixelsPerThread = 1 << 15;
 constexpr int kStripRows = 16;
 
 // The labels of a batch of images, (batch, height, width), integers of element_size bytes. 0 is background. With
@@ -111,9 +109,9 @@ void for_each_image(const Kernels& kernels, const Labels& labels, int threads, c
   const std::int64_t pixels = labels.pixels();
   if (labels.batch * pixels == 0) return;
   // Threads take whole images, which need no barrier, unless there are too few: then all share one after another.
-  const bool across = labels.batch >= threads || pixels < 2 * kPixelsPerThread;
-  const Workers images(across ? threads : 1, labels.batch * pixels, kPixelsPerThread);
-  const Workers workers(across ? 1 : threads, pixels, kPixelsPerThread);
+  const bool across = labels.batch >= threads || pixels < 2 * kWorkOfThread;
+  const Workers images(across ? threads : 1, labels.batch * pixels);
+  const Workers workers(across ? 1 : threads, pixels);
   const int height = static_cast<int>(labels.height), width = static_cast<int>(labels.width);
   images.each(labels.batch, [&](std::int64_t i) {
     const std::unique_ptr<std::uint8_t[]> marks(new std::uint8_t[pixels]);

@@ -12,8 +12,7 @@
 
 namespace semimoe {
 
-constexpr std::int64_t kPieceElements = 1 << 16;      // about as many as a core's caches hold
-constexpr std::int64_t kElementsPerThread = 1 << 15;  // fewer do not pay for a thread
+constexpr std::int64_t kPieceElements = 1 << 16;  // about as many as a core's caches hold
 
 // A part of the feature maps that is contiguous: rows of `columns` elements, and a last row of only `rest` elements.
 struct Piece {
@@ -66,7 +65,7 @@ class FeatureMaps {
   std::int64_t joined_bytes() const { return bytes() + (batch * pixels - 1) * (joined - channels) * element_size(); }
   Spread spread() const { return {joined_place(columns), has_gaps() ? places_.data() : nullptr}; }
 
-  Workers workers(int most) const { return Workers(most, batch * channels * pixels, kElementsPerThread); }
+  Workers workers(int most) const { return Workers(most, batch * channels * pixels); }
 
   Piece piece(std::int64_t number) const {
     const std::int64_t run = number / pieces_of_run, start = number % pieces_of_run * piece_size();

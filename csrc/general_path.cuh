@@ -13,7 +13,7 @@ struct State {
 
 // The planes of problem.words, one word for the slab's 32 pixels of a column: the members of Bits, and the ends of the
 // columns' lines, halves(before, after).
-enum Plane { kInside, kEdges, kAcross, kTouches, kEnds, kPlanes };
+enum Plane { kInside, kEdges, kAcross, kTouches, kEnds };
 
 constexpr std::int32_t kUnknown = INT32_MAX;  // a squared distance that search_far will compute
 

@@ -45,13 +45,17 @@ inline void on_threads(std::int64_t threads, void (*run)(void*), void* argument)
   for (std::thread& other : others) other.join();
 }
 
+// A thread with fewer elements, or pixels, takes longer to start than it saves.
+constexpr std::int64_t kWorkOfThread = 1 << 15;
+
 // Loops on a number of threads.
 //
 // A loop takes one or all: OpenMP ends those threads that a loop leaves out, and the next one would start them again.
 class Workers {
  public:
   // most: the greatest number of threads; work: too little for two threads if less than twice work_of_thread.
-  Workers(int most, std::int64_t work, std::int64_t work_of_thread) : threads_(work < 2 * work_of_thread ? 1 : most) {}
+  Workers(int most, std::int64_t work, std::int64_t work_of_thread = kWorkOfThread)
+      : threads_(work < 2 * work_of_thread ? 1 : most) {}
 
   // Calls body(0) ... body(count - 1), each once, in any order. The first exception stops the loop; this rethrows it.
   template <class Body>

@@ -24,10 +24,10 @@ class PooledMaps {
   // Calls body(i, memory of the row pair i) for all row pairs, on threads.
   template <class Body>
   void each_row_pair(int threads, const Body& body) const {
-    constexpr std::int64_t kElementsPerThread = 1 << 15, kElements = 1 << 14;
+    constexpr std::int64_t kTogether = 1 << 14;  // elements of the pairs that a thread takes at a time
     const std::int64_t pairs = batch * height / 2, size = 2 * width * channels;
-    const std::int64_t together = std::max<std::int64_t>(kElements / size, 1);
-    Workers(threads, pairs * size, kElementsPerThread).each((pairs + together - 1) / together, [&](std::int64_t i) {
+    const std::int64_t together = std::max<std::int64_t>(kTogether / size, 1);
+    Workers(threads, pairs * size).each((pairs + together - 1) / together, [&](std::int64_t i) {
       for (std::int64_t pair = i * together; pair < std::min(pairs, (i + 1) * together); ++pair) body(pair);
     });
   }
