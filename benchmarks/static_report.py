@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .launches import Launch, recorded
+from .tables import markdown
 
 BATCH, EXPERTS, CHANNELS, SIDE = 8, 3, 64, 256
 HEADS = OWN = (2, 1, 2)
@@ -179,22 +180,14 @@ def describe(launch: Launch) -> dict[str, Any]:
     }
 
 
-def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Print rows as a Markdown table."""
-    print("| " + " | ".join(rows[0]) + " |")
-    print("| " + " | ".join("---" for _ in rows[0]) + " |")
-    for row in rows:
-        print("| " + " | ".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()) + " |")
-    print()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="file to write the tables to")
     file = parser.parse_args().json
     tables = report()
     for rows in tables.values():
-        print_table(rows)
+        cells = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
+        print(markdown([*rows[0]], cells))
     if file is not None:
         file.write_text(json.dumps(tables, indent=2) + "\n")
 

@@ -6,8 +6,11 @@
 // threads.
 #pragma once
 
+#if __has_include(<dlfcn.h>) && __has_include(<unistd.h>)
 #include <dlfcn.h>
 #include <unistd.h>
+#define SEMIMOE_POSIX
+#endif
 
 #include <atomic>
 #include <cstdint>
@@ -20,6 +23,7 @@ namespace semimoe {
 
 // Calls run(argument) on that many threads of OpenMP at once, of which the caller is one, and waits for all. Returns
 // false where there is no OpenMP to ask.
+#ifdef SEMIMOE_POSIX
 inline const pid_t kLoadingProcess = getpid();
 
 inline bool on_openmp_threads(std::int64_t threads, void (*run)(void*), void* argument) {
@@ -30,6 +34,9 @@ inline bool on_openmp_threads(std::int64_t threads, void (*run)(void*), void* ar
   parallel(run, argument, static_cast<unsigned>(threads), 0);
   return true;
 }
+#else
+inline bool on_openmp_threads(std::int64_t, void (*)(void*), void*) { return false; }
+#endif
 
 // The same on new threads, if need be.
 inline void on_threads(std::int64_t threads, void (*run)(void*), void* argument) {

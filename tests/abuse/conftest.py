@@ -12,23 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import platform
 import shlex
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
-import numpy
-import PIL
 import pytest
-import tifffile
 import torch
 from runs import Lost, finish
 
-from benchmarks.record import as_json
+from benchmarks.record import commit, machine, short, write_record
 from semimoe_fast import synthetic
 from semimoe_fast.errors import UserError
 from semimoe_fast.training.command_line import SYNTHETIC
@@ -52,7 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[TABLE] = {}
-    config.stash[COMMIT] = commit()
+    config.stash[COMMIT] = short(commit())
 
 
 @pytest.fixture
@@ -179,35 +173,15 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         return
     command = "make abuse ARGS=--all" if config.getoption("--all") else "make abuse"
     table = {
-        "machine": f"{machine()}, {len(os.sched_getaffinity(0))} cores",
-        "versions": {
-            "Python": platform.python_version(),
-            "torch": torch.__version__,
-            "NumPy": numpy.__version__,
-            "Pillow": PIL.__version__,
-            "tifffile": tifffile.__version__,
-        },
-        "commit": config.stash[COMMIT],
-        "date": date.today().isoformat(),
-        "command": command,
-        "tables": {
-            "cases": {
-                "title": f"`{command}`",
-                "columns": ["class", *COLUMNS],
-                "rows": [[title, *row.values()] for title, row in rows.items()],
-            }
-        },
+        "title": f"`{command}`",
+        "columns": ["class", *COLUMNS],
+        "rows": [[title, *row.values()] for title, row in rows.items()],
     }
-    (ROOT / "benchmarks" / "results" / "abuse.json").write_text(as_json(table))
-
-
-def machine() -> str:
-    """The name of the processor."""
-    names = [line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return names[0] if names else platform.machine()
-
-
-def commit() -> str:
-    """The short hash of HEAD, with -dirty if tracked files differ from it; "unknown" outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    write_record(
+        ROOT / "benchmarks" / "results" / "abuse.json",
+        machine(len(os.sched_getaffinity(0))),
+        config.stash[COMMIT],
+        [command],
+        {"cases": table},
+        ("torch", "numpy", "pillow", "tifffile"),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import predictions
 import pytest
 import torch
 from PIL import Image
@@ -27,12 +29,7 @@ pytest.importorskip("tyro", reason="commands read their options with tyro")
 pytest.importorskip("skimage", reason="instances need scikit-image")
 
 
-def save_model(path: Path, tasks: tuple[str, ...] = ("mask", "sdf", "boundary")) -> Path:
-    """A checkpoint with random weights, whose masks have many small objects."""
-    torch.manual_seed(1)
-    preprocessing = {"preprocessing": checkpoint.Preprocessing(32, (0.5,) * 3, (0.2,) * 3)._asdict()}
-    checkpoint.save(path, SemiMoE(width=2, expert_tasks=tasks), preprocessing)
-    return path
+save_model = functools.partial(predictions.save_model, sampling="resize", antialias=False)  # many small objects
 
 
 def options(model: Path, images: Path, out: Path, *more: str) -> list[str]:

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from caches import flip
+from caches import fail_if_decoding, flip
 from PIL import Image
 from refusals import refused
 from safetensors import safe_open
 
-from semimoe_fast.data import cache, folders
+from semimoe_fast.data import cache
 from semimoe_fast.data.cache import Cache
 from semimoe_fast.data.folders import channel_statistics
 from semimoe_fast.data.ragged import Ragged, load_whole, mirrored, starts_of
@@ -92,10 +92,6 @@ def test_windows_are_squares_of_the_mirrored_images(root: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- cache
-
-
-def fail_if_decoding(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(folders, "read_image", lambda path: pytest.fail(f"{path} is decoded again"))
 
 
 @pytest.mark.parametrize(("with_masks", "instances"), [(True, False), (True, True), (False, False)])

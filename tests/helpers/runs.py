@@ -69,7 +69,7 @@ def finish(config: TrainConfig, run: Path, processes: int = 1) -> None:
 
 
 def require_same(run: Path, expected: Path) -> None:
-    """Compare checkpoints, records and pictures of two finished runs. Raises Lost, UserError and OSError."""
+    """Compare two finished runs: checkpoints, records without speeds, pictures. Raises Lost, UserError and OSError."""
     for name in (LAST, BEST):
         (metadata, tensors), (right_metadata, right) = (checkpoint.read(folder / name) for folder in (run, expected))
         if metadata != right_metadata or tensors.keys() != right.keys():
@@ -82,16 +82,6 @@ def require_same(run: Path, expected: Path) -> None:
     for name in PICTURES:
         if (run / name).read_bytes() != (expected / name).read_bytes():
             raise Lost(f"{name} differs")
-
-
-def assert_same_run(folder: Path, other: Path) -> None:
-    """Both runs have bitwise equal checkpoints and records, except for the speed."""
-    for name in (LAST, BEST):
-        (metadata, tensors), (expected_metadata, expected) = (checkpoint.read(run / name) for run in (folder, other))
-        assert metadata == expected_metadata
-        assert tensors.keys() == expected.keys()
-        assert all(torch.equal(tensors[key], expected[key]) for key in expected)
-    assert records(folder) == records(other)
 
 
 def records(run: Path) -> list[dict]:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from forks import Child, Ended
 from refusals import refused
-from runs import assert_same_run, records, start, start_ranks
+from runs import records, require_same, start, start_ranks
 
 from semimoe_fast import checkpoint, train
 from semimoe_fast.errors import UserError
@@ -166,7 +166,7 @@ def test_signal_to_one_rank_stops_all_ranks_and_the_run_resumes_bitwise(
     assert [printed(child) for child in ended[1:]] == [[], []]
     assert_finishes(config, folder, processes=3)
     assert_finishes(config, uninterrupted, processes=3)
-    assert_same_run(folder, uninterrupted)
+    require_same(folder, uninterrupted)
 
 
 @pytest.mark.slow
@@ -185,7 +185,7 @@ def test_lost_rank_ends_the_run_which_resumes(
     assert line.endswith(f"continue with: torchrun --nproc-per-node 2 -m semimoe_fast.train --resume {folder}")
     if lost == 0:
         assert_finishes(configuration, folder)
-        assert_same_run(folder, pair)
+        require_same(folder, pair)
     else:  # one process resumes
         train.main(dataclasses.replace(read_config(folder), resume=folder))
         assert "saved by 2 processes, resumed by 1: dropout draws other random numbers" in capsys.readouterr().out
@@ -233,7 +233,7 @@ def test_main_process_caches_the_images(tiny_config: TrainConfig, glands_folder:
         assert [child.status for child in ended] == [0, 0], ended
         assert "".join(child.output for child in ended).count("decoded images are not kept") == warnings
     assert len(list((tmp_path / "kept" / "cache").iterdir())) == 3
-    assert_same_run(*runs)
+    require_same(*runs)
 
 
 @pytest.mark.parametrize(
