@@ -21,11 +21,11 @@
 
 namespace semimoe {
 
+#ifdef SEMIMOE_POSIX
+inline const pid_t kLoadingProcess = getpid();  // a forked child has none of OpenMP's threads
+
 // Calls run(argument) on that many threads of OpenMP at once, of which the caller is one, and waits for all. Returns
 // false where there is no OpenMP to ask.
-#ifdef SEMIMOE_POSIX
-inline const pid_t kLoadingProcess = getpid();
-
 inline bool on_openmp_threads(std::int64_t threads, void (*run)(void*), void* argument) {
   // Of GNU's OpenMP, and for programs compiled by GCC of LLVM's and Intel's.
   using Parallel = void (*)(void (*run)(void*), void* argument, unsigned threads, unsigned flags);

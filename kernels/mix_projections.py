@@ -25,17 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._math import tanh
+from ._math import image_and_block, tanh
 
 WARPS = 4
 VECTOR_BYTES = 16  # bytes of a thread's widest load
-
-
-@triton.jit
-def _place(pixels, BLOCK: tl.constexpr):
-    """Image and block of pixels of the program. One axis of the grid counts both, so neither number has a limit."""
-    program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(pixels, BLOCK)
-    return program // blocks, program % blocks
 
 
 @triton.jit
@@ -70,8 +63,8 @@ def mix_projections_fwd_kernel(
     BLOCK: tl.constexpr,
 ):
     pixels = tl.cast(pixels, tl.int64)  # offsets of planes may exceed 32 bits
-    image, block = _place(pixels, BLOCK)
-    p = block * BLOCK + tl.arange(0, BLOCK)
+    image, block = image_and_block(pixels, BLOCK)
+    p = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tasks: tl.constexpr = len(outputs)
     z = projections + image * EXPERTS * HEAD_ROWS * pixels
     for k in tl.static_range(tasks):
@@ -111,8 +104,8 @@ def label_projections_fwd_kernel(
     BLOCK: tl.constexpr,
 ):
     pixels = tl.cast(pixels, tl.int64)  # offsets of planes may exceed 32 bits
-    image, block = _place(pixels, BLOCK)
-    p = block * BLOCK + tl.arange(0, BLOCK)
+    image, block = image_and_block(pixels, BLOCK)
+    p = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     z = projections + image * EXPERTS * HEAD_ROWS * pixels
     weights = gate_weights + image * 3 * EXPERTS
     out = image * pixels + p
@@ -142,8 +135,8 @@ def mix_projections_bwd_kernel(
     BLOCK: tl.constexpr,
 ):
     pixels = tl.cast(pixels, tl.int64)
-    image, block = _place(pixels, BLOCK)
-    p = block * BLOCK + tl.arange(0, BLOCK)
+    image, block = image_and_block(pixels, BLOCK)
+    p = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = p < pixels
     e = tl.arange(0, PADDED)
     tasks: tl.constexpr = len(grad_outputs)

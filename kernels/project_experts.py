@@ -30,6 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._math import image_and_block
+
 CHUNK = 512  # pixels of a program
 TILE_BYTES = 8192
 LEAST_DOT = 16  # minimum rows, columns and depth of a tensor-core product
@@ -100,10 +102,9 @@ def project_experts_fwd_kernel(
     BLOCK_P: tl.constexpr,
     OFFSET: tl.constexpr,  # integer type of offsets within an image
 ):
-    program, chunks = tl.program_id(0), tl.cdiv(pixels, CHUNK)  # one axis for images and chunks: neither has a limit
-    image, chunk = (program // chunks).to(tl.int64), program % chunks
+    image, chunk = image_and_block(pixels, CHUNK)
     experts: tl.constexpr = len(features)
-    partial = program.to(tl.int64) * experts
+    partial = tl.program_id(0).to(tl.int64) * experts
     for e in tl.static_range(experts):
         if tl.program_id(1) == e:
             _project_expert(
@@ -200,10 +201,9 @@ def project_experts_bwd_kernel(
     BLOCK_P: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
-    program, chunks = tl.program_id(0), tl.cdiv(pixels, CHUNK)  # one axis for images and chunks: neither has a limit
-    image, chunk = (program // chunks).to(tl.int64), program % chunks
+    image, chunk = image_and_block(pixels, CHUNK)
     experts: tl.constexpr = len(features)
-    partial = program.to(tl.int64) * experts
+    partial = tl.program_id(0).to(tl.int64) * experts
     for e in tl.static_range(experts):
         if tl.program_id(1) == e:
             plane = image * experts + e

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import UserError
 
 UNPACKED = {"GlaS": "train_*_anno.bmp", "CRAG": "train/Images"}  # what data sets have before `prepare` lays them out
+MOST_LISTED = 4  # names in a message
 LAYOUT = "train_sup_N/{image,mask}, train_unsup_M/image and val/{image,mask}"
 
 
@@ -37,5 +38,5 @@ def part_folder(root: Path, part: str, kind: str) -> Path:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first four names, separated by commas."""
-    return ", ".join([*names[:4], *(["..."] if len(names) > 4 else [])])
+    """The first names, separated by commas."""
+    return ", ".join([*names[:MOST_LISTED], *(["..."] if len(names) > MOST_LISTED else [])])

@@ -106,11 +106,6 @@ def environment(tmp_path: Path) -> Environment:
     return Environment(tmp_path / "venv")
 
 
-def install(environment: Environment, *arguments: str | Path, **variables: str) -> None:
-    done = environment.pip("install", *arguments, **variables)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 @pytest.fixture(scope="module")
 def builder(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     return Environment(tmp_path_factory.mktemp("builder") / "venv")
@@ -154,7 +149,8 @@ def test_installed_wheel(wheel: Path, tree: Path, environment: Environment, tmp_
     top_level = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert {name.split(".")[0] for name in top_level} == {"semimoe_fast", "_semimoe_fast"}  # nothing called kernels
 
-    install(environment, "--no-index", wheel)
+    done = environment.pip("install", "--no-index", wheel)
+    assert done.returncode == 0, done.stdout + done.stderr
     root, elsewhere = environment.report(cwd=tree), environment.report(cwd=tmp_path)
     assert Path(root["package"]).is_relative_to(tree)
     assert Path(elsewhere["package"]).is_relative_to(environment.site)

@@ -92,9 +92,13 @@ class Child:
 
 
 def run_module(name: str, *arguments: str) -> None:
-    """What `python -m NAME ARGUMENTS` does, in this process, whose imports are done."""
+    """What `python -m NAME ARGUMENTS` does, in this process, whose imports are done, with the settings of the tests."""
     sys.argv = [name, *arguments]
-    runpy.run_module(name, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except Exception:  # the module has to explain it itself, not Child
+        traceback.print_exc()
+        raise SystemExit(1) from None
 
 
 def in_fork(call: Callable[[], object], seconds: float = 120) -> Ended:

@@ -210,11 +210,13 @@ def test_evaluation_of_no_pixels(shape: tuple[int, ...]) -> None:
 
 
 def test_the_public_operation_uses_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training, its gradients and running statistics, and evaluation."""
+    """Training, its gradients and running statistics, and evaluation, on tensors that the kernels take as copies."""
     monkeypatch.setenv("SEMIMOE_BACKEND", "fused")
     kernels = importlib.import_module("semimoe_fast.ops.batch_norm")._kernels
     assert kernels(DEVICE) is batch_norm
-    x, weight, bias = (t.requires_grad_() for t in (draw(4, 5, 6, 7, layout="channels-last"), draw(5), draw(5, seed=1)))
+    transposed = draw(4, 5, 7, 6).mT
+    x, weight, bias = (t.requires_grad_() for t in (transposed, draw(5), draw(5, seed=1)))
+    grad_output = draw(4, 5, 6, 7, seed=2).contiguous(memory_format=torch.channels_last)
     results = []
     for backend in ("fused", "portable"):
         running = torch.zeros(5, device=DEVICE), torch.ones(5, device=DEVICE)
@@ -222,7 +224,7 @@ def test_the_public_operation_uses_the_kernels(monkeypatch: pytest.MonkeyPatch) 
             y = F.batch_norm_relu(x, weight, bias, *running, groups=2)
             with torch.no_grad():
                 evaluated = F.batch_norm_relu(x, weight, bias, *running, training=False)
-        results.append([y, *torch.autograd.grad(y.square().sum(), [x, weight, bias]), *running, evaluated])
+        results.append([y, *torch.autograd.grad(y, [x, weight, bias], grad_output), *running, evaluated])
     for result, expected in zip(*results, strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)  # float32 sums in another order
         assert result.stride() == expected.stride()

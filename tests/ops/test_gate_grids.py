@@ -31,7 +31,7 @@ def test_rows_beyond_32_bits() -> None:
     outputs = torch.from_numpy(np.empty(3 * pixels, np.float32))
     for row in range(3):
         projections[row * pixels : row * pixels + used] = row + 1
-    mix_projections.mix_projections_fwd_kernel[(1, 1)](
+    mix_projections.mix_projections_fwd_kernel[(1,)](
         projections, torch.ones(1, 1, 1), torch.zeros(3), (outputs,), pixels, (3,), (0,), 3, 1, used
     )  # fmt: skip
     assert outputs[::pixels].tolist() == [1, 2, 3]

@@ -332,7 +332,7 @@ def test_interrupt_during_imports_is_silent() -> None:
 
 
 @pytest.mark.slow
-def test_sigkill_and_resume_as_processes(tiny_config: config.TrainConfig, tmp_path: Path) -> None:
+def test_a_run_killed_at_any_time_resumes_bitwise(tiny_config: config.TrainConfig, tmp_path: Path) -> None:
     """A process killed at an arbitrary time and resumed gives the same run as an uninterrupted one."""
     options = dataclasses.replace(tiny_config, epochs=12)
     (child,) = runs.start(options, tmp_path / "run")
