@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 import runs
 import torch
-from runs import require_same
 from stopping import StopAfter
 
 from semimoe_fast import checkpoint, train
@@ -75,7 +74,7 @@ def test_training_reduces_the_loss(finished: Path) -> None:
 
 def test_seed_determines_the_run(tiny_config: config.TrainConfig, finished: Path, tmp_path: Path) -> None:
     start(tiny_config, tmp_path / "same")
-    require_same(tmp_path / "same", finished)
+    runs.require_same(tmp_path / "same", finished)
     start(tiny_config, tmp_path / "other", seed=4)
     tensors, expected = (checkpoint.read(folder / run_folder.LAST)[1] for folder in (tmp_path / "other", finished))
     assert not torch.equal(tensors["model.gating.heads.0.weight"], expected["model.gating.heads.0.weight"])
@@ -93,7 +92,7 @@ def test_curves_count_epochs_from_1(finished: Path, tmp_path: Path, monkeypatch:
 def test_command_line_gives_the_same_run(tiny: list[str], finished: Path, tmp_path: Path) -> None:
     """A separate process, without the deterministic mode of the tests."""
     subprocess.run([*TRAIN, *tiny, "--out", str(tmp_path / "run")], check=True, capture_output=True)
-    require_same(tmp_path / "run", finished)
+    runs.require_same(tmp_path / "run", finished)
 
 
 @pytest.mark.slow
@@ -101,7 +100,7 @@ def test_profiled_run_is_the_same_run(tiny_config: config.TrainConfig, finished:
     """The profile records three steps, with the end of an epoch between them."""
     start(tiny_config, tmp_path / "run", profile=True)
     assert "mean of 3 steps (the run had no more)" in capsys.readouterr().out
-    require_same(tmp_path / "run", finished)
+    runs.require_same(tmp_path / "run", finished)
     assert (tmp_path / "run" / config.CONFIG_FILE).read_text() == (finished / config.CONFIG_FILE).read_text()
 
 
@@ -132,7 +131,7 @@ def test_interrupted_run_resumes_bitwise(
             start(tiny_config, folder)
     assert exit_.value.code == 128 + signal.SIGINT
     resume(folder)
-    require_same(folder, finished)
+    runs.require_same(folder, finished)
 
 
 def test_run_with_many_options_resumes_bitwise(
@@ -146,7 +145,7 @@ def test_run_with_many_options_resumes_bitwise(
         with pytest.raises(SystemExit):
             start(options, tmp_path / "run", recompute=True)
     resume(tmp_path / "run", recompute=False)  # a resumed run may change this option
-    require_same(tmp_path / "run", tmp_path / "uninterrupted")
+    runs.require_same(tmp_path / "run", tmp_path / "uninterrupted")
 
 
 @pytest.mark.parametrize("victim", ["save last", "save best", "metrics", "validation", "step"])
@@ -188,7 +187,7 @@ def test_killed_run_resumes_bitwise(
         with (folder / run_folder.METRICS_FILE).open("a") as file:
             file.write('{"epoch": 1, "half a li')
     resume(folder)
-    require_same(folder, finished)
+    runs.require_same(folder, finished)
 
 
 def test_damaged_records_are_dropped_on_resume(finished: Path, tmp_path: Path, capsys) -> None:
@@ -221,7 +220,7 @@ def test_run_without_checkpoint_starts_over(
         with pytest.raises(ZeroDivisionError):
             start(tiny_config, folder)
     resume(folder)
-    require_same(folder, finished)
+    runs.require_same(folder, finished)
 
 
 def wait_for(condition, seconds: float = 60) -> None:
@@ -315,7 +314,7 @@ def test_full_disk_at_a_checkpoint_is_one_line_and_the_run_resumes(
     )
     assert not [*folder.glob("*.safetensors"), *folder.glob(".*.part")]
     resume(folder)
-    require_same(folder, finished)
+    runs.require_same(folder, finished)
 
 
 @pytest.mark.usefixtures("listening")
@@ -342,7 +341,7 @@ def test_a_run_killed_at_any_time_resumes_bitwise(tiny_config: config.TrainConfi
     assert child.wait().status == -signal.SIGKILL, "the run ended before the kill: use more epochs"
     for folder in ("run", "uninterrupted"):
         runs.finish(options, tmp_path / folder)
-    require_same(tmp_path / "run", tmp_path / "uninterrupted")
+    runs.require_same(tmp_path / "run", tmp_path / "uninterrupted")
 
 
 def test_resume_of_a_finished_run_only_reports(finished: Path, tmp_path: Path, capsys) -> None:
