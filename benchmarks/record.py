@@ -18,10 +18,15 @@ CPUINFO = Path("/proc/cpuinfo")  # on Linux alone
 
 
 def machine(threads: int) -> str:
-    """The processor, and the threads that compute."""
+    """The processor, and the threads that compute.
+
+    A virtual machine's host may hide the generation from the name; the family and the model tell it.
+    """
     text = CPUINFO.read_text() if CPUINFO.exists() else ""
-    models = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
-    name = models[0] if models else platform.processor() or platform.machine()
+    first = dict(re.findall(r"^(.+?)\s*: (.+)$", text.partition("\n\n")[0], re.MULTILINE))
+    name = first.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in first:
+        name += f" (family {first['cpu family']}, model {first['model']})"
     return f"{name}, {counted(threads)}"
 
 
