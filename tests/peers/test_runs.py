@@ -92,9 +92,7 @@ def test_the_machine_has_a_name_without_cpuinfo(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_the_machine_has_the_generation_of_its_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    text = (
-        "processor\t: {}\ncpu family\t: {}\nmodel\t\t: {}\nmodel name\t: AMD EPYC\nstepping\t: 1\n\n"
-    )
+    text = "processor\t: {}\ncpu family\t: {}\nmodel\t\t: {}\nmodel name\t: AMD EPYC\nstepping\t: 1\n\n"
     monkeypatch.setattr(record, "CPUINFO", tmp_path / "cpuinfo")
     record.CPUINFO.write_text(text.format(0, 25, 17) + text.format(1, 99, 99))
     assert record.machine(1) == "AMD EPYC (family 25, model 17), 1 thread"
