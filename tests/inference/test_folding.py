@@ -52,3 +52,21 @@ def test_only_the_tasks_that_are_asked_for() -> None:
     assert folded(fast, ["mask"]).tasks == ("mask",)
     with pytest.raises(ValueError, match="the model has no expert for 'sdf', its experts learn boundary, mask"):
         folded(fast, ["sdf"])
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@torch.no_grad()
+def test_every_convolution_reads_and_writes_channels_last(images: int) -> None:
+    """Else PyTorch copies the features into another order before a convolution, which took a quarter of the time."""
+    model = folded(SemiMoE(width=16), ["mask"])
+    seen = []
+
+    def note(_: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        seen.extend(t.is_contiguous(memory_format=torch.channels_last) for t in (*inputs, output))
+
+    for layer in model.experts.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            layer.register_forward_hook(note)
+    model(torch.rand(images, 3, 32, 32).contiguous(memory_format=torch.channels_last))
+    assert all(seen)
+    assert len(seen) == 2 * 3 * 23
