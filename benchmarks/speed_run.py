@@ -34,7 +34,7 @@ SEEDS = 0, 1, 2
 THREADS = 2
 RECIPE = (
     "--recipe strong --width 8 --labeled-batch 4 --epochs 32 --warmup-epochs 3 --val-every 32 "
-    "--lr 0.03 --scale-jitter 1.5"
+    "--lr 0.03 --scale-jitter 1.5 --precision bf16"
 )
 RULES = (  # after the recipe: of an option given twice, the last counts
     f"--labeled train_all_85 --unlabeled none --val val --image-size 128 --device cpu --threads {THREADS}"
