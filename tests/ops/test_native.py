@@ -207,6 +207,17 @@ def test_cuda_kernels_compile_without_warnings(tmp_path: Path) -> None:
     assert b"_GLOBAL__N_" not in cubin, "an anonymous namespace, named after the folder: not reproducible"
 
 
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf was not found")
+def test_the_module_links_libraries_of_every_linux_alone() -> None:
+    """Those of the manylinux policy: neither torch nor CUDA nor an OpenMP."""
+    listed = subprocess.run(
+        ["readelf", "--dynamic", _native.module().__file__], check=True, capture_output=True, text=True
+    )
+    linked = set(re.findall(r"\(NEEDED\).*\[(\S+?)\.so", listed.stdout))
+    assert "libc" in linked
+    assert linked <= set("libc libm libgcc_s libstdc++ libpthread libdl librt ld-linux-x86-64 ld-linux-aarch64".split())
+
+
 def test_cuda_kernels_use_no_local_memory() -> None:
     """No stack and no spilled register, in the code of every GPU generation that the module was built for."""
     native = _native.module()
