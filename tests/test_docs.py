@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ from PIL import Image
 
 ROOT = next((folder for folder in Path(__file__).parents if (folder / "README.md").is_file()), Path())
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHER_PAGES = [*(ROOT / "benchmarks" / "results").glob("*.md"), ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
 NEEDED = {"semimoe_fast.monai": ["monai"], "import onnxruntime": ["onnx", "onnxscript", "onnxruntime"]}  # by snippets
 FENCED = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -112,6 +114,22 @@ def execute(command: list[str], folder: Path) -> None:
         os.execvp(command[0], command)
 
 
+@pytest.mark.slow
+def test_benchmarks_have_the_options_that_the_pages_give_them() -> None:
+    """Their commands take too long to run."""
+    given: dict[str, set[str]] = {}
+    for page in [*PAGES, *OTHER_PAGES]:
+        for module, rest in re.findall(r"python -m (benchmarks[\w.]*)((?:[^`\n]|\\\n)*)", page.read_text()):
+            given.setdefault(module, set()).update(re.findall(r"(?<!\S)--[a-z-]+", rest))
+    assert sum(map(len, given.values())) > 20
+    for module, options in given.items():
+        assert importlib.util.find_spec(module), module
+        ended = in_fork(functools.partial(run_module, module, "--help")) if options else None
+        assert not options or ended.status == 0, f"{module}: {ended.output}"
+        missing = [option for option in options if not re.search(rf"{option}\b", ended.output)]
+        assert not missing, f"{module} has no {missing}"
+
+
 def test_make_has_the_targets_that_the_pages_name() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split())
@@ -121,8 +139,7 @@ def test_make_has_the_targets_that_the_pages_name() -> None:
 
 
 def test_links_and_paths_lead_to_files() -> None:
-    pages = [*PAGES, *(ROOT / "benchmarks" / "results").glob("*.md"), ROOT / "CHANGELOG.md"]
-    for page in pages:
+    for page in [*PAGES, *OTHER_PAGES]:
         text = page.read_text()
         for target in re.findall(r"""(?:\]\(|src=")([^)"#\s]+)""", text):
             assert "://" in target or (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
