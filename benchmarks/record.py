@@ -20,7 +20,7 @@ CPUINFO = Path("/proc/cpuinfo")  # on Linux alone
 def machine(threads: int) -> str:
     """The processor, and the threads that compute.
 
-    A virtual machine's host may hide the generation from the name; the family and the model tell it.
+    The name that a virtual machine shows may leave out the generation, which family and model tell.
     """
     text = CPUINFO.read_text() if CPUINFO.exists() else ""
     first = dict(re.findall(r"^(.+?)\s*: (.+)$", text.partition("\n\n")[0], re.MULTILINE))

@@ -94,9 +94,9 @@ def configure_prediction(device: torch.device, precision: Precision) -> None:
 def keep_freed_memory() -> None:
     """Make malloc keep freed memory for the next allocation, instead of returning it to the system.
 
-    glibc maps memory anew for every large tensor, and the system fills it with zeros. Without this, that is up to a
-    quarter of a step's time on the CPU (benchmarks/results/step.md), and a third of the time of a prediction. The price
-    is memory, for the life of the process: if tensors become larger and larger, holes between others may remain
+    glibc maps memory anew for every large tensor, and the system fills it with zeros. Without this, that took a
+    fifth of a step's time on the CPU (benchmarks/results/step.md), and takes time of predictions, too. The price is
+    memory, for the life of the process: if tensors become larger and larger, holes between others may remain
     unused. Does nothing with other C libraries.
     """
     with contextlib.suppress(AttributeError, OSError):

@@ -47,7 +47,7 @@ class Strengths:
 class Density(NamedTuple):
     """Affine map from the natural logarithms of pixels to the binary ones of their change.
 
-    torch computes powers of 2 four times as fast as those of e on a CPU.
+    torch computes powers of 2 faster than those of e on a CPU.
     """
 
     matrix: Tensor  # (B, 3, 3)
@@ -125,7 +125,7 @@ def _change(images: Tensor, appearance: Appearance, part: slice) -> None:
 
 
 def _log(images: Tensor) -> Tensor:
-    """The natural logarithm, in place; on a CPU by NumPy, which is three times as fast as torch on one thread."""
+    """The natural logarithm, in place; on a CPU by NumPy, 2.5 to 3 times as fast as torch on one thread."""
     if not images.is_cpu:
         return images.log_()
     np.log(images.numpy(), out=images.numpy())

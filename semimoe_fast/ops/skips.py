@@ -18,12 +18,10 @@ from .recomputation import remember
 
 def pool_and_skip(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (B, C, H, W) -> its 2 x 2 max pooling (B, C, H // 2, W // 2) and x itself, for the skip connection."""
-    if watched(x) or not _native_pooling.takes(x) or not _native.serves_cpu():
-        return torch.nn.functional.max_pool2d(x, 2), x
-    if not (x.requires_grad and torch.is_grad_enabled()):  # the function below would change the strides of one image
-        return _native_pooling.max_pool(x), x
-    pooled, skip = _PoolAndSkip.apply(x)
-    return pooled, remember(skip, lambda x: x, x)
+    if not watched(x) and _native_pooling.takes(x) and _native.serves_cpu():
+        pooled, skip = _PoolAndSkip.apply(x)
+        return pooled, remember(skip, lambda x: x, x)
+    return torch.nn.functional.max_pool2d(x, 2), x
 
 
 def concatenate(skip: Tensor | None, y: Tensor) -> Tensor:
@@ -40,7 +38,7 @@ class _PoolAndSkip(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x)
         ctx.set_materialize_grads(False)
-        return _native_pooling.max_pool(x), x
+        return _native_pooling.max_pool(x), x.detach()  # x itself would become a view, for one image of other strides
 
     @staticmethod
     def backward(ctx: Any, grad_pooled: Tensor | None, grad_skip: Tensor | None) -> Tensor | None:

@@ -54,10 +54,10 @@ def test_only_the_tasks_that_are_asked_for() -> None:
         folded(fast, ["sdf"])
 
 
-@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("count", [1, 2])
 @torch.no_grad()
-def test_every_convolution_reads_and_writes_channels_last(images: int) -> None:
-    """Else PyTorch copies the features into another order before a convolution, which took a quarter of the time."""
+def test_every_convolution_reads_and_writes_channels_last(count: int) -> None:
+    """Else PyTorch copies the features into another order before a convolution: a fifth of the time at width 16."""
     model = folded(SemiMoE(width=16), ["mask"])
     seen = []
 
@@ -67,6 +67,8 @@ def test_every_convolution_reads_and_writes_channels_last(images: int) -> None:
     for layer in model.experts.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             layer.register_forward_hook(note)
-    model(torch.rand(images, 3, 32, 32).contiguous(memory_format=torch.channels_last))
+    images = torch.rand(count, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    for expert in model.experts:
+        expert.features(images)
     assert all(seen)
-    assert len(seen) == 2 * 3 * 23
+    assert len(seen) == 2 * 3 * 22
