@@ -101,10 +101,10 @@ inline void sum_blocks(std::int64_t rows, std::int64_t columns, const Add& add, 
       float sums[kTile], others[kTile];
       for (std::int64_t j = 0; j < end_column - begin; ++j) sums[j] = others[j] = 0;
       for_each_strip(first, end, begin, end_column, [&](std::int64_t row, std::int64_t step_end, std::int64_t j) {
-        Strip sum = Strip::at(sums + j - begin), other = Strip::at(others + j - begin);
+        Strip sum = Strip::at(sums + (j - begin)), other = Strip::at(others + (j - begin));
         add(first, row, step_end, j, sum, other);
-        sum.write_to(sums + j - begin);
-        other.write_to(others + j - begin);
+        sum.write_to(sums + (j - begin));
+        other.write_to(others + (j - begin));
       });
       finish(first, end, begin, end_column, sums, others);
     }
