@@ -20,6 +20,7 @@ from image_files import (
     RNG,
     TILES,
     agrees_with_crops,
+    needs_pillow_13,
     overwrite,
     pyramid,
     regions,
@@ -47,6 +48,7 @@ LAYOUTS = {
     "BigTIFF": {"bigtiff": True},
     "OME": {"ome": True, "metadata": {"axes": "YXS"}},
 }
+GRAY_PREMULTIPLIED = "gray and associated alpha"
 IMAGES = {
     "planes in tiles": (COLORS.transpose(2, 0, 1), {"planarconfig": "separate", "compression": "zlib"}),
     "planes in rows": (COLORS.transpose(2, 0, 1), {"planarconfig": "separate", "tile": None}),
@@ -57,7 +59,7 @@ IMAGES = {
     "alpha": (np.dstack([COLORS, GRAYS]), {"extrasamples": ["unassalpha"]}),
     "associated alpha": (np.dstack([COLORS, GRAYS]), {"extrasamples": ["assocalpha"]}),
     "associated alpha and more": (np.dstack([COLORS, GRAYS, GRAYS]), {"extrasamples": ["assocalpha", "unspecified"]}),
-    "gray and associated alpha": (
+    GRAY_PREMULTIPLIED: (
         np.dstack([COLORS[..., 0], np.maximum(COLORS[..., 1], 1)]),
         {"photometric": "minisblack", "planarconfig": "contig", "extrasamples": ["assocalpha"]},
     ),
@@ -65,7 +67,10 @@ IMAGES = {
 }
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, *IMAGES])
+@pytest.mark.parametrize(
+    "name",
+    [*LAYOUTS, *(pytest.param(name, marks=[needs_pillow_13] * (name == GRAY_PREMULTIPLIED)) for name in IMAGES)],
+)
 def test_a_tiff_is_read_by_region_as_pillow_reads_it(tmp_path, name):
     pixels, options = IMAGES.get(name) or (COLORS, LAYOUTS[name])
     path = write(tmp_path / "image.tif", pixels, **options)

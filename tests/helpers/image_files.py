@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import PIL
+import pytest
 import tifffile
 
 from semimoe_fast.data.readers import Reader
@@ -14,6 +16,8 @@ COLORS = RNG.integers(0, 256, (123, 157, 3), np.uint8)
 GRAYS = COLORS[..., 0]
 TILES = {"photometric": "rgb", "tile": (32, 48)}
 QUARTER_MICRON = {"resolution": (40000, 40000), "resolutionunit": "CENTIMETER"}
+
+needs_pillow_13 = pytest.mark.skipif(int(PIL.__version__.partition(".")[0]) < 13, reason="Pillow 12 cannot read it")
 
 
 def write(path: Path, pixels: np.ndarray = COLORS, **options) -> Path:
