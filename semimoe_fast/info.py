@@ -6,6 +6,8 @@ import argparse
 import json
 import platform
 
+import numpy as np
+import PIL
 import torch
 
 from . import __version__, ops
@@ -22,6 +24,8 @@ def versions() -> list[tuple[str, str]]:
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         ("torch", torch.__version__),
         ("triton", triton_version()),
+        ("numpy", np.__version__),
+        ("pillow", PIL.__version__),
         ("CUDA of torch", torch.version.cuda or "none, a CPU build"),
         ("GPU", ", ".join(gpus) or "none"),
         ("CPU threads", str(torch.get_num_threads())),
