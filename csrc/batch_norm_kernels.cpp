@@ -38,7 +38,7 @@ struct Strip {
   static Strip at(const T* address, std::int64_t ahead) {
     constexpr int kLine = 64 / sizeof(T);
 #pragma GCC unroll 4
-    for (int i = 0; i < kColumns; i += kLine) __builtin_prefetch(address + ahead + i);
+    for (int i = 0; i < kColumns; i += kLine) prefetch(address + ahead + i);
     return at(address);
   }
 
@@ -55,7 +55,7 @@ struct Strip {
     Strip strip;
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) {
-      if (i * kFloatLanes * sizeof(T) % 64 == 0) __builtin_prefetch(row + places.v[i] + ahead);
+      if (i * kFloatLanes * sizeof(T) % 64 == 0) prefetch(row + places.v[i] + ahead);
       strip.v[i] = load(row + places.v[i]);
     }
     return strip;
@@ -179,7 +179,7 @@ void normalize(const void* memory, std::int64_t rows, std::int64_t columns, cons
 #pragma GCC unroll 4
       for (int i = 0; i < kVectors; ++i) {
         z.v[i] = (z.v[i] - n.mean.v[i]) * n.scale.v[i] + n.bias.v[i];
-        z.v[i] = z.v[i] <= 0.0f ? Floats{} : z.v[i];  // a NaN stays one
+        z.v[i] = select(z.v[i] <= 0.0f, Floats{}, z.v[i]);  // a NaN stays one
       }
       z.write_to(y + row * spread.row, places, streams);
     }
@@ -189,7 +189,7 @@ void normalize(const void* memory, std::int64_t rows, std::int64_t columns, cons
 
 // dz, from d = x - mean. Where z is NaN, the gradient passes, as in PyTorch.
 inline Floats masked(Floats d, Floats scale, Floats bias, Floats dy) {
-  return d * scale + bias <= 0.0f ? Floats{} : dy;
+  return select(d * scale + bias <= 0.0f, Floats{}, dy);
 }
 
 template <class T>

@@ -14,16 +14,16 @@ struct Float16 {
   std::uint16_t bits;
 };
 
-using Halves = std::uint16_t __attribute__((vector_size(kVectorBytes / 2)));
+using Halves = Vector<std::uint16_t, kVectorBytes / 2>;
 
 inline Bits load_halves(const void* address) {
   Halves halves;
   std::memcpy(&halves, address, sizeof halves);
-  return __builtin_convertvector(halves, Bits);
+  return convert<Bits>(halves);
 }
 
 inline void store_halves(void* address, Bits bits) {
-  const Halves halves = __builtin_convertvector(bits, Halves);
+  const Halves halves = convert<Halves>(bits);
   std::memcpy(address, &halves, sizeof halves);
 }
 
@@ -34,14 +34,14 @@ inline Floats load(const Bfloat16* address) { return (Floats)(load_halves(addres
 // Rounds to nearest, ties to even; a NaN stays one.
 inline void store(Bfloat16* address, Floats x) {
   const Bits bits = (Bits)x, rounded = bits + 0x7fffu + (bits >> 16 & 1u);
-  store_halves(address, (x != x ? bits | 0x400000u : rounded) >> 16);
+  store_halves(address, select(x != x, bits | 0x400000u, rounded) >> 16);
 }
 
 // A product with 2^112 moves the exponent from the place of float16, so that subnormal numbers are exact too.
 inline Floats load(const Float16* address) {
   const Bits half = load_halves(address), magnitude = (half & 0x7fffu) << 13;
   const Bits finite = (Bits)((Floats)magnitude * 0x1p112f);
-  return (Floats)((magnitude >= 0x7c00u << 13 ? magnitude | kInfinity : finite) | (half & 0x8000u) << 16);
+  return (Floats)(select(magnitude >= 0x7c00u << 13, magnitude | kInfinity, finite) | (half & 0x8000u) << 16);
 }
 
 // Rounds to nearest, ties to even; a NaN stays one. Below 2^-14, adding 0.5 rounds to multiples of 2^-24, which float16
@@ -50,8 +50,8 @@ inline void store(Float16* address, Floats x) {
   const Bits magnitude = (Bits)x & ~kSign;
   const Bits small = (Bits)((Floats)magnitude + 0.5f) - 0x3f000000u;
   const Bits normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-  const Bits large = magnitude > kInfinity ? Bits{} + 0x7e00u : Bits{} + 0x7c00u;
-  const Bits half = magnitude < 0x38800000u ? small : magnitude < 0x47800000u ? normal : large;
+  const Bits large = select(magnitude > kInfinity, Bits{} + 0x7e00u, Bits{} + 0x7c00u);
+  const Bits half = select(magnitude < 0x38800000u, small, select(magnitude < 0x47800000u, normal, large));
   store_halves(address, half | ((Bits)x & kSign) >> 16);
 }
 

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "vectors.hpp"
+
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__SSE2__)
@@ -23,10 +25,9 @@ constexpr int kVectorBytes = 16;
 #endif
 constexpr int kFloatLanes = kVectorBytes / sizeof(float);
 
-// Operators act on every lane. A comparison of floats gives integers, with all bits set where it is true.
-using Floats = float __attribute__((vector_size(kVectorBytes)));
-using Integers = std::int32_t __attribute__((vector_size(kVectorBytes)));
-using Bits = std::uint32_t __attribute__((vector_size(kVectorBytes)));
+using Floats = Vector<float, kVectorBytes>;
+using Integers = Vector<std::int32_t, kVectorBytes>;
+using Bits = Vector<std::uint32_t, kVectorBytes>;
 
 inline Floats load(const float* address) {
   Floats floats;
@@ -47,7 +48,9 @@ inline void store(float* address, Floats floats) { std::memcpy(address, &floats,
 // Like store, past the caches, to an address that is a multiple of kVectorBytes. end_streams makes the stores visible
 // to other threads.
 inline void stream(float* address, Floats floats) {
-#if defined(__AVX512F__)
+#if !defined(SEMIMOE_VECTOR_EXTENSION)
+  store(address, floats);
+#elif defined(__AVX512F__)
   _mm512_stream_ps(address, floats);
 #elif defined(__AVX2__)
   _mm256_stream_ps(address, floats);
@@ -112,7 +115,7 @@ inline Floats exp_of_negative(Floats x) {
   power = power * r + 0x1.fffffcp-2f;
   power = power * r + 1.0f;
   power = power * r + 1.0f;
-  return x < kLeast ? Floats{} : power * (Floats)((Bits)rounded << 23);
+  return select(x < kLeast, Floats{}, power * (Floats)((Bits)rounded << 23));
 }
 
 }  // namespace

@@ -65,6 +65,11 @@ struct Kernels {
 namespace plain {
 extern const Kernels kernels;  // for every processor of the family
 }
+#ifdef SEMIMOE_STANDARD_KERNELS
+namespace standard {
+extern const Kernels kernels;  // likewise, in standard C++ alone; for tests
+}
+#endif
 #ifdef SEMIMOE_X86_KERNELS
 namespace avx2 {
 extern const Kernels kernels;
@@ -86,6 +91,9 @@ inline std::vector<const Kernels*> supported_kernels() {
   if (has_avx2) supported.push_back(&avx2::kernels);
 #endif
   supported.push_back(&plain::kernels);
+#ifdef SEMIMOE_STANDARD_KERNELS
+  supported.push_back(&standard::kernels);
+#endif
   return supported;
 }
 

@@ -1,5 +1,5 @@
-// A vector of unsigned 16-bit words, as wide as the instruction set allows: AVX-512, AVX2, SSE2, or else 16 bytes of
-// the compiler's vector extension. Internal linkage, see kernels.cpp.
+// A vector of unsigned 16-bit words, as wide as the instruction set allows: AVX-512, AVX2, SSE2, or else 16 bytes.
+// Internal linkage, see kernels.cpp.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +9,8 @@
 #include <immintrin.h>
 #elif defined(__SSE2__)
 #include <emmintrin.h>
+#else
+#include "vectors.hpp"
 #endif
 
 namespace semimoe {
@@ -58,11 +60,11 @@ inline bool any_above(Words a, Words b) {
 
 #else
 
-using Words = Word __attribute__((vector_size(16)));
+using Words = Vector<Word, 16>;
 inline Words broadcast(Word word) { return Words{} + word; }
 inline Words broadcast_pair(std::uint32_t pair) { return broadcast(static_cast<Word>(pair)); }
-inline Words minimum(Words a, Words b) { return a < b ? a : b; }
-inline Words maximum(Words a, Words b) { return a > b ? a : b; }
+inline Words minimum(Words a, Words b) { return select(a < b, a, b); }
+inline Words maximum(Words a, Words b) { return select(a > b, a, b); }
 inline Words add(Words a, Words b) { return a + b; }
 inline Words subtract(Words a, Words b) { return a - b; }
 inline Words add_saturating(Words a, Words b) { return a + minimum(b, ~a); }

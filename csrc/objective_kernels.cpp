@@ -27,13 +27,13 @@ inline void softmax(const DiceBlock& block, int i, PerClass<kClasses>& p) {
   const int classes = count_classes<kClasses>(block);
   const auto logits = [&](int k) { return load(block.logits + k * block.stride + i); };
   Floats largest = logits(0);
-  for (int k = 1; k < classes; ++k) largest = logits(k) > largest ? logits(k) : largest;
+  for (int k = 1; k < classes; ++k) largest = select(logits(k) > largest, logits(k), largest);
   if (kClasses == 2) {
     const Floats difference = logits(1) - logits(0), power = exp_of_negative(minus_absolute(difference));
     // 0 * inf is NaN: the difference alone would not show an infinite logit.
     const Floats likelier = reciprocal(1.0f + power) + 0.0f * largest, other = likelier * power;
-    p[0] = difference > 0.0f ? other : likelier;
-    p[1] = difference > 0.0f ? likelier : other;
+    p[0] = select(difference > 0.0f, other, likelier);
+    p[1] = select(difference > 0.0f, likelier, other);
     return;
   }
   Floats sum = {};
@@ -49,11 +49,11 @@ void sum_dice(const DiceBlock& block, double* overlap, double* mass) {
   for (int k = 0; k < classes; ++k) overlaps[k] = masses[k] = Floats{};
   const auto add = [&](int i, Integers counts) {
     softmax<kClasses>(block, i, p);
-    const Integers target = counts ? load(block.target + i) : Integers{} - 1;
+    const Integers target = select(counts, load(block.target + i), Integers{} - 1);
     for (int k = 0; k < classes; ++k) {
-      overlaps[k] += target == k ? p[k] : Floats{};
-      masses[k] += counts ? (kSquared ? p[k] * p[k] : p[k]) : Floats{};
-      masses[k] += target == k ? Floats{} + 1.0f : Floats{};
+      overlaps[k] += select(target == k, p[k], Floats{});
+      masses[k] += select(counts, kSquared ? p[k] * p[k] : p[k], Floats{});
+      masses[k] += select(target == k, Floats{} + 1.0f, Floats{});
     }
   };
   const int whole = block.pixels / kFloatLanes * kFloatLanes;
@@ -76,7 +76,7 @@ void differentiate_dice(const DiceBlock& block, const float* alpha, const float*
     Floats mean = {};  // sum of P g
     for (int k = 0; k < classes; ++k) {
       const float a = scale * alpha[k], b = scale * beta[k];
-      g[k] = (target == k ? Floats{} + a : Floats{}) + (kSquared ? b * p[k] : Floats{} + b);
+      g[k] = select(target == k, Floats{} + a, Floats{}) + (kSquared ? b * p[k] : Floats{} + b);
       mean += p[k] * g[k];
     }
     for (int k = 0; k < classes; ++k) store(gradient + k * gradient_stride + i, p[k] * (g[k] - mean));

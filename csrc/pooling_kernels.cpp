@@ -24,7 +24,7 @@ struct Window {
   // processor alone does not read far enough ahead.
   Floats at(int i, std::int64_t channel) const {
     constexpr int kAhead = 8;
-    __builtin_prefetch(pixels[i] + channel + kAhead * stride);
+    prefetch(pixels[i] + channel + kAhead * stride);
     return load(pixels[i] + channel);
   }
 
@@ -44,7 +44,7 @@ struct Largest {
     for (int i = 0; i < 3; ++i) {
       const Floats next = x.at(i + 1, channel);
       wins[i] = (next > value) | (next != next);
-      value = wins[i] ? next : value;
+      value = select(wins[i], next, value);
     }
   }
 };

@@ -1,8 +1,10 @@
-"""Modules import only from lower layers: commands, folders, model, operations, kernels."""
+"""Modules import only from lower layers: commands, folders, model, operations, kernels; most need no POSIX."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import semimoe_fast
@@ -64,6 +66,14 @@ def test_no_module_imports_from_a_higher_layer() -> None:
 
 def test_reference_imports_nothing_of_the_package() -> None:
     assert imports_of(REFERENCE, modules()[REFERENCE]) == set()
+
+
+def test_model_and_operations_import_without_the_modules_that_windows_lacks() -> None:
+    hide = "import sys; sys.modules |= dict.fromkeys(['fcntl', 'grp', 'pwd', 'resource', 'termios']); "
+    names = ("functional", "model", "objective", "published", "checkpoint", "export", "info", "prepare", "synthetic")
+    imports = "import " + ", ".join(f"semimoe_fast.{name}" for name in names)
+    done = subprocess.run([sys.executable, "-c", hide + imports], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_imports_have_no_cycles() -> None:

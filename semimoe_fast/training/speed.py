@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import resource
+import sys
 import time
 
 import torch
@@ -105,4 +106,5 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory so far, in bytes: of tensors on a CUDA device, or the resident memory of the process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

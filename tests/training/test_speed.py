@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +120,14 @@ def test_peak_memory_is_at_least_the_resident_memory() -> None:
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     peak = peak_memory_bytes(torch.device("cpu"))
     assert held.nbytes < 0.99 * resident < peak < 100 * resident  # a wrong unit is off by 1024
+
+
+def test_peak_memory_of_macos_counts_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = SimpleNamespace(ru_maxrss=3 * 2**20)
+    monkeypatch.setattr("resource.getrusage", lambda who: usage)
+    for platform, peak in (("linux", 3 * 2**30), ("darwin", 3 * 2**20)):
+        monkeypatch.setattr("sys.platform", platform)
+        assert peak_memory_bytes(torch.device("cpu")) == peak
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
