@@ -7,18 +7,12 @@
 
 #include "vectors.hpp"
 
-#if defined(__AVX512F__) || defined(__AVX2__)
-#include <immintrin.h>
-#elif defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 namespace semimoe {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(SEMIMOE_AVX512)
 constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
+#elif defined(SEMIMOE_AVX2)
 constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
@@ -48,13 +42,11 @@ inline void store(float* address, Floats floats) { std::memcpy(address, &floats,
 // Like store, past the caches, to an address that is a multiple of kVectorBytes. end_streams makes the stores visible
 // to other threads.
 inline void stream(float* address, Floats floats) {
-#if !defined(SEMIMOE_VECTOR_EXTENSION)
-  store(address, floats);
-#elif defined(__AVX512F__)
+#if defined(SEMIMOE_AVX512)
   _mm512_stream_ps(address, floats);
-#elif defined(__AVX2__)
+#elif defined(SEMIMOE_AVX2)
   _mm256_stream_ps(address, floats);
-#elif defined(__SSE2__)
+#elif defined(SEMIMOE_SSE2)
   _mm_stream_ps(address, floats);
 #else
   store(address, floats);
@@ -62,7 +54,7 @@ inline void stream(float* address, Floats floats) {
 }
 
 inline void end_streams() {
-#if defined(__AVX512F__) || defined(__AVX2__) || defined(__SSE2__)
+#if defined(SEMIMOE_AVX512) || defined(SEMIMOE_AVX2) || defined(SEMIMOE_SSE2)
   _mm_sfence();
 #endif
 }
@@ -88,7 +80,7 @@ inline Floats with_sign_of(Floats x, Floats magnitude) { return (Floats)((Bits)m
 // 1 / x with a relative error below 2^-23, for x from 1 to 2^100. AVX-512 uses one Newton step, because a division
 // would take longer than the rest of the loop.
 inline Floats reciprocal(Floats x) {
-#ifdef __AVX512F__
+#ifdef SEMIMOE_AVX512
   const Floats near = _mm512_maskz_rcp14_ps(0xffff, x);  // without the mask, GCC 12 warns
   return near + near * (1.0f - x * near);
 #else

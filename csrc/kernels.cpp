@@ -181,7 +181,7 @@ inline Word largest(Words words) {
 
 // The square of k in every lane. Without AVX-512 a load from a table is faster than a broadcast of a 16-bit register;
 // the table holds each square twice, because 32-bit loads broadcast in one instruction.
-#ifdef __AVX512BW__
+#ifdef SEMIMOE_AVX512
 inline Words square(int k) { return broadcast(static_cast<Word>(k * k)); }
 #else
 struct Squares {

@@ -5,20 +5,14 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BW__) || defined(__AVX2__)
-#include <immintrin.h>
-#elif defined(__SSE2__)
-#include <emmintrin.h>
-#else
 #include "vectors.hpp"
-#endif
 
 namespace semimoe {
 namespace {
 
 using Word = std::uint16_t;
 
-#if defined(__AVX512BW__)
+#if defined(SEMIMOE_AVX512)
 
 using Words = __m512i;
 inline Words broadcast(Word word) { return _mm512_set1_epi16(static_cast<short>(word)); }
@@ -29,7 +23,7 @@ inline Words subtract(Words a, Words b) { return _mm512_sub_epi16(a, b); }
 inline Words add_saturating(Words a, Words b) { return _mm512_adds_epu16(a, b); }
 inline bool any_above(Words a, Words b) { return _mm512_cmpgt_epu16_mask(a, b) != 0; }
 
-#elif defined(__AVX2__)
+#elif defined(SEMIMOE_AVX2)
 
 using Words = __m256i;
 inline Words broadcast(Word word) { return _mm256_set1_epi16(static_cast<short>(word)); }
@@ -44,7 +38,7 @@ inline bool any_above(Words a, Words b) {
   return !_mm256_testz_si256(excess, excess);
 }
 
-#elif defined(__SSE2__)
+#elif defined(SEMIMOE_SSE2)
 
 using Words = __m128i;
 inline Words broadcast(Word word) { return _mm_set1_epi16(static_cast<short>(word)); }

@@ -1,13 +1,24 @@
-// Vectors of numbers, on which operators act lane by lane: the vector extension of GCC and Clang, or the same in
-// standard C++, which SEMIMOE_STANDARD_CXX chooses for tests. Internal linkage, see kernels.cpp.
+// Vectors of numbers, on which operators act lane by lane: the vector extension of GCC and Clang, with intrinsics of
+// the instruction set, or for other compilers the same in standard C++. SEMIMOE_STANDARD_CXX takes that with GCC and
+// Clang, too, for tests. Internal linkage, see kernels.cpp.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
-#if defined(__GNUC__) && !defined(SEMIMOE_STANDARD_CXX)
+#if (defined(__GNUC__) || defined(__clang__)) && !defined(SEMIMOE_STANDARD_CXX)
 #define SEMIMOE_VECTOR_EXTENSION
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define SEMIMOE_AVX512
+#include <immintrin.h>
+#elif defined(__AVX2__)
+#define SEMIMOE_AVX2
+#include <immintrin.h>
+#elif defined(__SSE2__)
+#define SEMIMOE_SSE2
+#include <emmintrin.h>
+#endif
 #endif
 
 namespace semimoe {
