@@ -20,7 +20,7 @@ help:
 	@echo 'make test       run the tests; ARGS goes to pytest'
 	@echo 'make lint       check the style of the Python and the C++ code'
 	@echo 'make fuzz       compare the C++ code with its definition on random cases, under sanitizers, for $$(FUZZ_SECONDS) s each'
-	@echo 'make abuse      try hostile cases and count them in benchmarks/results/abuse.md, in ten minutes; ARGS="--all" tries all'
+	@echo 'make abuse      try hostile cases and count them in benchmarks/results/abuse.md, in 20 minutes; ARGS="--all" tries all'
 	@echo 'make bench      benchmark the operations and the training step against other libraries; ARGS goes to pytest'
 	@echo 'make results    measure the speeds in the pages again, in half an hour; ARGS names some of benchmarks/measure.py'
 	@echo 'make accuracy   train other methods beside Semi-MoE and score them (docs/accuracy.md); ARGS="--help" lists the options'

@@ -1,6 +1,6 @@
 """`make abuse`: hostile and clumsy cases, counted by class in benchmarks/results/abuse.json.
 
-    make abuse                               # at most ten minutes
+    make abuse                               # at most 20 minutes
     make abuse ARGS=--all                    # everything
     make abuse ARGS="-k disk_full --case 7"  # one case
 
@@ -40,7 +40,7 @@ Attempt = Callable[..., None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help="abuse: all cases, for 80 minutes on two cores")
+    parser.addoption("--all", action="store_true", help="abuse: all cases, for two hours on two cores")
     parser.addoption("--case", help="abuse: only the case of this name")
 
 
