@@ -286,7 +286,7 @@ void search_rows(const std::uint8_t* marks, const std::uint8_t* gaps, int rows, 
 // The first correction finds one of the two floats next to the quotient; the second rounds it correctly (P. Markstein,
 // "Computation of elementary functions on the IBM RISC System/6000 processor", 1990).
 inline float quotient(float a, float b, [[maybe_unused]] float reciprocal) {
-#ifdef __FMA__
+#if defined(__FMA__) && defined(SEMIMOE_VECTOR_EXTENSION)
   float result = a * reciprocal;
   for (int i = 0; i < 2; ++i) result = __builtin_fmaf(__builtin_fmaf(-result, b, a), reciprocal, result);
   return result;
