@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import ROOT, commit, machine, short, write_record
-from semimoe_fast.checkpoint import write_atomically
 from semimoe_fast.errors import UserError, run_command
+from semimoe_fast.files import write_atomically, write_text
 from semimoe_fast.training.config import CONFIG_FILE
 from semimoe_fast.training.run_folder import METRICS_FILE
 
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     values = [number, round(seconds, 1), round(dice, 4), round(lowest, 4), given.change, origin["machine"]]
     history.append(dict(zip(COLUMNS, [*values, short(origin["commit"]), today], strict=True)))
     text = "".join(json.dumps(line) + "\n" for line in log(runs, origin))
-    write_atomically(given.out / f"speed_run_{number}.jsonl", lambda part: part.write_text(text))
+    write_text(given.out / f"speed_run_{number}.jsonl", text)
     machines, commits = (" and ".join(sorted({row[name] for row in history})) for name in ("machine", "commit"))
     command = f"python -m benchmarks.speed_run --data GlaS256 --change {shlex.quote(given.change)}"
     tables = {"history": {"columns": COLUMNS, "rows": [list(row.values()) for row in history]}}

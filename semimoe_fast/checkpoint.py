@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, get_type_hints
 
@@ -20,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import UserError, first_sentence, naming, printable, warn
+from .errors import UserError, first_sentence, printable, warn
+from .files import write_atomically
 from .model import SemiMoE
 from .published import export_published, import_published
 from .validation import check_types, shown
@@ -230,35 +229,3 @@ def _checked_arguments(path: Path, arguments: Any, weights: Mapping[str, Tensor]
 
 def _mismatch(arguments: dict[str, Any]) -> str:
     return f"the weights do not fit its own configuration {shown(arguments)}"
-
-
-def write_atomically(path: Path, write: Callable[[Path], object], shared: bool = False) -> None:
-    """Call write(temporary path) and rename the file to `path`, as `replacing` does."""
-    with replacing(path, shared) as part, naming(path):
-        write(part)
-
-
-@contextmanager
-def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
-    """A temporary path to write to: a block without error syncs the file and renames it to `path`.
-
-    So after a crash or an error, `path` is the old or the new file. shared: several processes may write the same
-    content to `path` at once, so each uses its own temporary path. Otherwise the temporary path is always the same, so
-    the next call overwrites what a killed process left behind.
-    """
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part" if shared else f".{path.name}.part")
-    try:
-        part.touch()
-        permissions = part.stat().st_mode  # as the umask sets them; some writers ignore the umask
-        yield part
-        part.chmod(permissions)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from . import checkpoint
-from .checkpoint import Preprocessing, write_atomically
+from .checkpoint import Preprocessing
 from .data.folders import list_pairs
 from .device import Precision, choose_device, configure_prediction
 from .errors import UserError, one_line, run_command, warn
 from .evaluation.files import Evaluation, evaluate_files, evaluate_model, match_predictions
 from .evaluation.page import page
 from .evaluation.tables import as_csv, as_json, as_text, notes, tables
+from .files import write_text
 from .inference.predictor import require_mask
 from .inference.scale import check_scale
 from .options import read_options, require_writable
@@ -115,8 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     try:
         for option, path in outputs.items():
-            text = text_of(option, config, evaluation, curves)
-            write_atomically(path, lambda part, text=text: part.write_text(text, encoding="utf-8"))
+            write_text(path, text_of(option, config, evaluation, curves))
     finally:  # also if a file cannot be written; and after the files, because a closed pipe ends the command
         print("\n\n".join(map(as_text, tables(evaluation))), "", sep="\n")
         print("\n".join(textwrap.fill(note, 100, subsequent_indent="  ") for note in notes(evaluation)))

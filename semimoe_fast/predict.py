@@ -24,19 +24,12 @@ from .data.listing import list_images, note_of_others
 from .data.readers import SLIDES, Reader
 from .device import Precision, choose_device, configure_prediction
 from .errors import UserError, explain, one_line, printable, run_command, warn
+from .files import write_png, write_text
 from .inference.finished import Finished, state_of
 from .inference.folding import folded
 from .inference.image import TASK, Field, Fields, Squashed, is_slide, open_for, predict_image
 from .inference.instances import depth, instances_of, skimage
-from .inference.outputs import (
-    full_mpp,
-    open_instances,
-    open_streams,
-    write_labels,
-    write_overlay,
-    write_png,
-    write_text,
-)
+from .inference.outputs import full_mpp, open_instances, open_streams, write_labels, write_overlay
 from .inference.polygons import geojson
 from .inference.predictor import require_mask
 from .inference.scale import check_scale

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import write_atomically
 from .data.layout import UNPACKED
 from .errors import UserError, one_line, run_command
+from .files import write_atomically, write_text
 from .options import read_options, require_empty, training_command
 
 Pairs = list[tuple[Path, Path]]  # image and mask
@@ -67,8 +67,7 @@ def prepare(config: PrepareConfig) -> tuple[str, dict[str, int]]:
             part: sorted(image.relative_to(folder).as_posix() for image, _ in pairs) for part, pairs in written.items()
         },
     }
-    text = json.dumps(split, indent=2) + "\n"
-    write_atomically(config.out / SPLIT_FILE, lambda part: part.write_text(text))
+    write_text(config.out / SPLIT_FILE, json.dumps(split, indent=2) + "\n")
     return name, {part: len(pairs) for part, pairs in written.items()}
 
 

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from .checkpoint import write_atomically
 from .data.glands import picture
 from .errors import UserError, one_line, run_command
+from .files import write_png
 from .options import read_options, require_empty, training_command
 
 MOST_IMAGES = 10**6
@@ -71,10 +70,10 @@ def write(folder: Folder) -> None:
         for index in tqdm(range(count), part, leave=False, disable=None):
             name = f"{index:04d}.png"
             image, ids = picture(_shape(folder, number), folder.size, folder.seed, number, number < folder.labeled)
-            _save(image.transpose(1, 2, 0).copy(), folder.out / part / "image" / name)
+            write_png(folder.out / part / "image" / name, image.transpose(1, 2, 0).copy())
             if with_masks:
                 mask = ids.astype(np.uint16) if folder.instances else 255 * (ids > 0).astype(np.uint8)
-                _save(mask, folder.out / part / "mask" / name)
+                write_png(folder.out / part / "mask" / name, mask)
             number += 1
 
 
@@ -85,10 +84,6 @@ def _shape(folder: Folder, number: int) -> tuple[int, int]:
     low, high = folder.sizes
     height, width = np.random.default_rng([folder.seed, number, 1]).integers(low, high + 1, 2).tolist()
     return height, width
-
-
-def _save(pixels: np.ndarray, path: Path) -> None:
-    write_atomically(path, lambda part: Image.fromarray(pixels).save(part, "PNG"))
 
 
 def main() -> None:

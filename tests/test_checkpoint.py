@@ -1,4 +1,4 @@
-"""Checkpoints: round trips, refusal of damaged and hostile files, atomic writes, and the published layout."""
+"""Checkpoints: round trips, refusal of damaged and hostile files, and the published layout."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import pickle
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -233,59 +232,6 @@ def test_imported_weights_are_a_copy() -> None:
     for parameter in model.parameters():
         parameter.data.fill_(7)
     assert not any((value == 7).any() for state in parts.values() for value in state.values())
-
-
-def write_and_die(path: Path, moment: str) -> None:
-    """Replace a file, and kill this process while it writes, before it renames, or after it renames the file."""
-
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def write(part: Path) -> None:
-        part.write_bytes(b"new" * 1000)
-        if moment == "while writing":
-            die()
-
-    replace = Path.replace
-
-    def replace_and_die(part: Path, target: Path) -> None:
-        if moment == "before renaming":
-            die()
-        replace(part, target)
-        die()
-
-    Path.replace = replace_and_die
-    checkpoint.write_atomically(path, write)
-
-
-@pytest.mark.parametrize(
-    ("moment", "left"),
-    [("while writing", b"old"), ("before renaming", b"old"), ("after renaming", b"new" * 1000)],
-)
-def test_kill_while_saving_leaves_the_old_or_the_new_file(tmp_path: Path, moment: str, left: bytes) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    child = os.fork()
-    if child == 0:
-        try:
-            write_and_die(path, moment)
-        finally:
-            os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert path.read_bytes() == left
-    checkpoint.write_atomically(path, lambda part: part.write_bytes(b"again"))  # overwrites what the killed one left
-    assert path.read_bytes() == b"again"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
-    def fail(part: Path) -> None:
-        part.write_bytes(b"half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_atomically(tmp_path / "file", fail)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])

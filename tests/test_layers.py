@@ -20,7 +20,7 @@ LAYERS = [
     {"published", "validation"},
     {"model"},
     {"functional"},
-    {"device", "locks", "ops"},
+    {"device", "files", "locks", "ops"},
     {"kernels", "errors"},
 ]
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}

@@ -23,10 +23,10 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.record import commit, machine
-from semimoe_fast.checkpoint import write_atomically
 from semimoe_fast.data.cache import Cache
 from semimoe_fast.device import choose_device, configure, in_bf16
 from semimoe_fast.errors import UserError, run_command
+from semimoe_fast.files import write_text
 from semimoe_fast.locks import lock
 from semimoe_fast.options import read_options
 from semimoe_fast.training.command_line import RECIPES
@@ -131,8 +131,7 @@ def run(out: Path, name: str, config: TrainConfig, recipe: str, splits: Splits, 
             print(f"{path.name} is being trained by another process")
         else:
             result = about | train(path.with_suffix(".safetensors"), name, config, splits, device)
-            text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-            write_atomically(path.with_suffix(".json"), lambda part: part.write_text(text))
+            write_text(path.with_suffix(".json"), json.dumps(result, indent=1, allow_nan=False) + "\n")
             half, swept = (result["scores"][variant]["dice"] for variant in ("at_half", "swept"))
             print(f"{path.name}: Dice {half:.4f} at threshold 0.5, {swept:.4f} swept")
 

@@ -32,8 +32,8 @@ import PIL
 import torch
 from torch import Tensor
 
-from ..checkpoint import write_atomically
 from ..errors import UserError, warn
+from ..files import write_atomically
 from .folders import Dataset, Pair, in_threads, list_pairs, read_header, read_pair, read_pairs
 from .ragged import Ragged, read_ragged, starts_of
 from .readers import mpp_of

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__, ops
-from ..checkpoint import Preprocessing, write_atomically
+from ..checkpoint import Preprocessing
 from ..data import augment
 from ..errors import UserError
+from ..files import write_atomically
 from ..model import STRIDE, SemiMoE
 from .folding import folded
 from .predictor import gated_foreground

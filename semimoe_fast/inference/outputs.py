@@ -7,10 +7,9 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from ..checkpoint import replacing, write_atomically
 from ..data.readers import Reader, open_image
+from ..files import replacing, write_png
 from .overlay import outline
 from .polygons import GeojsonFile
 from .stitching import Stitcher
@@ -77,11 +76,3 @@ def write_labels(path: Path, labels: np.ndarray, mpp: float | None) -> None:
         with replacing(wide) as part, TiledTiff(part, labels.shape, "uint32", mpp) as file:
             file.write(labels)
         path.unlink(missing_ok=True)
-
-
-def write_png(path: Path, pixels: np.ndarray) -> None:
-    write_atomically(path, lambda part: Image.fromarray(pixels).save(part, "PNG"))
-
-
-def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda part: part.write_text(text))

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import write_atomically
 from ..errors import UserError, naming, warn
 from ..evaluation.metrics import Scores
+from ..files import write_text
 from ..inference.predictor import GATED
 from ..validation import matches
 from .health import Health
@@ -69,7 +69,7 @@ def truncate(path: Path, epochs: int) -> None:
         text = "".join(
             json.dumps(record) + "\n" for record in _read(path, "dropped from the file") if record["epoch"] < epochs
         )
-        write_atomically(path, lambda part: part.write_text(text))
+        write_text(path, text)
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from ..checkpoint import REMEDY, Preprocessing
 from ..device import untuned
 from ..errors import UserError, one_line, warn
 from ..evaluation.scoring import count_set, score_set
+from ..files import write_atomically
 from ..inference.predictor import GATED
 from ..validation import check_types
 from . import divergence, records, report
@@ -213,10 +214,10 @@ class Run:
         path = self.folder / METRICS_FILE
         kept = records.read(path)
         overlays = (self.trainer.eval_model, self.val, self._preprocessing, self.trainer.device)
-        checkpoint.write_atomically(self.folder / OVERLAYS, lambda part: report.draw_overlays(*overlays, part))
+        write_atomically(self.folder / OVERLAYS, lambda part: report.draw_overlays(*overlays, part))
         if any("val" in record for record in kept):
             curves = (kept, self.trainer.model.tasks)
-            checkpoint.write_atomically(self.folder / "curves.png", lambda part: report.draw_curves(*curves, part))
+            write_atomically(self.folder / "curves.png", lambda part: report.draw_curves(*curves, part))
             print(report.summary(kept, self.folder))
         else:
             warn(f"{path}: holds no record of a validation; curves.png and the table of scores are left out")

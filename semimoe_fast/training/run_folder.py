@@ -9,8 +9,8 @@ import shlex
 from datetime import datetime
 from pathlib import Path
 
-from .. import checkpoint
 from ..errors import UserError
+from ..files import write_text
 from .config import CONFIG_FILE, MUTABLE, TrainConfig, read_config
 from .lock import FolderLock
 
@@ -46,8 +46,7 @@ def keep_changes(config: TrainConfig) -> None:
 
 
 def _write_config(folder: Path, config: TrainConfig) -> None:
-    text = json.dumps(config.to_dict(), indent=2) + "\n"
-    checkpoint.write_atomically(folder / CONFIG_FILE, lambda part: part.write_text(text))
+    write_text(folder / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def refuse_used(folder: Path) -> None:

@@ -179,7 +179,7 @@ def test_tables_are_printed_although_a_file_cannot_be_written(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(evaluate, "write_atomically", full)
+    monkeypatch.setattr(evaluate, "write_text", full)
     with pytest.raises(OSError, match="No space left"):
         evaluate.main([*of_run, "--csv", str(tmp_path / "scores.csv")])
     out = capsys.readouterr().out
