@@ -72,7 +72,7 @@ def main() -> None:
         machine(1),
         code,
         [
-            f"python -m benchmarks.expert_health --data GlaS256 --image-size {options.image_size} "
+            f"python -m benchmarks.expert_health --data GlaS256 --out FILE --image-size {options.image_size} "
             f"--warm-up {options.warm_up} --recipe {options.recipe} --widths {' '.join(map(str, options.widths))} "
             f"--seeds {' '.join(map(str, options.seeds))} --lrs {' '.join(map(str, options.lrs))}"
         ],

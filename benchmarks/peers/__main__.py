@@ -143,6 +143,8 @@ def train(path: Path, name: str, config: TrainConfig, splits: Splits, device: to
     training = Training(config, METHODS[name], splits, device)
     if path.exists():
         training.restore(path)
+    if training.epoch < config.epochs and origin not in training.origins:
+        training.origins.append(origin)
     with tqdm(None, name, config.epochs, initial=training.epoch, unit="epoch", disable=None) as progress:
         while training.epoch < config.epochs:
             training.train_epoch()
@@ -155,7 +157,7 @@ def train(path: Path, name: str, config: TrainConfig, splits: Splits, device: to
         "parameters": sum(p.numel() for p in training.method.parameters() if p.requires_grad),
         "seconds": round(training.seconds, 1),
         "cpu_seconds": round(training.cpu_seconds, 1),
-        **origin,
+        "origins": training.origins,
         "date": str(datetime.date.today()),
         "scores": record(training.score(splits.val), splits.val),
         "scores_with_tta": record(training.score(splits.val, tta=True), splits.val),

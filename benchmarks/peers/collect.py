@@ -130,10 +130,19 @@ def tables(found: dict[Path, list[Run]]) -> dict[str, Any]:
             "columns": ["data", "method", "seed", "--lr", "Dice", "swept Dice", "threshold", "commit"],
             "rows": [[folder.name, *scores_of(run)] for folder, members in found.items() for run in members],
         },
-        "splits": {
-            "columns": ["data", "part", "images", "SHA-256 of the names"],
+        "experts": {  # after the last epoch
+            "columns": ["data", "method", "seed", "--lr", "dead channels", "loss weights", "gates of the mask"],
             "rows": [
-                [folder.name, part, images["images"], images["names_sha256"]]
+                [folder.name, *experts_of(run)]
+                for folder, members in found.items()
+                for run in members
+                if "dead_channels" in run["curve"][-1]
+            ],
+        },
+        "splits": {
+            "columns": ["data", "part", "images", "SHA-256 of the names", "of the pixels"],
+            "rows": [
+                [folder.name, part, images["images"], images["names_sha256"], images["pixels_sha256"]]
                 for folder, members in found.items()
                 for part, images in members[0]["splits"].items()
             ],
@@ -149,7 +158,17 @@ def last_unlabeled(members: Sequence[Run]) -> list[float | None]:
 def scores_of(run: Run) -> list[Any]:
     half, swept = run["scores"]["at_half"], run["scores"]["swept"]
     dice = [round(half["dice"], 4), round(swept["dice"], 4), swept["threshold"]]
-    return [name_of(run), run["seed"], run["arguments"]["lr"], *dice, short(run["commit"])]
+    return [name_of(run), run["seed"], run["arguments"]["lr"], *dice, commits_of([run])]
+
+
+def experts_of(run: Run) -> list[Any]:
+    end = run["curve"][-1]
+    values = end["dead_channels"], end["loss_weights"], end["gate_weights"][0]
+    return [name_of(run), run["seed"], run["arguments"]["lr"], *(" ".join(f"{x:.3g}" for x in v) for v in values)]
+
+
+def commits_of(runs: Sequence[Run]) -> str:
+    return " and ".join(sorted({short(origin["commit"]) for run in runs for origin in run["origins"]}))
 
 
 def commands(runs: Sequence[Run]) -> list[str]:
@@ -165,7 +184,7 @@ def commands(runs: Sequence[Run]) -> list[str]:
     lines = []
     for (recipe, lr, used), names in methods.items():
         name, _, left_out = recipe.partition(" without ")
-        words = ["python -m benchmarks.peers --data DATA", common, "--recipe", name]
+        words = ["python -m benchmarks.peers --data DATA --out RUNS", common, "--recipe", name]
         words += ["--without", *left_out.split(", ")] if left_out else []
         lines.append(" ".join([*words, "--lr", str(lr), "--method", *names, "--seed", *map(str, used)]))
     return lines
@@ -178,10 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     found = read_runs(given.runs)
     runs = [run for members in found.values() for run in members]
-    machine = " and ".join(sorted({run["machine"] for run in runs}))
-    commit = " and ".join(sorted({short(run["commit"]) for run in runs}))
+    machine = " and ".join(sorted({origin["machine"] for run in runs for origin in run["origins"]}))
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    write_record(given.out, machine, commit, commands(runs), tables(found))
+    write_record(given.out, machine, commits_of(runs), commands(runs), tables(found))
 
 
 if __name__ == "__main__":

@@ -47,10 +47,17 @@ class Splits(NamedTuple):
     preprocessing: Preprocessing
 
     def described(self) -> dict[str, Any]:
-        """How many images each part has, and the SHA-256 of their names."""
-        parts = {name: getattr(self, name).names for name in ("labeled", "unlabeled", "val")}
-        digests = {name: hashlib.sha256("\n".join(names).encode()).hexdigest() for name, names in parts.items()}
-        return {name: {"images": len(names), "names_sha256": digests[name]} for name, names in parts.items()}
+        """How many images each part has, and the SHA-256 of their names and of their pixels with those of masks."""
+        return {name: self._described(getattr(self, name)) for name in ("labeled", "unlabeled", "val")}
+
+    @staticmethod
+    def _described(images: Dataset) -> dict[str, Any]:
+        names = hashlib.sha256("\n".join(images.names).encode())
+        pixels = hashlib.sha256()
+        for tensor in images.images, images.masks:
+            if tensor is not None:
+                pixels.update(tensor.numpy())
+        return {"images": len(images), "names_sha256": names.hexdigest(), "pixels_sha256": pixels.hexdigest()}
 
     def of(self, method: Method) -> TrainingData:
         """What a method learns from."""
@@ -102,6 +109,7 @@ class Training:
         self.ema = EMA(self.method, config.ema) if averaged else None
         self.epoch, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         self.curve: list[dict[str, Any]] = []
+        self.origins: list[dict[str, str | None]] = []  # machines and commits of the processes that trained it
 
     @property
     def images_per_step(self) -> tuple[int, int]:
@@ -200,7 +208,7 @@ class Training:
             tensors |= {f"{prefix}{key}": value for key, value in moments if value is not None}
         if self.ema is not None:
             tensors |= {f"average.{key}": value for key, value in self.ema.sums.items()}
-        progress = {name: getattr(self, name) for name in ("epoch", "seconds", "cpu_seconds", "curve")}
+        progress = {name: getattr(self, name) for name in ("epoch", "seconds", "cpu_seconds", "curve", "origins")}
         checkpoint.write(path, {"progress": progress}, tensors | {"random": torch.get_rng_state()})
 
     def restore(self, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import statistics
@@ -19,7 +20,7 @@ from semimoe_fast.training.config import TrainConfig
 command = pytest.importorskip("benchmarks.peers.__main__", reason="needs the source tree, and tests run from its root")
 from benchmarks import record  # noqa: E402
 from benchmarks.peers import collect, folds, plot  # noqa: E402
-from benchmarks.peers.training import Training  # noqa: E402
+from benchmarks.peers.training import Splits, Training  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -49,9 +50,11 @@ def test_runs_resume_and_are_not_repeated(
         epoch(training)
 
     monkeypatch.setattr(Training, "train_epoch", interrupted)
+    monkeypatch.setattr(command, "commit", lambda: "first")
     with pytest.raises(KeyboardInterrupt):
         command.main(options(folder, tmp_path / "runs", *method))
     monkeypatch.setattr(Training, "train_epoch", epoch)
+    monkeypatch.setattr(command, "commit", lambda: "second")
     (state,) = (tmp_path / "runs").glob("*.safetensors")
     claim = command.Claim(state.with_suffix(".lock"))
     command.main(options(folder, tmp_path / "runs", *method))
@@ -60,6 +63,7 @@ def test_runs_resume_and_are_not_repeated(
     command.main(options(folder, tmp_path / "runs", *method))
     (resumed,) = (tmp_path / "runs").glob("*.json")
     record = json.loads(resumed.read_text())
+    assert [origin["commit"] for origin in record["origins"]] == ["first", "second"]
     averaged = [key for key in checkpoint.read(state, CPU)[1] if key.startswith("average.")]
     assert bool(averaged) == ("strong" in method)
     chosen = {key: record["arguments"].get(key) for key in ("recipe", "lr", "optimizer", "schedule")}
@@ -123,6 +127,7 @@ def test_collected_scores_are_those_of_the_runs(folder: Path, tmp_path: Path) ->
     tables = json.loads((tmp_path / "accuracy" / "tiny.json").read_text())["tables"]
     (line,) = json.loads((tmp_path / "accuracy" / "tiny.json").read_text())["command"]
     assert line.endswith("--recipe published --lr 0.1 --method semi-moe supervised --seed 0 1")
+    assert command.read_options(command.Options, "", line.split()[3:]).seed == (0, 1), "it can be run as recorded"
     dice = [json.loads(path.read_text())["scores"]["at_half"]["dice"] for path in runs.glob("supervised*.json")]
     ((method, lr, count, cell, *_), _) = tables["scores"]["rows"]
     assert (method, lr, count) == ("supervised", 0.1, 2)
@@ -132,6 +137,11 @@ def test_collected_scores_are_those_of_the_runs(folder: Path, tmp_path: Path) ->
     assert with_tta != [row[3] for row in tables["scores"]["rows"]]
     assert [row[2] for row in tables["unlabeled"]["rows"]] == [row[2] for row in tables["scores"]["rows"]]
     assert tables["splits"]["rows"][0][:3] == ["runs", "labeled", 3]
+    ends = [json.loads(path.read_text())["curve"][-1] for path in sorted(runs.glob("semi-moe*.json"))]
+    assert [row[1:5] for row in tables["experts"]["rows"]] == [
+        ["semi-moe", seed, 0.1, " ".join(f"{share:.3g}" for share in end["dead_channels"])]
+        for seed, end in enumerate(ends)
+    ]
     plot.main([str(runs), "--out", str(tmp_path / "pictures" / "curves.png")])
     assert Image.open(tmp_path / "pictures" / "curves.png").width > 1000
     command.main(options(folder, runs, "--method", "supervised", "--epochs", "2"))
@@ -225,3 +235,13 @@ def test_a_row_of_a_file_is_a_line() -> None:
         '["a  b", 1.5, null],',
         '["c", 2, true]',
     ]
+
+
+def test_other_pixels_are_other_splits(splits: Splits) -> None:
+    described = splits.described()
+    masks = splits.val.masks.clone()
+    masks[0, 0, 0] += 1
+    changed = splits._replace(val=dataclasses.replace(splits.val, masks=masks)).described()
+    assert changed["labeled"] == described["labeled"]
+    assert changed["val"]["names_sha256"] == described["val"]["names_sha256"]
+    assert changed["val"]["pixels_sha256"] != described["val"]["pixels_sha256"]
