@@ -3,7 +3,7 @@
     python -m benchmarks.expert_health --data GlaS256 --out benchmarks/results/health.json
 
 Every run has a warm-up of --warm-up epochs and 6 epochs after it. A row has the share of dead feature channels of each
-expert at the end, and the learning rate of the first epoch at which half of the channels of the sdf expert were dead.
+expert at the end, and the first epoch, from 1, after which half of the channels of the sdf expert were dead.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def main() -> None:
                 )
             )  # fmt: skip
             kept = records.read(out / METRICS_FILE)
-        dying = [r["lr"] for r in kept if r["health"]["dead_channels"][1] >= HALF]
-        rows.append([width, seed, lr, *kept[-1]["health"]["dead_channels"], dying[0] if dying else "lives"])
-    columns = ["width", "seed", "--lr", "mask", "sdf", "boundary", "sdf half dead at"]
+        dying = [(r["epoch"] + 1, round(r["lr"], 4)) for r in kept if r["health"]["dead_channels"][1] >= HALF]
+        rows.append([width, seed, lr, *kept[-1]["health"]["dead_channels"], *(dying[0] if dying else (None, None))])
+    columns = ["width", "seed", "--lr", "mask", "sdf", "boundary", "sdf half dead in epoch", "its learning rate"]
     write_record(
         options.out,
         machine(1),
