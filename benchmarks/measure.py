@@ -120,7 +120,7 @@ def batch_norm(output: Output) -> dict[str, Table]:
         for benchmark in output.benchmarks:
             parameters = benchmark["params"]
             if parameters["peer"][1] == name:
-                row = f"({', '.join(map(str, parameters['shape']))}), {counted(parameters['threads'])}"
+                row = f"({', '.join(map(str, parameters['shape']))}), {counted(parameters['threads'], 'thread')}"
                 cells.append((row, column, milliseconds(benchmark)))
     found = dict.fromkeys(column for _, column, _ in cells)
     ratios = {f"torch / {column}": ["torch", column] for column in ("AVX-512", "AVX2") if column in found}

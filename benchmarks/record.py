@@ -27,11 +27,11 @@ def machine(threads: int) -> str:
     name = first.get("model name") or platform.processor() or platform.machine()
     if "cpu family" in first:
         name += f" (family {first['cpu family']}, model {first['model']})"
-    return f"{name}, {counted(threads)}"
+    return f"{name}, {counted(threads, 'thread')}"
 
 
-def counted(threads: int) -> str:
-    return f"{threads} thread{'s' * (threads > 1)}"
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number > 1)}"
 
 
 def commit(*ignored: str) -> str | None:

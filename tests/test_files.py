@@ -6,9 +6,11 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from semimoe_fast.files import write_atomically
+from semimoe_fast.files import write_atomically, write_png, write_text
 
 
 def write_and_die(path: Path, moment: str) -> None:
@@ -62,3 +64,19 @@ def test_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk full"):
         write_atomically(tmp_path / "file", fail)
     assert not list(tmp_path.iterdir())
+
+
+def test_texts_are_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("io.text_encoding", lambda encoding, *_: encoding or "latin-1")
+    (tmp_path / "other").write_text("é")
+    assert (tmp_path / "other").read_bytes() == b"\xe9", "the default here is latin-1"
+    write_text(tmp_path / "text", "é")
+    assert (tmp_path / "text").read_bytes() == "é".encode()
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((5, 7), np.uint8), ((5, 7, 3), np.uint8), ((5, 7), np.uint16)])
+def test_images_are_kept(tmp_path: Path, shape: tuple[int, ...], dtype: type) -> None:
+    pixels = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape, dtype)
+    write_png(tmp_path / "image.png", pixels)
+    assert np.array_equal(Image.open(tmp_path / "image.png"), pixels)
+    assert [path.name for path in tmp_path.iterdir()] == ["image.png"]

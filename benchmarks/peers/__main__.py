@@ -1,6 +1,6 @@
 """Train and score methods: `python -m benchmarks.peers --data GlaS256 --out runs/accuracy --method cps --seed 0 1 2`.
 
-A run is METHOD-seedS-DIGEST in --out, where DIGEST is that of its arguments and of the names of the images: a JSON file
+A run is METHOD-seedS-DIGEST in --out, where DIGEST is that of its arguments and of the files of the images: a JSON file
 of scores when it is finished, and the state after its last epoch (.safetensors). The command skips finished runs, and
 those that another process trains, and goes on with interrupted ones. So several processes may share the work of one
 command.
@@ -120,7 +120,7 @@ def run(out: Path, name: str, config: TrainConfig, recipe: str, splits: Splits, 
         "method": name,
         "seed": config.seed,
         "arguments": arguments_of(config, recipe, device),
-        "splits": splits.described(),
+        "splits": splits.described,
     }
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
     path = out / f"{name}-seed{config.seed}-{digest}"
@@ -143,7 +143,7 @@ def train(path: Path, name: str, config: TrainConfig, splits: Splits, device: to
     training = Training(config, METHODS[name], splits, device)
     if path.exists():
         training.restore(path)
-    if training.epoch < config.epochs and origin not in training.origins:
+    if origin not in training.origins:
         training.origins.append(origin)
     with tqdm(None, name, config.epochs, initial=training.epoch, unit="epoch", disable=None) as progress:
         while training.epoch < config.epochs:

@@ -45,6 +45,8 @@ def read_runs(folders: Sequence[Path]) -> dict[Path, list[Run]]:
     first = next(iter(runs))
     alike: dict[str, Path] = {}  # the first run with each name and learning rate
     for path, run in runs.items():
+        if "origins" not in run:
+            raise UserError(f"{path} is of an older version: train it again in another folder")
         _require_same(path, run, first, runs[first], EQUAL)
         other = alike.setdefault(f"{name_of(run)} {run['arguments']['lr']}", path)
         _require_same(path, run, other, runs[other], run["arguments"].keys() | runs[other]["arguments"].keys())
@@ -90,8 +92,7 @@ def tables(found: dict[Path, list[Run]]) -> dict[str, Any]:
     groups = grouped([run for members in found.values() for run in members])
 
     def scores(members: Sequence[Run], of: str) -> list[Any]:
-        found = [run.get(of) for run in members]  # older runs have no scores with TTA
-        values = [[s and s[variant][score] for s in found] for variant, score, _ in SCORES.values()]
+        values = [[run[of][variant][score] for run in members] for variant, score, _ in SCORES.values()]
         forms = [form for *_, form in SCORES.values()]
         return [members[0]["arguments"]["lr"], len(members), *map(spread, values, forms)]
 
@@ -140,9 +141,9 @@ def tables(found: dict[Path, list[Run]]) -> dict[str, Any]:
             ],
         },
         "splits": {
-            "columns": ["data", "part", "images", "SHA-256 of the names", "of the pixels"],
+            "columns": ["data", "part", "images", "SHA-256 of the names", "of the files"],
             "rows": [
-                [folder.name, part, images["images"], images["names_sha256"], images["pixels_sha256"]]
+                [folder.name, part, images["images"], images["names_sha256"], images["files_sha256"]]
                 for folder, members in found.items()
                 for part, images in members[0]["splits"].items()
             ],

@@ -16,6 +16,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.record import counted
 from semimoe_fast.errors import run_command
 
 from .collect import BASE, Run, grouped, name_of, read_runs
@@ -31,8 +32,8 @@ def draw(runs: Sequence[Run]) -> Figure:
     colors = colormaps["tab10" if len(groups) <= 10 else "tab20"]
     for number, members in enumerate(groups):
         curves = [run["curve"] for run in members]
-        color, runs_of = colors(number % colors.N), f"{len(members)} run{'s' * (len(members) > 1)}"
-        name = f"{name_of(members[0])}, --lr {members[0]['arguments']['lr']:g}, {runs_of}"
+        color, lr = colors(number % colors.N), members[0]["arguments"]["lr"]
+        name = f"{name_of(members[0])}, --lr {lr:g}, {counted(len(members), 'run')}"
         plot(val, curves, lambda point: point["dice"], color=color, label=name)
         if all("unlabeled_dice" in point for points in curves for point in points):
             plot(unlabeled, curves, lambda point: point["unlabeled_dice"], color=color, label=name)

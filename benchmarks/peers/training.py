@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from semimoe_fast.checkpoint import Preprocessing
 from semimoe_fast.data import appearance, augment
 from semimoe_fast.data.appearance import Strengths
 from semimoe_fast.data.cache import Cache
-from semimoe_fast.data.folders import Dataset
+from semimoe_fast.data.folders import Dataset, Pair, list_pairs
 from semimoe_fast.device import autocast
 from semimoe_fast.errors import UserError
 from semimoe_fast.training.batches import Batches, Images, TrainingData, map_tensors
@@ -45,19 +46,7 @@ class Splits(NamedTuple):
     scored: Dataset | None  # the unlabeled images as val is, if the folder has all of their masks
     val: Dataset  # masks are instance maps
     preprocessing: Preprocessing
-
-    def described(self) -> dict[str, Any]:
-        """How many images each part has, and the SHA-256 of their names and of their pixels with those of masks."""
-        return {name: self._described(getattr(self, name)) for name in ("labeled", "unlabeled", "val")}
-
-    @staticmethod
-    def _described(images: Dataset) -> dict[str, Any]:
-        names = hashlib.sha256("\n".join(images.names).encode())
-        pixels = hashlib.sha256()
-        for tensor in images.images, images.masks:
-            if tensor is not None:
-                pixels.update(tensor.numpy())
-        return {"images": len(images), "names_sha256": names.hexdigest(), "pixels_sha256": pixels.hexdigest()}
+    described: dict[str, Any]  # what `described` says of each part
 
     def of(self, method: Method) -> TrainingData:
         """What a method learns from."""
@@ -82,7 +71,19 @@ def load_splits(config: TrainConfig, cache: Cache, all_labels: bool) -> Splits:
         unlabeled = cache.load_part(config.data, parts.unlabeled, stored_size(config, parts), True)
     scored = cache.load_part(config.data, parts.unlabeled, config.image_size, True) if complete else None
     val = cache.load_part(config.data, parts.val, config.image_size, True, instances=True)
-    return Splits(data.labeled, unlabeled, scored, val, data.preprocessing)
+    names = {"labeled": parts.labeled, "unlabeled": parts.unlabeled, "val": parts.val}
+    # Without the masks of unlabeled images, so that the runs of other methods do not depend on them.
+    listed = {part: list_pairs(config.data, name, part != "unlabeled") for part, name in names.items()}
+    digests = {part: described(pairs) for part, pairs in listed.items()}
+    return Splits(data.labeled, unlabeled, scored, val, data.preprocessing, digests)
+
+
+def described(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """How many images there are, and the SHA-256 of their names and of their files with those of masks."""
+    names, files = hashlib.sha256("\n".join(image.stem for image, _ in pairs).encode()), hashlib.sha256()
+    for path in filter(None, itertools.chain.from_iterable(pairs)):
+        files.update(path.read_bytes())
+    return {"images": len(pairs), "names_sha256": names.hexdigest(), "files_sha256": files.hexdigest()}
 
 
 def equal_steps(config: TrainConfig, method: Method, splits: Splits) -> TrainConfig:
@@ -109,7 +110,7 @@ class Training:
         self.ema = EMA(self.method, config.ema) if averaged else None
         self.epoch, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         self.curve: list[dict[str, Any]] = []
-        self.origins: list[dict[str, str | None]] = []  # machines and commits of the processes that trained it
+        self.origins: list[dict[str, str | None]] = []  # machine, torch and commit of its processes
 
     @property
     def images_per_step(self) -> tuple[int, int]:

@@ -67,5 +67,5 @@ def warn_of_dead_experts(tasks: Sequence[str], health: Health, before: Health | 
         if dead >= MANY and (before is None or before.dead_channels[number] < MANY):
             warn(
                 f"{folder}: at epoch {epoch + 1}, {dead:.0%} of the features of the {task} expert are 0 on labeled "
-                "images, where they learn no more; start a new run with a smaller --lr, or with --recipe strong"
+                "images, where they learn no more; start a new run with a smaller --lr, such as that of --recipe strong"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import statistics
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from semimoe_fast import checkpoint
+from semimoe_fast.data.cache import Cache
 from semimoe_fast.errors import UserError
 from semimoe_fast.training.command_line import RECIPES
 from semimoe_fast.training.config import TrainConfig
@@ -20,7 +22,7 @@ from semimoe_fast.training.config import TrainConfig
 command = pytest.importorskip("benchmarks.peers.__main__", reason="needs the source tree, and tests run from its root")
 from benchmarks import record  # noqa: E402
 from benchmarks.peers import collect, folds, plot  # noqa: E402
-from benchmarks.peers.training import Splits, Training  # noqa: E402
+from benchmarks.peers.training import Splits, Training, load_splits  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -138,9 +140,10 @@ def test_collected_scores_are_those_of_the_runs(folder: Path, tmp_path: Path) ->
     assert [row[2] for row in tables["unlabeled"]["rows"]] == [row[2] for row in tables["scores"]["rows"]]
     assert tables["splits"]["rows"][0][:3] == ["runs", "labeled", 3]
     ends = [json.loads(path.read_text())["curve"][-1] for path in sorted(runs.glob("semi-moe*.json"))]
-    assert [row[1:5] for row in tables["experts"]["rows"]] == [
-        ["semi-moe", seed, 0.1, " ".join(f"{share:.3g}" for share in end["dead_channels"])]
-        for seed, end in enumerate(ends)
+    watched = [(end["dead_channels"], end["loss_weights"], end["gate_weights"][0]) for end in ends]
+    assert tables["experts"]["rows"] == [
+        ["runs", "semi-moe", seed, 0.1, *(" ".join(f"{x:.3g}" for x in values) for values in of_run)]
+        for seed, of_run in enumerate(watched)
     ]
     plot.main([str(runs), "--out", str(tmp_path / "pictures" / "curves.png")])
     assert Image.open(tmp_path / "pictures" / "curves.png").width > 1000
@@ -237,11 +240,33 @@ def test_a_row_of_a_file_is_a_line() -> None:
     ]
 
 
-def test_other_pixels_are_other_splits(splits: Splits) -> None:
-    described = splits.described()
-    masks = splits.val.masks.clone()
-    masks[0, 0, 0] += 1
-    changed = splits._replace(val=dataclasses.replace(splits.val, masks=masks)).described()
-    assert changed["labeled"] == described["labeled"]
-    assert changed["val"]["names_sha256"] == described["val"]["names_sha256"]
-    assert changed["val"]["pixels_sha256"] != described["val"]["pixels_sha256"]
+def test_runs_of_all_recipes_and_methods_are_collected_from_one_folder(folder: Path, tmp_path: Path) -> None:
+    """The images of a recipe are stored at other sizes, and those of the upper bound have masks."""
+    pytest.importorskip("tyro")
+    runs = tmp_path / "runs"
+    for more in (["supervised"], ["supervised", "--recipe", "strong"], ["supervised", "supervised-all"]):
+        command.main(options(folder, runs, "--epochs", "1", "--method", *more))
+    collect.main([str(runs), "--out", str(tmp_path / "tiny.json")])
+    rows = json.loads((tmp_path / "tiny.json").read_text())["tables"]["scores"]["rows"]
+    assert [row[0] for row in rows] == ["supervised", "supervised-all", "supervised, strong"]
+    assert [row[2] for row in rows] == [1, 1, 1], "no run is trained twice"
+
+
+def test_other_files_are_other_splits(folder: Path, config: TrainConfig, splits: Splits, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "data")
+    masks = sorted((tmp_path / "data/val/mask").iterdir())
+    shutil.copyfile(masks[0], masks[1])
+    changed = load_splits(dataclasses.replace(config, data=tmp_path / "data"), Cache(tmp_path), all_labels=True)
+    assert {part for part, values in splits.described.items() if values != changed.described[part]} == {"val"}
+    assert changed.described["val"]["names_sha256"] == splits.described["val"]["names_sha256"]
+
+
+def test_runs_of_an_older_version_are_named(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tyro")
+    command.main(options(folder, tmp_path, "--epochs", "1", "--method", "supervised"))
+    (path,) = tmp_path.glob("*.json")
+    older = json.loads(path.read_text())
+    del older["origins"]
+    path.write_text(json.dumps(older))
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))} is of an older version: train it again"):
+        collect.main([str(tmp_path), "--out", str(tmp_path / "tiny.json")])
